@@ -1,0 +1,150 @@
+"""The kernel prediction module (paper, Sec. 3.2): what up- and downsampling share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.carafe import reassemble, scale_ratio
+
+NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized")
+
+
+def normalize_kernels(logits: Tensor, kernel_size: int, group_size: int, normalizer: str) -> Tensor:
+    """The kernel normaliser: each ``k x k`` kernel on its own (Sec. 3.2; the alternatives are those of Table 14).
+
+    Args:
+        logits (Tensor[N, G * k^2, H, W]): the content encoder's output, group-major.
+        kernel_size (int): ``k``.
+        group_size (int): ``G``.
+        normalizer (str): 'softmax', 'sigmoid', or 'sigmoid_normalized' (the sigmoid divided by its sum).
+
+    Returns:
+        Tensor[N, G * k^2, H, W]: the dtype of ``logits``.
+    """
+    n, _, h, w = logits.shape
+    if normalizer == "sigmoid":
+        return logits.sigmoid()
+    kernels = logits.reshape(n, group_size, kernel_size**2, h, w)
+    if normalizer == "sigmoid_normalized":
+        # sigmoid(x) / sum(sigmoid(x)) is softmax(log(sigmoid(x))), which stays right where every sigmoid underflows.
+        kernels = F.logsigmoid(kernels)
+    # The explicit dtype keeps autocast from making a float32 copy of the largest tensor here.
+    return kernels.softmax(dim=2, dtype=kernels.dtype).reshape(n, -1, h, w)
+
+
+class KernelPrediction(nn.Module):
+    """Channel compressor, content encoder, kernel normaliser, and the reassembly with the kernels they predict.
+
+    :class:`CARAFEUpsample` and :class:`CARAFEDownsample` are this module with names and defaults of their own; their
+    docstrings describe the arguments.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        up: int,
+        down: int,
+        kernel_size: int,
+        group_size: int,
+        encoder_kernel: int,
+        encoder_dilation: int,
+        compressed_channels: int | None,
+        normalizer: str,
+        norm: Callable[[int], nn.Module] | None,
+        act: Callable[[], nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("channels", channels),
+            ("the group size", group_size),
+            ("encoder_dilation", encoder_dilation),
+            ("compressed_channels", 1 if compressed_channels is None else compressed_channels),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        for name, value in (("the reassembly kernel", kernel_size), ("encoder_kernel", encoder_kernel)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
+                raise ValueError(f"{name} must be an odd positive int, got {value!r}")
+        if channels % group_size:
+            raise ValueError(f"channels must be a multiple of the group size {group_size}, got {channels}")
+        if normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}")
+        if compressed_channels is None and (norm is not None or act is not None):
+            raise ValueError("norm and act follow the channel compressor: compressed_channels=None admits neither")
+
+        self.channels = channels
+        self.up, self.down = up, down
+        self.kernel_size, self.group_size = kernel_size, group_size
+        self.encoder_kernel, self.encoder_dilation = encoder_kernel, encoder_dilation
+        self.compressed_channels = compressed_channels
+        self.normalizer = normalizer
+        self.channel_compressor = None if compressed_channels is None else nn.Conv2d(channels, compressed_channels, 1)
+        self.content_encoder = nn.Conv2d(
+            channels if compressed_channels is None else compressed_channels,
+            group_size * kernel_size**2 * up**2,
+            encoder_kernel,
+            # With an odd kernel, this padding and a stride of s give ceil(H / s): the operator's output size.
+            stride=down if up == 1 else 1,
+            padding=(encoder_kernel - 1) * encoder_dilation // 2,
+            dilation=encoder_dilation,
+        )
+        self.compressor_norm = None if norm is None or compressed_channels is None else norm(compressed_channels)
+        self.compressor_act = None if act is None else act()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform convolutions, then a content encoder near zero: reassembly starts as a plain average."""
+        for conv in (self.channel_compressor, self.content_encoder):
+            if conv is not None:
+                nn.init.xavier_uniform_(conv.weight)
+                nn.init.zeros_(conv.bias)
+        nn.init.normal_(self.content_encoder.weight, std=0.001)
+
+    def init_weights(self) -> None:
+        """The name that OpenMMLab's initialisation calls."""
+        self.reset_parameters()
+
+    def predict_kernels(self, features: Tensor) -> Tensor:
+        """The normalised kernels of every output location, (N, C, H, W) -> (N, G * k^2, H', W')."""
+        content = features
+        if self.channel_compressor is not None:
+            content = self.channel_compressor(content)
+        if self.compressor_norm is not None:
+            content = self.compressor_norm(content)
+        if self.compressor_act is not None:
+            content = self.compressor_act(content)
+        logits = self.content_encoder(content)
+        if self.up > 1:
+            logits = F.pixel_shuffle(logits, self.up)
+            if self.down > 1:
+                logits = logits[..., :: self.down, :: self.down]
+        return normalize_kernels(logits, self.kernel_size, self.group_size, self.normalizer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Rescale features, (N, C, H, W) -> (N, C, ceil(H * up / down), ceil(W * up / down))."""
+        if features.dim() != 4 or features.shape[1] != self.channels:
+            raise ValueError(
+                f"features must have shape (N, {self.channels}, H, W) as channels={self.channels} says, "
+                f"got {tuple(features.shape)}"
+            )
+        kernels = self.predict_kernels(features)
+        return reassemble(features, kernels, self.kernel_size, self.group_size, self.up, self.down)
+
+    def extra_repr(self) -> str:
+        scale = f"{self.up}" if self.down == 1 else f"{self.up}/{self.down}"
+        return (
+            f"channels={self.channels}, scale={scale}, kernel_size={self.kernel_size}, group_size={self.group_size}, "
+            f"normalizer={self.normalizer!r}"
+        )
+
+
+def resize_ratio(scale_factor: int | float | Fraction, *, invert: bool) -> tuple[int, int]:
+    """``(up, down)`` of a module's scale factor, which is at least 1 and says how many times larger or smaller."""
+    up, down = scale_ratio(scale_factor)
+    if up < down:
+        raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
+    return (down, up) if invert else (up, down)

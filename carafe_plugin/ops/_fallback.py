@@ -1,0 +1,124 @@
+"""What serves where the compiled operators do not: other devices, torch older than 2.10, no compiler.
+
+The reference as autograd Functions, so that nothing ``k ** 2`` times larger than a map is kept for the backward pass,
+closed under differentiation as the registered operators are. On CUDA, mmcv's own operator takes over where it is
+installed and known to be right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device type; the spelling changed in torch 2.4."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """The dtype that autocast computes in on a device type."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype()
+
+
+def autocast_pair(first: Tensor, second: Tensor, device_type: str) -> tuple[Tensor, Tensor]:
+    """Both tensors in autocast's dtype; float64 on either side keeps both in float64, as torch's own rules do."""
+    dtype = autocast_dtype(device_type)
+    if torch.float64 in (first.dtype, second.dtype):
+        dtype = torch.float64
+    return first.to(dtype), second.to(dtype)
+
+
+class _Reassemble(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, masks: Tensor, *geometry: int) -> Tensor:
+        ctx.save_for_backward(features, masks)
+        ctx.geometry = geometry
+        return _like(reference.reassemble(features, masks, *geometry), features)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        features, masks = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        size = features.shape[-2:]
+        dx = _GradFeatures.apply(grad_output, masks, *size, *ctx.geometry) if wanted[0] else None
+        dm = _GradMasks.apply(grad_output, features, *ctx.geometry) if wanted[1] else None
+        return (dx, dm, *[None] * 4)
+
+
+class _GradFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, masks: Tensor, height: int, width: int, *geometry: int) -> Tensor:
+        ctx.save_for_backward(grad_output, masks)
+        ctx.geometry = geometry
+        return _like(reference.grad_features(grad_output, masks, height, width, *geometry), grad_output)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, masks = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        dz = _Reassemble.apply(cotangent, masks, *ctx.geometry) if wanted[0] else None
+        dm = _GradMasks.apply(grad_output, cotangent, *ctx.geometry) if wanted[1] else None
+        return (dz, dm, *[None] * 6)
+
+
+class _GradMasks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, features: Tensor, *geometry: int) -> Tensor:
+        ctx.save_for_backward(grad_output, features)
+        ctx.geometry = geometry
+        return reference.grad_masks(grad_output, features, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, features = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        dz = _Reassemble.apply(features, cotangent, *ctx.geometry) if wanted[0] else None
+        size = features.shape[-2:]
+        dx = _GradFeatures.apply(grad_output, cotangent, *size, *ctx.geometry) if wanted[1] else None
+        return (dz, dx, *[None] * 4)
+
+
+def _like(result: Tensor, source: Tensor) -> Tensor:
+    """The result in the memory format of the map that it was computed from."""
+    channels_last = is_channels_last(source)
+    return result.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def is_channels_last(maps: Tensor) -> bool:
+    """Whether results computed from ``maps`` are laid out channels_last (a map that is both counts as contiguous)."""
+    return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+
+
+def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
+    """The operator by mmcv's CUDA kernel or the reference, autocast included."""
+    device_type = features.device.type
+    if autocast_enabled(device_type):
+        features, masks = autocast_pair(features, masks, device_type)
+    if _mmcv_is_right(features, masks, kernel_size, group_size, down):
+        from mmcv.ops.carafe import CARAFEFunction
+
+        return CARAFEFunction.apply(features, masks, kernel_size, group_size, up)
+    return _Reassemble.apply(features, masks, kernel_size, group_size, up, down)
+
+
+def _mmcv_is_right(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, down: int) -> bool:
+    """mmcv's kernel reads raw NCHW memory, knows integer upsampling only, and holds 384 weights a pixel."""
+    if not features.is_cuda or down != 1 or group_size * kernel_size**2 > 384 or features.numel() == 0:
+        return False
+    if features.dtype not in (torch.float16, torch.float32) or not (features.is_contiguous() and masks.is_contiguous()):
+        return False
+    try:
+        from mmcv.ops.carafe import CARAFEFunction  # noqa: F401
+    except Exception:  # mmcv is absent, or its compiled part does not load: either way it cannot serve
+        return False
+    return True

@@ -1,0 +1,149 @@
+"""The public operator: documentation, validation, and the choice of what computes it."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from . import _fallback, _registration
+from .reference import output_size
+
+# An "exact" float has a small power of two below the line (0.5, 1.5, 0.75): anything longer is a rounded third or
+# tenth, for which guessing the intended fraction would be wrong as often as right.
+_MAX_FLOAT_DENOMINATOR = 64
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def carafe(
+    features: Tensor,
+    masks: Tensor,
+    kernel_size: int,
+    group_size: int = 1,
+    scale_factor: int | float | Fraction = 2,
+) -> Tensor:
+    r"""Content-aware reassembly of features (CARAFE++, eq. 3) for any rational scale.
+
+    Every output location is a weighted sum of a ``k x k`` neighbourhood of its source location, with weights of its
+    own. Upsampling, downsampling and scales such as 3/2 are the same formula; see :mod:`carafe_plugin.ops.reference`.
+
+    Args:
+        features (Tensor[N, C, H, W]): float64, float32, float16 or bfloat16; any strides (contiguous and channels_last
+            are fast). Zero outside the map.
+        masks (Tensor[N, group_size * kernel_size ** 2, H', W']): the normalised kernels, one per output location and
+            group, taps in row-major order, ``H' = ceil(H * scale_factor)``, ``W' = ceil(W * scale_factor)``; dtype and
+            device of ``features`` (under autocast the dtypes may differ).
+        kernel_size (int): ``k``, odd.
+        group_size (int): number of channel groups ``G`` that have kernels of their own; ``C`` is a multiple of it.
+        scale_factor (int | float | fractions.Fraction): output size over input size, greater than 0. A float must be
+            exact (0.5, 1.5); write a third as ``Fraction(1, 3)``.
+
+    Returns:
+        Tensor[N, C, H', W']: dtype and memory format of ``features``. Sums are accumulated in float32 (float64 for
+        float64).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, sizes, devices or the scale do not fit together.
+
+    The first five positions are those of ``mmcv.ops.carafe``. Differentiable to any order; deterministic.
+
+    Example:
+        >>> import torch
+        >>> from carafe_plugin.ops import carafe
+        >>> features = torch.arange(4.0).reshape(1, 1, 2, 2)
+        >>> centre_tap = torch.zeros(1, 9, 4, 4)
+        >>> centre_tap[:, 4] = 1
+        >>> carafe(features, centre_tap, kernel_size=3, scale_factor=2)[0, 0]
+        tensor([[0., 0., 1., 1.],
+                [0., 0., 1., 1.],
+                [2., 2., 3., 3.],
+                [2., 2., 3., 3.]])
+    """
+    up, down = scale_ratio(scale_factor)
+    _check(features, masks, kernel_size, group_size, up, down)
+    return reassemble(features, masks, kernel_size, group_size, up, down)
+
+
+def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
+    """:func:`carafe` on arguments that are known to fit: compiled where that serves the device, else the reference."""
+    if _registration.is_compiled(features.device.type):
+        return torch.ops.carafe_plugin.carafe.default(features, masks, kernel_size, group_size, up, down)
+    return _fallback.reassemble(features, masks, kernel_size, group_size, up, down)
+
+
+def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
+    """The coprime ``(up, down)`` of a scale factor.
+
+    Raises:
+        TypeError: ``scale_factor`` is no number.
+        ValueError: it is not positive, or a float that is not an exact ratio.
+
+    Example:
+        >>> scale_ratio(2), scale_ratio(0.5), scale_ratio(Fraction(3, 2))
+        ((2, 1), (1, 2), (3, 2))
+    """
+    if isinstance(scale_factor, bool) or not isinstance(scale_factor, (int, float, Fraction)):
+        raise TypeError(
+            f"scale_factor must be an int, a float or a fractions.Fraction, got {type(scale_factor).__name__}"
+        )
+    if isinstance(scale_factor, float) and not math.isfinite(scale_factor):
+        raise ValueError(f"scale_factor must be a positive rational number, got {scale_factor}")
+    if not scale_factor > 0:
+        raise ValueError(f"scale_factor must be greater than 0, got {scale_factor}")
+    if isinstance(scale_factor, int):
+        return scale_factor, 1
+    if isinstance(scale_factor, Fraction):
+        return scale_factor.numerator, scale_factor.denominator
+    up, down = scale_factor.as_integer_ratio()
+    if down > _MAX_FLOAT_DENOMINATOR:
+        guess = Fraction(scale_factor).limit_denominator(_MAX_FLOAT_DENOMINATOR)
+        raise ValueError(
+            f"scale_factor must be a rational number that is written exactly, got the float {scale_factor!r}, which is "
+            f"{up}/{down}; did you mean fractions.Fraction({guess.numerator}, {guess.denominator})?"
+        )
+    return up, down
+
+
+def _check(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> None:
+    for name, value in (("features", features), ("masks", masks)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}")
+        if value.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(value.shape)}")
+    for name, number in (("kernel_size", kernel_size), ("group_size", group_size)):
+        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if features.device != masks.device:
+        raise ValueError(
+            f"features and masks must be on the same device, got features on {features.device}, masks on {masks.device}"
+        )
+    if features.dtype != masks.dtype and not _fallback.autocast_enabled(features.device.type):
+        raise TypeError(
+            f"features and masks must have the same dtype outside autocast, got {features.dtype} and {masks.dtype}"
+        )
+    n, c, h, w = features.shape
+    if c % group_size:
+        raise ValueError(f"features must have a multiple of group_size={group_size} channels, got {c}")
+    if masks.shape[0] != n:
+        raise ValueError(f"masks must have the batch size of features, {n}, got {masks.shape[0]}")
+    if masks.shape[1] != group_size * kernel_size**2:
+        raise ValueError(
+            f"masks must have group_size * kernel_size ** 2 = {group_size * kernel_size**2} channels, "
+            f"got {masks.shape[1]}"
+        )
+    expected = (output_size(h, up, down), output_size(w, up, down))
+    if masks.shape[2] != expected[0] or masks.shape[3] != expected[1]:
+        raise ValueError(
+            f"masks must have the output size {expected[0]} x {expected[1]} ({h} x {w} features scaled by {up}/{down}),"
+            f" got {masks.shape[2]} x {masks.shape[3]}"
+        )

@@ -1,0 +1,180 @@
+// From tensors to a Shape and Maps, with every check that keeps a kernel from reading what is not there. CPU and CUDA
+// share it; Python has checked the same with friendlier words, but torch.ops callers come here directly.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "kernels/scalar.h"
+#include "kernels/shape.h"
+
+namespace carafe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_pair(const Tensor& first, const char* first_name, const Tensor& second, const char* second_name) {
+  STD_TORCH_CHECK(first.dim() == 4, first_name, " must have 4 dimensions, got ", first.dim());
+  STD_TORCH_CHECK(second.dim() == 4, second_name, " must have 4 dimensions, got ", second.dim());
+  STD_TORCH_CHECK(
+      first.scalar_type() == second.scalar_type(), first_name, " and ", second_name, " must have the same dtype");
+  STD_TORCH_CHECK(
+      first.is_cuda() == second.is_cuda() && first.get_device_index() == second.get_device_index(),
+      first_name,
+      " and ",
+      second_name,
+      " must be on the same device");
+}
+
+inline void check_size(const Tensor& tensor, const char* name, int64_t n, int64_t c, int64_t h, int64_t w) {
+  STD_TORCH_CHECK(
+      tensor.size(0) == n && tensor.size(1) == c && tensor.size(2) == h && tensor.size(3) == w,
+      name, " must have shape (", n, ", ", c, ", ", h, ", ", w, "), got (",
+      tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2), ", ", tensor.size(3), ")");
+}
+
+inline Shape make_shape(
+    int64_t batch,
+    int64_t channels,
+    int64_t height,
+    int64_t width,
+    int64_t kernel,
+    int64_t groups,
+    int64_t up,
+    int64_t down) {
+  STD_TORCH_CHECK(kernel >= 1 && kernel % 2 == 1, "kernel_size must be odd and at least 1, got ", kernel);
+  STD_TORCH_CHECK(up >= 1 && down >= 1, "up and down must be at least 1, got ", up, " and ", down);
+  STD_TORCH_CHECK(
+      groups >= 1 && channels % groups == 0,
+      "group_size must be at least 1 and divide the channels, got ", groups, " for ", channels, " channels");
+  STD_TORCH_CHECK(height >= 0 && width >= 0, "height and width must not be negative, got ", height, " x ", width);
+  return Shape{
+      batch, channels, height, width, ceil_div(height * up, down), ceil_div(width * up, down), kernel, groups, up, down};
+}
+
+template <class T>
+Map<const T> input_map(const Tensor& tensor) {
+  const auto data = static_cast<const T*>(tensor.const_data_ptr());
+  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+template <class T>
+Map<T> output_map(const Tensor& tensor) {
+  const auto data = static_cast<T*>(tensor.mutable_data_ptr());
+  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+// torch's own rule for "channels_last and not also contiguous": strides of axes of length 1 say nothing.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int64_t axis : {1, 3, 2, 0}) {
+    if (tensor.size(axis) != 1 && tensor.stride(axis) != expected) return false;
+    expected *= tensor.size(axis);
+  }
+  return true;
+}
+
+// A new map with the dtype and device of `source`, and its memory format if asked (the rule of the fake kernels).
+inline Tensor new_map(const Tensor& source, int64_t n, int64_t c, int64_t h, int64_t w, bool keep_format) {
+  using torch::headeronly::MemoryFormat;
+  const int64_t size[] = {n, c, h, w};
+  return torch::stable::empty(
+      {size, 4},
+      source.scalar_type(),
+      std::nullopt,
+      source.device(),
+      std::nullopt,
+      keep_format && is_channels_last(source) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// Calls `function` with a null pointer of the element type. A template function, because THO_DISPATCH_V2 splits its
+// body at commas.
+template <class Function>
+void dispatch(ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return function(static_cast<double*>(nullptr));
+    case ScalarType::Float:
+      return function(static_cast<float*>(nullptr));
+    case ScalarType::Half:
+      return function(static_cast<Half*>(nullptr));
+    case ScalarType::BFloat16:
+      return function(static_cast<BFloat16*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, "the dtype must be float64, float32, float16 or bfloat16");
+  }
+}
+
+// The three operators up to the point where the device matters: check, allocate, and hand typed maps to the launcher.
+// `Launcher` has three static templates: reassemble, grad_features, grad_masks (Shape, output, first, second).
+
+template <class Launcher>
+Tensor carafe_impl(
+    const Tensor& features,
+    const Tensor& masks,
+    int64_t kernel_size,
+    int64_t group_size,
+    int64_t up,
+    int64_t down) {
+  check_pair(features, "features", masks, "masks");
+  const Shape shape = make_shape(
+      features.size(0), features.size(1), features.size(2), features.size(3), kernel_size, group_size, up, down);
+  check_size(masks, "masks", shape.batch, shape.mask_channels(), shape.out_height, shape.out_width);
+  Tensor output = new_map(features, shape.batch, shape.channels, shape.out_height, shape.out_width, true);
+  if (output.numel() == 0) return output;
+  dispatch(features.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    Launcher::reassemble(features, shape, output_map<T>(output), input_map<T>(features), input_map<T>(masks));
+  });
+  return output;
+}
+
+template <class Launcher>
+Tensor grad_features_impl(
+    const Tensor& grad_output,
+    const Tensor& masks,
+    int64_t height,
+    int64_t width,
+    int64_t kernel_size,
+    int64_t group_size,
+    int64_t up,
+    int64_t down) {
+  check_pair(grad_output, "grad_output", masks, "masks");
+  const Shape shape =
+      make_shape(grad_output.size(0), grad_output.size(1), height, width, kernel_size, group_size, up, down);
+  check_size(grad_output, "grad_output", shape.batch, shape.channels, shape.out_height, shape.out_width);
+  check_size(masks, "masks", shape.batch, shape.mask_channels(), shape.out_height, shape.out_width);
+  Tensor grad = new_map(grad_output, shape.batch, shape.channels, shape.height, shape.width, true);
+  if (grad.numel() == 0) return grad;
+  dispatch(grad_output.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    Launcher::grad_features(grad_output, shape, output_map<T>(grad), input_map<T>(grad_output), input_map<T>(masks));
+  });
+  return grad;
+}
+
+template <class Launcher>
+Tensor grad_masks_impl(
+    const Tensor& grad_output,
+    const Tensor& features,
+    int64_t kernel_size,
+    int64_t group_size,
+    int64_t up,
+    int64_t down) {
+  check_pair(grad_output, "grad_output", features, "features");
+  const Shape shape = make_shape(
+      features.size(0), features.size(1), features.size(2), features.size(3), kernel_size, group_size, up, down);
+  check_size(grad_output, "grad_output", shape.batch, shape.channels, shape.out_height, shape.out_width);
+  Tensor grad = new_map(grad_output, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, false);
+  if (grad.numel() == 0) return grad;
+  dispatch(grad_output.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    Launcher::grad_masks(grad_output, shape, output_map<T>(grad), input_map<T>(grad_output), input_map<T>(features));
+  });
+  return grad;
+}
+
+}  // namespace carafe

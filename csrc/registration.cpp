@@ -1,0 +1,20 @@
+// The module stub and every schema, nothing else. The kernels register themselves in cpu/carafe.cpp and
+// cuda/carafe.cu; fake, autograd and autocast are Python (carafe_plugin/ops/_registration.py).
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(carafe_plugin, m) {
+  m.def("carafe(Tensor features, Tensor masks, int kernel_size, int group_size, int up, int down) -> Tensor");
+  m.def(
+      "_carafe_grad_features(Tensor grad_output, Tensor masks, SymInt height, SymInt width, int kernel_size, "
+      "int group_size, int up, int down) -> Tensor");
+  m.def(
+      "_carafe_grad_masks(Tensor grad_output, Tensor features, int kernel_size, int group_size, int up, int down) "
+      "-> Tensor");
+}
+
+// `import carafe_plugin._C` runs the static registrations of this library; the module itself is empty.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
