@@ -90,9 +90,9 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
         raise TypeError(
             f"scale_factor must be an int, a float or a fractions.Fraction, got {type(scale_factor).__name__}"
         )
-    if isinstance(scale_factor, float) and not math.isfinite(scale_factor):
+    if scale_factor != scale_factor or scale_factor == math.inf:  # not math.isfinite: torch.compile cannot trace it
         raise ValueError(f"scale_factor must be a positive rational number, got {scale_factor}")
-    if not scale_factor > 0:
+    if scale_factor <= 0:
         raise ValueError(f"scale_factor must be greater than 0, got {scale_factor}")
     if isinstance(scale_factor, int):
         return scale_factor, 1

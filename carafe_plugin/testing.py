@@ -1,0 +1,136 @@
+"""What every test of the operator needs: devices, dtypes, shapes, layouts, and tolerances with their reasons.
+
+Part of the package, so that a project that builds on the operator can test against the same definition.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.carafe import scale_ratio
+from .ops.reference import output_size
+
+SCALES: tuple[int | Fraction, ...] = (2, 3, 4, 1, Fraction(1, 2), Fraction(1, 3), Fraction(3, 2), Fraction(2, 3))
+
+# Heights and widths of feature maps: even, odd, a single pixel, one longer than any vector register, one that no vector
+# length divides.
+SHAPES: tuple[tuple[int, int], ...] = ((6, 8), (5, 7), (1, 1), (2, 70), (9, 33))
+
+# Largest relative error ||got - expected|| / ||expected|| against the reference, which accumulates in the same dtype
+# but in another order, with the same operations: for float64 and float32 that order is all that differs, over sums of
+# up to k^2 = 49 terms (k^2 * up^2 in the gradient); the half-precision dtypes add one rounding of the result, half a
+# unit in the last place at most (2^-11 and 2^-8).
+TOLERANCES: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
+
+def devices() -> tuple[str, ...]:
+    """The device types that the operator is compiled for. Tests skip, with the reason, those that are absent here."""
+    return ("cpu", "cuda")
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that the operator serves on every device."""
+    return tuple(TOLERANCES)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """``||got - expected|| / ||expected||`` in float64; NaN where either has one, so that a comparison fails."""
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-30)) if expected.numel() else 0.0
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    """Same shape and dtype, and a relative error within the tolerance of that dtype."""
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    assert got.dtype == expected.dtype, f"dtype {got.dtype}, expected {expected.dtype}"
+    error = relative_error(got, expected)
+    assert error <= TOLERANCES[got.dtype], f"relative error {error:.3g} > {TOLERANCES[got.dtype]:.3g} for {got.dtype}"
+
+
+def _sliced(t: Tensor) -> Tensor:
+    padded = torch.full((t.shape[0], t.shape[1] + 1, t.shape[2] + 3, t.shape[3] + 2), float("nan")).to(t)
+    padded[:, 1:, 2:-1, 1:-1] = t
+    return padded[:, 1:, 2:-1, 1:-1]
+
+
+def _expanded(t: Tensor) -> Tensor:
+    return t[:1, :, :, :1].expand_as(t)
+
+
+# Every way in which a map may lie in memory. `expanded` repeats one column and one image with strides of 0, so it
+# changes the values; the others do not. What surrounds a slice is NaN: reading it cannot go unnoticed.
+LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced": _sliced,
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": _expanded,
+}
+
+
+def random_case(
+    size: tuple[int, int],
+    channels: int,
+    kernel_size: int,
+    group_size: int,
+    scale: int | Fraction,
+    *,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random (features, masks, grad_output) that fit together, drawn on the CPU so that devices see the same numbers.
+
+    Example:
+        >>> [tuple(t.shape) for t in random_case((5, 7), 4, 3, 2, Fraction(1, 2))]
+        [(2, 4, 5, 7), (2, 18, 3, 4), (2, 4, 3, 4)]
+    """
+    up, down = scale_ratio(scale)
+    out = (output_size(size[0], up, down), output_size(size[1], up, down))
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, channels, *size), (batch, group_size * kernel_size**2, *out), (batch, channels, *out))
+    features, masks, grad = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return features.to(device, dtype), masks.to(device, dtype), grad.to(device, dtype)
+
+
+def pairwise(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Few cases in which every pair of values of every two options occurs: greedy, deterministic.
+
+    Example:
+        >>> len(list(pairwise({"a": range(3), "b": range(3), "c": range(3)})))
+        10
+    """
+    names = list(options)
+    pending = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(options[names[a]]))
+        for j in range(len(options[names[b]]))
+    }
+    while pending:
+        seed = min(pending)
+        case: dict[int, int] = {seed[0]: seed[1], seed[2]: seed[3]}
+        for axis in range(len(names)):
+            if axis in case:
+                continue
+
+            def gain(value: int, axis: int = axis) -> int:
+                pairs = ((min(axis, o), max(axis, o), o, v) for o, v in case.items())
+                return sum(((a, v, b, value) if o == a else (a, value, b, v)) in pending for a, b, o, v in pairs)
+
+            case[axis] = max(range(len(options[names[axis]])), key=gain)
+        for a, b in itertools.combinations(range(len(names)), 2):
+            pending.discard((a, case[a], b, case[b]))
+        yield {name: options[name][case[axis]] for axis, name in enumerate(names)}

@@ -1,0 +1,104 @@
+// The torch-free kernel headers behind C functions, for ctypes. Compiled by test_kernels.py with g++ alone, once plain
+// and once with the address and undefined-behaviour sanitizers.
+#include "../../csrc/kernels/element.h"
+#include "../../csrc/kernels/rows.h"
+
+using namespace carafe;
+
+namespace {
+
+// Contiguous (N, C, H, W) with `columns_first` swapping the last two axes in memory, so that strides are tested too.
+template <class T>
+Map<T> map(T* data, int64_t c, int64_t h, int64_t w, bool columns_first) {
+  return {data, c * h * w, h * w, columns_first ? 1 : w, columns_first ? h : 1};
+}
+
+template <class T, class Element>
+void fill(Map<T> output, int64_t n, int64_t c, int64_t h, int64_t w, const Element& element) {
+  for (int64_t b = 0; b < n; ++b)
+    for (int64_t ch = 0; ch < c; ++ch)
+      for (int64_t i = 0; i < h; ++i)
+        for (int64_t j = 0; j < w; ++j) output.at(b, ch, i, j) = element(b, ch, i, j);
+}
+
+// op: 0 reassemble, 1 gradient to features, 2 gradient to masks. path: 0 element by element, 1 row kernels.
+template <class T>
+void run(int op, int path, const Shape& s, bool columns_first, T* output, const T* first, const T* second) {
+  const int64_t m = s.mask_channels();
+  const bool f = columns_first;
+  const Map<const T> maps[3] = {
+      map(first, s.channels, op == 0 ? s.height : s.out_height, op == 0 ? s.width : s.out_width, f),
+      op == 2 ? map(second, s.channels, s.height, s.width, f) : map(second, m, s.out_height, s.out_width, f)};
+  const Map<T> target = op == 0   ? map(output, s.channels, s.out_height, s.out_width, f)
+                        : op == 1 ? map(output, s.channels, s.height, s.width, f)
+                                  : map(output, m, s.out_height, s.out_width, f);
+  if (path == 0) {
+    if (op == 0)
+      fill(target, s.batch, s.channels, s.out_height, s.out_width, [&](auto... at) {
+        return reassemble_element(s, maps[0], maps[1], at...);
+      });
+    if (op == 1)
+      fill(target, s.batch, s.channels, s.height, s.width, [&](auto... at) {
+        return grad_features_element(s, maps[0], maps[1], at...);
+      });
+    if (op == 2)
+      fill(target, s.batch, m, s.out_height, s.out_width, [&](auto... at) {
+        return grad_masks_element(s, maps[0], maps[1], at...);
+      });
+    return;
+  }
+  const Plan plan = make_plan<accumulator_t<T>>(s, 3);
+  Scratch<accumulator_t<T>> scratch;
+  for (int64_t index = 0; index < plan.tiles; ++index) {
+    const Tile tile = make_tile(s, plan, index);
+    if (op == 0) reassemble_tile<Isa<16, 16>>(s, target, maps[0], maps[1], tile, scratch);
+    if (op == 1) grad_features_tile<Isa<16, 16>>(s, target, maps[0], maps[1], tile, scratch);
+    if (op == 2) grad_masks_tile<Isa<16, 16>>(s, target, maps[0], maps[1], tile, scratch);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// dtype: 0 double, 1 float, 2 half, 3 bfloat16; geometry: n, c, h, w, k, groups, up, down
+void carafe_run(
+    int op, int path, int dtype, const int64_t* g, int columns_first, void* output, const void* first,
+    const void* second) {
+  const Shape s{g[0], g[1], g[2], g[3], ceil_div(g[2] * g[6], g[7]), ceil_div(g[3] * g[6], g[7]), g[4], g[5], g[6], g[7]};
+  const auto call = [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    run(op, path, s, columns_first, static_cast<T*>(output), static_cast<const T*>(first), static_cast<const T*>(second));
+  };
+  if (dtype == 0) call(static_cast<double*>(nullptr));
+  if (dtype == 1) call(static_cast<float*>(nullptr));
+  if (dtype == 2) call(static_cast<Half*>(nullptr));
+  if (dtype == 3) call(static_cast<BFloat16*>(nullptr));
+}
+
+void widen_half(int64_t count, const uint16_t* from, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(Half{from[i]});
+}
+void widen_bfloat16(int64_t count, const uint16_t* from, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(BFloat16{from[i]});
+}
+void narrow_half(int64_t count, const float* from, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = Narrow<Half>::from(from[i]).bits;
+}
+void narrow_bfloat16(int64_t count, const float* from, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = Narrow<BFloat16>::from(from[i]).bits;
+}
+
+// The index of the last element of a map, as the kernels compute it.
+int64_t last_offset(int64_t c, int64_t h, int64_t w) {
+  char base = 0;
+  const Map<char> m{&base, c * h * w, h * w, w, 1};
+  return reinterpret_cast<intptr_t>(m.pointer(0, c - 1, h - 1, w - 1)) - reinterpret_cast<intptr_t>(&base);
+}
+int64_t source_index(int64_t output, int64_t up, int64_t down) {
+  return Shape{0, 0, 0, 0, 0, 0, 1, 1, up, down}.source(output);
+}
+int64_t first_output(int64_t source, int64_t up, int64_t down) {
+  return Shape{0, 0, 0, 0, 0, 0, 1, 1, up, down}.first_output(source);
+}
+}

@@ -1,0 +1,143 @@
+"""The kernel mathematics on the host: what a CUDA thread computes (element.h) and what a CPU vector computes (rows.h),
+compiled with g++ alone, without torch's headers, against the reference."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from carafe_plugin.ops import reference
+from carafe_plugin.ops.carafe import scale_ratio
+from carafe_plugin.testing import SCALES, assert_close, dtypes, pairwise, random_case
+
+HERE = Path(__file__).parent
+CXX = os.environ.get("CXX", "g++")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the order of host.cpp
+CASES = list(
+    pairwise(
+        {
+            "kernel_size": (1, 3, 5, 7),
+            "group_size": (1, 2, 4),
+            "scale": (*SCALES, Fraction(5, 4), Fraction(2, 5)),
+            "size": ((6, 8), (5, 7), (1, 1), (2, 33)),
+            "dtype": dtypes(),
+            "columns_first": (0, 1),
+        }
+    )
+)
+
+
+def compile_host(folder: Path, *flags: str) -> Path:
+    if shutil.which(CXX) is None:
+        pytest.skip(f"no C++ compiler: {CXX} is not on the PATH")
+    library = folder / "host.so"
+    command = [CXX, "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags]
+    result = subprocess.run([*command, str(HERE / "host.cpp"), "-o", str(library)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return ctypes.CDLL(str(compile_host(tmp_path_factory.mktemp("host"), "-O2")))
+
+
+def run(library, op, path, case, output, first, second):
+    features_size = (2, 8, *case["size"])
+    geometry = (ctypes.c_int64 * 8)(
+        *features_size, case["kernel_size"], case["group_size"], *scale_ratio(case["scale"])
+    )
+    # The host's memory order is the reference's, or that with rows and columns swapped.
+    swap = case["columns_first"]
+    arrange = (lambda t: t.transpose(2, 3).contiguous()) if swap else (lambda t: t.contiguous())
+    first, second, target = arrange(first), arrange(second), arrange(torch.full_like(output, float("nan")))
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (target, first, second))
+    library.carafe_run(op, path, DTYPES.index(case["dtype"]), geometry, swap, *pointers)
+    return target.transpose(2, 3) if swap else target
+
+
+def check_all_operators(library, path, case):
+    args = (case["kernel_size"], case["group_size"], *scale_ratio(case["scale"]))
+    features, masks, grad = random_case(
+        case["size"], 8, case["kernel_size"], case["group_size"], case["scale"], dtype=case["dtype"]
+    )
+    for op, expected, first, second in (
+        (0, reference.reassemble(features, masks, *args), features, masks),
+        (1, reference.grad_features(grad, masks, *case["size"], *args), grad, masks),
+        (2, reference.grad_masks(grad, features, *args), grad, features),
+    ):
+        assert_close(run(library, op, path, case, expected, first, second), expected)
+
+
+@pytest.mark.parametrize("path", [0, 1], ids=["element", "rows"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v).replace("/", "to") for v in c.values()))
+def test_kernels_equal_the_reference(case, path, library):
+    check_all_operators(library, path, case)
+
+
+def test_kernels_under_sanitizers(tmp_path):
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compiled = compile_host(tmp_path, *flags)
+    runtime = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip(f"{CXX} has no address sanitizer runtime")
+    # The runtime must be loaded before Python; leaks of the interpreter are none of our business.
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, __file__, str(compiled)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.strip() == f"{2 * len(CASES)} cases"
+
+
+def test_conversions_of_half_precision(library):
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
+    for dtype, suffix in ((torch.float16, "half"), (torch.bfloat16, "bfloat16")):
+        wide = torch.empty(65536)
+        getattr(library, f"widen_{suffix}")(ctypes.c_int64(65536), *(ctypes.c_void_p(t.data_ptr()) for t in (bits, wide)))
+        expected = bits.view(dtype).float()
+        assert torch.equal(wide.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+        assert torch.equal(wide.isnan(), expected.isnan())
+        # Every finite value, its neighbours half a step away (ties), just beside the ties, and float32 at random.
+        finite = expected[expected.isfinite()].double().sort().values
+        middle = ((finite[1:] + finite[:-1]) / 2).float()
+        generator = torch.Generator().manual_seed(0)
+        anything = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
+        special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.9, 65520.0, 3.4e38, 1e-45])
+        near = (torch.nextafter(middle, torch.tensor(9e9)), torch.nextafter(middle, torch.tensor(-9e9)))
+        wide = torch.cat([finite.float(), middle, *near, anything, special])
+        narrow = torch.empty(len(wide), dtype=torch.uint16)
+        getattr(library, f"narrow_{suffix}")(
+            ctypes.c_int64(len(wide)), *(ctypes.c_void_p(t.data_ptr()) for t in (wide, narrow))
+        )
+        got, expected = narrow.view(dtype), wide.to(dtype)
+        assert torch.equal(got.isnan(), expected.isnan())
+        keep = ~expected.isnan()
+        assert torch.equal(got[keep].view(torch.int16), expected[keep].view(torch.int16))
+
+
+def test_offsets_of_more_than_2_to_the_31_elements(library):
+    library.last_offset.restype = library.source_index.restype = library.first_output.restype = ctypes.c_int64
+    c, h, w = 64, 16400, 16400
+    assert c * h * w > 2**33
+    assert library.last_offset(*(ctypes.c_int64(v) for v in (c, h, w))) == c * h * w - 1
+    for up, down in ((3, 2), (2, 3), (2, 1), (1, 2)):
+        for output in (0, 1, 5, 2**33 + 1):
+            source = library.source_index(*(ctypes.c_int64(v) for v in (output, up, down)))
+            assert source == output * down // up
+            first = library.first_output(*(ctypes.c_int64(v) for v in (source, up, down)))
+            assert first == -(-source * up // down) <= output
+
+
+if __name__ == "__main__":
+    host = ctypes.CDLL(sys.argv[1])
+    for chosen in CASES:
+        for kernel_path in (0, 1):
+            check_all_operators(host, kernel_path, chosen)
+    print(f"{2 * len(CASES)} cases")

@@ -1,0 +1,171 @@
+"""Which code serves: the compiled paths, the reference, and what is said when a wish cannot be met."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from carafe_plugin.ops import is_compiled
+from carafe_plugin.ops._registration import OPERATORS
+
+CHECK = """
+import ctypes, torch, carafe_plugin._C
+from fractions import Fraction
+from carafe_plugin.ops import carafe, reference
+from carafe_plugin.testing import assert_close, random_case, dtypes
+from carafe_plugin.ops.carafe import scale_ratio
+library = ctypes.CDLL(carafe_plugin._C.__file__)
+library.carafe_cpu_path.restype = ctypes.c_char_p
+ops = torch.ops.carafe_plugin
+for dtype in dtypes():
+    for scale in (2, 3, Fraction(1, 2), Fraction(3, 2)):
+        for k, g in ((5, 1), (3, 4), (1, 1), (7, 2)):
+            args = (k, g, *scale_ratio(scale))
+            x, m, z = random_case((9, 21), 20, k, g, scale, dtype=dtype)
+            assert_close(ops.carafe(x, m, *args), reference.reassemble(x, m, *args))
+            assert_close(ops._carafe_grad_features(z, m, 9, 21, *args), reference.grad_features(z, m, 9, 21, *args))
+            assert_close(ops._carafe_grad_masks(z, x, *args), reference.grad_masks(z, x, *args))
+print("path", library.carafe_cpu_path().decode())
+"""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def supported_paths():
+    result = run("import ctypes, carafe_plugin._C as c\nl = ctypes.CDLL(c.__file__)\n"
+                 "l.carafe_cpu_path.restype = ctypes.c_char_p\nprint(l.carafe_cpu_path().decode())")
+    assert result.returncode == 0, result.stderr
+    paths = ("plain", "baseline", "avx2", "avx512")
+    return paths[: paths.index(result.stdout.strip()) + 1]
+
+
+@pytest.mark.parametrize("path", ["plain", "baseline", "avx2", "avx512"])
+def test_every_cpu_path_equals_the_reference(path):
+    if path not in supported_paths():
+        pytest.skip(f"this processor does not run the {path} path")
+    result = run(CHECK, CARAFE_CPU_PATH=path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"path {path}"
+
+
+def test_unknown_cpu_path_is_an_error():
+    code = "import torch; from carafe_plugin.ops import carafe\n"
+    code += "carafe(torch.zeros(1, 1, 2, 2), torch.zeros(1, 9, 4, 4), 3)"
+    result = run(code, CARAFE_CPU_PATH="quantum")
+    assert result.returncode != 0
+    assert "CARAFE_CPU_PATH must be auto or a path of this machine (plain to " in result.stderr
+    assert "got quantum" in result.stderr
+
+
+def test_reference_backend_on_request():
+    code = """
+import torch
+from carafe_plugin import CARAFEUpsample, is_compiled
+assert not is_compiled("cpu")
+x = torch.rand(1, 4, 3, 3, requires_grad=True)
+CARAFEUpsample(4)(x).sum().backward()
+print(x.grad.shape)
+"""
+    result = run(code, CARAFE_BACKEND="reference")
+    assert result.returncode == 0, result.stderr
+    assert "torch.Size([1, 4, 3, 3])" in result.stdout
+    assert "carafe_plugin" not in result.stderr
+
+
+# What a machine without a compiler sees: the module is not there.
+HIDDEN = """
+import sys
+sys.modules["carafe_plugin._C"] = None
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import carafe_plugin, torch
+    for _ in range(2):
+        carafe_plugin.carafe(torch.zeros(1, 1, 2, 2), torch.zeros(1, 9, 4, 4), 3)
+ours = [str(w.message) for w in caught if "carafe_plugin" in str(w.message)]
+print(len(ours), ours, carafe_plugin.is_compiled())
+"""
+
+
+def test_reference_serves_without_the_extension_after_one_warning():
+    result = run(HIDDEN)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("1 [")
+    assert "the slower PyTorch reference serves" in result.stdout
+    assert result.stdout.strip().endswith("False")
+
+
+def test_missing_extension_is_an_error_where_it_is_required():
+    result = run("import sys; sys.modules['carafe_plugin._C'] = None; import carafe_plugin", CARAFE_BACKEND="compiled")
+    assert result.returncode != 0
+    assert "CARAFE_BACKEND=compiled, but carafe_plugin._C does not load" in result.stderr
+
+
+def test_unknown_backend_is_an_error():
+    result = run("import carafe_plugin", CARAFE_BACKEND="fast")
+    assert "CARAFE_BACKEND must be 'auto', 'compiled' or 'reference', got 'fast'" in result.stderr
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"])
+def test_every_operator_has_every_registration(operator, key):
+    if key == "CUDA" and not is_compiled("cuda"):
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if CUDA_HOME is None or torch.version.cuda is None:
+            pytest.skip(f"no CUDA half was built: CUDA_HOME={CUDA_HOME}, torch for CUDA {torch.version.cuda}")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"carafe_plugin::{operator}", key) or (
+        key.startswith("Autograd")
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"carafe_plugin::{operator}", "Autograd")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "right"),
+    [
+        ({}, True),
+        ({"down": 2}, False),
+        ({"kernel_size": 7, "group_size": 8}, False),
+        ({"channels_last": True}, False),
+        ({"dtype": torch.bfloat16}, False),
+        ({"batch": 0}, False),
+        ({"cuda": False}, False),
+        ({"installed": False}, False),
+    ],
+    ids=lambda change: "-".join(change) if isinstance(change, dict) else str(change),
+)
+def test_mmcv_takes_over_only_where_it_is_right(change, right, monkeypatch):
+    """The choice alone, on stand-ins for CUDA tensors: no GPU is needed to know where mmcv's kernel goes wrong."""
+    import types
+
+    from carafe_plugin.ops import _fallback
+
+    class Tensor:
+        def __init__(self):
+            self.is_cuda = change.get("cuda", True)
+            self.dtype = change.get("dtype", torch.float32)
+
+        def numel(self):
+            return change.get("batch", 2) * 64
+
+        def is_contiguous(self):
+            return not change.get("channels_last", False)
+
+    module = types.ModuleType("mmcv.ops.carafe")
+    if change.get("installed", True):
+        module.CARAFEFunction = object
+    for name in ("mmcv", "mmcv.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "mmcv.ops.carafe", module)
+    arguments = (change.get("kernel_size", 5), change.get("group_size", 1), change.get("down", 1))
+    assert _fallback._mmcv_is_right(Tensor(), Tensor(), *arguments) is right

@@ -1,0 +1,166 @@
+"""The compiled operators against the reference: values and both gradients, over everything they accept."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from carafe_plugin.ops import carafe, is_compiled, reference
+from carafe_plugin.ops.carafe import scale_ratio
+from carafe_plugin.testing import LAYOUTS, SCALES, SHAPES, assert_close, dtypes, pairwise, random_case
+
+CASES = list(
+    pairwise(
+        {
+            "kernel_size": (1, 3, 5, 7),
+            "group_size": (1, 2, 4, 8),
+            "scale": SCALES,
+            "size": SHAPES,
+            "dtype": dtypes(),
+            "layout": tuple(LAYOUTS),
+            "mask_layout": tuple(LAYOUTS),
+            "grad_layout": tuple(LAYOUTS),
+        }
+    )
+)
+
+
+def name(case):
+    return "-".join(str(value).replace("/", "to").replace("torch.", "") for value in case.values())
+
+
+def compare(features, masks, grad, kernel_size, group_size, scale):
+    """All three operators on these tensors against the reference on contiguous copies."""
+    args = (kernel_size, group_size, *scale_ratio(scale))
+    size = features.shape[-2:]
+    x, m, g = (t.detach().clone(memory_format=torch.contiguous_format) for t in (features, masks, grad))
+    ops = torch.ops.carafe_plugin
+    assert_close(carafe(features, masks, kernel_size, group_size, scale), reference.reassemble(x, m, *args))
+    assert_close(ops._carafe_grad_features(grad, masks, *size, *args), reference.grad_features(g, m, *size, *args))
+    assert_close(ops._carafe_grad_masks(grad, features, *args), reference.grad_masks(g, x, *args))
+
+
+def test_compiled_operators_serve():
+    # Without this, every comparison below would compare the reference with itself.
+    assert is_compiled("cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_operators_equal_the_reference(case, device):
+    k, g, scale = case["kernel_size"], case["group_size"], case["scale"]
+    features, masks, grad = random_case(case["size"], 16, k, g, scale, dtype=case["dtype"], device=device)
+    layouts = (LAYOUTS[case[key]] for key in ("layout", "mask_layout", "grad_layout"))
+    features, masks, grad = (layout(t) for layout, t in zip(layouts, (features, masks, grad), strict=True))
+    compare(features, masks, grad, k, g, scale)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+    kernel_size=st.sampled_from((1, 3, 5, 7, 9)),
+    groups=st.integers(1, 5),
+    group_channels=st.integers(1, 19),
+    scale=st.builds(Fraction, st.integers(1, 5), st.integers(1, 5)),
+    batch=st.integers(1, 3),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    seed=st.integers(0, 2**31),
+)
+def test_any_geometry(size, kernel_size, groups, group_channels, scale, batch, layout, seed):
+    # The two devices share every line above the kernels, and the kernels are compared on the grid of cases above.
+    tensors = random_case(size, groups * group_channels, kernel_size, groups, scale, batch=batch, seed=seed)
+    compare(*(LAYOUTS[layout](t) for t in tensors), kernel_size, groups, scale)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 17, 40])
+def test_channel_remainders(channels, device):
+    compare(*random_case((7, 19), channels, 5, 1, 2, device=device), 5, 1, 2)
+
+
+@pytest.mark.parametrize("width", [127, 128, 129, 300])
+def test_rows_longer_than_a_span(width, device):
+    for scale in (2, Fraction(1, 2), Fraction(3, 2)):
+        compare(*random_case((3, width), 4, 5, 2, scale, batch=1, device=device), 5, 2, scale)
+
+
+def test_kernel_larger_than_the_map(device):
+    compare(*random_case((2, 3), 4, 7, 1, 2, device=device), 7, 1, 2)
+
+
+@pytest.mark.parametrize(("kernel_size", "group_size"), [(7, 8), (5, 16), (9, 8), (31, 1)])
+def test_more_weights_than_a_pixel_of_mmcv_holds(kernel_size, group_size, device):
+    assert kernel_size**2 * group_size > 384
+    compare(*random_case((6, 9), 16, kernel_size, group_size, 2, device=device), kernel_size, group_size, 2)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_empty_batch(scale, device):
+    features, masks, grad = random_case((4, 6), 8, 3, 2, scale, batch=0, device=device)
+    compare(features, masks, grad, 3, 2, scale)
+    features.requires_grad_(), masks.requires_grad_()
+    carafe(features, masks, 3, 2, scale).sum().backward()
+    assert features.grad is not None
+    assert features.grad.shape == features.shape
+
+
+def test_nan_reaches_only_its_neighbourhood(device):
+    features, masks, _ = random_case((9, 9), 2, 3, 1, 2, batch=1, device=device)
+    features[0, 0, 4, 4] = float("nan")
+    touched = carafe(features, masks, 3)[0].isnan()
+    expected = torch.zeros_like(touched)
+    expected[0, 6:12, 6:12] = True
+    assert torch.equal(touched, expected)
+
+
+def test_delta_kernels_copy(device):
+    features, _, _ = random_case((5, 6), 3, 1, 1, 2, device=device)
+    masks = torch.zeros(2, 25, 10, 12, device=device)
+    masks[:, 12] = 1
+    nearest = torch.nn.functional.interpolate(features, scale_factor=2, mode="nearest")
+    assert torch.equal(carafe(features, masks, 5), nearest)
+
+
+@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("scale", [2, Fraction(1, 2), Fraction(3, 2)], ids=str)
+def test_same_bits_on_repeated_runs_and_for_any_number_of_threads(dtype, scale, device):
+    features, masks, grad = random_case((33, 50), 40, 5, 2, scale, dtype=dtype, device=device)
+    args = (5, 2, *scale_ratio(scale))
+
+    def run():
+        ops = torch.ops.carafe_plugin
+        return (
+            ops.carafe(features, masks, *args),
+            ops._carafe_grad_features(grad, masks, 33, 50, *args),
+            ops._carafe_grad_masks(grad, features, *args),
+        )
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("scale", [2, Fraction(1, 2)], ids=str)
+def test_output_keeps_the_memory_format_of_features(scale, device):
+    features, masks, _ = random_case((6, 8), 4, 3, 1, scale, device=device)
+    assert carafe(features, masks, 3, 1, scale).is_contiguous()
+    last = features.contiguous(memory_format=torch.channels_last)
+    output = carafe(last, masks, 3, 1, scale)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert not output.is_contiguous()
+
+
+def test_memory_is_the_output_alone():
+    features, masks, _ = random_case((40, 60), 64, 5, 1, 2, batch=1)
+    carafe(features, masks, 5)  # the pool of worker threads exists before the measurement
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output = carafe(features, masks, 5)
+    allocated = sum(e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0)
+    assert allocated == output.numel() * output.element_size()

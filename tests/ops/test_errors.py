@@ -1,0 +1,82 @@
+"""Bad input: each kind with a message that names the argument, what was expected and what came."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from carafe_plugin.ops import carafe
+
+FEATURES = torch.zeros(2, 8, 5, 6)
+MASKS = torch.zeros(2, 18, 10, 12)
+
+
+def check(error, message, *, features=FEATURES, masks=MASKS, kernel_size=3, group_size=2, scale_factor=2):
+    with pytest.raises(error, match=message):
+        carafe(features, masks, kernel_size, group_size, scale_factor)
+
+
+def test_the_unchanged_case_is_right():
+    assert carafe(FEATURES, MASKS, 3, 2, 2).shape == (2, 8, 10, 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"features": np.zeros((2, 8, 5, 6))}, TypeError, r"^features must be a torch\.Tensor, got ndarray$"),
+        ({"masks": [[0.0]]}, TypeError, r"^masks must be a torch\.Tensor, got list$"),
+        ({"features": FEATURES.int()}, TypeError, r"^features must be float64, .*, got torch\.int32$"),
+        ({"masks": MASKS.bool()}, TypeError, r"^masks must be float64, .*, got torch\.bool$"),
+        ({"features": FEATURES[0]}, ValueError, r"^features must have 4 dimensions .* got shape \(8, 5, 6\)$"),
+        ({"masks": MASKS[..., None]}, ValueError, r"^masks must have 4 dimensions .* got shape \(2, 18, 10, 12, 1\)$"),
+        ({"masks": MASKS[:1]}, ValueError, r"^masks must have the batch size of features, 2, got 1$"),
+        ({"masks": MASKS[:, :9]}, ValueError, r"^masks must have group_size \* kernel_size \*\* 2 = 18 .* got 9$"),
+        ({"masks": MASKS[:, :, :9]}, ValueError, r"^masks must have the output size 10 x 12 .* got 9 x 12$"),
+        ({"masks": MASKS[..., :11]}, ValueError, r"scaled by 2/1\), got 10 x 11$"),
+        ({"kernel_size": 4}, ValueError, r"^kernel_size must be odd and at least 1, got 4$"),
+        ({"kernel_size": -1}, ValueError, r"^kernel_size must be odd and at least 1, got -1$"),
+        ({"kernel_size": 3.0}, TypeError, r"^kernel_size must be an int, got float$"),
+        ({"group_size": 0}, ValueError, r"^group_size must be at least 1, got 0$"),
+        ({"group_size": "2"}, TypeError, r"^group_size must be an int, got str$"),
+        ({"features": FEATURES[:, :7]}, ValueError, r"^features must have a multiple of group_size=2 channels, got 7$"),
+        ({"scale_factor": 0}, ValueError, r"^scale_factor must be greater than 0, got 0$"),
+        ({"scale_factor": -2.0}, ValueError, r"^scale_factor must be greater than 0, got -2\.0$"),
+        ({"scale_factor": math.inf}, ValueError, r"^scale_factor must be a positive rational number, got inf$"),
+        ({"scale_factor": math.nan}, ValueError, r"^scale_factor must be a positive rational number, got nan$"),
+        ({"scale_factor": math.pi}, ValueError, r"^scale_factor must be a rational number that is written exactly"),
+        ({"scale_factor": 1 / 3}, ValueError, r"did you mean fractions\.Fraction\(1, 3\)\?$"),
+        ({"scale_factor": "2"}, TypeError, r"^scale_factor must be an int, a float or a fractions\.Fraction, got str$"),
+        ({"scale_factor": True}, TypeError, r"got bool$"),
+        ({"masks": MASKS.double()}, TypeError, r"same dtype outside autocast, got torch\.float32 and torch\.float64$"),
+        ({"masks": MASKS.to("meta")}, ValueError, r"same device, got features on cpu, masks on meta$"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_python_check(changes, error, message):
+    check(error, message, **changes)
+
+
+def test_fractions_are_scales():
+    assert carafe(FEATURES, MASKS[..., :3, :3], 3, 2, Fraction(1, 2)).shape == (2, 8, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": FEATURES[0]}, "features must have 4 dimensions, got 3"),
+        ({"masks": MASKS.double()}, "features and masks must have the same dtype"),
+        ({"masks": MASKS[..., :11]}, r"masks must have shape \(2, 18, 10, 12\), got \(2, 18, 10, 11\)"),
+        ({"kernel_size": 2}, "kernel_size must be odd and at least 1, got 2"),
+        ({"group_size": 3}, "group_size must be at least 1 and divide the channels, got 3 for 8 channels"),
+        ({"up": 0}, "up and down must be at least 1, got 0 and 1"),
+        ({"features": FEATURES.int(), "masks": MASKS.int()}, "dtype must be float64, float32, float16 or bfloat16"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_kernels_check_for_themselves(changes, message):
+    # torch.ops callers do not pass through the Python checks; nothing may read out of bounds for them either.
+    given = {"features": FEATURES, "masks": MASKS, "kernel_size": 3, "group_size": 2, "up": 2, "down": 1, **changes}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.carafe_plugin.carafe(*given.values())

@@ -1,0 +1,76 @@
+"""What importing brings along: torch alone, unless an adapter is asked for; and the docstrings' examples."""
+
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import carafe_plugin
+from carafe_plugin.ops import carafe  # noqa: F401  (the function shadows the module of the same name)
+
+PACKAGE = Path(carafe_plugin.__file__).parent
+HIDE = "import sys\nfor name in ('mmcv', 'mmengine', 'mmdet', 'mmseg', 'mmpretrain'): sys.modules[name] = None\n"
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=300)
+
+
+def test_modules_work_in_any_model_without_openmmlab():
+    code = HIDE + """
+import torch
+from carafe_plugin import CARAFEDownsample, CARAFEUpsample
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), CARAFEDownsample(8), CARAFEUpsample(8))
+model(torch.rand(1, 3, 12, 12)).sum().backward()
+loaded = [n for n, m in sys.modules.items() if m is not None and n.startswith(("mmcv", "mmengine", "mmdet"))]
+print("loaded", loaded)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "loaded []"
+
+
+def test_import_brings_no_toolbox_along():
+    result = run("import sys, carafe_plugin; print([n for n in sys.modules if n.startswith('mm')])")
+    assert result.returncode == 0, result.stderr
+    mm = [name for name in eval(result.stdout) if re.match(r"mm(cv|engine|det|seg|pretrain)\b", name)]
+    assert mm == []
+
+
+@pytest.mark.parametrize("adapter", ["layers", "mmdet", "mmseg", "mmpretrain", "drop_in"])
+def test_a_missing_toolbox_is_named(adapter):
+    result = run(HIDE + f"import carafe_plugin.openmmlab.{adapter}")
+    assert result.returncode != 0
+    assert re.search(r"(ImportError|ModuleNotFoundError): .*\bmm(engine|cv|det|seg|pretrain)\b", result.stderr)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "carafe_plugin.ops.carafe",
+        "carafe_plugin.ops._registration",
+        "carafe_plugin.modules.upsample",
+        "carafe_plugin.modules.downsample",
+        "carafe_plugin.testing",
+    ],
+)
+def test_examples_in_docstrings(name):
+    importlib.import_module(name)
+    failed, attempted = doctest.testmod(sys.modules[name])
+    assert attempted > 0
+    assert failed == 0
+
+
+def test_arrow_goes_down_only():
+    """ops imports neither modules nor adapters, modules no adapters, kernels no torch."""
+    for folder, forbidden in (("ops", r"modules|openmmlab"), ("modules", r"openmmlab|mm(cv|engine|det|seg|pretrain)")):
+        for source in (PACKAGE / folder).glob("*.py"):
+            found = re.search(rf"^\s*(from|import)\s+[\w.]*\b({forbidden})\b", source.read_text(), re.MULTILINE)
+            assert not found, f"{source.name}: {found.group(0)}"
+    for header in (Path(__file__).parents[1] / "csrc" / "kernels").glob("*.h"):
+        assert "torch/" not in header.read_text(), header.name
