@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -31,6 +32,21 @@ def torch_version() -> tuple[int, ...] | None:
     return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
 
+def find_cuda_home() -> str | None:
+    """The root of a CUDA toolkit that can compile and link: an nvcc on the PATH may be a link into another folder."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc is not None:
+        candidates[1:1] = [os.path.dirname(os.path.dirname(path)) for path in (os.path.realpath(nvcc), nvcc)]
+    for root in filter(None, candidates):
+        libraries = (
+            os.path.join(root, folder, "libcudart.so") for folder in ("lib64", "lib", "targets/x86_64-linux/lib")
+        )
+        if os.path.exists(os.path.join(root, "bin", "nvcc")) and any(map(os.path.exists, libraries)):
+            return root
+    return None
+
+
 def toolkit_major(cuda_home: str | None) -> int | None:
     """Major version of the CUDA toolkit, or None where there is none that runs."""
     if cuda_home is None:
@@ -45,18 +61,19 @@ def toolkit_major(cuda_home: str | None) -> int | None:
 
 def wants_cuda() -> bool:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     choice = os.environ.get("CARAFE_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"CARAFE_CUDA must be 0 or 1, got {choice!r}")
     if choice == "0":
         return False
-    toolkit = toolkit_major(CUDA_HOME)
+    cuda_home = find_cuda_home()
+    toolkit = toolkit_major(cuda_home)
     wanted = int(torch.version.cuda.split(".")[0]) if torch.version.cuda else None
     if toolkit is not None and toolkit == wanted:
+        os.environ["CUDA_HOME"] = cuda_home  # torch's own guess would be the folder above nvcc's link
         return True
-    reason = f"CUDA toolkit {toolkit or 'not found'} (CUDA_HOME={CUDA_HOME}), torch built for CUDA {wanted}"
+    reason = f"CUDA toolkit {toolkit or 'not found'} (CUDA_HOME={cuda_home}), torch built for CUDA {wanted}"
     if choice == "1":
         sys.exit(f"CARAFE_CUDA=1, but the CUDA half cannot be built: {reason}")
     if toolkit is not None:
@@ -70,10 +87,20 @@ def extensions() -> dict:
         found = "none" if version is None else ".".join(map(str, version))
         print(f"carafe_plugin: no extension, the PyTorch reference serves (needs torch >= 2.10, found {found})")
         return {}
+    with_cuda = wants_cuda()  # sets CUDA_HOME, which torch reads at import
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     # -std=c++17 alone would forbid fused multiply-adds, half of the arithmetic rate.
-    cxx = ["-O3", "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-fvisibility=hidden", STABLE_ABI, PYTHON_ABI]
+    cxx = [
+        "-O3",
+        "-std=c++17",
+        "-ffp-contract=fast",
+        "-Wall",
+        "-Wno-psabi",
+        "-fvisibility=hidden",
+        STABLE_ABI,
+        PYTHON_ABI,
+    ]
     modules = [
         CppExtension(
             "carafe_plugin._C",
@@ -82,7 +109,7 @@ def extensions() -> dict:
             py_limited_api=True,
         )
     ]
-    if wants_cuda():
+    if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", "-Xptxas=-v", STABLE_ABI, PYTHON_ABI]
         modules.append(

@@ -113,6 +113,10 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         10
     """
     names = list(options)
+
+    def pair(axis: int, value: int, other: int, other_value: int) -> tuple[int, int, int, int]:
+        return (axis, value, other, other_value) if axis < other else (other, other_value, axis, value)
+
     pending = {
         (a, i, b, j)
         for a, b in itertools.combinations(range(len(names)), 2)
@@ -120,17 +124,13 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         for j in range(len(options[names[b]]))
     }
     while pending:
-        seed = min(pending)
-        case: dict[int, int] = {seed[0]: seed[1], seed[2]: seed[3]}
+        a, i, b, j = min(pending)
+        case = {a: i, b: j}
         for axis in range(len(names)):
-            if axis in case:
-                continue
-
-            def gain(value: int, axis: int = axis) -> int:
-                pairs = ((min(axis, o), max(axis, o), o, v) for o, v in case.items())
-                return sum(((a, v, b, value) if o == a else (a, value, b, v)) in pending for a, b, o, v in pairs)
-
-            case[axis] = max(range(len(options[names[axis]])), key=gain)
+            if axis not in case:
+                values = range(len(options[names[axis]]))
+                covered = [sum(pair(axis, value, *other) in pending for other in case.items()) for value in values]
+                case[axis] = covered.index(max(covered))
         for a, b in itertools.combinations(range(len(names)), 2):
             pending.discard((a, case[a], b, case[b]))
         yield {name: options[name][case[axis]] for axis, name in enumerate(names)}

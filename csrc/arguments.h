@@ -21,37 +21,28 @@ inline void check_pair(const Tensor& first, const char* first_name, const Tensor
   STD_TORCH_CHECK(
       first.scalar_type() == second.scalar_type(), first_name, " and ", second_name, " must have the same dtype");
   STD_TORCH_CHECK(
-      first.is_cuda() == second.is_cuda() && first.get_device_index() == second.get_device_index(),
-      first_name,
-      " and ",
-      second_name,
-      " must be on the same device");
+      first.is_cuda() == second.is_cuda() && first.get_device_index() == second.get_device_index(), first_name, " and ",
+      second_name, " must be on the same device");
 }
 
 inline void check_size(const Tensor& tensor, const char* name, int64_t n, int64_t c, int64_t h, int64_t w) {
   STD_TORCH_CHECK(
-      tensor.size(0) == n && tensor.size(1) == c && tensor.size(2) == h && tensor.size(3) == w,
-      name, " must have shape (", n, ", ", c, ", ", h, ", ", w, "), got (",
-      tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2), ", ", tensor.size(3), ")");
+      tensor.size(0) == n && tensor.size(1) == c && tensor.size(2) == h && tensor.size(3) == w, name,
+      " must have shape (", n, ", ", c, ", ", h, ", ", w, "), got (", tensor.size(0), ", ", tensor.size(1), ", ",
+      tensor.size(2), ", ", tensor.size(3), ")");
 }
 
 inline Shape make_shape(
-    int64_t batch,
-    int64_t channels,
-    int64_t height,
-    int64_t width,
-    int64_t kernel,
-    int64_t groups,
-    int64_t up,
+    int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t kernel, int64_t groups, int64_t up,
     int64_t down) {
   STD_TORCH_CHECK(kernel >= 1 && kernel % 2 == 1, "kernel_size must be odd and at least 1, got ", kernel);
   STD_TORCH_CHECK(up >= 1 && down >= 1, "up and down must be at least 1, got ", up, " and ", down);
   STD_TORCH_CHECK(
-      groups >= 1 && channels % groups == 0,
-      "group_size must be at least 1 and divide the channels, got ", groups, " for ", channels, " channels");
+      groups >= 1 && channels % groups == 0, "group_size must be at least 1 and divide the channels, got ", groups,
+      " for ", channels, " channels");
   STD_TORCH_CHECK(height >= 0 && width >= 0, "height and width must not be negative, got ", height, " x ", width);
-  return Shape{
-      batch, channels, height, width, ceil_div(height * up, down), ceil_div(width * up, down), kernel, groups, up, down};
+  return Shape{batch,  channels, height, width, ceil_div(height * up, down), ceil_div(width * up, down),
+               kernel, groups,   up,     down};
 }
 
 template <class T>
@@ -82,11 +73,7 @@ inline Tensor new_map(const Tensor& source, int64_t n, int64_t c, int64_t h, int
   using torch::headeronly::MemoryFormat;
   const int64_t size[] = {n, c, h, w};
   return torch::stable::empty(
-      {size, 4},
-      source.scalar_type(),
-      std::nullopt,
-      source.device(),
-      std::nullopt,
+      {size, 4}, source.scalar_type(), std::nullopt, source.device(), std::nullopt,
       keep_format && is_channels_last(source) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
@@ -113,12 +100,7 @@ void dispatch(ScalarType dtype, const Function& function) {
 
 template <class Launcher>
 Tensor carafe_impl(
-    const Tensor& features,
-    const Tensor& masks,
-    int64_t kernel_size,
-    int64_t group_size,
-    int64_t up,
-    int64_t down) {
+    const Tensor& features, const Tensor& masks, int64_t kernel_size, int64_t group_size, int64_t up, int64_t down) {
   check_pair(features, "features", masks, "masks");
   const Shape shape = make_shape(
       features.size(0), features.size(1), features.size(2), features.size(3), kernel_size, group_size, up, down);
@@ -134,14 +116,8 @@ Tensor carafe_impl(
 
 template <class Launcher>
 Tensor grad_features_impl(
-    const Tensor& grad_output,
-    const Tensor& masks,
-    int64_t height,
-    int64_t width,
-    int64_t kernel_size,
-    int64_t group_size,
-    int64_t up,
-    int64_t down) {
+    const Tensor& grad_output, const Tensor& masks, int64_t height, int64_t width, int64_t kernel_size,
+    int64_t group_size, int64_t up, int64_t down) {
   check_pair(grad_output, "grad_output", masks, "masks");
   const Shape shape =
       make_shape(grad_output.size(0), grad_output.size(1), height, width, kernel_size, group_size, up, down);
@@ -158,11 +134,7 @@ Tensor grad_features_impl(
 
 template <class Launcher>
 Tensor grad_masks_impl(
-    const Tensor& grad_output,
-    const Tensor& features,
-    int64_t kernel_size,
-    int64_t group_size,
-    int64_t up,
+    const Tensor& grad_output, const Tensor& features, int64_t kernel_size, int64_t group_size, int64_t up,
     int64_t down) {
   check_pair(grad_output, "grad_output", features, "features");
   const Shape shape = make_shape(

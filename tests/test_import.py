@@ -22,7 +22,9 @@ def run(code):
 
 
 def test_modules_work_in_any_model_without_openmmlab():
-    code = HIDE + """
+    code = (
+        HIDE
+        + """
 import torch
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), CARAFEDownsample(8), CARAFEUpsample(8))
@@ -30,6 +32,7 @@ model(torch.rand(1, 3, 12, 12)).sum().backward()
 loaded = [n for n, m in sys.modules.items() if m is not None and n.startswith(("mmcv", "mmengine", "mmdet"))]
 print("loaded", loaded)
 """
+    )
     result = run(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "loaded []"

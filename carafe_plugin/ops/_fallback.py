@@ -112,7 +112,7 @@ def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: in
 
 
 def _mmcv_is_right(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, down: int) -> bool:
-    """mmcv's kernel reads raw NCHW memory, knows integer upsampling only, and holds 384 weights a pixel."""
+    """Mmcv's kernel reads raw NCHW memory, knows integer upsampling only, and holds 384 weights a pixel."""
     if not features.is_cuda or down != 1 or group_size * kernel_size**2 > 384 or features.numel() == 0:
         return False
     if features.dtype not in (torch.float16, torch.float32) or not (features.is_contiguous() and masks.is_contiguous()):

@@ -64,7 +64,7 @@ def grad_features(
     grad_output: Tensor, masks: Tensor, height: int, width: int, kernel_size: int, group_size: int, up: int, down: int
 ) -> Tensor:
     """dT/dX: the gradient with respect to features of size ``height x width``, (N, C, H, W)."""
-    n, c, h_out, w_out = grad_output.shape
+    n, c, h_out, _ = grad_output.shape
     radius = kernel_size // 2
     rows = source_index(height, up, down, grad_output.device)
     columns = source_index(width, up, down, grad_output.device)
@@ -81,9 +81,7 @@ def grad_features(
     return inner.reshape(n, c, height, width).to(grad_output.dtype)
 
 
-def grad_masks(
-    grad_output: Tensor, features: Tensor, kernel_size: int, group_size: int, up: int, down: int
-) -> Tensor:
+def grad_masks(grad_output: Tensor, features: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """dT/dM: the gradient with respect to the masks, (N, G * k^2, H', W')."""
     n, _, h, w = features.shape
     radius = kernel_size // 2

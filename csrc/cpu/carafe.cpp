@@ -99,9 +99,12 @@ void run(const Shape& shape, const Map<T>& output, const Map<const T>& first, co
         const int64_t n = index / h / c, channel = index / h % c, i = index % h;
         for (int64_t j = 0; j < w; ++j) {
           T& element = output.at(n, channel, i, j);
-          if constexpr (op == Operator::reassemble) element = reassemble_element(shape, first, second, n, channel, i, j);
-          if constexpr (op == Operator::grad_features) element = grad_features_element(shape, first, second, n, channel, i, j);
-          if constexpr (op == Operator::grad_masks) element = grad_masks_element(shape, first, second, n, channel, i, j);
+          if constexpr (op == Operator::reassemble)
+            element = reassemble_element(shape, first, second, n, channel, i, j);
+          if constexpr (op == Operator::grad_features)
+            element = grad_features_element(shape, first, second, n, channel, i, j);
+          if constexpr (op == Operator::grad_masks)
+            element = grad_masks_element(shape, first, second, n, channel, i, j);
         }
       }
     });
@@ -109,7 +112,9 @@ void run(const Shape& shape, const Map<T>& output, const Map<const T>& first, co
   }
   const Plan plan = make_plan<accumulator_t<T>>(shape, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, plan.tiles, 1, [&](int64_t begin, int64_t end) {
-    const auto tiles = path == Path::avx512 ? &run_avx512<op, T> : path == Path::avx2 ? &run_avx2<op, T> : &run_baseline<op, T>;
+    const auto tiles = path == Path::avx512 ? &run_avx512<op, T>
+                       : path == Path::avx2 ? &run_avx2<op, T>
+                                            : &run_baseline<op, T>;
     tiles(shape, plan, output, first, second, begin, end);
   });
 }
@@ -117,7 +122,8 @@ void run(const Shape& shape, const Map<T>& output, const Map<const T>& first, co
 struct Cpu {
   template <class T>
   static void reassemble(
-      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& features, const Map<const T>& masks) {
+      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& features,
+      const Map<const T>& masks) {
     run<Operator::reassemble>(shape, output, features, masks);
   }
 

@@ -68,12 +68,7 @@ struct GradMasks {
 
 template <class T, class Element>
 void launch(
-    const Tensor& input,
-    Map<T> output,
-    int64_t batch,
-    int64_t channels,
-    int64_t height,
-    int64_t width,
+    const Tensor& input, Map<T> output, int64_t batch, int64_t channels, int64_t height, int64_t width,
     const Element& element) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   void* stream = nullptr;

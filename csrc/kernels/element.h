@@ -9,12 +9,7 @@ namespace carafe {
 // Y[n, c, i', j'] (eq. 3 of the paper)
 template <class T>
 CARAFE_HOST_DEVICE T reassemble_element(
-    const Shape& shape,
-    const Map<const T>& features,
-    const Map<const T>& masks,
-    int64_t n,
-    int64_t c,
-    int64_t out_row,
+    const Shape& shape, const Map<const T>& features, const Map<const T>& masks, int64_t n, int64_t c, int64_t out_row,
     int64_t out_column) {
   accumulator_t<T> sum = 0;
   const int64_t first_row = shape.source(out_row) - shape.radius();
@@ -36,12 +31,7 @@ CARAFE_HOST_DEVICE T reassemble_element(
 // dX[n, c, i, j]: every output whose neighbourhood holds (i, j) gives its share.
 template <class T>
 CARAFE_HOST_DEVICE T grad_features_element(
-    const Shape& shape,
-    const Map<const T>& grad_output,
-    const Map<const T>& masks,
-    int64_t n,
-    int64_t c,
-    int64_t row,
+    const Shape& shape, const Map<const T>& grad_output, const Map<const T>& masks, int64_t n, int64_t c, int64_t row,
     int64_t column) {
   accumulator_t<T> sum = 0;
   const int64_t first_tap = shape.group_of(c) * shape.taps();
@@ -65,13 +55,8 @@ CARAFE_HOST_DEVICE T grad_features_element(
 // dM[n, mask_channel, i', j']
 template <class T>
 CARAFE_HOST_DEVICE T grad_masks_element(
-    const Shape& shape,
-    const Map<const T>& grad_output,
-    const Map<const T>& features,
-    int64_t n,
-    int64_t mask_channel,
-    int64_t out_row,
-    int64_t out_column) {
+    const Shape& shape, const Map<const T>& grad_output, const Map<const T>& features, int64_t n, int64_t mask_channel,
+    int64_t out_row, int64_t out_column) {
   const int64_t tap = mask_channel % shape.taps();
   const int64_t row = shape.source(out_row) + tap / shape.kernel - shape.radius();
   const int64_t column = shape.source(out_column) + tap % shape.kernel - shape.radius();

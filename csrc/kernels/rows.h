@@ -1,8 +1,8 @@
 // The fast CPU kernels: vectors run along the row, a block of channels and output phases stays in registers.
 //
-// Work is cut into tiles: one image, one group, a band of source rows, a range of lanes (staging.h says what a lane is).
-// A tile stages what it reads, computes, and writes only its own elements; each element's sum has one order, whatever
-// the tiling, so the bits depend neither on the number of threads nor on their timing.
+// Work is cut into tiles: one image, one group, a band of source rows, a range of lanes (staging.h says what a lane
+// is). A tile stages what it reads, computes, and writes only its own elements; each element's sum has one order,
+// whatever the tiling, so the bits depend neither on the number of threads nor on their timing.
 #pragma once
 
 #include <memory>
@@ -42,12 +42,12 @@ struct Tile {
   int64_t lane_begin, lanes;
 };
 
-constexpr int64_t kVectorBytes = 64;             // the widest, so that one plan serves every instruction set
-constexpr int64_t kMaxLanes = 128;               // of a span
-constexpr int64_t kMaskBytes = 384 * 1024;       // staged masks of a band: they should stay in the second-level cache
-constexpr int64_t kMaxRows = 8;                  // of a band
-constexpr int64_t kTilesPerThread = 4;           // enough that threads share evenly
-constexpr int64_t kChunk = 16;                   // channels staged at a time
+constexpr int64_t kVectorBytes = 64;        // the widest, so that one plan serves every instruction set
+constexpr int64_t kMaxLanes = 128;          // of a span
+constexpr int64_t kMaskBytes = 384 * 1024;  // staged masks of a band: they should stay in the second-level cache
+constexpr int64_t kMaxRows = 8;             // of a band
+constexpr int64_t kTilesPerThread = 4;      // enough that threads share evenly
+constexpr int64_t kChunk = 16;              // channels staged at a time
 
 template <class A>
 Plan make_plan(const Shape& shape, int64_t threads) {
@@ -60,7 +60,8 @@ Plan make_plan(const Shape& shape, int64_t threads) {
   const int64_t outputs_a_row = ceil_div(shape.up, shape.down) * shape.up;
   const int64_t bytes_a_row = shape.taps() * outputs_a_row * plan.lanes * int64_t(sizeof(A));
   const int64_t most = std::clamp<int64_t>(kMaskBytes / bytes_a_row, 1, kMaxRows);
-  const int64_t wanted = ceil_div(kTilesPerThread * threads, std::max<int64_t>(1, shape.batch * shape.groups * plan.spans));
+  const int64_t wanted =
+      ceil_div(kTilesPerThread * threads, std::max<int64_t>(1, shape.batch * shape.groups * plan.spans));
   plan.bands = std::min(shape.height, std::max(ceil_div(shape.height, most), wanted));
   plan.rows = ceil_div(shape.height, plan.bands);
   plan.bands = ceil_div(shape.height, plan.rows);
@@ -287,18 +288,18 @@ CARAFE_INLINE void grad_masks_taps(
   int64_t tap = 0;
   for (; tap + 5 <= taps; tap += 5) {
     grad_masks_block<V, P, 5>(
-        channels, grad_output, grad_channel_step, features, channel_step, offsets + tap, grad + tap * tap_step, tap_step,
-        out_step, lanes);
+        channels, grad_output, grad_channel_step, features, channel_step, offsets + tap, grad + tap * tap_step,
+        tap_step, out_step, lanes);
   }
   for (; tap + 3 <= taps; tap += 3) {
     grad_masks_block<V, P, 3>(
-        channels, grad_output, grad_channel_step, features, channel_step, offsets + tap, grad + tap * tap_step, tap_step,
-        out_step, lanes);
+        channels, grad_output, grad_channel_step, features, channel_step, offsets + tap, grad + tap * tap_step,
+        tap_step, out_step, lanes);
   }
   for (; tap < taps; ++tap) {
     grad_masks_block<V, P, 1>(
-        channels, grad_output, grad_channel_step, features, channel_step, offsets + tap, grad + tap * tap_step, tap_step,
-        out_step, lanes);
+        channels, grad_output, grad_channel_step, features, channel_step, offsets + tap, grad + tap * tap_step,
+        tap_step, out_step, lanes);
   }
 }
 

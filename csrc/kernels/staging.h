@@ -2,8 +2,8 @@
 // contiguous.
 //
 // A row of a map is split by a period p into p phases: column q * p + phase goes to lane q of that phase. With period
-// `up` for outputs and masks and `down` for features, lane q of every phase belongs to lane q (give or take a shift that
-// is the same for all lanes) of every other: upsampling, downsampling and 3/2 vectorise by the same loop.
+// `up` for outputs and masks and `down` for features, lane q of every phase belongs to lane q (give or take a shift
+// that is the same for all lanes) of every other: upsampling, downsampling and 3/2 vectorise by the same loop.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +56,8 @@ inline __attribute__((always_inline)) void stage(const Map<const T>& map, const 
       const int64_t step = map.column_stride * period;
       if (map.channel_stride == 1 && step != 1) {
         for (int64_t q = 0; q < end - begin; ++q) {
-          for (int64_t c = 0; c < to.channels; ++c) first[c * to.channel_stride() + begin + q] = widen(source[q * step + c]);
+          for (int64_t c = 0; c < to.channels; ++c)
+            first[c * to.channel_stride() + begin + q] = widen(source[q * step + c]);
         }
         continue;
       }

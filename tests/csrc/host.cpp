@@ -65,10 +65,12 @@ extern "C" {
 void carafe_run(
     int op, int path, int dtype, const int64_t* g, int columns_first, void* output, const void* first,
     const void* second) {
-  const Shape s{g[0], g[1], g[2], g[3], ceil_div(g[2] * g[6], g[7]), ceil_div(g[3] * g[6], g[7]), g[4], g[5], g[6], g[7]};
+  const Shape s{g[0], g[1], g[2], g[3], ceil_div(g[2] * g[6], g[7]), ceil_div(g[3] * g[6], g[7]),
+                g[4], g[5], g[6], g[7]};
   const auto call = [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    run(op, path, s, columns_first, static_cast<T*>(output), static_cast<const T*>(first), static_cast<const T*>(second));
+    run(op, path, s, columns_first, static_cast<T*>(output), static_cast<const T*>(first),
+        static_cast<const T*>(second));
   };
   if (dtype == 0) call(static_cast<double*>(nullptr));
   if (dtype == 1) call(static_cast<float*>(nullptr));

@@ -100,7 +100,9 @@ def test_conversions_of_half_precision(library):
     bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
     for dtype, suffix in ((torch.float16, "half"), (torch.bfloat16, "bfloat16")):
         wide = torch.empty(65536)
-        getattr(library, f"widen_{suffix}")(ctypes.c_int64(65536), *(ctypes.c_void_p(t.data_ptr()) for t in (bits, wide)))
+        getattr(library, f"widen_{suffix}")(
+            ctypes.c_int64(65536), *(ctypes.c_void_p(t.data_ptr()) for t in (bits, wide))
+        )
         expected = bits.view(dtype).float()
         assert torch.equal(wide.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
         assert torch.equal(wide.isnan(), expected.isnan())
@@ -108,7 +110,9 @@ def test_conversions_of_half_precision(library):
         finite = expected[expected.isfinite()].double().sort().values
         middle = ((finite[1:] + finite[:-1]) / 2).float()
         generator = torch.Generator().manual_seed(0)
-        anything = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
+        anything = (
+            torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
+        )
         special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.9, 65520.0, 3.4e38, 1e-45])
         near = (torch.nextafter(middle, torch.tensor(9e9)), torch.nextafter(middle, torch.tensor(-9e9)))
         wide = torch.cat([finite.float(), middle, *near, anything, special])

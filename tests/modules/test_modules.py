@@ -131,8 +131,11 @@ def test_size_and_layout_of_mmcv_carafe_pack():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"scale_factor": 3, "up_kernel": 3, "up_group": 2, "encoder_kernel": 5, "compressed_channels": 12},
-     {"encoder_dilation": 2}],
+    [
+        {},
+        {"scale_factor": 3, "up_kernel": 3, "up_group": 2, "encoder_kernel": 5, "compressed_channels": 12},
+        {"encoder_dilation": 2},
+    ],
     ids=["defaults", "others", "dilated"],
 )
 def test_state_dict_is_that_of_mmcv(arguments):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from toolkit import reason_for_no_cuda_half
 
 from carafe_plugin.ops import is_compiled
 from carafe_plugin.ops._registration import OPERATORS
@@ -42,8 +43,10 @@ def run(code, **environment):
 
 
 def supported_paths():
-    result = run("import ctypes, carafe_plugin._C as c\nl = ctypes.CDLL(c.__file__)\n"
-                 "l.carafe_cpu_path.restype = ctypes.c_char_p\nprint(l.carafe_cpu_path().decode())")
+    result = run(
+        "import ctypes, carafe_plugin._C as c\nl = ctypes.CDLL(c.__file__)\n"
+        "l.carafe_cpu_path.restype = ctypes.c_char_p\nprint(l.carafe_cpu_path().decode())"
+    )
     assert result.returncode == 0, result.stderr
     paths = ("plain", "baseline", "avx2", "avx512")
     return paths[: paths.index(result.stdout.strip()) + 1]
@@ -119,11 +122,8 @@ def test_unknown_backend_is_an_error():
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"])
 def test_every_operator_has_every_registration(operator, key):
-    if key == "CUDA" and not is_compiled("cuda"):
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        if CUDA_HOME is None or torch.version.cuda is None:
-            pytest.skip(f"no CUDA half was built: CUDA_HOME={CUDA_HOME}, torch for CUDA {torch.version.cuda}")
+    if key == "CUDA" and not is_compiled("cuda") and (reason := reason_for_no_cuda_half()):
+        pytest.skip(reason)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"carafe_plugin::{operator}", key) or (
         key.startswith("Autograd")
         and torch._C._dispatch_has_kernel_for_dispatch_key(f"carafe_plugin::{operator}", "Autograd")

@@ -4,11 +4,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from ops.naive import naive_carafe
 
 from carafe_plugin.ops import _fallback, reference
 from carafe_plugin.ops.carafe import scale_ratio
 from carafe_plugin.testing import SCALES, pairwise, random_case
+from ops.naive import naive_carafe
 
 CASES = list(
     pairwise(

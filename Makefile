@@ -1,0 +1,30 @@
+# CARAFE_ENV=current uses the active Python environment instead of .venv.
+BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv/bin/)
+PYTHON := $(if $(BIN),$(BIN)python,python3)
+CXX_SOURCES := $(shell git ls-files 'csrc/*' 'tests/csrc/*.cpp' 2>/dev/null | grep -E '\.(h|cpp|cu)$$')
+BENCH_FLAGS ?= --device cpu
+
+.PHONY: env demo test lint format bench clean
+
+env:
+	@tools/setup_env.sh
+
+demo: env
+	$(PYTHON) tools/demo.py
+
+test: env
+	$(PYTHON) -m pytest $(TESTS)
+
+lint: env
+	$(BIN)ruff check . && $(BIN)ruff format --check . && $(BIN)mypy
+	$(BIN)clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: env
+	$(BIN)ruff check --fix . && $(BIN)ruff format .
+	$(BIN)clang-format -i $(CXX_SOURCES)
+
+bench: env
+	$(PYTHON) tools/bench_op.py $(BENCH_FLAGS)
+
+clean:
+	rm -rf build dist work_dirs *.egg-info carafe_plugin/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
