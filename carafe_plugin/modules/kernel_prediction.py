@@ -99,7 +99,7 @@ class KernelPrediction(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier-uniform convolutions, then a content encoder near zero: reassembly starts as a plain average."""
         for conv in (self.channel_compressor, self.content_encoder):
-            if conv is not None:
+            if conv is not None and conv.bias is not None:
                 nn.init.xavier_uniform_(conv.weight)
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(self.content_encoder.weight, std=0.001)

@@ -152,7 +152,7 @@ def _autocast(operator: str, device_type: str) -> Callable[..., Tensor]:
 def _register() -> None:
     global _library
     _library = torch.library.Library("carafe_plugin", "IMPL")
-    fakes = (_carafe_fake, _grad_features_fake, _grad_masks_fake)
+    fakes: tuple[Callable[..., Tensor], ...] = (_carafe_fake, _grad_features_fake, _grad_masks_fake)
     setups = (_carafe_setup, _grad_features_setup, _grad_masks_setup)
     backwards = (_carafe_backward, _grad_features_backward, _grad_masks_backward)
     for operator, fake, setup, backward in zip(OPERATORS, fakes, setups, backwards, strict=True):

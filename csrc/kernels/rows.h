@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <type_traits>
 
 #include "staging.h"
 
@@ -17,7 +18,11 @@ struct Isa {
   static constexpr int bytes = Bytes, registers = Registers;
 };
 
-#define CARAFE_INLINE inline __attribute__((always_inline))
+#define CARAFE_ALWAYS_INLINE __attribute__((always_inline))
+#define CARAFE_INLINE inline CARAFE_ALWAYS_INLINE
+
+template <int Value>
+using Constant = std::integral_constant<int, Value>;
 
 template <class A, int Bytes>
 struct Vector {
@@ -136,6 +141,34 @@ struct LaneOffset {
       : phase(column - floor_div(column, period) * period), lanes(floor_div(column, period)) {}
 };
 
+// Calls run(features, place, count) for every run of outputs that read the same features: `count` phases from `place`
+// on (in units of a pitch, from the first output row of the tile), which read `features` at `offsets` (one a tap). All
+// outputs of a source row are one run where down is 1.
+template <class A, class Function>
+CARAFE_INLINE void for_each_run(
+    const Shape& shape, const Tile& tile, const OutputRows& rows, const Staged<A>& features, int64_t* offsets,
+    const Function& run) {
+  const int64_t k = shape.kernel;
+  for (int64_t phase = 0; phase < shape.up;) {
+    const int64_t source = phase * shape.down / shape.up;
+    int64_t next = phase + 1;
+    while (next < shape.up && next * shape.down / shape.up == source) ++next;
+    const bool whole = next - phase == shape.up;  // then the rows, too, are consecutive outputs
+    for (int64_t tap = 0; tap < shape.taps(); ++tap) {
+      const LaneOffset at(source + tap % k - shape.radius(), shape.down);
+      offsets[tap] = tap / k * features.row_stride() + at.phase * features.pitch + at.lanes;
+    }
+    for (int64_t s = tile.row_begin; s < tile.row_end; ++s) {
+      const OutputRows own(shape, s, s + 1);
+      const A* const from = features.data + (s - tile.row_begin) * features.row_stride();
+      for (int64_t row = own.begin; row < own.end; row += whole ? own.count() : 1) {
+        run(from, (row - rows.begin) * shape.up + phase, whole ? own.count() * shape.up : next - phase);
+      }
+    }
+    phase = next;
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------ forward
 
 // Outputs `P` apart by out_step share the features they read; C channels share the masks.
@@ -188,7 +221,7 @@ CARAFE_INLINE void reassemble_tile(
   using A = accumulator_t<T>;
   using V = Vector<A, I::bytes>;
   constexpr bool many = I::registers >= 32;
-  const int64_t k = shape.kernel, taps = shape.taps(), radius = shape.radius();
+  const int64_t taps = shape.taps(), radius = shape.radius();
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
   if (rows.count() == 0) return;
   const int64_t channels = shape.group_channels();
@@ -204,46 +237,17 @@ CARAFE_INLINE void reassemble_tile(
     const int64_t channel = tile.group * channels + first;
     x.channels = y.channels = std::min(kChunk, channels - first);
     stage(features, {tile.n, channel, tile.row_begin - radius, tile.lane_begin, shape.height, shape.width}, x);
-    // Runs of outputs that share their source columns: all of a source row's where down is 1.
-    for (int64_t phase = 0; phase < shape.up;) {
-      const int64_t source = phase * shape.down / shape.up;
-      int64_t next = phase + 1;
-      while (next < shape.up && next * shape.down / shape.up == source) ++next;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const LaneOffset at(source + tap % k - radius, shape.down);
-        offsets[tap] = tap / k * x.row_stride() + at.phase * x.pitch + at.lanes;
-      }
-      for (int64_t s = tile.row_begin; s < tile.row_end; ++s) {
-        const OutputRows own(shape, s, s + 1);
-        const A* const from = x.data + (s - tile.row_begin) * x.row_stride();
-        const bool whole = next - phase == shape.up;  // then rows, too, are consecutive outputs
-        for (int64_t row = own.begin; row < own.end; row += whole ? own.count() : 1) {
-          const int64_t place = (row - rows.begin) * shape.up + phase;
-          const int64_t count = whole ? own.count() * shape.up : next - phase;
-          for (int64_t p = 0; p < count;) {
-            const A* const weights = m.data + (place + p) * m.pitch;
-            A* const to = y.data + (place + p) * y.pitch;
-            if (count - p >= 4) {
-              reassemble_channels<V, 4, many ? 4 : 2>(
-                  y.channels, from, x.channel_stride(), offsets, taps, weights, m.channel_stride(), to,
-                  y.channel_stride(), y.pitch, tile.lanes);
-              p += 4;
-            } else if (count - p >= 2) {
-              reassemble_channels<V, 2, many ? 8 : 4>(
-                  y.channels, from, x.channel_stride(), offsets, taps, weights, m.channel_stride(), to,
-                  y.channel_stride(), y.pitch, tile.lanes);
-              p += 2;
-            } else {
-              reassemble_channels<V, 1, 8>(
-                  y.channels, from, x.channel_stride(), offsets, taps, weights, m.channel_stride(), to,
-                  y.channel_stride(), y.pitch, tile.lanes);
-              p += 1;
-            }
-          }
-        }
-      }
-      phase = next;
-    }
+    for_each_run(shape, tile, rows, x, offsets, [&](const A* from, int64_t place, int64_t count) CARAFE_ALWAYS_INLINE {
+      const auto block = [&](auto outputs, auto block_channels, int64_t p) CARAFE_ALWAYS_INLINE {
+        reassemble_channels<V, outputs, block_channels>(
+            y.channels, from, x.channel_stride(), offsets, taps, m.data + (place + p) * m.pitch, m.channel_stride(),
+            y.data + (place + p) * y.pitch, y.channel_stride(), y.pitch, tile.lanes);
+      };
+      int64_t p = 0;
+      for (; p + 4 <= count; p += 4) block(Constant<4>(), Constant<many ? 4 : 2>(), p);
+      for (; p + 2 <= count; p += 2) block(Constant<2>(), Constant<many ? 8 : 4>(), p);
+      for (; p < count; ++p) block(Constant<1>(), Constant<8>(), p);
+    });
     unstage(y, {tile.n, channel, rows.begin, tile.lane_begin, shape.out_height, shape.out_width}, output);
   }
 }
@@ -310,7 +314,7 @@ CARAFE_INLINE void grad_masks_tile(
   using A = accumulator_t<T>;
   using V = Vector<A, I::bytes>;
   constexpr bool many = I::registers >= 32;
-  const int64_t k = shape.kernel, taps = shape.taps(), radius = shape.radius();
+  const int64_t taps = shape.taps(), radius = shape.radius();
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
   if (rows.count() == 0) return;
   const int64_t channels = shape.group_channels();
@@ -327,45 +331,19 @@ CARAFE_INLINE void grad_masks_tile(
     x.channels = dy.channels = std::min(kChunk, channels - first);
     stage(features, {tile.n, channel, tile.row_begin - radius, tile.lane_begin, shape.height, shape.width}, x);
     stage(grad_output, {tile.n, channel, rows.begin, tile.lane_begin, shape.out_height, shape.out_width}, dy);
-    for (int64_t phase = 0; phase < shape.up;) {
-      const int64_t source = phase * shape.down / shape.up;
-      int64_t next = phase + 1;
-      while (next < shape.up && next * shape.down / shape.up == source) ++next;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const LaneOffset at(source + tap % k - radius, shape.down);
-        offsets[tap] = tap / k * x.row_stride() + at.phase * x.pitch + at.lanes;
+    for_each_run(shape, tile, rows, x, offsets, [&](const A* from, int64_t place, int64_t count) CARAFE_ALWAYS_INLINE {
+      const auto block = [&](auto outputs, int64_t p) CARAFE_ALWAYS_INLINE {
+        grad_masks_taps<V, outputs>(
+            taps, dy.channels, dy.data + (place + p) * dy.pitch, dy.channel_stride(), from, x.channel_stride(), offsets,
+            sum.data + (place + p) * sum.pitch, sum.channel_stride(), sum.pitch, tile.lanes);
+      };
+      int64_t p = 0;
+      if constexpr (many) {
+        for (; p + 4 <= count; p += 4) block(Constant<4>(), p);
       }
-      for (int64_t s = tile.row_begin; s < tile.row_end; ++s) {
-        const OutputRows own(shape, s, s + 1);
-        const A* const from = x.data + (s - tile.row_begin) * x.row_stride();
-        const bool whole = next - phase == shape.up;
-        for (int64_t row = own.begin; row < own.end; row += whole ? own.count() : 1) {
-          const int64_t place = (row - rows.begin) * shape.up + phase;
-          const int64_t count = whole ? own.count() * shape.up : next - phase;
-          for (int64_t p = 0; p < count;) {
-            const A* const cotangent = dy.data + (place + p) * dy.pitch;
-            A* const to = sum.data + (place + p) * sum.pitch;
-            if (many && count - p >= 4) {
-              grad_masks_taps<V, many ? 4 : 1>(
-                  taps, dy.channels, cotangent, dy.channel_stride(), from, x.channel_stride(), offsets, to,
-                  sum.channel_stride(), sum.pitch, tile.lanes);
-              p += 4;
-            } else if (count - p >= 2) {
-              grad_masks_taps<V, 2>(
-                  taps, dy.channels, cotangent, dy.channel_stride(), from, x.channel_stride(), offsets, to,
-                  sum.channel_stride(), sum.pitch, tile.lanes);
-              p += 2;
-            } else {
-              grad_masks_taps<V, 1>(
-                  taps, dy.channels, cotangent, dy.channel_stride(), from, x.channel_stride(), offsets, to,
-                  sum.channel_stride(), sum.pitch, tile.lanes);
-              p += 1;
-            }
-          }
-        }
-      }
-      phase = next;
-    }
+      for (; p + 2 <= count; p += 2) block(Constant<2>(), p);
+      for (; p < count; ++p) block(Constant<1>(), p);
+    });
   }
   unstage(sum, {tile.n, tile.group * taps, rows.begin, tile.lane_begin, shape.out_height, shape.out_width}, grad);
 }
