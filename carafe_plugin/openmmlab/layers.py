@@ -1,0 +1,236 @@
+"""CARAFE++ as MMEngine layers, and the helpers that every toolbox's adapter shares.
+
+Importing this module registers ``CARAFEUpsample`` and ``CARAFEDownsample`` in MMEngine's root ``MODELS`` registry, so
+that every toolbox builds them from a configuration by name::
+
+    upsample_cfg = dict(type="CARAFEUpsample", compressed_channels=32, norm_cfg=dict(type="BN"))
+
+It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which every toolbox brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carafe_plugin import modules
+from carafe_plugin.openmmlab import require
+
+require("mmengine", __name__)
+
+from mmengine.model import initialize  # noqa: E402
+from mmengine.registry import MODELS  # noqa: E402
+
+
+def _build_norm(norm_cfg: dict, channels: int) -> nn.Module:
+    from mmcv.cnn import build_norm_layer
+
+    return build_norm_layer(norm_cfg, channels)[1]
+
+
+def _build_act(act_cfg: dict) -> nn.Module:
+    from mmcv.cnn import build_activation_layer
+
+    return build_activation_layer(act_cfg)
+
+
+def _factory(name: str, build: Callable[..., nn.Module], cfg: Mapping[str, Any] | None) -> Callable | None:
+    """Translate ``norm_cfg`` or ``act_cfg`` into the callable that the plain modules take."""
+    if cfg is None:
+        return None
+    if not isinstance(cfg, Mapping) or "type" not in cfg:
+        raise TypeError(f"{name} must be None or a dictionary with the key 'type', got {cfg!r}")
+    require("mmcv", name)
+    return partial(build, dict(cfg))
+
+
+class _MMEngineLayer(nn.Module):
+    """What MMEngine asks beyond the plain module: configurations of norm and activation, and a safe initialisation."""
+
+    init_weights: Callable[[], None]  # the plain module's
+
+    def __init__(
+        self,
+        *args: Any,
+        norm_cfg: Mapping[str, Any] | None = None,
+        act_cfg: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if norm_cfg is not None:
+            kwargs["norm"] = _factory("norm_cfg", _build_norm, norm_cfg)
+        if act_cfg is not None:
+            kwargs["act"] = _factory("act_cfg", _build_act, act_cfg)
+        super().__init__(*args, **kwargs)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> _MMEngineLayer:
+        """Apply a function to every submodule, except that MMEngine's initialisers leave the paper's values in place.
+
+        An enclosing module's ``init_cfg`` (Xavier for every ``Conv2d`` in an FPN) comes down the whole tree through
+        ``apply``, whereas ``init_weights`` goes no further than direct children. The content encoder's N(0, 0.001),
+        which makes the first kernels nearly uniform, would be lost wherever this layer sits in a plain ``Sequential``
+        or ``ModuleList``.
+        """
+        super().apply(fn)
+        if getattr(fn, "__module__", None) == initialize.__module__:
+            self.init_weights()
+        return self
+
+
+@MODELS.register_module()
+class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
+    """:class:`carafe_plugin.CARAFEUpsample` for configurations.
+
+    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` in the place of ``norm`` and ``act``.
+
+    Args:
+        *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEUpsample`.
+        norm_cfg: Norm layer after the channel compressor, such as ``dict(type="BN")``.
+        act_cfg: Activation after the norm layer, such as ``dict(type="ReLU")``.
+        **kwargs: The plain module's keyword arguments.
+
+    Raises:
+        TypeError: ``norm_cfg`` or ``act_cfg`` is not a dictionary with a ``type``, or an argument is unknown.
+
+    Example:
+        >>> import torch
+        >>> from mmengine.registry import MODELS
+        >>> from carafe_plugin.openmmlab import layers
+        >>> upsampler = MODELS.build(dict(type="CARAFEUpsample", channels=16, scale_factor=2))
+        >>> upsampler(torch.rand(1, 16, 5, 7)).shape
+        torch.Size([1, 16, 10, 14])
+    """
+
+
+@MODELS.register_module()
+class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
+    """:class:`carafe_plugin.CARAFEDownsample` for configurations.
+
+    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` in the place of ``norm`` and ``act``.
+
+    Args:
+        *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEDownsample`.
+        norm_cfg: Norm layer after the channel compressor (the paper's backbones use ``dict(type="BN")``).
+        act_cfg: Activation after the norm layer (the paper's backbones use ``dict(type="ReLU")``).
+        **kwargs: The plain module's keyword arguments.
+
+    Raises:
+        TypeError: ``norm_cfg`` or ``act_cfg`` is not a dictionary with a ``type``, or an argument is unknown.
+
+    Example:
+        >>> import torch
+        >>> from mmengine.registry import MODELS
+        >>> from carafe_plugin.openmmlab import layers
+        >>> downsampler = MODELS.build(dict(type="CARAFEDownsample", channels=16, scale_factor=2))
+        >>> downsampler(torch.rand(1, 16, 5, 7)).shape
+        torch.Size([1, 16, 3, 4])
+    """
+
+
+INTERPOLATIONS = ("nearest", "bilinear")
+
+
+class Interpolation(nn.Module):
+    """The resizing without parameters that the toolboxes use, as a module: what CARAFE++ replaces.
+
+    Args:
+        mode: ``"nearest"`` or ``"bilinear"``.
+        align_corners: As in :func:`torch.nn.functional.interpolate`; for ``"bilinear"`` only.
+    """
+
+    def __init__(self, mode: str, align_corners: bool | None = None) -> None:
+        super().__init__()
+        self.mode = mode
+        self.align_corners = align_corners
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resize features (N, C, H, W) to ``size`` (H', W')."""
+        return F.interpolate(features, size=size, mode=self.mode, align_corners=self.align_corners)
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}, align_corners={self.align_corners}"
+
+
+def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
+    """Build the upsampler that a ``carafe_cfg`` describes.
+
+    Args:
+        carafe_cfg: ``type`` is ``"CARAFEUpsample"`` when left out; ``"nearest"`` and ``"bilinear"`` give
+            :class:`Interpolation`; any other type that ``MODELS`` knows is built with ``channels``, ``scale_factor``
+            and the remaining keys. None stands for an empty dictionary.
+        channels: Channels of the features, set by the caller, never by ``carafe_cfg``.
+        scale_factor: Upsampling factor, set by the caller as well.
+
+    Returns:
+        The upsampler, to be called through :func:`upsample_to`.
+
+    Raises:
+        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
+        KeyError: ``type`` is not registered.
+    """
+    if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
+        raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
+    cfg = dict(carafe_cfg or {})
+    kind = cfg.setdefault("type", "CARAFEUpsample")
+    fixed = dict(channels=channels, scale_factor=scale_factor)
+    for key, value in fixed.items():
+        if key in cfg:
+            raise ValueError(f"carafe_cfg must not set {key!r}: its place in the network does ({key}={value})")
+    known = False
+    # MMEngine raises a RuntimeError for a name that it cannot resolve (older versions return None).
+    with MODELS.switch_scope_and_registry(cfg.get("_scope_")) as registry, suppress(RuntimeError):
+        known = kind in INTERPOLATIONS or not isinstance(kind, str) or registry.get(kind) is not None
+    if not known:
+        raise KeyError(
+            f"carafe_cfg: the type {kind!r} is not registered; expected 'CARAFEUpsample', 'nearest', 'bilinear' or "
+            f"another upsampler in MODELS"
+        )
+    try:
+        if kind in INTERPOLATIONS:
+            return Interpolation(kind, **{key: value for key, value in cfg.items() if key not in ("type", "_scope_")})
+        return MODELS.build(dict(cfg, **fixed))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"carafe_cfg={cfg!r}: {error}") from error
+
+
+def upsample_to(upsampler: nn.Module, features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
+    if isinstance(upsampler, Interpolation):
+        return upsampler(features, size)
+    return fit_to_size(upsampler(features), size)
+
+
+def fit_to_size(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop at the bottom and right, or complete there by repeating the last row and column.
+
+    Levels of a pyramid seldom differ by exactly two: twice ``ceil(H / 2)`` exceeds an odd ``H`` by one, and twice
+    ``floor(H / 2)`` (backbones that round down) falls short by one.
+
+    Args:
+        features: (N, C, H, W), H and W at least 1.
+        size: The wanted (H', W').
+
+    Returns:
+        (N, C, H', W'); the input itself where it fits.
+
+    Example:
+        >>> import torch
+        >>> fit_to_size(torch.arange(4.).reshape(1, 1, 2, 2), (1, 3))
+        tensor([[[[0., 1., 1.]]]])
+    """
+    height, width = size
+    features = features[..., :height, :width]
+    # Repeating through expand, and not replication padding: the gradient of the latter is not deterministic on CUDA.
+    if features.shape[-2] < height:
+        last_row = features[..., -1:, :].expand(-1, -1, height - features.shape[-2], -1)
+        features = torch.cat([features, last_row], dim=-2)
+    if features.shape[-1] < width:
+        last_column = features[..., -1:].expand(-1, -1, -1, width - features.shape[-1])
+        features = torch.cat([features, last_column], dim=-1)
+    return features

@@ -1,0 +1,226 @@
+"""CARAFE++ for MMDetection: change a ``type``, and nothing else.
+
+==========================  ==============================================  =====================
+registered type             subclass of, with its arguments and checkpoints  CARAFE++ replaces
+==========================  ==============================================  =====================
+``CARAFEFPN``               ``mmdet.models.FPN``                            nearest interpolation
+``CARAFEPAFPN``             ``mmdet.models.PAFPN`` (top-down path)          nearest interpolation
+``CARAFEFCNMaskHead``       ``mmdet.models.FCNMaskHead``                    deconvolution
+==========================  ==============================================  =====================
+
+Either name works in a configuration: the full path as it stands, the short name after importing this module::
+
+    neck = dict(type="carafe_plugin.openmmlab.mmdet.CARAFEFPN")
+
+    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmdet"])
+    neck = dict(type="CARAFEFPN")
+
+CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.1. ``CARAFEFPN`` is the
+paper's: the plain FPN with its interpolation replaced. MMDetection's own ``FPN_CARAFE`` has another topology; it is
+served by :mod:`carafe_plugin.openmmlab.drop_in`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carafe_plugin.openmmlab import require
+from carafe_plugin.openmmlab.layers import INTERPOLATIONS, build_upsampler, fit_to_size, upsample_to
+
+require("mmdet", __name__)
+
+from mmdet.models.necks import FPN, PAFPN  # noqa: E402
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
+from mmengine.model import ModuleList  # noqa: E402
+
+
+class _TopDownPath:
+    """The parts of FPN and PAFPN between the lateral convolutions and the outputs.
+
+    Both parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
+    that ``forward`` is stated anew here; everything that holds a parameter is the parent's.
+    """
+
+    in_channels: list[int]
+    out_channels: int
+    num_outs: int
+    start_level: int
+    backbone_end_level: int
+    add_extra_convs: bool | str
+    relu_before_extra_convs: bool
+    lateral_convs: nn.ModuleList
+    fpn_convs: nn.ModuleList
+
+    def _add_upsamplers(self, carafe_cfg: Mapping[str, Any] | None) -> None:
+        # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
+        self.upsample_modules = ModuleList(
+            build_upsampler(carafe_cfg, self.out_channels) for _ in range(len(self.lateral_convs) - 1)
+        )
+
+    def _merge_top_down(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Lateral convolutions, then from the coarsest level down: upsample, and add to the level below."""
+        if len(inputs) != len(self.in_channels):
+            raise ValueError(f"inputs must hold {len(self.in_channels)} maps (in_channels), got {len(inputs)}")
+        laterals = []
+        for level, lateral_conv in enumerate(self.lateral_convs, start=self.start_level):
+            if inputs[level].shape[1] != self.in_channels[level]:
+                raise ValueError(
+                    f"inputs[{level}] must have {self.in_channels[level]} channels (in_channels[{level}]), "
+                    f"got shape {tuple(inputs[level].shape)}"
+                )
+            laterals.append(lateral_conv(inputs[level]))
+        for i in reversed(range(len(laterals) - 1)):
+            upsampled = upsample_to(self.upsample_modules[i], laterals[i + 1], laterals[i].shape[2:])
+            laterals[i] = laterals[i] + upsampled
+        return laterals
+
+    def _append_extra_levels(self, outs: list[Tensor], inputs: Sequence[Tensor], laterals: list[Tensor]) -> None:
+        """Levels above the backbone's last: subsampled, or by the parent's convolutions of stride 2."""
+        while len(outs) < self.num_outs:
+            if not self.add_extra_convs:
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+                continue
+            source = outs[-1]
+            if len(outs) == len(laterals):  # the first extra level, where the options differ
+                if self.add_extra_convs == "on_input":
+                    source = inputs[self.backbone_end_level - 1]
+                elif self.add_extra_convs == "on_lateral":
+                    source = laterals[-1]
+            elif self.relu_before_extra_convs:
+                source = F.relu(source)
+            outs.append(self.fpn_convs[len(outs)](source))
+
+
+@MODELS.register_module()
+class CARAFEFPN(_TopDownPath, FPN):
+    """FPN whose top-down path upsamples by CARAFE++ (arXiv 2012.04733, Sec. 4.1).
+
+    Takes FPN's arguments and loads FPN's checkpoints: the only new parameters are in ``upsample_modules``, where
+    ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have any size: see
+    :func:`~carafe_plugin.openmmlab.layers.fit_to_size`.
+
+    Args:
+        *args: FPN's.
+        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its arguments
+            (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` and ``dict(type="bilinear")`` give
+            what FPN does, bit for bit. Defaults to the paper's setting.
+        **kwargs: FPN's. Its ``upsample_cfg`` describes the interpolation that CARAFE++ stands in for: it is accepted,
+            so that changing ``type`` is enough, and has no effect.
+
+    Raises:
+        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``; ``inputs`` does not match ``in_channels``.
+        KeyError: ``carafe_cfg`` names a type that is not registered.
+
+    Example:
+        >>> import torch
+        >>> neck = CARAFEFPN(in_channels=[8, 16, 32], out_channels=16, num_outs=4)
+        >>> [tuple(m.shape[2:]) for m in neck([torch.rand(1, 8, 25, 41), torch.rand(1, 16, 13, 21),
+        ...                                    torch.rand(1, 32, 7, 11)])]
+        [(25, 41), (13, 21), (7, 11), (4, 6)]
+    """
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_upsamplers(carafe_cfg)
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""
+        laterals = self._merge_top_down(inputs)
+        outs = [fpn_conv(lateral) for fpn_conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
+        self._append_extra_levels(outs, inputs, laterals)
+        return tuple(outs)
+
+
+@MODELS.register_module()
+class CARAFEPAFPN(_TopDownPath, PAFPN):
+    """PAFPN whose top-down path upsamples by CARAFE++; the bottom-up path keeps its strided convolutions.
+
+    Takes PAFPN's arguments and loads PAFPN's checkpoints, with ``upsample_modules`` as in :class:`CARAFEFPN`.
+
+    Args:
+        *args: PAFPN's.
+        carafe_cfg: The upsampler, as in :class:`CARAFEFPN`.
+        **kwargs: PAFPN's.
+
+    Raises:
+        TypeError, ValueError, KeyError: As :class:`CARAFEFPN`.
+
+    Example:
+        >>> import torch
+        >>> neck = CARAFEPAFPN(in_channels=[8, 16], out_channels=16, num_outs=2)
+        >>> [tuple(m.shape[2:]) for m in neck([torch.rand(1, 8, 25, 41), torch.rand(1, 16, 13, 21)])]
+        [(25, 41), (13, 21)]
+    """
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_upsamplers(carafe_cfg)
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""
+        laterals = self._merge_top_down(inputs)
+        maps = [fpn_conv(lateral) for fpn_conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
+        for i, downsample_conv in enumerate(self.downsample_convs):
+            # The convolution gives ceil(H / 2) rows, which is one too many where a backbone rounds down.
+            maps[i + 1] = maps[i + 1] + fit_to_size(downsample_conv(maps[i]), maps[i + 1].shape[2:])
+        outs = maps[:1] + [conv(x) for conv, x in zip(self.pafpn_convs, maps[1:], strict=True)]
+        self._append_extra_levels(outs, inputs, laterals)
+        return tuple(outs)
+
+
+@MODELS.register_module()
+class CARAFEFCNMaskHead(FCNMaskHead):
+    """Mask head that upsamples by CARAFE++ where FCNMaskHead has its deconvolution (arXiv 2012.04733, Sec. 4.1).
+
+    Takes FCNMaskHead's arguments. Of its checkpoints everything loads but ``upsample``, whose parameters are
+    CARAFE++'s. ``conv_logits`` keeps its shape where ``in_channels`` and ``conv_out_channels`` do.
+
+    Args:
+        *args: FCNMaskHead's, up to ``class_agnostic``.
+        upsample_cfg: What CARAFE++ stands in for; only its ``scale_factor`` is read.
+        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its
+            arguments; ``scale_factor`` overrides that of ``upsample_cfg``. ``dict(type="deconv")``, ``"nearest"`` and
+            ``"bilinear"`` give FCNMaskHead with that upsampler, bit for bit.
+        **kwargs: FCNMaskHead's.
+
+    Raises:
+        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        ValueError: ``upsample_cfg`` has type None, so that there is nothing to replace; ``carafe_cfg`` sets
+            ``channels``.
+        KeyError: ``carafe_cfg`` names a type that is not registered.
+
+    Example:
+        >>> import torch
+        >>> head = CARAFEFCNMaskHead(num_convs=1, in_channels=16, conv_out_channels=16, num_classes=3)
+        >>> head(torch.rand(2, 16, 14, 14)).shape
+        torch.Size([2, 3, 28, 28])
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        upsample_cfg: Mapping[str, Any] = dict(type="deconv", scale_factor=2),
+        carafe_cfg: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if upsample_cfg.get("type") is None:
+            raise ValueError(f"upsample_cfg must name the upsampler that CARAFE++ replaces, got {dict(upsample_cfg)!r}")
+        if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
+            raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
+        cfg = dict(carafe_cfg or {})
+        scale_factor = cfg.pop("scale_factor", upsample_cfg.get("scale_factor", 2))
+        if cfg.get("type") in ("deconv", *INTERPOLATIONS):
+            super().__init__(*args, upsample_cfg=dict(cfg, scale_factor=scale_factor), **kwargs)
+            return
+        # The parent knows upsamplers by a fixed list of names. Without one it still runs whatever `upsample` holds.
+        super().__init__(*args, upsample_cfg=dict(type=None, scale_factor=scale_factor), **kwargs)
+        channels = self.conv_out_channels if self.num_convs > 0 else self.in_channels
+        self.upsample = build_upsampler(cfg, channels, scale_factor)
+        self.upsample_cfg = cfg
+        self.upsample_method = cfg.get("type", "CARAFEUpsample")

@@ -1,0 +1,3 @@
+_base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
+
+model = dict(neck=dict(type="carafe_plugin.openmmlab.mmdet.CARAFEFPN"))

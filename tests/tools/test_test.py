@@ -1,0 +1,177 @@
+"""tools/test.py: the metrics of training again, and every option as the config's toolbox means it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import SIZE, call_tool, last_metrics, load_tool, scene
+from mmengine.config import Config
+
+pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
+pytest.importorskip("mmseg", reason="tools: mmseg is not installed")
+pytest.importorskip("mmpretrain", reason="tools: mmpretrain is not installed")
+
+SCOPES = ("mmdet", "mmseg", "mmpretrain")
+NO_DRAWING = ["--cfg-options", "default_hooks.visualization=None"]
+BOXES_ALONE = [
+    "--cfg-options",
+    "model.type=FasterRCNN",
+    "model.roi_head.mask_head=None",
+    "model.roi_head.mask_roi_extractor=None",
+    "test_evaluator.metric=bbox",
+]
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    """The only line on stderr that starts with 'error:'; there must be no traceback."""
+    output = capsys.readouterr().err
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in output, output
+    return lines[0]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_metrics_out_and_show_dir(scope: str, trained: Callable, tmp_path: Path) -> None:
+    model = trained(scope)
+    out = tmp_path / ("labels" if scope == "mmseg" else "predictions.pkl")
+    options = ["--out", out, "--show-dir", tmp_path / "shown" if scope != "mmdet" else "shown", "--interval", 2]
+    assert call_tool("test", model.config, model.checkpoint, "--work-dir", tmp_path / "test", *options) == 0
+    tested = last_metrics(tmp_path / "test")
+    assert tested == pytest.approx(model.metrics()), "the same as in the validation after the last epoch"
+
+    # mmdet puts its pictures below work_dir/<time>, mmseg below <show-dir>/<time>/vis_data, mmpretrain as told.
+    pictures = [path for path in tmp_path.rglob("*.png") if not path.is_relative_to(out)]
+    assert len(pictures) == (3 if scope == "mmpretrain" else 7), "mmpretrain draws every 2nd image"
+    assert all("shown" in path.parts for path in pictures)
+    if scope == "mmseg":
+        maps = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in out.iterdir()}
+        assert sorted(maps) == [f"{index:02d}.png" for index in range(7)]
+        assert all(label.shape == (SIZE, SIZE) and set(np.unique(label)) <= {0, 1, 2} for label in maps.values())
+    else:
+        predictions = pickle.loads(out.read_bytes())
+        assert len(predictions) == 7
+        key = "pred_instances" if scope == "mmdet" else "pred_score"
+        assert all(key in prediction for prediction in predictions)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_tta_without_a_word_in_the_configuration(scope: str, trained: Callable, tmp_path: Path) -> None:
+    model = trained(scope)
+    options = BOXES_ALONE if scope == "mmdet" else []  # mmdet merges boxes alone
+    assert call_tool("test", model.config, model.checkpoint, "--work-dir", tmp_path, "--tta", *options) == 0
+    metric = dict(mmdet="coco/bbox_mAP_50", mmseg="aAcc", mmpretrain="accuracy/top1")[scope]
+    tested = last_metrics(tmp_path)[metric]
+    # The scenes have no left and right: flips must not hurt, as they would if boxes or labels were not flipped back.
+    assert tested >= 0.75 * model.metrics()[metric]
+
+
+def test_tta_of_the_configuration_is_kept() -> None:
+    cfg = Config(
+        dict(
+            default_scope="mmdet",
+            model=dict(type="Net"),
+            tta_model=dict(type="OwnTTA"),
+            tta_pipeline=[dict(type="Own")],
+            test_dataloader=dict(dataset=dict(type="RepeatDataset", dataset=dict(type="CocoDataset", pipeline=[]))),
+        )
+    )
+    load_tool("test").use_tta(cfg)
+    assert cfg.model == dict(type="OwnTTA", module=dict(type="Net"))
+    assert cfg.test_dataloader.dataset.dataset.pipeline == [dict(type="Own")]
+    assert "pipeline" not in cfg.test_dataloader.dataset
+
+
+def test_out_item_metrics(trained: Callable, tmp_path: Path) -> None:
+    model = trained("mmpretrain")
+    out = tmp_path / "metrics.json"
+    command = (model.config, model.checkpoint, "--work-dir", tmp_path / "test", "--out", out, "--out-item", "metrics")
+    assert call_tool("test", *command) == 0
+    assert json.loads(out.read_text()) == pytest.approx(model.metrics())
+
+
+@pytest.mark.parametrize(
+    ("scope", "options", "expected"),
+    [
+        ("mmdet", ["--out", "predictions.json"], "--out must end in .pkl or .pickle, got predictions.json"),
+        ("mmdet", ["--out-item", "metrics"], "give --out as well"),
+        ("mmdet", ["--out", "a.pkl", "--out-item", "metrics"], "for mmpretrain configurations"),
+        ("mmpretrain", ["--out", "a.txt", "--out-item", "metrics"], "--out must end in .json"),
+        ("mmdet", ["--show-dir", "x", *NO_DRAWING], "default_hooks.visualization"),
+        ("mmdet", ["--show"], "needs a display"),
+        ("mmdet", ["--tta"], "mmdet merges boxes, not masks"),
+        ("mmdet", ["--cfg-options", "test_dataloader.dataset.ann_file=absent.json"], "/absent.json"),
+        ("mmseg", ["--cfg-options", "test_dataloader.dataset.data_prefix.img_path=absent"], "/absent"),
+        ("mmseg", ["--out", __file__], "is a file"),
+    ],
+)
+def test_mistakes(
+    scope: str,
+    options: list,
+    expected: str,
+    trained: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    model = trained(scope)
+    capsys.readouterr()
+    assert call_tool("test", model.config, model.checkpoint, "--work-dir", tmp_path / "test", *options) == 2
+    assert expected in one_line(capsys)
+
+
+def test_checkpoints_that_cannot_be_tested(trained: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = trained("mmdet")
+    content = model.checkpoint.read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(content[: len(content) // 2])
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    torch.save(dict(state_dict=dict(other=torch.zeros(1))), tmp_path / "other.pth")
+    expected = {
+        "absent.pth": f"no such checkpoint: {tmp_path}/absent.pth",
+        "truncated.pth": f"cannot read checkpoint {tmp_path}/truncated.pth ({len(content) // 2} bytes",
+        "page.pth": f"cannot read checkpoint {tmp_path}/page.pth",
+        "other.pth": "holds no parameter of MaskRCNN (its first: other)",
+    }
+    capsys.readouterr()
+    for name, message in expected.items():
+        assert call_tool("test", model.config, tmp_path / name, "--work-dir", tmp_path / "test") == 2
+        assert message in one_line(capsys)
+
+
+def test_bare_weights_can_be_tested(trained: Callable, tmp_path: Path) -> None:
+    """A checkpoint as published by others: the state dict alone, its names with the prefix of a wrapped model."""
+    model = trained("mmpretrain")
+    weights = torch.load(model.checkpoint, weights_only=False)["state_dict"]
+    torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "bare.pth")
+    assert call_tool("test", model.config, tmp_path / "bare.pth", "--work-dir", tmp_path / "test") == 0
+    assert last_metrics(tmp_path / "test") == pytest.approx(model.metrics())
+
+
+def test_no_images_is_an_error(trained: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = trained("mmdet")
+    empty = dict(images=[], annotations=[], categories=[dict(id=7, name="red"), dict(id=8, name="blue")])
+    (tmp_path / "empty.json").write_text(json.dumps(empty))
+    option = f"test_dataloader.dataset.ann_file={tmp_path}/empty.json"
+    capsys.readouterr()
+    command = (model.config, model.checkpoint, "--work-dir", tmp_path / "test", "--cfg-options", option)
+    assert call_tool("test", *command) == 2
+    message = one_line(capsys)
+    assert "no images in test_dataloader (CocoDataset)" in message
+    assert f"{tmp_path}/empty.json" in message
+
+
+def test_scene_is_reproducible() -> None:
+    """The numbers above rest on it."""
+    (first, square), (second, again) = scene(3), scene(3)
+    assert np.array_equal(first, second)
+    assert square == again
+    assert square.name == "blue"

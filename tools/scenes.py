@@ -1,0 +1,301 @@
+"""Scenes of textured figures with thin and detailed outlines: what they contain, and how they are painted.
+
+:func:`describe_scene` decides what a scene contains, :func:`paint_scene` turns that description into an image and a map
+that says which object owns each pixel. How this is stored is a matter for the writers in ``generate_scenes.py``.
+
+Example:
+    >>> scene = next(iter(scenes(seed=0, split="train", count=1, size=160)))
+    >>> image, owner = paint_scene(scene)
+    >>> image.shape, owner.shape, owner.max() < len(scene.objects)
+    ((160, 160, 3), (160, 160), np.True_)
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+Colour = tuple[float, float, float]
+
+SPLITS = ("train", "val")
+CATEGORIES = ("star", "ring", "cross", "crescent", "gear", "key")
+#: Every object keeps at least this many visible pixels, and this share of what it would show alone.
+MIN_PIXELS, MIN_VISIBLE = 20, 0.4
+SUPERSAMPLING = 4
+#: Where in each block of 20 scenes the crowds and the scenes without objects come, so that small splits have both.
+CROWDED, EMPTY = (3, 11, 15), (6,)
+
+
+# ---------------------------------------------------------------------------------------------------- description
+@dataclass(frozen=True)
+class Figure:
+    """One drawn figure. Lengths are in pixels, the angle in radians, colours are RGB in [0, 1]."""
+
+    x: float
+    y: float
+    radius: float
+    angle: float
+    detail: float  # in [0, 1]: how thin, how many points or teeth
+    colour: Colour
+    accent: Colour
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """What one annotation describes: a single figure, or a crowd of figures of one category."""
+
+    category: str
+    figures: tuple[Figure, ...]
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Background:
+    """Two colours mixed by smooth noise, a periodic pattern over them, and grain."""
+
+    colours: tuple[Colour, Colour]
+    pattern: str  # 'plain', 'stripes', 'checks' or 'dots'
+    period: float
+    angle: float
+    strength: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A square scene of ``size`` pixels; ``objects`` are listed from back to front."""
+
+    size: int
+    noise_seed: int
+    background: Background
+    objects: tuple[SceneObject, ...]
+
+
+def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Colour:
+    return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value))
+
+
+def _describe_background(rng: np.random.Generator) -> Background:
+    return Background(
+        colours=(_colour(rng, (0.05, 0.45), (0.25, 0.75)), _colour(rng, (0.05, 0.45), (0.25, 0.75))),
+        pattern=str(rng.choice(["plain", "stripes", "checks", "dots"])),
+        period=rng.uniform(6, 24),
+        angle=rng.uniform(0, np.pi),
+        strength=rng.uniform(0.04, 0.12),
+    )
+
+
+def _describe_figure(rng: np.random.Generator, position: np.ndarray, radius: float, background: Background) -> Figure:
+    # A figure that nobody could tell from its background would be noise in the annotations.
+    for _ in range(20):
+        colour = _colour(rng, (0.35, 1.0), (0.2, 1.0))
+        if min(np.abs(np.subtract(colour, other)).sum() for other in background.colours) > 0.8:
+            break
+    brightness = rng.uniform(0.7, 1.3)
+    red, green, blue = (min(channel * brightness, 1.0) for channel in colour)
+    return Figure(
+        x=float(position[0]),
+        y=float(position[1]),
+        radius=radius,
+        angle=rng.uniform(-0.6, 0.6),
+        detail=rng.uniform(),
+        colour=colour,
+        accent=(red, green, blue),
+    )
+
+
+def _radius(rng: np.random.Generator, size: int) -> float:
+    """A radius in pixels: a quarter of the figures are small."""
+    low, high = ((0.04, 0.065), (0.065, 0.125), (0.125, 0.23))[rng.choice(3, p=(0.25, 0.4, 0.35))]
+    return max(rng.uniform(low, high) * size, 4.5)
+
+
+def describe_scene(rng: np.random.Generator, size: int, crowded: bool = False, empty: bool = False) -> Scene:
+    """Decide what a scene contains.
+
+    Args:
+        rng: The only source of randomness.
+        size: Height and width in pixels.
+        crowded: Add one crowd of equal figures.
+        empty: No objects at all.
+
+    Returns:
+        A scene in which every object is visible well enough to be annotated.
+    """
+    background = _describe_background(rng)
+    noise_seed = int(rng.integers(2**31))
+    objects: list[SceneObject] = []
+    owner = np.full((size, size), -1)
+    alone: list[int] = []  # how many pixels each object would show with nothing before it
+
+    def add(candidate: SceneObject) -> bool:
+        """Put the candidate before the others unless that hides one of them, or it is hardly inside the image."""
+        after = owner.copy()
+        _claim(after, candidate, len(objects))
+        shown = np.bincount(after[after >= 0], minlength=len(objects) + 1)
+        needed = [max(MIN_PIXELS, MIN_VISIBLE * pixels) for pixels in alone] + [MIN_PIXELS]
+        if np.any(shown < needed):
+            return False
+        owner[:] = after
+        objects.append(candidate)
+        alone.append(int(shown[-1]))
+        return True
+
+    if crowded and not empty:
+        while not add(_describe_crowd(rng, size, background)):
+            pass
+    wanted = 0 if empty else int(rng.integers(2, 9))
+    for _ in range(4 * wanted):  # a full scene may refuse some: it then has fewer, never hidden, objects
+        if len(objects) >= wanted:
+            break
+        radius = _radius(rng, size)
+        if objects and rng.uniform() < 0.4:  # beside an earlier figure, so that occlusion is common
+            near = objects[rng.integers(len(objects))].figures[0]
+            position = np.array([near.x, near.y]) + rng.normal(0, near.radius, 2)
+        else:
+            position = rng.uniform(0, size, 2)
+        # At most half of the figure's width lies outside.
+        position = np.clip(position, radius * 0.2, size - radius * 0.2)
+        add(SceneObject(str(rng.choice(CATEGORIES)), (_describe_figure(rng, position, radius, background),)))
+    return Scene(size, noise_seed, background, tuple(objects))
+
+
+def _describe_crowd(rng: np.random.Generator, size: int, background: Background) -> SceneObject:
+    centre = rng.uniform(0.25 * size, 0.75 * size, 2)
+    radius = max(0.05 * size, 5.0)
+    positions = centre + rng.normal(0, 0.09 * size, (int(rng.integers(9, 15)), 2))
+    figures = tuple(
+        _describe_figure(rng, np.clip(position, 0, size), radius * rng.uniform(0.8, 1.2), background)
+        for position in positions
+    )
+    return SceneObject(str(rng.choice(CATEGORIES)), figures, crowd=True)
+
+
+# ------------------------------------------------------------------------------------------------------- painting
+def _star(u: np.ndarray, v: np.ndarray, detail: float) -> np.ndarray:
+    points, waist = 5 + round(2 * detail), 0.42 - 0.08 * detail
+    sector = np.pi / points
+    r, a = np.hypot(u, v), np.abs((np.arctan2(v, u) + sector) % (2 * sector) - sector)
+    # Inside of the edge that runs from the tip (1, 0) to the waist, in the sector folded onto one half.
+    edge_x, edge_y = waist * np.cos(sector) - 1, waist * np.sin(sector)
+    return edge_x * r * np.sin(a) - edge_y * (r * np.cos(a) - 1) >= 0
+
+
+def _ring(u: np.ndarray, v: np.ndarray, detail: float) -> np.ndarray:
+    r = np.hypot(u, v)
+    return (r <= 1) & (r >= 0.62 + 0.14 * detail)
+
+
+def _cross(u: np.ndarray, v: np.ndarray, detail: float) -> np.ndarray:
+    arm = 0.26 - 0.1 * detail
+    return ((np.abs(u) <= arm) & (np.abs(v) <= 1)) | ((np.abs(v) <= arm) & (np.abs(u) <= 1))
+
+
+def _crescent(u: np.ndarray, v: np.ndarray, detail: float) -> np.ndarray:
+    return (np.hypot(u, v) <= 1) & (np.hypot(u - 0.5 + 0.15 * detail, v) >= 0.88)
+
+
+def _gear(u: np.ndarray, v: np.ndarray, detail: float) -> np.ndarray:
+    r, teeth = np.hypot(u, v), 7 + round(4 * detail)
+    return (r >= 0.3) & (r <= np.where(np.cos(teeth * np.arctan2(v, u)) > 0.1, 1.0, 0.74))
+
+
+def _key(u: np.ndarray, v: np.ndarray, detail: float) -> np.ndarray:
+    bow = np.hypot(u + 0.58, v)
+    shaft = (u >= -0.3) & (u <= 1) & (np.abs(v) <= 0.11)
+    bit = (v >= 0) & (v <= 0.42) & (((u >= 0.82) & (u <= 1)) | ((u >= 0.4 + 0.1 * detail) & (u <= 0.6 + 0.1 * detail)))
+    return ((bow <= 0.42) & (bow >= 0.2)) | shaft | bit
+
+
+#: Each says which points of the plane belong to the category's figure, whose extent is the unit circle.
+OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
+    "crescent": _crescent,
+    "gear": _gear,
+    "key": _key,
+}
+
+
+def _coverage(category: str, figure: Figure, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Which share of each pixel the figure covers.
+
+    Returns:
+        The window (rows, columns) that the figure touches, and its coverage there, in [0, 1].
+    """
+    reach = figure.radius * 1.1 + 1  # the key's bit and the cross's corners reach a little over the unit circle
+    low = np.clip(np.floor([figure.y - reach, figure.x - reach]), 0, size).astype(int)
+    high = np.clip(np.ceil([figure.y + reach, figure.x + reach]), 0, size).astype(int)
+    rows, columns = [
+        (np.arange(a * SUPERSAMPLING, b * SUPERSAMPLING) + 0.5) / SUPERSAMPLING for a, b in zip(low, high, strict=True)
+    ]
+    x, y = (columns[None, :] - figure.x) / figure.radius, (rows[:, None] - figure.y) / figure.radius
+    cos, sin = np.cos(figure.angle), np.sin(figure.angle)
+    inside = OUTLINES[category](cos * x + sin * y, cos * y - sin * x, figure.detail)
+    height, width = high - low
+    coverage = inside.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING).mean((1, 3))
+    return (slice(low[0], high[0]), slice(low[1], high[1])), coverage
+
+
+def _claim(owner: np.ndarray, candidate: SceneObject, index: int) -> None:
+    """Write ``index`` where the object covers at least half of a pixel."""
+    for figure in candidate.figures:
+        window, coverage = _coverage(candidate.category, figure, len(owner))
+        owner[window][coverage >= 0.5] = index
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    coarse = Image.fromarray(rng.uniform(0, 1, (cells, cells)).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _paint_background(rng: np.random.Generator, size: int, background: Background) -> np.ndarray:
+    mix = 0.65 * _smooth_noise(rng, size, 5) + 0.35 * _smooth_noise(rng, size, 20)
+    first, second = np.array(background.colours)
+    image = first + np.clip(mix, 0, 1)[..., None] * (second - first)
+    y, x = np.mgrid[:size, :size] * (2 * np.pi / background.period)
+    cos, sin = np.cos(background.angle), np.sin(background.angle)
+    u, v = cos * x + sin * y, cos * y - sin * x
+    pattern = {
+        "plain": np.zeros_like(u),
+        "stripes": np.sign(np.sin(u)),
+        "checks": np.sign(np.sin(u) * np.sin(v)),
+        "dots": np.where(np.sin(u) * np.sin(v) > 0.5, 1.0, -0.3),
+    }[background.pattern]
+    return image + background.strength * pattern[..., None]
+
+
+def paint_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Paint a scene.
+
+    Returns:
+        The image, uint8 (size, size, 3) in RGB, and the owner map, int (size, size): the index in ``scene.objects`` of
+        the object that is seen in each pixel, -1 for the background. Visible masks are therefore disjoint.
+    """
+    rng = np.random.default_rng(scene.noise_seed)
+    image = _paint_background(rng, scene.size, scene.background)
+    owner = np.full((scene.size, scene.size), -1)
+    for index, item in enumerate(scene.objects):
+        _claim(owner, item, index)
+        for figure in item.figures:
+            window, coverage = _coverage(item.category, figure, scene.size)
+            y, x = np.mgrid[window]
+            # Two tones that change along the figure's own axis, and a little shading towards its rim.
+            tone = 0.5 + 0.5 * np.sin(
+                ((x - figure.x) * np.sin(figure.angle) + (y - figure.y) * np.cos(figure.angle)) * 6 / figure.radius
+            )
+            paint = np.array(figure.colour) + tone[..., None] * (np.array(figure.accent) - figure.colour)
+            image[window] += coverage[..., None] * (paint - image[window])
+    image = image + rng.normal(0, 0.02, image.shape)
+    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), owner
+
+
+def scenes(seed: int, split: str, count: int, size: int) -> Iterator[Scene]:
+    """The scenes of one split, in order."""
+    for index in range(count):
+        rng = np.random.default_rng([seed, SPLITS.index(split), index])
+        yield describe_scene(rng, size, crowded=index % 20 in CROWDED, empty=index % 20 in EMPTY)

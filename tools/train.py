@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""Train a model from a configuration of mmdet, mmseg or mmpretrain, with CARAFE++'s types registered.
+
+Example:
+    $ python tools/train.py configs/mmdet/mask-rcnn_r50_carafe-fpn_1x_coco.py --work-dir work_dirs/carafe
+    $ bash tools/dist_train.sh CONFIG 8 --amp --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mmengine.config import Config
+
+from carafe_plugin.openmmlab import engine
+from carafe_plugin.openmmlab.checkpoint import (
+    checkpoint_folder,
+    newest_checkpoint,
+    read_checkpoint,
+    use_atomic_checkpoints,
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Train a model with CARAFE++ at hand.")
+    engine.add_run_options(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH",
+        help="go on from this checkpoint; without PATH, or with 'auto', from the newest one in the work dir that can "
+        "be read (and from the start where there is none)",
+    )
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision (needs a GPU)")
+    parser.add_argument(
+        "--auto-scale-lr", action="store_true", help="scale the learning rate to the real batch size (config's base)"
+    )
+    return parser.parse_args(argv)
+
+
+def use_amp(cfg: Config) -> None:
+    """Turn the optimizer wrapper of ``cfg`` into mmengine's AmpOptimWrapper."""
+    wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
+    if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise engine.UsageError(
+            f"--amp works with the optimizer wrapper OptimWrapper, and {cfg.filename} has {wrapper}"
+        )
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def use_scaled_lr(cfg: Config) -> None:
+    """Enable mmengine's scaling of the learning rate."""
+    if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
+        raise engine.UsageError(
+            f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {cfg.filename} does not set"
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def choose_checkpoint(cfg: Config, resume: str | None) -> None:
+    """Decide what the run continues from; without a checkpoint to resume it starts with the config's load_from."""
+    if resume is None and cfg.get("resume"):
+        resume = cfg.get("load_from") or "auto"
+    if resume == "auto":
+        folder = checkpoint_folder(cfg)
+        if folder is None:  # a remote store: mmengine finds the checkpoint
+            cfg.resume, cfg.load_from = True, None
+            return
+        resume = newest_checkpoint(folder)
+    elif resume and "://" not in resume:
+        read_checkpoint(resume, training=True)
+    cfg.resume = resume is not None
+    if resume:
+        cfg.load_from = resume
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train as the command line says."""
+    cfg = engine.read_config(args)
+    engine.check_dataset_files(cfg, "train", "val")
+    if args.amp:
+        use_amp(cfg)
+    if cfg.optim_wrapper.get("type") == "AmpOptimWrapper":
+        engine.require_gpu_for_amp("--amp" if args.amp else "AmpOptimWrapper in the configuration")
+    if args.auto_scale_lr:
+        use_scaled_lr(cfg)
+    use_atomic_checkpoints(cfg)
+    engine.prepare_processes(cfg)
+    choose_checkpoint(cfg, args.resume)
+    runner = engine.build_runner(cfg)
+    engine.check_not_empty(runner, "train", "val")
+    runner.train()
+
+
+if __name__ == "__main__":
+    sys.exit(engine.run_tool(train, parse_args()))
