@@ -132,7 +132,7 @@ def _remove(backend: Any, path: str) -> None:
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's ``CheckpointHook`` in an order that a kill cannot hurt. It takes the same arguments.
+    """The ``CheckpointHook`` of mmengine in an order that a kill cannot hurt. It takes the same arguments.
 
     The new checkpoint is written under a temporary name, renamed, named in ``last_checkpoint`` (itself renamed into
     place), and only then are outdated checkpoints deleted. This holds for ``save_best`` and ``published_keys`` too.
@@ -140,6 +140,8 @@ class AtomicCheckpointHook(CheckpointHook):
     Example:
         >>> hook = AtomicCheckpointHook(interval=1, max_keep_ckpts=2, save_best='auto', rule='greater')
     """
+
+    file_backend: Any
 
     def before_train(self, runner: Any) -> None:
         """Prepare the folder: see the parent; what a killed run left unfinished is deleted."""
@@ -215,10 +217,12 @@ def allow_checkpoint_types() -> None:
     import numpy as np
     from mmengine.logging import HistoryBuffer
 
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    core = np._core if hasattr(np, "_core") else np.core
+    multiarray: Any = core.multiarray
+    # HistoryBuffer pickles its methods through getattr. Load checkpoints of people you trust, here as in mmengine.
     scalar_types = {type(np.dtype(name)) for name in ("bool", "int32", "int64", "uint8", "float32", "float64")}
     torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, getattr, slice, *scalar_types]
+        [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, getattr, *scalar_types]
     )
 
 

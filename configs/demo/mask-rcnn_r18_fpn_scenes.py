@@ -32,6 +32,7 @@ model = dict(
             fc_out_channels=256,
             norm_cfg=dict(type="BN"),
             num_classes=6,
+            loss_cls=dict(loss_weight=2.0),  # telling figures apart is what takes longest to learn
         ),
         mask_roi_extractor=dict(out_channels=channels, finest_scale=20),
         mask_head=dict(in_channels=channels, conv_out_channels=channels, norm_cfg=dict(type="BN"), num_classes=6),
@@ -103,11 +104,11 @@ max_iters = 375  # five times through 600 scenes
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters)
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
-    type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.01), clip_grad=dict(max_norm=10.0)
+    type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.01), clip_grad=dict(max_norm=10.0)
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, begin=0, end=40, by_epoch=False),
-    dict(type="CosineAnnealingLR", begin=40, end=max_iters, eta_min_ratio=0.01, by_epoch=False),
+    dict(type="LinearLR", start_factor=0.01, begin=0, end=20, by_epoch=False),
+    dict(type="CosineAnnealingLR", begin=20, end=max_iters, eta_min_ratio=0.01, by_epoch=False),
 ]
 
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=50, by_epoch=False, max_keep_ckpts=2))

@@ -67,9 +67,9 @@ def test_operators_equal_the_reference(case, device):
     layout=st.sampled_from(sorted(LAYOUTS)),
     seed=st.integers(0, 2**31),
 )
-def test_any_geometry(size, kernel_size, groups, group_channels, scale, batch, layout, seed):
-    # The two devices share every line above the kernels, and the kernels are compared on the grid of cases above.
-    tensors = random_case(size, groups * group_channels, kernel_size, groups, scale, batch=batch, seed=seed)
+def test_any_geometry(device, size, kernel_size, groups, group_channels, scale, batch, layout, seed):
+    channels = groups * group_channels
+    tensors = random_case(size, channels, kernel_size, groups, scale, batch=batch, device=device, seed=seed)
     compare(*(LAYOUTS[layout](t) for t in tensors), kernel_size, groups, scale)
 
 
@@ -157,10 +157,16 @@ def test_output_keeps_the_memory_format_of_features(scale, device):
     assert not output.is_contiguous()
 
 
-def test_memory_is_the_output_alone():
-    features, masks, _ = random_case((40, 60), 64, 5, 1, 2, batch=1)
+def test_memory_is_the_output_alone(device):
+    features, masks, _ = random_case((40, 60), 64, 5, 1, 2, batch=1, device=device)
     carafe(features, masks, 5)  # the pool of worker threads exists before the measurement
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         output = carafe(features, masks, 5)
-    allocated = sum(e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0)
+        allocated = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            output = carafe(features, masks, 5)
+        allocated = sum(e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0)
     assert allocated == output.numel() * output.element_size()

@@ -52,3 +52,18 @@ def test_export_with_dynamic_size(device):
     assert any("carafe_plugin.carafe" in str(node.target) for node in program.graph.nodes)
     features = torch.randn(1, 4, 9, 5, device=device)
     assert torch.equal(program.module()(features), module(features))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_under_autocast(dtype, device):
+    def function(x, m):
+        with torch.autocast(device, dtype=dtype):
+            return carafe(x, m, 3, 2)
+
+    features = torch.randn(1, 4, 5, 6, device=device, requires_grad=True)
+    masks = torch.randn(1, 18, 10, 12, device=device).to(dtype)
+    output = torch.compile(function, fullgraph=True, backend="aot_eager")(features, masks)
+    assert output.dtype == dtype
+    assert torch.equal(output, function(features, masks))
+    output.float().sum().backward()
+    assert features.grad.dtype == torch.float32

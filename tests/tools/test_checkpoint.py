@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call_tool, forget_runs, run, write_toy
+from tiny_runs import call_tool, forget_runs, run, write_toy
 
 from carafe_plugin.openmmlab.checkpoint import (
     AtomicLocalBackend,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call_tool, last_metrics, run, write_toy
 from mmengine.config import Config
+from tiny_runs import ROOT, call_tool, last_metrics, run, write_toy
 
 from carafe_plugin.openmmlab import engine
 

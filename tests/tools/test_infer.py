@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import COLOURS, call_tool, load_tool, run, scene, write_config
+from tiny_runs import COLOURS, call_tool, load_tool, one_line, run, scene, write_config
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 COCO = pytest.importorskip("pycocotools.coco", reason="tools: pycocotools is not installed").COCO
@@ -19,13 +19,6 @@ COCO = pytest.importorskip("pycocotools.coco", reason="tools: pycocotools is not
 def infer(images: Path, model, out_dir: Path, *options: object) -> int:
     command = (images, "--config", model.config, "--checkpoint", model.checkpoint, "--out-dir", out_dir)
     return call_tool("infer", *command, "--device", "cpu", *options)
-
-
-def error_line(capsys: pytest.CaptureFixture) -> str:
-    output = capsys.readouterr().err
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in output, output
-    return lines[0]
 
 
 def test_folder(trained: Callable, data: Path, tmp_path: Path) -> None:
@@ -113,21 +106,21 @@ def test_mistakes(trained: Callable, data: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "file").write_text("")
     capsys.readouterr()
     assert infer(tmp_path / "empty", model, tmp_path / "out") == 2
-    assert "no images (.jpg" in (message := error_line(capsys))
+    assert "no images (.jpg" in (message := one_line(capsys))
     assert f"in folder {tmp_path}/empty" in message
     assert infer(tmp_path / "absent", model, tmp_path / "out") == 2
-    assert f"no such image or folder: {tmp_path}/absent" in error_line(capsys)
+    assert f"no such image or folder: {tmp_path}/absent" in one_line(capsys)
     assert infer(images, model, tmp_path / "file") == 2
-    assert "--out-dir is a folder" in error_line(capsys)
+    assert "--out-dir is a folder" in one_line(capsys)
     assert infer(images, model, tmp_path / "out", "--device", "cuda:99") == 2
-    assert "--device cuda:99 cannot be used here" in error_line(capsys)
+    assert "--device cuda:99 cannot be used here" in one_line(capsys)
     assert infer(images, model, tmp_path / "out", "--checkpoint", tmp_path / "absent.pth") == 2
-    assert f"no such checkpoint: {tmp_path}/absent.pth" in error_line(capsys)
+    assert f"no such checkpoint: {tmp_path}/absent.pth" in one_line(capsys)
     assert infer(images, model, tmp_path / "out", "--config", tmp_path / "absent.py") == 2
-    assert "no such configuration file" in error_line(capsys)
+    assert "no such configuration file" in one_line(capsys)
     segmentation = write_config(tmp_path / "segmentation.py", "mmseg", data)
     assert infer(images, model, tmp_path / "out", "--config", segmentation) == 2
-    assert "of the scope mmseg" in error_line(capsys)
+    assert "of the scope mmseg" in one_line(capsys)
     assert infer(images, model, tmp_path / "out", "--score-thr", 2) == 2
     assert "expected a number from 0 to 1, got 2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

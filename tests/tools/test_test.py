@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, call_tool, last_metrics, load_tool, scene
 from mmengine.config import Config
+from tiny_runs import SIZE, call_tool, last_metrics, load_tool, one_line, scene
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmseg", reason="tools: mmseg is not installed")
@@ -29,14 +29,6 @@ BOXES_ALONE = [
 ]
 
 
-def one_line(capsys: pytest.CaptureFixture) -> str:
-    """The only line on stderr that starts with 'error:'; there must be no traceback."""
-    output = capsys.readouterr().err
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in output, output
-    return lines[0]
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 def test_metrics_out_and_show_dir(scope: str, trained: Callable, tmp_path: Path) -> None:
     model = trained(scope)
@@ -48,7 +40,7 @@ def test_metrics_out_and_show_dir(scope: str, trained: Callable, tmp_path: Path)
 
     # mmdet puts its pictures below work_dir/<time>, mmseg below <show-dir>/<time>/vis_data, mmpretrain as told.
     pictures = [path for path in tmp_path.rglob("*.png") if not path.is_relative_to(out)]
-    assert len(pictures) == (3 if scope == "mmpretrain" else 7), "mmpretrain draws every 2nd image"
+    assert len(pictures) == (4 if scope == "mmpretrain" else 7), "mmpretrain draws every 2nd image"
     assert all("shown" in path.parts for path in pictures)
     if scope == "mmseg":
         maps = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in out.iterdir()}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call_tool, run, write_config, write_toy
 from mmengine.config import Config
+from tiny_runs import call_tool, one_line, run, write_config, write_toy
 
 from carafe_plugin.openmmlab import engine
 from carafe_plugin.openmmlab.checkpoint import AtomicCheckpointHook
@@ -19,14 +19,6 @@ pytest.importorskip("mmseg", reason="tools: mmseg is not installed")
 pytest.importorskip("mmpretrain", reason="tools: mmpretrain is not installed")
 
 SCOPES = ("mmdet", "mmseg", "mmpretrain")
-
-
-def one_line(capsys: pytest.CaptureFixture) -> str:
-    """The only line on stderr that starts with 'error:'; there must be no traceback."""
-    output = capsys.readouterr().err
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in output, output
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +132,8 @@ def test_missing_dataset(what: str, data: Path, tmp_path: Path, capsys: pytest.C
     config = write_config(tmp_path / "missing.py", scope, data)
     assert call_tool("train", config, "--work-dir", tmp_path / "run", "--cfg-options", option) == 2
     message = one_line(capsys)
-    assert message.startswith("error: no such") and message.endswith(named), message
+    assert message.startswith("error: no such"), message
+    assert message.endswith(named), message
     assert ("val_dataloader" if option.startswith("val") else "train_dataloader") in message
 
 
