@@ -60,7 +60,8 @@ if ! "$python" -c 'import setuptools; v = int(setuptools.__version__.split(".")[
 fi
 step "torch (about 2 minutes, 5 GB)" torch==2.11.0 torchvision==0.26.0
 # ninja and the compiler of this environment must be found although it need not be activated.
-export PATH="$(cd "$(dirname "$(command -v "$python")")" && pwd):$PATH"
+bin=$(cd "$(dirname "$(command -v "$python")")" && pwd)
+export PATH="$bin:$PATH"
 MMCV_WITH_OPS=1 step "mmcv with its compiled operators (about 9 minutes on 2 cores, once)" \
   onedl-mmcv==2.3.6 -- --no-build-isolation
 step "mmengine, mmdet, mmsegmentation, mmpretrain (20 s)" \

@@ -32,7 +32,6 @@ model = dict(
             fc_out_channels=256,
             norm_cfg=dict(type="BN"),
             num_classes=6,
-            loss_cls=dict(loss_weight=2.0),  # telling figures apart is what takes longest to learn
         ),
         mask_roi_extractor=dict(out_channels=channels, finest_scale=20),
         mask_head=dict(in_channels=channels, conv_out_channels=channels, norm_cfg=dict(type="BN"), num_classes=6),
@@ -40,8 +39,8 @@ model = dict(
     train_cfg=dict(
         # ignore_iof_thr: what lies in a crowd is neither an object nor background.
         rpn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=128)),
-        rpn_proposal=dict(nms_pre=400, max_per_img=100),
-        rcnn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=64, pos_fraction=0.5)),
+        rpn_proposal=dict(nms_pre=1000, max_per_img=400),
+        rcnn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=64)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=400, max_per_img=100), rcnn=dict(max_per_img=50)),
 )

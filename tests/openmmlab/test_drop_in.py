@@ -23,6 +23,8 @@ from mmengine.registry import MODELS, DefaultScope
 import carafe_plugin.ops
 from carafe_plugin.openmmlab.layers import CARAFEUpsample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "carafe_plugin.openmmlab.drop_in"
 ZOO = Path(mmdet.__file__).parent / ".mim" / "configs" / "carafe"
 MMCV_CARAFE = sys.modules["mmcv.ops.carafe"]
@@ -231,7 +233,8 @@ def test_mmcv_without_compiled_operators(missing):
     assert "ran without MMCV's operators" in result.stdout
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
 def test_zoo_config_on_cuda(drop_in):
     detector = MMDET_MODELS.build(zoo_config("mask-rcnn_r50_fpn-carafe_1x_coco.py").model).cuda()
     detector.init_weights()

@@ -17,6 +17,8 @@ from mmengine.registry import MODELS  # noqa: E402
 import carafe_plugin  # noqa: E402
 from carafe_plugin.openmmlab import layers, require  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENCODER_STD = 0.001
 
 

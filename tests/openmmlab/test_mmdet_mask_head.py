@@ -12,6 +12,8 @@ from mmengine.registry import DefaultScope
 from carafe_plugin.openmmlab.layers import CARAFEUpsample
 from carafe_plugin.openmmlab.mmdet import CARAFEFCNMaskHead
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = dict(num_convs=2, in_channels=8, conv_out_channels=12, num_classes=5)
 VARIANTS = [
     dict(),

@@ -15,6 +15,8 @@ from mmengine.registry import DefaultScope
 from carafe_plugin.openmmlab.layers import CARAFEUpsample, fit_to_size
 from carafe_plugin.openmmlab.mmdet import CARAFEFPN, CARAFEPAFPN
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IN_CHANNELS = [4, 6, 8, 10]
 NECKS = {CARAFEFPN: FPN, CARAFEPAFPN: PAFPN}
 PYRAMIDS = {
@@ -186,11 +188,14 @@ def test_bad_input_is_named(neck_type):
         neck_type(IN_CHANNELS, 8, 4, carafe_cfg=dict(up_kernal=5))
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("neck_type", NECKS)
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_agrees_with_cpu(neck_type):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
+def test_cuda_agrees_with_cpu(neck_type, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     neck = neck_type(IN_CHANNELS, 8, 5)
     inputs = maps(PYRAMIDS["rounded down"])
     expected = neck(inputs)
     for out, wanted in zip(neck.cuda()([x.cuda() for x in inputs]), expected, strict=True):
-        torch.testing.assert_close(out.cpu(), wanted, atol=1e-4, rtol=1e-4)  # TF32-free convolutions differ in order
+        # The same float32 sums in another order, through three convolutions on the longest path.
+        torch.testing.assert_close(out.cpu(), wanted, atol=1e-5, rtol=1e-4)
