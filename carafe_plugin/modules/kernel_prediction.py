@@ -33,7 +33,14 @@ def normalize_kernels(logits: Tensor, kernel_size: int, group_size: int, normali
         # sigmoid(x) / sum(sigmoid(x)) is softmax(log(sigmoid(x))), which stays right where every sigmoid underflows.
         kernels = F.logsigmoid(kernels)
     # The explicit dtype keeps autocast from making a float32 copy of the largest tensor here.
-    return kernels.softmax(dim=2, dtype=kernels.dtype).reshape(n, -1, h, w)
+    return kernels.softmax(dim=2, dtype=kernels.dtype).reshape(logits.shape)
+
+
+def _pixel_shuffle(logits: Tensor, up: int) -> Tensor:
+    """``F.pixel_shuffle``, whose own backward pass fails on an empty batch (torch 2.11): no RoIs is a usual case."""
+    n, channels, h, w = logits.shape
+    phases = logits.reshape(n, channels // up**2, up, up, h, w).permute(0, 1, 4, 2, 5, 3)
+    return phases.reshape(n, channels // up**2, h * up, w * up)
 
 
 class KernelPrediction(nn.Module):
@@ -119,7 +126,7 @@ class KernelPrediction(nn.Module):
             content = self.compressor_act(content)
         logits = self.content_encoder(content)
         if self.up > 1:
-            logits = F.pixel_shuffle(logits, self.up)
+            logits = _pixel_shuffle(logits, self.up)
             if self.down > 1:
                 logits = logits[..., :: self.down, :: self.down]
         return normalize_kernels(logits, self.kernel_size, self.group_size, self.normalizer)

@@ -194,6 +194,18 @@ def test_every_parameter_learns(device):
             assert name in idle or parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("cls", [CARAFEUpsample, CARAFEDownsample])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_empty_batch(cls, normalizer, device):
+    module = cls(8, up_group=2, normalizer=normalizer) if cls is CARAFEUpsample else cls(8, normalizer=normalizer)
+    features = torch.randn(0, 8, 5, 6, device=device, requires_grad=True)
+    output = module.to(device)(features)
+    assert output.shape[0] == 0
+    output.sum().backward()
+    assert features.grad.shape == features.shape
+    assert all(not p.grad.any() for p in module.parameters())
+
+
 def test_channels_last_gives_the_same(device):
     module = CARAFEUpsample(8).to(device)
     features = torch.randn(2, 8, 5, 6, device=device)
