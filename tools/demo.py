@@ -40,8 +40,8 @@ METRICS = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
 #: Below these a model has not learnt, and the comparison would mean nothing.
 MINIMUM = {"bbox_mAP_50": 0.40, "segm_mAP_50": 0.25}
 DEFAULTS = Request(seed=0, train=600, val=120, size=160)
-ITERATIONS = 375
-SECONDS_PER_ITERATION = 0.75  # on two cores, for the estimates that are shown
+ITERATIONS = 280
+SECONDS_PER_ITERATION = 1.1  # on two cores, for the estimates that are shown
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -272,14 +272,14 @@ def count_parameters(demo: Demo, model: Model) -> int:
 def seconds_per_iteration(folder: Path) -> float:
     """The median iteration time of a training, from its logs.
 
-    Each line of a log is the mean over one window. The first of each session is left out: it holds the warm-up.
+    Each line of a log is the mean over one window. The first of each start is left out: it holds the warm-up.
     """
     times: list[float] = []
     first: list[float] = []
     for log in sorted(folder.glob("*/vis_data/scalars.json")):
-        session = [entry["time"] for entry in map(json.loads, log.read_text().splitlines()) if "time" in entry]
-        first += session[:1]
-        times += session[1:]
+        window = [entry["time"] for entry in map(json.loads, log.read_text().splitlines()) if "time" in entry]
+        first += window[:1]
+        times += window[1:]
     if not first:
         raise StepError(f"no iteration times in {folder}/*/vis_data/scalars.json")
     return statistics.median(times or first)

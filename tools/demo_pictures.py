@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 #: Told apart by people with any colour vision (Okabe and Ito), and seen on dark and light backgrounds.
-COLOURS = ("#e69f00", "#56b4e9", "#00c48f", "#f0e442", "#ff6a13", "#e288bb", "#4d7cff", "#ffffff")
+COLOURS = ("#e69f00", "#56b4e9", "#00c48f", "#f0e442", "#ff2d2d", "#e288bb", "#4d7cff", "#ffffff")
 MIN_OBJECTS = 4
 
 

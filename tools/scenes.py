@@ -26,6 +26,7 @@ CATEGORIES = ("star", "ring", "cross", "crescent", "gear", "key")
 #: Every object keeps at least this many visible pixels, and this share of what it would show alone.
 MIN_PIXELS, MIN_VISIBLE = 20, 0.4
 SUPERSAMPLING = 4
+HUE_DEVIATION = 0.06
 #: Where in each block of 20 scenes the crowds and the scenes without objects come, so that small splits have both.
 CROWDED, EMPTY = (3, 11, 15), (6,)
 
@@ -74,13 +75,19 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Colour:
-    return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value))
+def _background_colour(rng: np.random.Generator) -> Colour:
+    return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.4), rng.uniform(0.25, 0.75))
+
+
+def _figure_colour(rng: np.random.Generator, category: str) -> Colour:
+    """Every category has its usual hue, as things have; the hues of neighbours overlap, so that shape counts too."""
+    hue = (CATEGORIES.index(category) / len(CATEGORIES) + rng.normal(0, HUE_DEVIATION)) % 1
+    return colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 1.0), rng.uniform(0.3, 1.0))
 
 
 def _describe_background(rng: np.random.Generator) -> Background:
     return Background(
-        colours=(_colour(rng, (0.05, 0.45), (0.25, 0.75)), _colour(rng, (0.05, 0.45), (0.25, 0.75))),
+        colours=(_background_colour(rng), _background_colour(rng)),
         pattern=str(rng.choice(["plain", "stripes", "checks", "dots"])),
         period=rng.uniform(6, 24),
         angle=rng.uniform(0, np.pi),
@@ -88,10 +95,12 @@ def _describe_background(rng: np.random.Generator) -> Background:
     )
 
 
-def _describe_figure(rng: np.random.Generator, position: np.ndarray, radius: float, background: Background) -> Figure:
+def _describe_figure(
+    rng: np.random.Generator, category: str, position: np.ndarray, radius: float, background: Background
+) -> Figure:
     # A figure that nobody could tell from its background would be noise in the annotations.
     for _ in range(20):
-        colour = _colour(rng, (0.35, 1.0), (0.2, 1.0))
+        colour = _figure_colour(rng, category)
         if min(np.abs(np.subtract(colour, other)).sum() for other in background.colours) > 0.8:
             break
     brightness = rng.uniform(0.7, 1.3)
@@ -159,19 +168,20 @@ def describe_scene(rng: np.random.Generator, size: int, crowded: bool = False, e
             position = rng.uniform(0, size, 2)
         # At most half of the figure's width lies outside.
         position = np.clip(position, radius * 0.2, size - radius * 0.2)
-        add(SceneObject(str(rng.choice(CATEGORIES)), (_describe_figure(rng, position, radius, background),)))
+        category = str(rng.choice(CATEGORIES))
+        add(SceneObject(category, (_describe_figure(rng, category, position, radius, background),)))
     return Scene(size, noise_seed, background, tuple(objects))
 
 
 def _describe_crowd(rng: np.random.Generator, size: int, background: Background) -> SceneObject:
+    category = str(rng.choice(CATEGORIES))
     centre = rng.uniform(0.25 * size, 0.75 * size, 2)
     radius = max(0.05 * size, 5.0)
-    positions = centre + rng.normal(0, 0.09 * size, (int(rng.integers(9, 15)), 2))
+    positions = np.clip(centre + rng.normal(0, 0.09 * size, (int(rng.integers(9, 15)), 2)), 0, size)
     figures = tuple(
-        _describe_figure(rng, np.clip(position, 0, size), radius * rng.uniform(0.8, 1.2), background)
-        for position in positions
+        _describe_figure(rng, category, position, radius * rng.uniform(0.8, 1.2), background) for position in positions
     )
-    return SceneObject(str(rng.choice(CATEGORIES)), figures, crowd=True)
+    return SceneObject(category, figures, crowd=True)
 
 
 # ------------------------------------------------------------------------------------------------------- painting

@@ -39,7 +39,7 @@ model = dict(
     train_cfg=dict(
         # ignore_iof_thr: what lies in a crowd is neither an object nor background.
         rpn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=128)),
-        rpn_proposal=dict(nms_pre=1000, max_per_img=400),
+        rpn_proposal=dict(nms_pre=500, max_per_img=200),
         rcnn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=64)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=400, max_per_img=100), rcnn=dict(max_per_img=50)),
@@ -99,11 +99,15 @@ test_dataloader = dict(
 )
 test_evaluator = dict(type="CocoMetric", ann_file=data_root + "annotations/instances_val.json", metric=["bbox", "segm"])
 
-max_iters = 375  # five times through 600 scenes
+max_iters = 280  # almost four times through 600 scenes
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters)
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
-    type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.01), clip_grad=dict(max_norm=10.0)
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.01),
+    # With thousands of inputs, the step that suits a convolution throws a fully connected layer about.
+    paramwise_cfg=dict(custom_keys=dict(shared_fcs=dict(lr_mult=0.1))),
+    clip_grad=dict(max_norm=10.0),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, begin=0, end=20, by_epoch=False),
