@@ -26,5 +26,6 @@ format: env
 bench: env
 	$(PYTHON) tools/bench_op.py $(BENCH_FLAGS)
 
+# What can be made again; work_dirs/ and data/ may hold somebody's training.
 clean:
-	rm -rf build dist work_dirs *.egg-info carafe_plugin/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info carafe_plugin/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
