@@ -303,7 +303,7 @@ def result_table(summary: dict[str, dict[str, float]], iterations: int) -> Table
     """One row per model; narrow enough for a terminal of 80 columns."""
     table = Table(title=f"Generated scenes, {iterations} iterations from scratch")
     table.add_column("model", no_wrap=True)
-    for title in ("box AP", "AP50", "mask AP", "AP50", "parameters", "s/iter"):
+    for title in ("box AP", "AP50", "mask AP", "AP50", "parameters", "s/it"):
         table.add_column(title, justify="right", no_wrap=True)
     for model in MODELS:
         result = summary[model.name]
