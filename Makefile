@@ -1,7 +1,7 @@
 # CARAFE_ENV=current uses the active Python environment instead of .venv.
 BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv/bin/)
 PYTHON := $(if $(BIN),$(BIN)python,python3)
-CXX_SOURCES := $(shell git ls-files 'csrc/*' 'tests/csrc/*.cpp' 2>/dev/null | grep -E '\.(h|cpp|cu)$$')
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp)
 BENCH_FLAGS ?= --device cpu
 
 .PHONY: env demo test lint format bench clean

@@ -87,11 +87,19 @@ def extensions() -> dict:
         found = "none" if version is None else ".".join(map(str, version))
         print(f"carafe_plugin: no extension, the PyTorch reference serves (needs torch >= 2.10, found {found})")
         return {}
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        print("carafe_plugin: no extension, the PyTorch reference serves (no C++ compiler; CXX names another one)")
+        return {}
     with_cuda = wants_cuda()  # sets CUDA_HOME, which torch reads at import
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    # Messages name files as they are called here, not where they lay on the building machine.
+    folders = {os.path.dirname(os.path.abspath(__file__)): "", os.path.dirname(torch.__file__): "torch/"}
+    prefixes = [f"-ffile-prefix-map={folder}/={name}" for folder, name in folders.items()]
     # -std=c++17 alone would forbid fused multiply-adds, half of the arithmetic rate.
     cxx = [
+        *prefixes,
         "-O3",
         "-std=c++17",
         "-ffp-contract=fast",
@@ -112,6 +120,7 @@ def extensions() -> dict:
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", "-Xptxas=-v", STABLE_ABI, PYTHON_ABI]
+        nvcc += [f"-Xcompiler={prefix}" for prefix in prefixes]
         modules.append(
             CUDAExtension(
                 "carafe_plugin._C_cuda",

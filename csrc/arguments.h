@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+
 #include "kernels/scalar.h"
 #include "kernels/shape.h"
 
@@ -16,6 +18,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline void check_pair(const Tensor& first, const char* first_name, const Tensor& second, const char* second_name) {
+  const ScalarType dtype = first.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
+          dtype == ScalarType::BFloat16,
+      first_name, ": the dtype must be float64, float32, float16 or bfloat16");
   STD_TORCH_CHECK(first.dim() == 4, first_name, " must have 4 dimensions, got ", first.dim());
   STD_TORCH_CHECK(second.dim() == 4, second_name, " must have 4 dimensions, got ", second.dim());
   STD_TORCH_CHECK(
@@ -32,6 +39,9 @@ inline void check_size(const Tensor& tensor, const char* name, int64_t n, int64_
       tensor.size(2), ", ", tensor.size(3), ")");
 }
 
+constexpr int64_t kMaxKernel = (1 << 15) - 1;
+constexpr int64_t kMaxLength = (int64_t(1) << 31) - 1;
+
 inline Shape make_shape(
     int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t kernel, int64_t groups, int64_t up,
     int64_t down) {
@@ -41,6 +51,11 @@ inline Shape make_shape(
       groups >= 1 && channels % groups == 0, "group_size must be at least 1 and divide the channels, got ", groups,
       " for ", channels, " channels");
   STD_TORCH_CHECK(height >= 0 && width >= 0, "height and width must not be negative, got ", height, " x ", width);
+  // Products of two of these fit into an int64_t; what a tensor of such a size would take does not fit into any memory.
+  STD_TORCH_CHECK(
+      kernel <= kMaxKernel && std::max({up, down, height, width}) <= kMaxLength, "kernel_size must be at most ",
+      kMaxKernel, ", up, down, height and width at most ", kMaxLength, ", got ", kernel, ", ", up, ", ", down, ", ",
+      height, ", ", width);
   return Shape{batch,  channels, height, width, ceil_div(height * up, down), ceil_div(width * up, down),
                kernel, groups,   up,     down};
 }
@@ -91,7 +106,7 @@ void dispatch(ScalarType dtype, const Function& function) {
     case ScalarType::BFloat16:
       return function(static_cast<BFloat16*>(nullptr));
     default:
-      STD_TORCH_CHECK(false, "the dtype must be float64, float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "a dtype that check_pair admits has no kernel");
   }
 }
 

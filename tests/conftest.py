@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from toolkit import reason_for_no_cuda_half
 
 # Test processes are many and small: two threads are enough, and what CI has.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -11,9 +12,13 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 def device_params():
     """The devices that operator tests run on; the absent ones are skipped with the reason printed."""
+    from carafe_plugin.ops import is_compiled
     from carafe_plugin.testing import devices
 
-    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
+    reason = None if torch.cuda.is_available() else "torch sees no CUDA device on this machine"
+    if reason is None and not is_compiled("cuda"):
+        reason = reason_for_no_cuda_half()  # None where there should be one: then its absence fails the tests
+    absent = pytest.mark.skipif(reason is not None, reason=reason or "")
     return [pytest.param(d, marks=[absent, pytest.mark.cuda] if d == "cuda" else []) for d in devices()]
 
 

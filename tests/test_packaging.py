@@ -23,6 +23,8 @@ TESTS = ROOT / "tests"
 COMMON = r"(aoti_torch_|torch_|Py|_Py|__gmon_start__$|_ITM_|_ZN?K?St)|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$"
 ALLOWED = {"_C.abi3.so": COMMON, "_C_cuda.abi3.so": rf"{COMMON}|(cuda|__cuda)"}
 
+OPERATOR_TESTS = ("test_reference.py", "test_carafe.py", "test_errors.py", "test_autograd.py", "test_autocast.py")
+
 
 def run(command, **options):
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
@@ -109,7 +111,7 @@ def test_wheel_passes_the_operator_tests_without_openmmlab(installed, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(installed), str(TESTS)]),
         "CARAFE_EXPECTED_FOLDER": str(installed),
     }
-    files = [TESTS / "ops" / name for name in ("test_reference.py", "test_carafe.py", "test_errors.py")]
+    files = [TESTS / "ops" / name for name in OPERATOR_TESTS]
     files.append(TESTS / "modules" / "test_modules.py")
     output = run(
         [sys.executable, "-m", "pytest", "-q", "-p", "hide_openmmlab", "-p", "no:cacheprovider", *files],

@@ -4,11 +4,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if ! command -v g++ >/dev/null; then
+  echo "env: g++ is needed to compile mmcv and the extension, and is not on the PATH" >&2
+  exit 1
+fi
+if command -v ldconfig >/dev/null && ! ldconfig -p | grep -q 'libGL\.so\.1'; then
+  echo "env: warning: libGL.so.1 is not installed; OpenCV, which mmcv imports, needs it (Debian: libgl1)" >&2
+fi
+
 if [ "${CARAFE_ENV:-}" = current ]; then
   python=python3
 else
   python=.venv/bin/python
-  if [ ! -x "$python" ]; then
+  if ! "$python" -m pip --version >/dev/null 2>&1; then  # none yet, or one whose making was interrupted
     echo "env: creating .venv (a few seconds)"
     base=python3
     for candidate in python3.11 python3.12 python3.10; do
@@ -17,10 +25,16 @@ else
         break
       fi
     done
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-      { echo "env: Python 3.10 or newer is needed, found $("$base" --version)" >&2; exit 1; }
-    "$base" -m venv .venv
+    "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+      { echo "env: Python 3.10 to 3.13 is needed, found $("$base" --version)" >&2; exit 1; }
+    "$base" -m venv --clear .venv
   fi
+fi
+
+header=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h
+if [ ! -e "$header" ]; then
+  echo "env: $header is needed to compile mmcv and the extension (Debian: python3-dev)" >&2
+  exit 1
 fi
 
 # have NAME==VERSION ...: whether all of these are installed (a bare NAME: in any version).
@@ -64,6 +78,12 @@ bin=$(cd "$(dirname "$(command -v "$python")")" && pwd)
 export PATH="$bin:$PATH"
 MMCV_WITH_OPS=1 step "mmcv with its compiled operators (about 9 minutes on 2 cores, once)" \
   onedl-mmcv==2.3.6 -- --no-build-isolation
+if ! "$python" -c 'from importlib.util import find_spec; raise SystemExit(find_spec("mmcv._ext") is None)' 2>/dev/null &&
+  "$python" -c 'import mmengine' 2>/dev/null; then
+  echo "env: the mmcv that pip had kept has no compiled operators: compiling it again"
+  MMCV_WITH_OPS=1 "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-cache-dir \
+    --no-deps --force-reinstall onedl-mmcv==2.3.6
+fi
 step "mmengine, mmdet, mmsegmentation, mmpretrain (20 s)" \
   onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1 onedl-mmsegmentation==1.4.2 onedl-mmpretrain==1.3.6
 step "the tools for demos, tests and style (20 s)" \
@@ -75,6 +95,8 @@ stale=$(find setup.py pyproject.toml csrc -newer carafe_plugin/_C.abi3.so -type 
 if [ ! -e carafe_plugin/_C.abi3.so ] || [ -n "$stale" ] || ! have carafe_plugin; then
   echo "env: building carafe_plugin (about 90 s)"
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-  touch carafe_plugin/_C.abi3.so
+  if [ -e carafe_plugin/_C.abi3.so ]; then
+    touch carafe_plugin/_C.abi3.so
+  fi
 fi
 echo "env: ready ($("$python" --version), $("$python" -c 'import sys; print(sys.prefix)'))"

@@ -38,6 +38,8 @@ def normalize_kernels(logits: Tensor, kernel_size: int, group_size: int, normali
 
 def _pixel_shuffle(logits: Tensor, up: int) -> Tensor:
     """``F.pixel_shuffle``, whose own backward pass fails on an empty batch (torch 2.11): no RoIs is a usual case."""
+    if logits.shape[0] > 0:
+        return F.pixel_shuffle(logits, up)
     n, channels, h, w = logits.shape
     phases = logits.reshape(n, channels // up**2, up, up, h, w).permute(0, 1, 4, 2, 5, 3)
     return phases.reshape(n, channels // up**2, h * up, w * up)

@@ -203,7 +203,7 @@ def use_atomic_checkpoints(cfg: Config) -> None:
     hooks = cfg.get("default_hooks") or {}
     hook = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
     if hook and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
-        cfg.default_hooks = {**hooks, "checkpoint": {**hook, "type": "mmengine.AtomicCheckpointHook"}}
+        cfg.default_hooks = {**hooks, "checkpoint": {**hook, "type": f"{__name__}.AtomicCheckpointHook"}}
 
 
 def allow_checkpoint_types() -> None:

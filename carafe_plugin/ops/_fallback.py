@@ -105,20 +105,47 @@ def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: in
     if autocast_enabled(device_type):
         features, masks = autocast_pair(features, masks, device_type)
     if _mmcv_is_right(features, masks, kernel_size, group_size, down):
-        from mmcv.ops.carafe import CARAFEFunction
-
-        return CARAFEFunction.apply(features, masks, kernel_size, group_size, up)
+        return _MMCVReassemble.apply(features, masks, kernel_size, group_size, up, down)
     return _Reassemble.apply(features, masks, kernel_size, group_size, up, down)
 
 
+# mmcv's backward kernel counts threads, 32 for each weight, in 32 bits.
+_MMCV_MAX_WEIGHTS = (2**31 - 1) // 32
+
+
 def _mmcv_is_right(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, down: int) -> bool:
-    """Mmcv's kernel reads raw NCHW memory, knows integer upsampling only, and holds 384 weights a pixel."""
-    if not features.is_cuda or down != 1 or group_size * kernel_size**2 > 384 or features.numel() == 0:
+    """The kernel of mmcv reads raw NCHW memory, knows integer upsampling only, and holds 384 weights a pixel."""
+    if not features.is_cuda or down != 1 or group_size * kernel_size**2 > 384:
         return False
-    if features.dtype not in (torch.float16, torch.float32) or not (features.is_contiguous() and masks.is_contiguous()):
+    if features.numel() == 0 or masks.numel() > _MMCV_MAX_WEIGHTS or features.dtype == torch.float64:
+        return False
+    if not (features.is_contiguous() and masks.is_contiguous()):
         return False
     try:
         from mmcv.ops.carafe import CARAFEFunction  # noqa: F401
     except Exception:  # mmcv is absent, or its compiled part does not load: either way it cannot serve
         return False
     return True
+
+
+class _MMCVReassemble(_Reassemble):
+    """The operator of mmcv, in float32: its own sums are as short as its dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, masks: Tensor, *geometry: int) -> Tensor:
+        from mmcv.ops.carafe import CARAFEFunction
+
+        kernel_size, group_size, up, _ = geometry
+        with torch.enable_grad():
+            inputs = tuple(t.detach().float().requires_grad_() for t in (features, masks))
+            ctx.output = CARAFEFunction.apply(*inputs, kernel_size, group_size, up)
+        ctx.inputs, ctx.geometry = inputs, geometry
+        ctx.save_for_backward(features, masks)
+        return ctx.output.detach().to(features.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # a second derivative is wanted, which mmcv disconnects without a word
+            return _Reassemble.backward(ctx, grad_output)
+        grads = torch.autograd.grad(ctx.output, ctx.inputs, grad_output.float().contiguous(), retain_graph=True)
+        return (*(grad.to(saved.dtype) for grad, saved in zip(grads, ctx.saved_tensors, strict=True)), *[None] * 4)

@@ -49,7 +49,8 @@ def carafe(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, sizes, devices or the scale do not fit together.
 
-    The first five positions are those of ``mmcv.ops.carafe``. Differentiable to any order; deterministic.
+    The first five positions are those of ``mmcv.ops.carafe``. Differentiable to any order; the compiled operators are
+    deterministic.
 
     Example:
         >>> import torch

@@ -51,6 +51,8 @@ Path current_path() {
   return path;
 }
 
+constexpr int64_t kMaxPhases = 64;
+
 enum class Operator { reassemble, grad_features, grad_masks };
 
 template <class I, Operator op, class T>
@@ -90,7 +92,8 @@ CARAFE_AVX512 void run_avx512(
 template <Operator op, class T>
 void run(const Shape& shape, const Map<T>& output, const Map<const T>& first, const Map<const T>& second) {
   const Path path = current_path();
-  if (path == Path::plain) {
+  // The row kernels list every phase of the scale, up * down of them: 101/100 has too many for lists to pay.
+  if (path == Path::plain || shape.up > kMaxPhases || shape.down > kMaxPhases || shape.up * shape.down > kMaxPhases) {
     const int64_t c = op == Operator::grad_masks ? shape.mask_channels() : shape.channels;
     const int64_t h = op == Operator::grad_features ? shape.height : shape.out_height;
     const int64_t w = op == Operator::grad_features ? shape.width : shape.out_width;

@@ -17,12 +17,12 @@ CARAFE_HOST_DEVICE T reassemble_element(
   const int64_t first_tap = shape.group_of(c) * shape.taps();
   for (int64_t u = 0; u < shape.kernel; ++u) {
     const int64_t row = first_row + u;
-    if (row < 0 || row >= shape.height) continue;
     for (int64_t v = 0; v < shape.kernel; ++v) {
       const int64_t column = first_column + v;
-      if (column < 0 || column >= shape.width) continue;
-      sum += widen(masks.at(n, first_tap + u * shape.kernel + v, out_row, out_column)) *
-             widen(features.at(n, c, row, column));
+      // Outside the map the features are zero, not absent: an infinite weight there gives NaN, as in the reference.
+      const bool inside = row >= 0 && row < shape.height && column >= 0 && column < shape.width;
+      const accumulator_t<T> feature = inside ? widen(features.at(n, c, row, column)) : accumulator_t<T>(0);
+      sum += widen(masks.at(n, first_tap + u * shape.kernel + v, out_row, out_column)) * feature;
     }
   }
   return Narrow<T>::from(sum);
@@ -60,12 +60,12 @@ CARAFE_HOST_DEVICE T grad_masks_element(
   const int64_t tap = mask_channel % shape.taps();
   const int64_t row = shape.source(out_row) + tap / shape.kernel - shape.radius();
   const int64_t column = shape.source(out_column) + tap % shape.kernel - shape.radius();
+  const bool inside = row >= 0 && row < shape.height && column >= 0 && column < shape.width;
   accumulator_t<T> sum = 0;
-  if (row >= 0 && row < shape.height && column >= 0 && column < shape.width) {
-    const int64_t first_channel = mask_channel / shape.taps() * shape.group_channels();
-    for (int64_t c = first_channel; c < first_channel + shape.group_channels(); ++c) {
-      sum += widen(grad_output.at(n, c, out_row, out_column)) * widen(features.at(n, c, row, column));
-    }
+  const int64_t first_channel = mask_channel / shape.taps() * shape.group_channels();
+  for (int64_t c = first_channel; c < first_channel + shape.group_channels(); ++c) {
+    const accumulator_t<T> feature = inside ? widen(features.at(n, c, row, column)) : accumulator_t<T>(0);
+    sum += widen(grad_output.at(n, c, out_row, out_column)) * feature;
   }
   return Narrow<T>::from(sum);
 }

@@ -137,7 +137,9 @@ def test_every_operator_has_every_registration(operator, key):
         ({"down": 2}, False),
         ({"kernel_size": 7, "group_size": 8}, False),
         ({"channels_last": True}, False),
-        ({"dtype": torch.bfloat16}, False),
+        ({"dtype": torch.float16}, True),
+        ({"dtype": torch.float64}, False),
+        ({"weights": 2**26}, False),
         ({"batch": 0}, False),
         ({"cuda": False}, False),
         ({"installed": False}, False),
@@ -156,7 +158,7 @@ def test_mmcv_takes_over_only_where_it_is_right(change, right, monkeypatch):
             self.dtype = change.get("dtype", torch.float32)
 
         def numel(self):
-            return change.get("batch", 2) * 64
+            return change.get("batch", 2) * change.get("weights", 64)
 
         def is_contiguous(self):
             return not change.get("channels_last", False)
@@ -169,3 +171,45 @@ def test_mmcv_takes_over_only_where_it_is_right(change, right, monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv.ops.carafe", module)
     arguments = (change.get("kernel_size", 5), change.get("group_size", 1), change.get("down", 1))
     assert _fallback._mmcv_is_right(Tensor(), Tensor(), *arguments) is right
+
+
+def test_mmcv_operator_is_wrapped_safely(monkeypatch):
+    """Gradients pass through, sums are float32, and a second derivative is there although mmcv has none."""
+    import types
+
+    from carafe_plugin.ops import _fallback, reference
+    from carafe_plugin.testing import random_case
+
+    class CARAFEFunction(torch.autograd.Function):  # mmcv's signature, on the CPU
+        @staticmethod
+        def forward(ctx, features, masks, kernel_size, group_size, scale_factor):
+            assert features.dtype == masks.dtype == torch.float32
+            ctx.save_for_backward(features, masks)
+            ctx.args = (kernel_size, group_size, scale_factor, 1)
+            return reference.reassemble(features, masks, *ctx.args)
+
+        @staticmethod
+        def backward(ctx, grad):
+            features, masks = ctx.saved_tensors
+            dx = reference.grad_features(grad, masks, *features.shape[2:], *ctx.args)
+            return dx, reference.grad_masks(grad, features, *ctx.args), None, None, None
+
+    module = types.ModuleType("mmcv.ops.carafe")
+    module.CARAFEFunction = CARAFEFunction
+    for name in ("mmcv", "mmcv.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "mmcv.ops.carafe", module)
+    monkeypatch.setattr(_fallback, "_mmcv_is_right", lambda *args: True)
+    features, masks, grad = random_case((4, 5), 4, 3, 2, 2, dtype=torch.float16)
+    features.requires_grad_(), masks.requires_grad_()
+    output = _fallback.reassemble(features, masks, 3, 2, 2, 1)
+    assert torch.equal(output, reference.reassemble(features, masks, 3, 2, 2, 1))
+    output.backward(grad)
+    assert torch.equal(features.grad, reference.grad_features(grad, masks, 4, 5, 3, 2, 2, 1))
+    assert torch.equal(masks.grad, reference.grad_masks(grad, features, 3, 2, 2, 1))
+    features, masks, grad = (t.detach().float().requires_grad_() for t in (features, masks, grad))
+    output = _fallback.reassemble(features, masks, 3, 2, 2, 1)
+    (first,) = torch.autograd.grad(output, features, grad, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), masks)
+    expected = reference.grad_features(grad, masks, 4, 5, 3, 2, 2, 1).square().sum()
+    torch.testing.assert_close(second, torch.autograd.grad(expected, masks)[0])

@@ -113,6 +113,21 @@ def test_nan_reaches_only_its_neighbourhood(device):
     assert torch.equal(touched, expected)
 
 
+def test_infinite_weight_on_the_border_is_nan_as_in_the_reference(device):
+    features, masks, grad = random_case((4, 5), 2, 3, 1, 2, batch=1, device=device)
+    masks[0, 0, 0, 0] = grad[0, 0, 0, 0] = float("inf")  # tap 0 of the first output lies outside the map
+    got = carafe(features, masks, 3)
+    assert torch.equal(got.isnan(), reference.reassemble(features, masks, 3, 1, 2, 1).isnan())
+    assert got.isnan().any()
+    got = torch.ops.carafe_plugin._carafe_grad_masks(grad, features, 3, 1, 2, 1)
+    assert torch.equal(got.isnan(), reference.grad_masks(grad, features, 3, 1, 2, 1).isnan())
+
+
+@pytest.mark.parametrize("scale", [Fraction(101, 100), Fraction(17, 9), 13, Fraction(1, 70)], ids=str)
+def test_scales_of_many_phases(scale, device):
+    compare(*random_case((23, 31), 6, 3, 2, scale, batch=1, device=device), 3, 2, scale)
+
+
 def test_delta_kernels_copy(device):
     features, _, _ = random_case((5, 6), 3, 1, 1, 2, device=device)
     masks = torch.zeros(2, 25, 10, 12, device=device)

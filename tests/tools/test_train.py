@@ -46,10 +46,12 @@ def test_our_hook_replaces_only_mmengines() -> None:
 
     cfg = Config(dict(default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=3))))
     use_atomic_checkpoints(cfg)
-    assert cfg.default_hooks.checkpoint == dict(type="mmengine.AtomicCheckpointHook", interval=3)
+    assert cfg.default_hooks.checkpoint == dict(
+        type="carafe_plugin.openmmlab.checkpoint.AtomicCheckpointHook", interval=3
+    )
     cfg = Config({})
     use_atomic_checkpoints(cfg)
-    assert cfg.default_hooks.checkpoint.type == "mmengine.AtomicCheckpointHook"
+    assert cfg.default_hooks.checkpoint.type == "carafe_plugin.openmmlab.checkpoint.AtomicCheckpointHook"
     for own in (dict(checkpoint=None), dict(checkpoint=dict(type="EMAHook"))):
         cfg = Config(dict(default_hooks=own))
         use_atomic_checkpoints(cfg)
