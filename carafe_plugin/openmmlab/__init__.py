@@ -1,4 +1,4 @@
-"""Adapters to OpenMMLab: one file per toolbox, imported only on request.
+"""Adapters to OpenMMLab: one folder per toolbox, imported only on request.
 
 * :mod:`~carafe_plugin.openmmlab.layers` registers the layers with MMEngine;
 * :mod:`~carafe_plugin.openmmlab.mmdet`, ``mmseg`` and ``mmpretrain`` serve the toolbox of that name;

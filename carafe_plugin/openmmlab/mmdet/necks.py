@@ -1,24 +1,4 @@
-"""CARAFE++ for MMDetection: change a ``type``, and nothing else.
-
-==========================  ==============================================  =====================
-registered type             subclass of, with its arguments and checkpoints  CARAFE++ replaces
-==========================  ==============================================  =====================
-``CARAFEFPN``               ``mmdet.models.FPN``                            nearest interpolation
-``CARAFEPAFPN``             ``mmdet.models.PAFPN`` (top-down path)          nearest interpolation
-``CARAFEFCNMaskHead``       ``mmdet.models.FCNMaskHead``                    deconvolution
-==========================  ==============================================  =====================
-
-Either name works in a configuration: the full path as it stands, the short name after importing this module::
-
-    neck = dict(type="carafe_plugin.openmmlab.mmdet.CARAFEFPN")
-
-    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmdet"])
-    neck = dict(type="CARAFEFPN")
-
-CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.1. ``CARAFEFPN`` is the
-paper's: the plain FPN with its interpolation replaced. MMDetection's own ``FPN_CARAFE`` has another topology; it is
-served by :mod:`carafe_plugin.openmmlab.drop_in`.
-"""
+"""FPN and PAFPN whose top-down path upsamples by CARAFE++."""
 
 from __future__ import annotations
 
@@ -26,17 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
+from mmdet.models.necks import FPN, PAFPN
+from mmdet.registry import MODELS
+from mmengine.model import ModuleList
 from torch import Tensor, nn
 
-from carafe_plugin.openmmlab import require
-from carafe_plugin.openmmlab.layers import INTERPOLATIONS, build_upsampler, fit_to_size, upsample_to
-
-require("mmdet", __name__)
-
-from mmdet.models.necks import FPN, PAFPN  # noqa: E402
-from mmdet.models.roi_heads.mask_heads import FCNMaskHead  # noqa: E402
-from mmdet.registry import MODELS  # noqa: E402
-from mmengine.model import ModuleList  # noqa: E402
+from carafe_plugin.openmmlab.layers import build_upsampler, fit_to_size, upsample_to
 
 
 class _TopDownPath:
@@ -172,55 +147,3 @@ class CARAFEPAFPN(_TopDownPath, PAFPN):
         outs = maps[:1] + [conv(x) for conv, x in zip(self.pafpn_convs, maps[1:], strict=True)]
         self._append_extra_levels(outs, inputs, laterals)
         return tuple(outs)
-
-
-@MODELS.register_module()
-class CARAFEFCNMaskHead(FCNMaskHead):
-    """Mask head that upsamples by CARAFE++ where FCNMaskHead has its deconvolution (arXiv 2012.04733, Sec. 4.1).
-
-    Takes FCNMaskHead's arguments. Of its checkpoints everything loads but ``upsample``, whose parameters are
-    CARAFE++'s. ``conv_logits`` keeps its shape where ``in_channels`` and ``conv_out_channels`` do.
-
-    Args:
-        *args: FCNMaskHead's, up to ``class_agnostic``.
-        upsample_cfg: What CARAFE++ stands in for; only its ``scale_factor`` is read.
-        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its
-            arguments; ``scale_factor`` overrides that of ``upsample_cfg``. ``dict(type="deconv")``, ``"nearest"`` and
-            ``"bilinear"`` give FCNMaskHead with that upsampler, bit for bit.
-        **kwargs: FCNMaskHead's.
-
-    Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``upsample_cfg`` has type None, so that there is nothing to replace; ``carafe_cfg`` sets
-            ``channels``.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
-
-    Example:
-        >>> import torch
-        >>> head = CARAFEFCNMaskHead(num_convs=1, in_channels=16, conv_out_channels=16, num_classes=3)
-        >>> head(torch.rand(2, 16, 14, 14)).shape
-        torch.Size([2, 3, 28, 28])
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        upsample_cfg: Mapping[str, Any] = dict(type="deconv", scale_factor=2),
-        carafe_cfg: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if upsample_cfg.get("type") is None:
-            raise ValueError(f"upsample_cfg must name the upsampler that CARAFE++ replaces, got {dict(upsample_cfg)!r}")
-        if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
-            raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
-        cfg = dict(carafe_cfg or {})
-        scale_factor = cfg.pop("scale_factor", upsample_cfg.get("scale_factor", 2))
-        if cfg.get("type") in ("deconv", *INTERPOLATIONS):
-            super().__init__(*args, upsample_cfg=dict(cfg, scale_factor=scale_factor), **kwargs)
-            return
-        # The parent knows upsamplers by a fixed list of names. Without one it still runs whatever `upsample` holds.
-        super().__init__(*args, upsample_cfg=dict(type=None, scale_factor=scale_factor), **kwargs)
-        channels = self.conv_out_channels if self.num_convs > 0 else self.in_channels
-        self.upsample = build_upsampler(cfg, channels, scale_factor)
-        self.upsample_cfg = cfg
-        self.upsample_method = cfg.get("type", "CARAFEUpsample")

@@ -1,0 +1,33 @@
+"""CARAFE++ for MMDetection: change a ``type``, and nothing else.
+
+==========================  ==============================================  =====================
+registered type             subclass of, with its arguments and checkpoints  CARAFE++ replaces
+==========================  ==============================================  =====================
+``CARAFEFPN``               ``mmdet.models.FPN``                            nearest interpolation
+``CARAFEPAFPN``             ``mmdet.models.PAFPN`` (top-down path)          nearest interpolation
+``CARAFEFCNMaskHead``       ``mmdet.models.FCNMaskHead``                    deconvolution
+==========================  ==============================================  =====================
+
+Either name works in a configuration: the full path as it stands, the short name after importing this module::
+
+    neck = dict(type="carafe_plugin.openmmlab.mmdet.CARAFEFPN")
+
+    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmdet"])
+    neck = dict(type="CARAFEFPN")
+
+CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.1. ``CARAFEFPN`` is the
+paper's: the plain FPN with its interpolation replaced. MMDetection's own ``FPN_CARAFE`` has another topology; it is
+served by :mod:`carafe_plugin.openmmlab.drop_in`.
+"""
+
+from __future__ import annotations
+
+from carafe_plugin.openmmlab import require
+
+require("mmdet", __name__)
+
+from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
+from carafe_plugin.openmmlab.mmdet.mask_head import CARAFEFCNMaskHead  # noqa: E402
+from carafe_plugin.openmmlab.mmdet.necks import CARAFEFPN, CARAFEPAFPN  # noqa: E402
+
+__all__ = ["CARAFEFPN", "CARAFEPAFPN", "CARAFEDownsample", "CARAFEFCNMaskHead", "CARAFEUpsample"]
