@@ -101,11 +101,11 @@ def plot(report: dict[str, Any], file: Path) -> None:
                 spread = [[median - values["q1_ms"]], [values["q3_ms"] - median]]
                 colour = "tab:orange" if peer["name"] == OURS else ("tab:blue" if peer["equal"] else "0.7")
                 axis.barh(position, median, color=colour, xerr=spread, error_kw={"elinewidth": 1})
-                label = f" {median:.3g}"
+                label = f" {median:.3g}" if median < 1000 else f" {median:.0f}"
                 axis.text(values["q3_ms"], position, label, va="center", size=8)
             axis.axvline(result["bound"][f"{each}_ms"], color="black", linestyle="--", linewidth=1)
             axis.set_xscale("log")
-            axis.margins(x=0.2)
+            axis.set_xlim(right=axis.get_xlim()[1] * 2)  # room for the longest bar's label
             axis.set_title(f"{shape_title(result['shape'])}\n{TITLES[each]}", size=9)
             axis.set_yticks(range(peers), [peer["name"] for peer in result["peers"]], size=8)
     axes[0][0].invert_yaxis()  # shared, so all panels
