@@ -4,13 +4,19 @@ PYTHON := $(if $(BIN),$(BIN)python,python3)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp)
 BENCH_FLAGS ?= --device cpu
 
-.PHONY: env demo test lint format bench clean
+.PHONY: env demo demo-all demo-seg test lint format bench clean
 
 env:
 	@tools/setup_env.sh
 
 demo: env
 	$(PYTHON) tools/demo.py
+
+demo-all: env
+	$(PYTHON) tools/demo.py --all
+
+demo-seg: env
+	$(PYTHON) tools/demo_seg.py
 
 test: env
 	$(PYTHON) -m pytest $(TESTS)

@@ -1,4 +1,7 @@
-"""Pictures of a detector's predictions beside the ground truth, from a COCO file and mmdet's dumped predictions."""
+"""Pictures of predictions beside the ground truth.
+
+A detector's come from a COCO file and mmdet's dumped predictions, a segmentation's from folders of label maps.
+"""
 
 from __future__ import annotations
 
@@ -106,13 +109,51 @@ def draw_comparison(
     for axis, title in zip(grid[0], ["ground truth", *columns], strict=True):
         axis.set_title(title, fontsize=10)
     categories = coco.loadCats(sorted(coco.getCatIds()))
+    _save(figure, {item["name"]: COLOURS[index % len(COLOURS)] for index, item in enumerate(categories)}, out)
+
+
+def draw_label_maps(
+    data_root: Path,
+    palette: Mapping[str, tuple[int, int, int]],
+    predictions: Mapping[str, Path],
+    out: Path,
+    rows: int = 5,
+) -> None:
+    """Draw images, their annotations and every model's label maps side by side.
+
+    The images are the first ones that show several classes, whatever the models make of them.
+
+    Args:
+        data_root: A dataset in ADE20k's folders.
+        palette: The colour of each class, in the order of their labels from 1; a pixel of label 0 is black.
+        predictions: By column title, the folder of label maps that ``tools/test.py --out`` wrote.
+        out: The PNG to write.
+        rows: How many images at most.
+    """
+    colours = np.array([(0, 0, 0), *palette.values()], dtype=np.uint8)
+    truths = sorted((data_root / "annotations" / "validation").glob("*.png"))
+    chosen = ([path for path in truths if len(np.unique(np.asarray(Image.open(path)))) >= MIN_OBJECTS] or truths)[:rows]
+    titles = ["image", "ground truth", *predictions]
+    figure = Figure(figsize=(2.6 * len(titles), 2.6 * len(chosen) + 0.7), layout="constrained")
+    grid = figure.subplots(len(chosen), len(titles), squeeze=False)
+    for axes, truth in zip(grid, chosen, strict=True):
+        image = Image.open(data_root / "images" / "validation" / f"{truth.stem}.jpg")
+        maps = [truth, *(folder / truth.name for folder in predictions.values())]
+        for axis, shown in zip(axes, [image, *(colours[np.asarray(Image.open(path))] for path in maps)], strict=True):
+            axis.imshow(shown, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(truth.stem, fontsize=8)
+    for axis, title in zip(grid[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    _save(figure, {name: np.divide(colour, 255).tolist() for name, colour in palette.items()}, out)
+
+
+def _save(figure: Figure, colours: Mapping[str, Any], out: Path) -> None:
+    """Add a legend of named colours, and write all of the picture or nothing."""
     figure.legend(
-        handles=[
-            Patch(facecolor=COLOURS[index % len(COLOURS)], edgecolor="black", label=item["name"])
-            for index, item in enumerate(categories)
-        ],
+        handles=[Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in colours.items()],
         loc="outside lower center",
-        ncols=len(categories),
+        ncols=len(colours),
         fontsize=9,
         frameon=False,
     )

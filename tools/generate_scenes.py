@@ -1,12 +1,14 @@
-"""Generate a small instance-segmentation dataset of textured scenes, in COCO format.
+"""Generate a small dataset of textured scenes, for instance segmentation (COCO) or semantic segmentation (ADE20k).
 
 A scene holds figures with thin and detailed outlines (stars, rings, crosses, crescents, gears, keys) before a textured
-background. Figures hide one another, some are small, some scenes hold a crowd of equal figures (one annotation with
-``iscrowd=1``) and some hold none at all. Everything follows from the seed: the same arguments with the same versions of
-numpy and Pillow give the same bytes, and scene ``i`` of a split does not depend on how many scenes there are.
+background. Figures hide one another, some are small, some scenes hold a crowd of equal figures (in COCO one annotation
+with ``iscrowd=1``) and some hold none at all. Everything follows from the seed: the same arguments with the same
+versions of numpy and Pillow give the same bytes, scene ``i`` of a split does not depend on how many scenes there are,
+and both formats show the same scenes.
 
 Example:
     $ python tools/generate_scenes.py --out data/scenes --seed 0 --train 600 --val 120 --size 160
+    $ python tools/generate_scenes.py --out data/scenes-ade20k --format ade20k --figures 32
 """
 
 from __future__ import annotations
@@ -18,66 +20,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
-from pycocotools import mask as coco_mask
+import scenes_ade20k
+import scenes_coco
 from rich.progress import track
-from scenes import CATEGORIES, SPLITS, Scene, paint_scene, scenes
+from scenes import FIGURES, SPLITS, scenes
 
 #: Raise this whenever the same arguments give other scenes, so that datasets already on disk are written anew.
 VERSION = 1
 MARKER = "scenes.json"
 MIN_SIZE, MAX_SIZE = 64, 1024
-
-
-def coco_annotations(scene: Scene, owner: np.ndarray, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """COCO annotations of the visible masks, as compressed RLE, numbered from ``first_id``."""
-    annotations = []
-    for index, item in enumerate(scene.objects):
-        rle = coco_mask.encode(np.asfortranarray(owner == index, dtype=np.uint8))
-        annotations.append(
-            {
-                "id": first_id + index,
-                "image_id": image_id,
-                "category_id": CATEGORIES.index(item.category) + 1,
-                "iscrowd": int(item.crowd),
-                "area": float(coco_mask.area(rle)),
-                "bbox": coco_mask.toBbox(rle).tolist(),
-                "segmentation": {"size": list(owner.shape), "counts": rle["counts"].decode("ascii")},
-            }
-        )
-    return annotations
-
-
-def write_coco(out: Path, seed: int, split: str, count: int, size: int) -> None:
-    """Write ``out/<split>/*.png`` and ``out/annotations/instances_<split>.json``."""
-    (out / split).mkdir(parents=True)
-    (out / "annotations").mkdir(exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    progress = track(
-        enumerate(scenes(seed, split, count, size), 1),
-        f"Writing {split}",
-        total=count,
-        transient=True,
-        disable=not sys.stdout.isatty(),
-    )
-    for image_id, scene in progress:
-        image, owner = paint_scene(scene)
-        file_name = f"{image_id:06d}.png"
-        Image.fromarray(image).save(out / split / file_name)
-        images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
-        annotations += coco_annotations(scene, owner, image_id, first_id=len(annotations) + 1)
-    content = {
-        "info": {"description": f"Generated scenes, {split}", "version": str(VERSION)},
-        "licenses": [],
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": name, "supercategory": "figure"} for i, name in enumerate(CATEGORIES, 1)],
-    }
-    (out / "annotations" / f"instances_{split}.json").write_text(json.dumps(content, separators=(",", ":")))
+#: What writes each format, and knows its files.
+FORMATS = {"coco": scenes_coco, "ade20k": scenes_ade20k}
 
 
 @dataclass(frozen=True)
@@ -89,20 +43,23 @@ class Request:
     val: int
     size: int
     version: int = VERSION
+    figures: int = FIGURES
+    format: str = "coco"
 
 
 def is_complete(out: Path, request: Request) -> bool:
     """Whether ``out`` already holds exactly the requested dataset."""
     try:
-        stored = json.loads((out / MARKER).read_text())
-    except (OSError, ValueError):
+        stored = Request(**json.loads((out / MARKER).read_text()))
+    except (OSError, ValueError, TypeError):
         return False
-    counts = {split: sum(1 for _ in (out / split).glob("*.png")) for split in SPLITS}
-    return (
-        stored == asdict(request)
-        and counts == {"train": request.train, "val": request.val}
-        and all((out / "annotations" / f"instances_{split}.json").is_file() for split in SPLITS)
-    )
+    holds = FORMATS[request.format].holds_split
+    return stored == request and all(holds(out, split, getattr(request, split)) for split in SPLITS)
+
+
+def annotation_files(out: Path, request: Request) -> list[Path]:
+    """The files that hold the annotations of both splits."""
+    return [file for split in SPLITS for file in FORMATS[request.format].annotation_files(out, split)]
 
 
 def generate(out: Path, request: Request) -> bool:
@@ -126,7 +83,11 @@ def generate(out: Path, request: Request) -> bool:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for split in SPLITS:
-        write_coco(partial, request.seed, split, getattr(request, split), request.size)
+        count = getattr(request, split)
+        described = scenes(request.seed, split, count, request.size, request.figures)
+        title = f"Writing {split}"
+        shown = track(described, title, total=count, transient=True, disable=not sys.stdout.isatty())
+        FORMATS[request.format].write_split(partial, split, shown, request.version)
     (partial / MARKER).write_text(json.dumps(asdict(request)))
     if out.exists():
         shutil.rmtree(out)
@@ -150,26 +111,37 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+def add_dataset_options(parser: argparse.ArgumentParser, defaults: Request) -> None:
     """The options that decide what the dataset contains."""
-    parser.add_argument("--seed", type=integer(0), default=0, help="everything follows from it (default: 0)")
-    parser.add_argument("--train", type=integer(1), default=600, help="number of training images (default: 600)")
-    parser.add_argument("--val", type=integer(1), default=120, help="number of validation images (default: 120)")
-    parser.add_argument(
-        "--size",
-        type=integer(MIN_SIZE, MAX_SIZE),
-        default=160,
-        help="height and width of an image in pixels (default: 160)",
-    )
+
+    def add(name: str, low: int, high: int | None, text: str) -> None:
+        default = getattr(defaults, name)
+        parser.add_argument(
+            f"--{name}", type=integer(low, high), default=default, help=f"{text} (default: {default})", metavar="N"
+        )
+
+    add("seed", 0, None, "everything follows from it")
+    add("train", 1, None, "number of training images")
+    add("val", 1, None, "number of validation images")
+    add("size", MIN_SIZE, MAX_SIZE, "height and width of an image in pixels")
+    add("figures", 1, None, "the most figures in a scene")
+
+
+def request_from(args: argparse.Namespace, format: str) -> Request:
+    """The request that :func:`add_dataset_options` asks for."""
+    return Request(args.seed, args.train, args.val, args.size, figures=args.figures, format=format)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Generate an instance-segmentation dataset in COCO format.")
+    parser = argparse.ArgumentParser(description="Generate a dataset of textured scenes.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    add_dataset_options(parser)
+    parser.add_argument(
+        "--format", choices=list(FORMATS), default="coco", help="instances or label maps (default: coco)"
+    )
+    add_dataset_options(parser, Request(seed=0, train=600, val=120, size=160))
     args = parser.parse_args(argv)
     try:
-        written = generate(args.out, Request(args.seed, args.train, args.val, args.size))
+        written = generate(args.out, request_from(args, args.format))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """Scenes of textured figures with thin and detailed outlines: what they contain, and how they are painted.
 
 :func:`describe_scene` decides what a scene contains, :func:`paint_scene` turns that description into an image and a map
-that says which object owns each pixel. How this is stored is a matter for the writers in ``generate_scenes.py``.
+that says which object owns each pixel. How this is stored is a matter for the writers, ``scenes_coco.py`` and
+``scenes_ade20k.py``.
 
 Example:
     >>> scene = next(iter(scenes(seed=0, split="train", count=1, size=160)))
@@ -25,6 +26,8 @@ SPLITS = ("train", "val")
 CATEGORIES = ("star", "ring", "cross", "crescent", "gear", "key")
 #: Every object keeps at least this many visible pixels, and this share of what it would show alone.
 MIN_PIXELS, MIN_VISIBLE = 20, 0.4
+#: The most figures that a scene is meant to have, unless more are asked for; the least is a quarter of it.
+FIGURES = 8
 SUPERSAMPLING = 4
 HUE_DEVIATION = 0.06
 #: Where in each block of 20 scenes the crowds and the scenes without objects come, so that small splits have both.
@@ -122,12 +125,15 @@ def _radius(rng: np.random.Generator, size: int) -> float:
     return max(rng.uniform(low, high) * size, 4.5)
 
 
-def describe_scene(rng: np.random.Generator, size: int, crowded: bool = False, empty: bool = False) -> Scene:
+def describe_scene(
+    rng: np.random.Generator, size: int, figures: int = FIGURES, crowded: bool = False, empty: bool = False
+) -> Scene:
     """Decide what a scene contains.
 
     Args:
         rng: The only source of randomness.
         size: Height and width in pixels.
+        figures: The most single figures; a full scene refuses some.
         crowded: Add one crowd of equal figures.
         empty: No objects at all.
 
@@ -156,7 +162,7 @@ def describe_scene(rng: np.random.Generator, size: int, crowded: bool = False, e
     if crowded and not empty:
         while not add(_describe_crowd(rng, size, background)):
             pass
-    wanted = 0 if empty else int(rng.integers(2, 9))
+    wanted = 0 if empty else int(rng.integers(max(figures // 4, 1), figures + 1))
     for _ in range(4 * wanted):  # a full scene may refuse some: it then has fewer, never hidden, objects
         if len(objects) >= wanted:
             break
@@ -304,8 +310,8 @@ def paint_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), owner
 
 
-def scenes(seed: int, split: str, count: int, size: int) -> Iterator[Scene]:
+def scenes(seed: int, split: str, count: int, size: int, figures: int = FIGURES) -> Iterator[Scene]:
     """The scenes of one split, in order."""
     for index in range(count):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        yield describe_scene(rng, size, crowded=index % 20 in CROWDED, empty=index % 20 in EMPTY)
+        yield describe_scene(rng, size, figures, crowded=index % 20 in CROWDED, empty=index % 20 in EMPTY)

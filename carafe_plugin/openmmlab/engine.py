@@ -25,6 +25,7 @@ from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
 
 from carafe_plugin.openmmlab.checkpoint import CheckpointError, allow_checkpoint_types
+from carafe_plugin.openmmlab.label_maps import find_fault
 
 __all__ = [
     "UsageError",
@@ -224,12 +225,15 @@ def dataset_configs(dataset: Any) -> Iterator[Any]:
 def check_dataset_files(cfg: Config, *splits: str) -> None:
     """Check that the annotation files and image folders that ``cfg`` names are there, before anything is built.
 
+    In mmseg also that every image has its annotation, of the same size.
+
     Args:
         cfg: the configuration.
         splits: which data loaders the run needs: 'train', 'val', 'test'. 'val' may be absent from ``cfg``.
 
     Raises:
-        UsageError: a file or folder is missing, or a data loader is.
+        UsageError: a file or folder is missing, an annotation has another size than its image, or a data loader is
+            missing.
     """
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
@@ -238,8 +242,12 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
                 continue
             raise UsageError(f"configuration {cfg.filename} has no {split}_dataloader")
         for dataset in dataset_configs(loader.dataset):
-            if not dataset.get("backend_args"):  # else the files are not on this machine
-                _check_dataset(dataset, f"{split}_dataloader ({_name(dataset.get('type'))})")
+            if dataset.get("backend_args"):  # the files are not on this machine
+                continue
+            place = f"{split}_dataloader ({_name(dataset.get('type'))})"
+            _check_dataset(dataset, place)
+            if cfg.get("default_scope") == "mmseg" and (fault := find_fault(dataset)):
+                raise UsageError(f"{place}: {fault}")
 
 
 def _check_dataset(dataset: Any, place: str) -> None:

@@ -174,10 +174,46 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
         ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
         KeyError: ``type`` is not registered.
     """
+    return _build_resampler(carafe_cfg, "CARAFEUpsample", channels, scale_factor, INTERPOLATIONS)
+
+
+def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
+    """Build the downsampler that a ``carafe_cfg`` describes: (N, C, H, W) -> (N, C, ceil(H / s), ceil(W / s)).
+
+    Args:
+        carafe_cfg: ``type`` is ``"CARAFEDownsample"`` when left out; any other type that ``MODELS`` knows is built with
+            ``channels``, ``scale_factor`` and the remaining keys, so that other pooling operators can take CARAFE++'s
+            place (Table 3). None stands for an empty dictionary.
+        channels: Channels of the features, set by the caller, never by ``carafe_cfg``.
+        scale_factor: How many times smaller the map becomes, set by the caller as well.
+
+    Returns:
+        The downsampler.
+
+    Raises:
+        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
+        KeyError: ``type`` is not registered.
+
+    Example:
+        >>> import torch
+        >>> build_downsampler(dict(down_kernel=3), channels=16)(torch.rand(1, 16, 5, 8)).shape
+        torch.Size([1, 16, 3, 4])
+    """
+    return _build_resampler(carafe_cfg, "CARAFEDownsample", channels, scale_factor)
+
+
+def _build_resampler(
+    carafe_cfg: Mapping[str, Any] | None,
+    default: str,
+    channels: int,
+    scale_factor: int,
+    interpolations: tuple[str, ...] = (),
+) -> nn.Module:
     if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
         raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
     cfg = dict(carafe_cfg or {})
-    kind = cfg.setdefault("type", "CARAFEUpsample")
+    kind = cfg.setdefault("type", default)
     fixed = dict(channels=channels, scale_factor=scale_factor)
     for key, value in fixed.items():
         if key in cfg:
@@ -185,14 +221,15 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
     known = False
     # MMEngine raises a RuntimeError for a name that it cannot resolve (older versions return None).
     with MODELS.switch_scope_and_registry(cfg.get("_scope_")) as registry, suppress(RuntimeError):
-        known = kind in INTERPOLATIONS or not isinstance(kind, str) or registry.get(kind) is not None
+        known = kind in interpolations or not isinstance(kind, str) or registry.get(kind) is not None
     if not known:
+        names = ", ".join(repr(name) for name in (default, *interpolations))
         raise KeyError(
-            f"carafe_cfg: the type {kind!r} is not registered; expected 'CARAFEUpsample', 'nearest', 'bilinear' or "
-            f"another upsampler in MODELS"
+            f"carafe_cfg: the type {kind!r} is not registered; expected {names} or another type in MODELS that takes "
+            f"channels and scale_factor"
         )
     try:
-        if kind in INTERPOLATIONS:
+        if kind in interpolations:
             return Interpolation(kind, **{key: value for key, value in cfg.items() if key not in ("type", "_scope_")})
         return MODELS.build(dict(cfg, **fixed))
     except (TypeError, ValueError) as error:

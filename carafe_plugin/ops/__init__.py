@@ -1,6 +1,7 @@
 """The functional operator."""
 
+from . import flops
 from ._registration import is_compiled
 from .carafe import carafe
 
-__all__ = ["carafe", "is_compiled"]
+__all__ = ["carafe", "flops", "is_compiled"]

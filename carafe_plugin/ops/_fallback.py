@@ -19,6 +19,8 @@ def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a device type; the spelling changed in torch 2.4."""
     try:
         return torch.is_autocast_enabled(device_type)
+    except RuntimeError:  # a device without autocast, such as meta
+        return False
     except TypeError:
         return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
@@ -38,11 +40,21 @@ def autocast_pair(first: Tensor, second: Tensor, device_type: str) -> tuple[Tens
     return first.to(dtype), second.to(dtype)
 
 
+def _announce(operator: str, *arguments: Any) -> None:
+    """Tell torch's FLOP counters, which see no operator of this package here, what is about to be computed."""
+    if hasattr(torch.compiler, "is_compiling") and torch.compiler.is_compiling():
+        return
+    from .flops import announce  # flops itself builds on the registration, and that on this module
+
+    announce(operator, *arguments)
+
+
 class _Reassemble(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, masks: Tensor, *geometry: int) -> Tensor:
         ctx.save_for_backward(features, masks)
         ctx.geometry = geometry
+        _announce("carafe", features, masks, *geometry)
         return _like(reference.reassemble(features, masks, *geometry), features)
 
     @staticmethod
@@ -60,6 +72,7 @@ class _GradFeatures(torch.autograd.Function):
     def forward(ctx: Any, grad_output: Tensor, masks: Tensor, height: int, width: int, *geometry: int) -> Tensor:
         ctx.save_for_backward(grad_output, masks)
         ctx.geometry = geometry
+        _announce("_carafe_grad_features", grad_output, masks, height, width, *geometry)
         return _like(reference.grad_features(grad_output, masks, height, width, *geometry), grad_output)
 
     @staticmethod
@@ -76,6 +89,7 @@ class _GradMasks(torch.autograd.Function):
     def forward(ctx: Any, grad_output: Tensor, features: Tensor, *geometry: int) -> Tensor:
         ctx.save_for_backward(grad_output, features)
         ctx.geometry = geometry
+        _announce("_carafe_grad_masks", grad_output, features, *geometry)
         return reference.grad_masks(grad_output, features, *geometry)
 
     @staticmethod
@@ -136,6 +150,7 @@ class _MMCVReassemble(_Reassemble):
         from mmcv.ops.carafe import CARAFEFunction
 
         kernel_size, group_size, up, _ = geometry
+        _announce("carafe", features, masks, *geometry)
         with torch.enable_grad():
             inputs = tuple(t.detach().float().requires_grad_() for t in (features, masks))
             ctx.output = CARAFEFunction.apply(*inputs, kernel_size, group_size, up)
@@ -147,5 +162,8 @@ class _MMCVReassemble(_Reassemble):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # a second derivative is wanted, which mmcv disconnects without a word
             return _Reassemble.backward(ctx, grad_output)
+        size = ctx.inputs[0].shape[-2:]
+        _announce("_carafe_grad_features", grad_output, ctx.inputs[1], *size, *ctx.geometry)
+        _announce("_carafe_grad_masks", grad_output, ctx.inputs[0], *ctx.geometry)
         grads = torch.autograd.grad(ctx.output, ctx.inputs, grad_output.float().contiguous(), retain_graph=True)
         return (*(grad.to(saved.dtype) for grad, saved in zip(grads, ctx.saved_tensors, strict=True)), *[None] * 4)

@@ -1,4 +1,4 @@
-"""The dataset generator: reproducible, valid COCO, and as varied as its description says."""
+"""The dataset generator: reproducible, valid in both formats, and as varied as its description says."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 import generate_scenes
 import scenes
+import scenes_ade20k
 
 SIZE = 128
 ARGUMENTS = ["--seed", "3", "--train", "20", "--val", "20", "--size", str(SIZE)]
@@ -25,6 +26,14 @@ ARGUMENTS = ["--seed", "3", "--train", "20", "--val", "20", "--size", str(SIZE)]
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scenes") / "data"
     assert generate_scenes.main(["--out", str(out), *ARGUMENTS]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same scenes in ADE20k's folders."""
+    out = tmp_path_factory.mktemp("ade20k") / "data"
+    assert generate_scenes.main(["--out", str(out), "--format", "ade20k", *ARGUMENTS]) == 0
     return out
 
 
@@ -82,6 +91,75 @@ def test_visible_masks_are_disjoint(coco: COCO) -> None:
     for image_id in coco.getImgIds():
         masks = [coco.annToMask(item) for item in coco.loadAnns(coco.getAnnIds(image_id))]
         assert np.max(np.sum(masks, axis=0), initial=0) <= 1
+
+
+def test_ade20k_shows_the_same_scenes(dataset: Path, ade20k: Path, coco: COCO) -> None:
+    """Each pixel's label is the category that COCO's masks give it, crowds included, and the background's elsewhere."""
+    split = coco.dataset["info"]["description"].split()[-1]
+    folder = {"train": "training", "val": "validation"}[split]
+    seen = set()
+    for item in coco.dataset["images"]:
+        expected = np.full((SIZE, SIZE), 1)
+        for annotation in coco.loadAnns(coco.getAnnIds(item["id"])):
+            expected[coco.annToMask(annotation) > 0] = 1 + annotation["category_id"]
+        stem = Path(item["file_name"]).stem
+        label_map = Image.open(ade20k / "annotations" / folder / f"{stem}.png")
+        assert (label_map.mode, label_map.size) == ("L", (SIZE, SIZE))
+        np.testing.assert_array_equal(np.asarray(label_map), expected)
+        seen |= set(expected.flat)
+        image = Image.open(ade20k / "images" / folder / f"{stem}.jpg")
+        assert image.mode == "RGB"
+        loss = np.asarray(image).astype(int) - np.asarray(Image.open(dataset / split / item["file_name"]))
+        assert np.abs(loss).mean() < 4, "of 255: what JPEG loses"
+    assert seen == set(range(1, 8))
+    assert len(list((ade20k / "images" / folder).iterdir())) == len(coco.dataset["images"])
+    assert [item["name"] for item in coco.loadCats(sorted(coco.getCatIds()))] == list(scenes_ade20k.CLASSES[1:])
+
+
+def test_mmseg_reads_ade20k(ade20k: Path) -> None:
+    """With the class for ADE20k itself, and the labels that reduce_zero_label leaves."""
+    mmseg = pytest.importorskip("mmseg.datasets", reason="mmseg reads the folders: it is not installed")
+    prefix = {"img_path": "images/validation", "seg_map_path": "annotations/validation"}
+    found = mmseg.ADE20KDataset(data_root=str(ade20k), data_prefix=prefix)
+    assert len(found) == 20
+    info = found[0]
+    transformed = mmseg.LoadAnnotations()(dict(info))
+    stored = np.asarray(Image.open(ade20k / "annotations" / "validation" / "000001.png"))
+    np.testing.assert_array_equal(transformed["gt_seg_map"], stored - 1)
+    assert transformed["gt_seg_map"].min() == 0
+    assert scenes_ade20k.CLASSES[0] == "background"
+
+
+def test_ade20k_is_reproducible_and_written_anew_if_damaged(ade20k: Path, tmp_path: Path) -> None:
+    command = ["--out", str(tmp_path / "again"), "--format", "ade20k", *ARGUMENTS]
+    assert generate_scenes.main(command) == 0
+    assert contents(tmp_path / "again") == contents(ade20k)
+    request = generate_scenes.Request(3, 20, 20, SIZE, format="ade20k")
+    assert generate_scenes.is_complete(tmp_path / "again", request)
+    for path in ("annotations/training/000003.png", "images/validation/000001.jpg"):
+        (tmp_path / "again" / path).unlink()
+        assert not generate_scenes.is_complete(tmp_path / "again", request)
+        assert generate_scenes.generate(tmp_path / "again", request)
+    assert contents(tmp_path / "again") == contents(ade20k)
+    assert generate_scenes.generate(tmp_path / "again", generate_scenes.Request(3, 1, 1, SIZE)), "the other format"
+    assert (tmp_path / "again" / "annotations" / "instances_val.json").is_file()
+
+
+def test_more_figures_fill_a_scene(dataset: Path) -> None:
+    """And the default is the scenes of old, whose stored request names no number of figures."""
+
+    def share(figures: int) -> float:
+        painted = (scenes.paint_scene(scene) for scene in scenes.scenes(0, "val", 6, SIZE, figures))
+        return float(np.mean([np.mean(owner >= 0) for _, owner in painted]))
+
+    assert share(32) > 2 * share(8)
+    assert all(len(scene.objects) <= 3 for scene in scenes.scenes(0, "train", 3, SIZE, 3))
+    request = {"seed": 3, "train": 20, "val": 20, "size": SIZE, "version": generate_scenes.VERSION}
+    stored = (dataset / generate_scenes.MARKER).read_text()
+    assert json.loads(stored) == request | {"figures": 8, "format": "coco"}
+    (dataset / generate_scenes.MARKER).write_text(json.dumps(request))
+    assert generate_scenes.is_complete(dataset, generate_scenes.Request(3, 20, 20, SIZE))
+    (dataset / generate_scenes.MARKER).write_text(stored)
 
 
 def test_variety(coco: COCO) -> None:
@@ -173,15 +251,18 @@ def test_complete_dataset_is_left_alone_and_a_damaged_one_is_written_anew(
     assert contents(out) != before
 
 
-def test_interrupted_writing_leaves_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, request, write = tmp_path / "data", generate_scenes.Request(0, 3, 2, 64), generate_scenes.write_coco
+@pytest.mark.parametrize("format", ["coco", "ade20k"])
+def test_interrupted_writing_leaves_no_dataset(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, request = tmp_path / "data", generate_scenes.Request(0, 3, 2, 64, format=format)
+    writer = generate_scenes.FORMATS[format]
+    write = writer.write_split
 
-    def interrupted(folder: Path, seed: int, split: str, count: int, size: int) -> None:
+    def interrupted(folder: Path, split: str, *rest: object) -> None:
         if split == "val":
             raise KeyboardInterrupt
-        write(folder, seed, split, count, size)
+        write(folder, split, *rest)
 
-    monkeypatch.setattr(generate_scenes, "write_coco", interrupted)
+    monkeypatch.setattr(writer, "write_split", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate_scenes.generate(out, request)
     assert not out.exists()
@@ -205,6 +286,7 @@ def test_folder_of_somebody_else_is_not_touched(tmp_path: Path, capsys: pytest.C
         ("--seed", "x", "at least 0"),
         ("--train", "0", "at least 1"),
         ("--val", "-5", "at least 1"),
+        ("--figures", "0", "at least 1"),
         ("--size", "63", "from 64 to 1024"),
         ("--size", "2000", "from 64 to 1024"),
         ("--size", "64.5", "from 64 to 1024"),

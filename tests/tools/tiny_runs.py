@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("mmengine", reason="tools: mmengine is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))  # the tools import one another
 COLOURS = {"red": (40, 40, 220), "blue": (220, 40, 40)}  # BGR
 SIZE = 64
 

@@ -1,12 +1,18 @@
 """CARAFE++ for MMDetection: change a ``type``, and nothing else.
 
-==========================  ==============================================  =====================
-registered type             subclass of, with its arguments and checkpoints  CARAFE++ replaces
-==========================  ==============================================  =====================
-``CARAFEFPN``               ``mmdet.models.FPN``                            nearest interpolation
-``CARAFEPAFPN``             ``mmdet.models.PAFPN`` (top-down path)          nearest interpolation
-``CARAFEFCNMaskHead``       ``mmdet.models.FCNMaskHead``                    deconvolution
-==========================  ==============================================  =====================
+==============================================  ===============================================  ======================
+registered type                                 subclass of, with its arguments and checkpoints  CARAFE++ replaces
+==============================================  ===============================================  ======================
+``CARAFEFPN``                                   ``FPN``                                          nearest interpolation
+``CARAFEPAFPN``                                 ``PAFPN`` (top-down path)                        nearest interpolation
+``CARAFEFCNMaskHead``                           ``FCNMaskHead``                                  deconvolution
+``CARAFEResNet`` (V1c, V1d), ``CARAFEResNeXt``  ``ResNet``, ``ResNeXt``, ...                     strides
+``CARAFEPixelDecoder``                          ``PixelDecoder``                                 nearest interpolation
+``CARAFETransformerEncoderPixelDecoder``        ``TransformerEncoderPixelDecoder``               nearest interpolation
+``CARAFEMSDeformAttnPixelDecoder``              ``MSDeformAttnPixelDecoder``                     bilinear interpolation
+==============================================  ===============================================  ======================
+
+``CARAFEMaskFormerHead`` is ``MaskFormerHead`` for ``CARAFEPixelDecoder``.
 
 Either name works in a configuration: the full path as it stands, the short name after importing this module::
 
@@ -27,7 +33,33 @@ from carafe_plugin.openmmlab import require
 require("mmdet", __name__)
 
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
+from carafe_plugin.openmmlab.mmdet.backbones import (  # noqa: E402
+    CARAFEResNet,
+    CARAFEResNetV1c,
+    CARAFEResNetV1d,
+    CARAFEResNeXt,
+)
 from carafe_plugin.openmmlab.mmdet.mask_head import CARAFEFCNMaskHead  # noqa: E402
 from carafe_plugin.openmmlab.mmdet.necks import CARAFEFPN, CARAFEPAFPN  # noqa: E402
+from carafe_plugin.openmmlab.mmdet.pixel_decoders import (  # noqa: E402
+    CARAFEMaskFormerHead,
+    CARAFEMSDeformAttnPixelDecoder,
+    CARAFEPixelDecoder,
+    CARAFETransformerEncoderPixelDecoder,
+)
 
-__all__ = ["CARAFEFPN", "CARAFEPAFPN", "CARAFEDownsample", "CARAFEFCNMaskHead", "CARAFEUpsample"]
+__all__ = [
+    "CARAFEFPN",
+    "CARAFEPAFPN",
+    "CARAFEDownsample",
+    "CARAFEFCNMaskHead",
+    "CARAFEMSDeformAttnPixelDecoder",
+    "CARAFEMaskFormerHead",
+    "CARAFEPixelDecoder",
+    "CARAFEResNeXt",
+    "CARAFEResNet",
+    "CARAFEResNetV1c",
+    "CARAFEResNetV1d",
+    "CARAFETransformerEncoderPixelDecoder",
+    "CARAFEUpsample",
+]

@@ -1,6 +1,20 @@
-"""CARAFE++ for MMPretrain: importing this module makes ``CARAFEUpsample`` and ``CARAFEDownsample`` known by name.
+"""CARAFE++ for MMPretrain: change a ``type``, and nothing else.
 
-MMPretrain finds them through MMEngine's root registry; see :mod:`carafe_plugin.openmmlab.layers`.
+==============================================  ===============================================  ======================
+registered type                                 subclass of, with its arguments and checkpoints  CARAFE++ replaces
+==============================================  ===============================================  ======================
+``CARAFEResNet`` (V1c, V1d), ``CARAFEResNeXt``  ``ResNet``, ``ResNetV1c``, ...                   max pooling, strides
+==============================================  ===============================================  ======================
+
+Either name works in a configuration: the full path as it stands, the short name after importing this module::
+
+    backbone = dict(type="carafe_plugin.openmmlab.mmpretrain.CARAFEResNet", depth=50)
+
+    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmpretrain"])
+    backbone = dict(type="CARAFEResNet", depth=50)
+
+What is trained here on ImageNet becomes MMDetection's and MMSegmentation's backbone by ``tools/convert_backbone.py``.
+CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.1 and 5.1.
 """
 
 from __future__ import annotations
@@ -10,5 +24,18 @@ from carafe_plugin.openmmlab import require
 require("mmpretrain", __name__)
 
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
+from carafe_plugin.openmmlab.mmpretrain.backbones import (  # noqa: E402
+    CARAFEResNet,
+    CARAFEResNetV1c,
+    CARAFEResNetV1d,
+    CARAFEResNeXt,
+)
 
-__all__ = ["CARAFEDownsample", "CARAFEUpsample"]
+__all__ = [
+    "CARAFEDownsample",
+    "CARAFEResNeXt",
+    "CARAFEResNet",
+    "CARAFEResNetV1c",
+    "CARAFEResNetV1d",
+    "CARAFEUpsample",
+]

@@ -1,14 +1,70 @@
-"""CARAFE++ for MMSegmentation: importing this module makes ``CARAFEUpsample`` and ``CARAFEDownsample`` known by name.
+"""CARAFE++ for MMSegmentation: change a ``type``, and nothing else.
 
-MMSegmentation finds them through MMEngine's root registry; see :mod:`carafe_plugin.openmmlab.layers`.
+==============================================  ===============================================  ======================
+registered type                                 subclass of, with its arguments and checkpoints  CARAFE++ replaces
+==============================================  ===============================================  ======================
+``CARAFEResNet`` (V1c, V1d), ``CARAFEResNeXt``  ``ResNet``, ``ResNetV1c``, ...                   strides
+``CARAFEUPerHead``                              ``UPerHead`` (PPM, FPN, FUSE)                    bilinear interpolation
+``CARAFEFPNHead``                               ``FPNHead`` (Semantic FPN)                       bilinear interpolation
+``CARAFEInterpConv``                            ``InterpConv`` (UNet's ``upsample_cfg``)         interpolation
+==============================================  ===============================================  ======================
+
+Either name works in a configuration: the full path as it stands, the short name after importing this module::
+
+    decode_head = dict(type="carafe_plugin.openmmlab.mmseg.CARAFEUPerHead")
+
+    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmseg"])
+    decode_head = dict(type="CARAFEUPerHead")
+
+MMSegmentation builds MaskFormer and Mask2Former on MMDetection's: where that is installed, its pixel decoders are here
+under the full path as well (see :mod:`carafe_plugin.openmmlab.mmdet`), and ``CARAFEMaskFormerHead`` is
+``MaskFormerHead`` for ``CARAFEPixelDecoder``. CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures"
+(arXiv 2012.04733), Sec. 4.2.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 from carafe_plugin.openmmlab import require
 
 require("mmseg", __name__)
 
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
+from carafe_plugin.openmmlab.mmseg.backbones import (  # noqa: E402
+    CARAFEResNet,
+    CARAFEResNetV1c,
+    CARAFEResNetV1d,
+    CARAFEResNeXt,
+)
+from carafe_plugin.openmmlab.mmseg.fpn_head import CARAFEFPNHead  # noqa: E402
+from carafe_plugin.openmmlab.mmseg.uper_head import CARAFEUPerHead  # noqa: E402
+from carafe_plugin.openmmlab.mmseg.upsample import CARAFEInterpConv  # noqa: E402
 
-__all__ = ["CARAFEDownsample", "CARAFEUpsample"]
+__all__ = [
+    "CARAFEDownsample",
+    "CARAFEFPNHead",
+    "CARAFEInterpConv",
+    "CARAFEResNeXt",
+    "CARAFEResNet",
+    "CARAFEResNetV1c",
+    "CARAFEResNetV1d",
+    "CARAFEUPerHead",
+    "CARAFEUpsample",
+]
+
+# MMSegmentation builds MaskFormer and Mask2Former on MMDetection's, which it does not depend on otherwise.
+if importlib.util.find_spec("mmdet") is not None:
+    from carafe_plugin.openmmlab.mmdet.pixel_decoders import (
+        CARAFEMSDeformAttnPixelDecoder,
+        CARAFEPixelDecoder,
+        CARAFETransformerEncoderPixelDecoder,
+    )
+    from carafe_plugin.openmmlab.mmseg.maskformer_head import CARAFEMaskFormerHead
+
+    __all__ += [
+        "CARAFEMSDeformAttnPixelDecoder",
+        "CARAFEMaskFormerHead",
+        "CARAFEPixelDecoder",
+        "CARAFETransformerEncoderPixelDecoder",
+    ]

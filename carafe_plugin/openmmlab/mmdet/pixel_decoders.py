@@ -1,0 +1,233 @@
+"""The pixel decoders of MaskFormer and Mask2Former, whose top-down path upsamples by CARAFE++."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import Conv2d
+from mmdet.models.dense_heads import MaskFormerHead
+from mmdet.models.layers import MSDeformAttnPixelDecoder, PixelDecoder, TransformerEncoderPixelDecoder
+from mmdet.registry import MODELS
+from mmengine.model import ModuleList
+from torch import Tensor, nn
+
+from carafe_plugin.openmmlab.layers import build_upsampler, upsample_to
+
+
+class _TopDownPath:
+    """What follows the coarsest map in each of the decoders.
+
+    The parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
+    that ``forward`` is stated anew in this module; everything that holds a parameter is the parents'.
+    """
+
+    lateral_convs: nn.ModuleList
+    output_convs: nn.ModuleList
+    mask_feature: nn.Conv2d
+
+    def _add_upsamplers(self, carafe_cfg: Mapping[str, Any] | None) -> None:
+        if not len(self.lateral_convs):
+            raise ValueError("in_channels leaves no level below the coarsest: there is nothing to upsample")
+        channels = self.mask_feature.in_channels
+        self.upsample_modules = ModuleList(build_upsampler(carafe_cfg, channels) for _ in self.lateral_convs)
+
+    def _merge_top_down(self, coarsest: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
+        """From the coarsest map down: upsample, add the lateral map of the level below, convolve; all results."""
+        maps = [coarsest]
+        for i in reversed(range(len(self.lateral_convs))):
+            lateral = self.lateral_convs[i](feats[i])
+            height, width = lateral.shape[2:]
+            upsampled = upsample_to(self.upsample_modules[i], maps[-1], (height, width))
+            maps.append(self.output_convs[i](lateral + upsampled))
+        return maps
+
+
+@MODELS.register_module()
+class CARAFEPixelDecoder(_TopDownPath, PixelDecoder):
+    """MaskFormer's pixel decoder, an FPN, upsampling by CARAFE++ (arXiv 2012.04733, Sec. 4.1).
+
+    Takes PixelDecoder's arguments and loads PixelDecoder's checkpoints: the only new parameters are in
+    ``upsample_modules``, where ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have
+    any size: see :func:`~carafe_plugin.openmmlab.layers.fit_to_size`.
+
+    MaskFormerHead recognises PixelDecoder by its exact type. Where the coarsest map has other channels than the
+    transformer decoder, the head must be :class:`CARAFEMaskFormerHead`.
+
+    Args:
+        *args: PixelDecoder's.
+        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its arguments
+            (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` gives PixelDecoder, bit for bit.
+            Defaults to the paper's setting.
+        **kwargs: PixelDecoder's.
+
+    Raises:
+        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        ValueError: ``in_channels`` leaves nothing to upsample; ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
+        KeyError: ``carafe_cfg`` names a type that is not registered.
+
+    Example:
+        >>> import torch
+        >>> decoder = CARAFEPixelDecoder(in_channels=[8, 16, 32], feat_channels=32, out_channels=12)
+        >>> mask_feature, memory = decoder([torch.rand(1, 8, 25, 41), torch.rand(1, 16, 13, 21),
+        ...                                 torch.rand(1, 32, 7, 11)], batch_img_metas=[])
+        >>> mask_feature.shape, memory.shape
+        (torch.Size([1, 12, 25, 41]), torch.Size([1, 32, 7, 11]))
+    """
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_upsamplers(carafe_cfg)
+
+    def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
+        maps = self._merge_top_down(self.last_feat_conv(feats[-1]), feats)
+        return self.mask_feature(maps[-1]), feats[-1]
+
+
+@MODELS.register_module()
+class CARAFETransformerEncoderPixelDecoder(_TopDownPath, TransformerEncoderPixelDecoder):
+    """MaskFormer's pixel decoder with a transformer encoder, upsampling by CARAFE++.
+
+    Takes TransformerEncoderPixelDecoder's arguments and loads its checkpoints, with ``upsample_modules`` as in
+    :class:`CARAFEPixelDecoder`. ``dict(type="nearest")`` gives the parent, bit for bit.
+
+    Args:
+        *args: TransformerEncoderPixelDecoder's.
+        carafe_cfg: The upsampler, as in :class:`CARAFEPixelDecoder`.
+        **kwargs: TransformerEncoderPixelDecoder's.
+
+    Raises:
+        TypeError, ValueError, KeyError: As :class:`CARAFEPixelDecoder`.
+    """
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_upsamplers(carafe_cfg)
+
+    def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
+        memory = self._encode(feats[-1], batch_img_metas)
+        maps = self._merge_top_down(self.encoder_out_proj(memory), feats)
+        return self.mask_feature(maps[-1]), memory
+
+    def _encode(self, features: Tensor, batch_img_metas: Sequence[dict]) -> Tensor:
+        """The transformer encoder on the coarsest map, (N, C, H, W) -> (N, feat_channels, H, W)."""
+        n, _, height, width = features.shape
+        # True where an image of the batch was padded.
+        padding = features.new_ones((n, 1, *batch_img_metas[0]["batch_input_shape"]), dtype=torch.float32)
+        for image, meta in zip(padding, batch_img_metas, strict=True):
+            image[:, : meta["img_shape"][0], : meta["img_shape"][1]] = 0
+        padding_mask = F.interpolate(padding, size=(height, width), mode="nearest")[:, 0].to(torch.bool)
+        memory = self.encoder(
+            query=_as_sequence(self.encoder_in_proj(features)),
+            query_pos=_as_sequence(self.positional_encoding(padding_mask)),
+            key_padding_mask=padding_mask.flatten(1),
+        )
+        return memory.transpose(1, 2).reshape(n, -1, height, width)
+
+
+@MODELS.register_module()
+class CARAFEMSDeformAttnPixelDecoder(_TopDownPath, MSDeformAttnPixelDecoder):
+    """Mask2Former's pixel decoder, upsampling by CARAFE++ behind its multi-scale deformable attention.
+
+    The attention serves the coarser levels; the finer ones, as a rule the finest alone, are reached by a top-down path
+    whose bilinear interpolation CARAFE++ replaces.
+
+    Takes MSDeformAttnPixelDecoder's arguments and loads its checkpoints, with ``upsample_modules`` as in
+    :class:`CARAFEPixelDecoder`. ``dict(type="bilinear")`` gives the parent, bit for bit. For MMSegmentation's
+    Mask2Former, which is built on MMDetection's, the full path is the type as well.
+
+    Args:
+        *args: MSDeformAttnPixelDecoder's.
+        carafe_cfg: The upsampler, as in :class:`CARAFEPixelDecoder`.
+        **kwargs: MSDeformAttnPixelDecoder's.
+
+    Raises:
+        TypeError, KeyError: As :class:`CARAFEPixelDecoder`.
+        ValueError: As :class:`CARAFEPixelDecoder`, and where the attention serves all levels.
+    """
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_upsamplers(carafe_cfg)
+
+    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The backbone's maps, fine to coarse, to the mask features and ``num_outs`` maps, coarse to fine.
+
+        Args:
+            feats: (N, in_channels[i], H_i, W_i) each.
+
+        Returns:
+            The mask features (N, out_channels, H_0, W_0), and the maps that the transformer decoder attends to,
+            (N, feat_channels, H_i, W_i) each.
+        """
+        encoded = self._encode(feats)
+        maps = encoded[:-1] + self._merge_top_down(encoded[-1], feats)
+        return self.mask_feature(maps[-1]), maps[: self.num_outs]
+
+    def _encode(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        """Multi-scale deformable attention over the coarser levels, coarse to fine."""
+        n = feats[0].shape[0]
+        queries, embeddings, points, sizes = [], [], [], []
+        for i, input_conv in enumerate(self.input_convs):
+            level = self.num_input_levels - 1 - i
+            features, stride = feats[level], self.strides[level]
+            height, width = features.shape[2:]
+            no_padding = features.new_zeros((n, height, width), dtype=torch.bool)
+            embedding = self.postional_encoding(no_padding) + self.level_encoding.weight[i].view(1, -1, 1, 1)
+            centres = self.point_generator.single_level_grid_priors((height, width), level, device=features.device)
+            queries.append(_as_sequence(input_conv(features)))
+            embeddings.append(_as_sequence(embedding))
+            points.append(centres / centres.new_tensor([width * stride, height * stride]))
+            sizes.append((height, width))
+        levels, lengths = len(sizes), [height * width for height, width in sizes]
+        spatial_shapes = torch.tensor(sizes, device=feats[0].device)
+        level_ends = spatial_shapes.prod(dim=1).cumsum(dim=0)
+        query, reference_points = torch.cat(queries, dim=1), torch.cat(points)
+        memory = self.encoder(
+            query=query,
+            query_pos=torch.cat(embeddings, dim=1),
+            key_padding_mask=query.new_zeros(query.shape[:2], dtype=torch.bool),
+            spatial_shapes=spatial_shapes,
+            # Every image and every level of the keys is sampled at the same place, in fractions of the map.
+            reference_points=reference_points[None, :, None].expand(n, -1, levels, -1),
+            level_start_index=torch.cat([level_ends.new_zeros(1), level_ends[:-1]]),
+            valid_ratios=reference_points.new_ones((n, levels, 2)),
+        )
+        maps = memory.transpose(1, 2).split(lengths, dim=-1)
+        return [x.reshape(n, -1, *size) for x, size in zip(maps, sizes, strict=True)]
+
+
+def project_memory(head: MaskFormerHead, enforce: bool) -> None:
+    """Give a head the projection from the coarsest map to its transformer decoder that it has with PixelDecoder."""
+    if not isinstance(head.pixel_decoder, CARAFEPixelDecoder):
+        return
+    channels = head.pixel_decoder.in_channels[-1]
+    if enforce or channels != head.decoder_embed_dims:
+        head.decoder_input_proj = Conv2d(channels, head.decoder_embed_dims, kernel_size=1)
+
+
+@MODELS.register_module()
+class CARAFEMaskFormerHead(MaskFormerHead):
+    """MaskFormerHead that projects the memory of :class:`CARAFEPixelDecoder` to its transformer decoder's channels.
+
+    MaskFormerHead does so for PixelDecoder, which it recognises by its exact type. Takes MaskFormerHead's arguments and
+    loads its checkpoints; CARAFE++ is set in its ``pixel_decoder``.
+
+    Args:
+        *args: MaskFormerHead's.
+        enforce_decoder_input_project: Project even where the channels are the same.
+        **kwargs: MaskFormerHead's.
+    """
+
+    def __init__(self, *args: Any, enforce_decoder_input_project: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, enforce_decoder_input_project=enforce_decoder_input_project, **kwargs)
+        project_memory(self, enforce_decoder_input_project)
+
+
+def _as_sequence(features: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H * W, C)."""
+    return features.flatten(2).transpose(1, 2)

@@ -1,0 +1,260 @@
+"""CARAFE++ in the ResNets of the three toolboxes: wherever the map shrinks, its content decides how.
+
+The paper's Sec. 4.1 and Fig. 4. Every place where a ResNet shrinks the map is found in the built network and swapped
+for a module that shrinks it by CARAFE++, with the names of all other parameters unchanged:
+
+======================================================  ====================================================
+place                                                   becomes
+======================================================  ====================================================
+stem: ``maxpool``                                       the downsampler itself
+stage: the first block's convolution with the stride    :class:`DownsampledConv2d`
+(``conv2``; ``conv1`` with ``style="caffe"`` and in a
+``BasicBlock``), deformable or not
+stage: the shortcut's 1x1 convolution                   :class:`DownsampledConv2d`
+stage: the shortcut's pooling (``avg_down``)            the downsampler itself
+======================================================  ====================================================
+
+A ResNet-50 gets seven CARAFE++: one in the stem, two in each of the stages 2, 3 and 4 (the paper's Res-3, -4 and -5).
+No block is subclassed or restated, so whatever the toolboxes do with blocks (checkpointing, plugins, zero
+initialisation, learning rates by depth) they do here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from carafe_plugin import modules
+from carafe_plugin.openmmlab.checkpoint import CheckpointError
+from carafe_plugin.openmmlab.convert import ARCHITECTURES, matching_depths
+from carafe_plugin.openmmlab.layers import build_downsampler
+
+#: The keys of a carafe_cfg that CARAFEDownsample takes; a place in the network sets the first two.
+_LAYER_KEYS = [*signature(modules.CARAFEDownsample).parameters, "norm_cfg", "act_cfg"]
+
+
+class DownsampledConv2d(nn.Conv2d):
+    """A strided convolution's parameters at stride 1, behind a module that shrinks the map in the stride's stead.
+
+    The paper's Fig. 4: "CARAFE++ downsamples the feature map before convolution layers". Deformable convolutions become
+    plain ones, as the paper does with DCNv2 (Sec. 5.2): their weight stays, their offsets go.
+
+    Args:
+        conv: The strided convolution. Its Parameter objects are taken over, so that nothing is drawn at random.
+        downsampler: Shrinks (N, conv.in_channels, H, W) as the stride does.
+
+    Raises:
+        TypeError: ``conv`` is neither a plain nor a deformable 2-D convolution.
+
+    Example:
+        >>> import torch
+        >>> from carafe_plugin import CARAFEDownsample
+        >>> conv = nn.Conv2d(16, 8, 3, stride=2, padding=1, bias=False)
+        >>> layer = DownsampledConv2d(conv, CARAFEDownsample(16))
+        >>> layer(torch.rand(1, 16, 9, 12)).shape, layer.weight is conv.weight
+        (torch.Size([1, 8, 5, 6]), True)
+    """
+
+    def __init__(self, conv: Any, downsampler: nn.Module) -> None:
+        # MMCV's wrapper for empty inputs has the plain convolution's name; other subclasses compute something else.
+        if type(conv).__name__ != "Conv2d" and not isinstance(getattr(conv, "conv_offset", None), nn.Module):
+            raise TypeError(f"expected a plain or a deformable convolution, got {type(conv).__name__}")
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=getattr(conv, "padding_mode", "zeros"),
+            device="meta",  # neither memory nor random numbers for what is replaced at once
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.downsampler = downsampler
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, in_channels, H, W) -> (N, out_channels, ceil(H / s), ceil(W / s)) for a downsampler by s."""
+        return super().forward(self.downsampler(features))
+
+
+class DownsamplingBackbone(nn.Module):
+    """What a toolbox's ResNet becomes when it stands behind this class: its map shrinks by CARAFE++.
+
+    Takes the ResNet's arguments and ``carafe_cfg``, a dictionary of
+
+    * ``stem``: whether CARAFE++ stands in the max pooling's place;
+    * ``stages``: one bool for each of the ResNet's stages (the paper's Res-2 first): whether CARAFE++ stands in its
+      strides' places. Left out, ``stem`` and ``stages`` mean every place that has a stride; with all of them False
+      the ResNet is the parent bit for bit;
+    * ``norm_eval``: whether CARAFE++'s norms follow the backbone's ``norm_eval``. False (the default) lets them learn
+      their statistics, which they must where the backbone starts from a stock checkpoint; True keeps them, for a
+      backbone that was pretrained with CARAFE++;
+    * ``type``, ``"CARAFEDownsample"`` when left out, and its arguments: ``down_kernel``, ``compressed_channels``, ...
+      ``norm_cfg`` and ``act_cfg``, behind the channel compressor, are the backbone's BatchNorm (or BN) and ReLU when
+      left out (Sec. 5.1), trained even where the backbone's are not; None leaves them out.
+
+    ``frozen_stages`` freezes the stem's CARAFE++ with the stem and the blocks' with their stage; frozen norms keep
+    their statistics whatever ``norm_eval`` says. So a backbone that starts from a stock checkpoint, which has nothing
+    for CARAFE++, wants ``frozen_stages=-1``; where it does not, loading logs a warning. A checkpoint of another depth
+    is refused: ``CheckpointError``.
+
+    With DCNv2 the strided deformable convolutions become CARAFE++ and plain ones, the others stay (Sec. 5.2). Everyone
+    trains ``stage_with_dcn=(False, True, True, True)``; the paper's text, read to the letter ("Res-2, Res-3, Res-4"),
+    is ``(True, True, True, False)``. ``fallback_on_stride`` is not needed: leave it out.
+
+    Attributes:
+        downsampler_names: The names of the downsamplers among the submodules, the stem's first.
+    """
+
+    maxpool: nn.Module
+    depth: int
+    num_stages: int
+    frozen_stages: int
+    norm_eval: bool
+    norm_cfg: dict
+    stem_channels: int
+    res_layers: list[str]
+    downsampler_names: list[str]
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        stem, stages, self.downsampler_norm_eval, cfg = self._read_carafe_cfg(carafe_cfg)
+        self.downsampler_names = []
+        if stem:
+            self.maxpool = build_downsampler(cfg, self.stem_channels, _stride(self.maxpool))
+            self.downsampler_names.append("maxpool")
+        for index, (name, wanted) in enumerate(zip(self.res_layers, stages, strict=True)):
+            places = list(_strided(getattr(self, name)[0])) if wanted is not False else []
+            if wanted and not places:
+                raise ValueError(
+                    f"carafe_cfg: stages[{index}] is True, but {name} has no stride for CARAFE++ to stand in for: "
+                    f"expected False there, or 'stages' left out"
+                )
+            for place in places:
+                self.downsampler_names.append(self._swap(f"{name}.0.{place}", cfg))
+        self._freeze_stages()  # once more: what is new belongs to its stage
+
+    def _read_carafe_cfg(
+        self, carafe_cfg: Mapping[str, Any] | None
+    ) -> tuple[bool, Sequence[bool | None], bool, dict[str, Any]]:
+        """Check ``carafe_cfg`` and split it: the stem, the stages (None: wherever there is a stride), the rest."""
+        if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
+            raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
+        cfg = dict(carafe_cfg or {})
+        stem, norm_eval = cfg.pop("stem", True), cfg.pop("norm_eval", False)
+        for key, value in (("stem", stem), ("norm_eval", norm_eval)):
+            if not isinstance(value, bool):
+                raise TypeError(f"carafe_cfg: {key!r} must be True or False, got {value!r}")
+        stages = cfg.pop("stages", None)
+        if stages is None:
+            stages = [None] * self.num_stages
+        elif not isinstance(stages, Sequence) or not all(isinstance(stage, bool) for stage in stages):
+            raise TypeError(f"carafe_cfg: 'stages' must be a sequence of one bool for each stage, got {stages!r}")
+        elif len(stages) != self.num_stages:
+            raise ValueError(f"carafe_cfg: 'stages' must have {self.num_stages} entries (num_stages), got {stages!r}")
+
+        kind = cfg.setdefault("type", "CARAFEDownsample")
+        if _name(kind).rpartition(".")[2] == "CARAFEDownsample":
+            unknown = cfg.keys() - {"type", "_scope_", *_LAYER_KEYS}
+            if unknown:
+                raise TypeError(
+                    f"carafe_cfg has the unknown key {sorted(unknown)[0]!r}; expected 'stem' and 'stages' for the "
+                    f"places, 'norm_eval', 'type', {', '.join(map(repr, _LAYER_KEYS[2:]))}"
+                )
+            if cfg.get("compressed_channels", 0) is not None:  # without a compressor there is nothing to normalise
+                cfg.setdefault("norm_cfg", _trained_batch_norm(self.norm_cfg))
+                cfg.setdefault("act_cfg", dict(type="ReLU", inplace=True))
+        return stem, stages, norm_eval, cfg
+
+    def _swap(self, place: str, cfg: Mapping[str, Any]) -> str:
+        """Swap the strided module called ``place`` and return the name of its downsampler."""
+        parent = self.get_submodule(place.rpartition(".")[0])
+        name = place.rpartition(".")[2]
+        old: Any = getattr(parent, name)
+        if isinstance(old, nn.AvgPool2d):  # of a shortcut: the convolution behind it knows the channels
+            setattr(parent, name, build_downsampler(cfg, getattr(parent, "1").in_channels, _stride(old)))
+            return place
+        try:
+            setattr(parent, name, DownsampledConv2d(old, build_downsampler(cfg, old.in_channels, _stride(old))))
+        except TypeError as error:
+            raise TypeError(f"CARAFE++ in {place}: {error}") from error
+        return f"{place}.downsampler"
+
+    def _freeze_stages(self) -> None:
+        super()._freeze_stages()  # type: ignore[misc]
+        if self.frozen_stages >= 0:
+            self.maxpool.eval()
+            self.maxpool.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> DownsamplingBackbone:
+        """Set the mode; see ``norm_eval`` and ``frozen_stages`` for what stays in evaluation mode."""
+        super().train(mode)
+        if mode and self.norm_eval and not self.downsampler_norm_eval:
+            for name in self.downsampler_names:
+                for module in self.get_submodule(name).modules():
+                    if isinstance(module, _BatchNorm):
+                        module.train()
+            self._freeze_stages()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        # Loaded non-strictly, as the toolboxes do, another depth would pass with no more than warnings.
+        depths = matching_depths(state_dict, prefix)
+        if depths and self.depth in ARCHITECTURES and self.depth not in depths:
+            found = " or ".join(map(str, depths))
+            raise CheckpointError(
+                f"the checkpoint is a ResNet's of depth {found}, the backbone's depth is {self.depth}"
+            )
+        unloaded = [name for name in self.downsampler_names if not _has_any(state_dict, f"{prefix}{name}.")]
+        frozen = [name for name in unloaded if _is_frozen(self.get_submodule(name))]
+        if frozen and _has_any(state_dict, prefix):
+            print_log(
+                f"frozen_stages={self.frozen_stages} freezes {', '.join(frozen)}, of which the checkpoint has nothing: "
+                "CARAFE++ stays as it was initialised there. Start from a checkpoint that was trained with CARAFE++, "
+                "or set frozen_stages=-1.",
+                logger="current",
+                level=logging.WARNING,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"downsampler_names={self.downsampler_names}"
+
+
+def _has_any(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in state_dict)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+
+
+def _trained_batch_norm(norm_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone's kind of BatchNorm, or plain BatchNorm for a backbone with another norm."""
+    name = _name(norm_cfg["type"])
+    return dict(norm_cfg, requires_grad=True) if "BN" in name or "BatchNorm" in name else dict(type="BN")
+
+
+def _stride(module: nn.Module | None) -> int:
+    """How many times smaller a module makes the map; 1 for modules without a stride."""
+    stride: Any = getattr(module, "stride", 1)
+    return max(stride) if isinstance(stride, tuple) else stride
+
+
+def _strided(block: Any) -> Iterator[str]:
+    """The names of the modules in a block that shrink the map: a convolution, and the shortcut's or its pooling."""
+    yield from (name for name in ("conv1", "conv2", "conv3") if _stride(getattr(block, name, None)) > 1)
+    shortcut = block.downsample or ()
+    yield from (f"downsample.{index}" for index, module in enumerate(shortcut) if _stride(module) > 1)

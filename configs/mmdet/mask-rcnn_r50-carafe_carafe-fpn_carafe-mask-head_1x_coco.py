@@ -1,0 +1,7 @@
+_base_ = ["mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "./_base_/backbones.py"]
+
+model = dict(
+    backbone=_base_.carafe_resnet50,
+    neck=dict(type="carafe_plugin.openmmlab.mmdet.CARAFEFPN"),
+    roi_head=dict(mask_head=dict(type="carafe_plugin.openmmlab.mmdet.CARAFEFCNMaskHead")),
+)

@@ -1,0 +1,3 @@
+_base_ = ["./r50_upernet_20e_ade20k.py", "./_base_/backbones.py"]
+
+model = dict(backbone=_base_.carafe_resnet50)

@@ -1,0 +1,3 @@
+_base_ = "./r50_upernet_20e_ade20k.py"
+
+model = dict(decode_head=dict(type="carafe_plugin.openmmlab.mmseg.CARAFEUPerHead"))

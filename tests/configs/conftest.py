@@ -1,0 +1,20 @@
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Files in the place of those that configurations name for their backbones: ``weights(source)`` is a path."""
+    from config_models import write_weights
+
+    folder = tmp_path_factory.mktemp("weights")
+
+    def find(source):
+        path = folder / (source.rpartition("/")[2].removesuffix(".pth") + ".pth")
+        if not path.exists():
+            write_weights(source, path)
+        return path
+
+    yield find
+    shutil.rmtree(folder)  # hundreds of megabytes, which pytest would keep for three runs

@@ -1,0 +1,136 @@
+#!/usr/bin/env python
+"""Show every CARAFE++ of a configuration's model: where it is, its settings, its parameters and FLOPs.
+
+One forward pass over an image of random pixels is counted, by mmengine's analyser: a multiply-add is one FLOP. Heads
+run as in mmdet's own count (mode 'tensor'): no post-processing; the box head of a two-stage detector on as many random
+boxes as its settings allow at most (1000), the mask head on the first 100 of them. No checkpoint is loaded.
+
+    python tools/browse_model.py configs/mmdet/mask-rcnn_r50-carafe_carafe-fpn_carafe-mask-head_1x_coco.py
+    python tools/browse_model.py mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py --drop-in --shape 800 1333
+
+Exit code: 0, or 2 when something that was given does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bare_models
+from mmengine.config import Config
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from carafe_plugin.openmmlab import engine
+from carafe_plugin.openmmlab.complexity import Complexity, carafe_sites, count
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Show every CARAFE++ of a model, and what it costs.")
+    parser.add_argument("config", help="configuration file, or mmdet::..., mmseg::..., mmpretrain::... for a toolbox's")
+    parser.add_argument(
+        "--shape", type=int, nargs=2, metavar=("H", "W"), help="size of the image in pixels (default: the config's)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    engine.add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Complexity:
+    """Count a forward pass of ``model`` over one image of ``shape``."""
+    mmcv_layers = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
+    if mmcv_layers:
+        raise engine.UsageError(
+            f"{cfg.filename}: {', '.join(mmcv_layers)} are mmcv's own layers, which are not counted: add --drop-in"
+        )
+    bare_models.fix_boxes(model, shape)
+    preprocess: Any = model.data_preprocessor
+    data = preprocess(bare_models.one_image(cfg, shape), False)
+    try:
+        return count(model, data["inputs"], data_samples=data["data_samples"], mode="tensor")
+    except RuntimeError as error:
+        raise engine.UsageError(
+            f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}"
+        ) from error
+
+
+def describe(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
+    """Everything that the tool shows, as plain values."""
+    found = count_model(cfg, model, shape)
+    sites = list(carafe_sites(model, found))
+    flops, parameters = (sum(getattr(site, name) for site in sites) for name in ("flops", "parameters"))
+    return {
+        "shape": list(shape),
+        "flop": "one multiply-add",
+        "model": {"type": type(model).__name__, "parameters": found.parameters[""], "flops": found.flops[""]},
+        "carafe": {
+            "modules": len(sites),
+            "parameters": parameters,
+            "flops": flops,
+            "share": flops / max(1, found.flops[""]),
+        },
+        "sites": [dataclasses.asdict(site) for site in sites],
+        "uncounted": found.uncounted,
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the table, or that there is nothing to show in one."""
+    model, carafe = report["model"], report["carafe"]
+    whole = f"{model['type']} at {report['shape'][0]}x{report['shape'][1]}: {model['parameters']:,} parameters, "
+    whole += f"{model['flops'] / 1e9:.4g} GFLOPs"
+    if not report["sites"]:
+        console.print(f"{whole}. CARAFE++: 0 modules, 0 parameters, 0 FLOPs.", highlight=False)
+        return
+    table = Table(title=whole, title_justify="left", caption_justify="left", show_footer=True)
+    caption = "One FLOP is one multiply-add, as mmengine counts."
+    if report["uncounted"]:
+        caption += f" Not counted: {', '.join(report['uncounted'])}."
+    table.caption = caption
+    footers = {
+        "CARAFE++": f"{carafe['modules']} in all",
+        "parameters": f"{carafe['parameters']:,}",
+        "MFLOPs": f"{carafe['flops'] / 1e6:,.1f}",
+        "share": f"{carafe['share']:.2%}",
+    }
+    for heading in ("CARAFE++", "scale", "C", "k", "k_enc", "G", "Cm", "normaliser", "parameters", "MFLOPs", "share"):
+        justify: Any = "left" if heading in ("CARAFE++", "scale", "normaliser") else "right"
+        table.add_column(heading, justify=justify, footer=footers.get(heading, ""), overflow="fold")
+    for site in report["sites"]:
+        table.add_row(
+            site["name"],
+            f"{site['direction']} {site['scale']}",
+            *(str(site[key]) for key in ("channels", "kernel_size", "encoder_kernel", "group_size")),
+            str(site["compressed_channels"] or "-"),
+            site["normalizer"],
+            f"{site['parameters']:,}",
+            f"{site['flops'] / 1e6:,.1f}" if site["runs"] else "not run",
+            f"{site['share']:.2%}" if site["runs"] else "",
+        )
+    console.print(table)
+
+
+def browse_model(args: argparse.Namespace) -> None:
+    """Show the model as the command line says."""
+    if args.shape and min(args.shape) < 1:
+        raise engine.UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise engine.UsageError(f"--json: no folder {args.json.parent} to write {args.json.name} into")
+    cfg = bare_models.read_config(args.config, args.cfg_options, args.drop_in)
+    shape = tuple(args.shape) if args.shape else bare_models.image_shape(cfg)
+    report = {"config": args.config, **describe(cfg, bare_models.build_model(cfg), shape)}
+    # A terminal is as wide as it is; a file or a pipe gets the whole table.
+    show(report, Console() if Console().is_terminal else Console(width=150))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(engine.run_tool(browse_model, parse_args()))

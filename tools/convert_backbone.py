@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Turn an mmpretrain checkpoint of a CARAFE++ ResNet into the backbone file that mmdet and mmseg start from.
+
+The result is what ``init_cfg=dict(type="Pretrained", checkpoint=...)`` of a CARAFE++ backbone expects: the backbone's
+parameters alone, under mmdet's and mmseg's names (deep stems differ), and the checkpoint's ``meta``.
+
+Example:
+    $ python tools/convert_backbone.py work_dirs/resnet50/epoch_90.pth resnet50-carafe.pth --to mmdet --depth 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from carafe_plugin.openmmlab import engine
+from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.openmmlab.convert import ARCHITECTURES, count_carafe, extract_backbone, matching_depths
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="mmpretrain's checkpoint -> backbone file for mmdet and mmseg.")
+    parser.add_argument("source", metavar="SRC", help="mmpretrain's checkpoint")
+    parser.add_argument("destination", metavar="DST", help="the file to write; what stands there is replaced")
+    parser.add_argument(
+        "--to", choices=["mmdet", "mmseg"], required=True, help="the toolbox; today both take the same file"
+    )
+    parser.add_argument("--depth", type=int, choices=list(ARCHITECTURES), help="fail unless the ResNet has this depth")
+    parser.add_argument("--stock", action="store_true", help="accept a ResNet without CARAFE++")
+    return parser.parse_args(argv)
+
+
+def convert_backbone(args: argparse.Namespace) -> None:
+    """Read, check, convert and write.
+
+    Raises:
+        UsageError: the checkpoint is not one of mmpretrain's ResNets, is of another depth than asked for or holds no
+            CARAFE++; or the destination is the source or a folder, or cannot be written.
+        CheckpointError: the checkpoint is missing or cannot be read.
+    """
+    source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
+    if destination.is_dir():
+        raise engine.UsageError(f"DST must be a file, and is a folder: {destination}")
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise engine.UsageError(f"DST must be another file than SRC: {destination}")
+    allow_checkpoint_types()
+    checkpoint = read_checkpoint(str(source))
+    try:
+        backbone = extract_backbone(checkpoint.get("state_dict", checkpoint))
+    except ValueError as error:
+        raise engine.UsageError(f"cannot convert {source}: {error}") from error
+    depths = matching_depths(backbone)
+    if not depths:
+        raise engine.UsageError(
+            f"cannot convert {source}: its blocks are of no ResNet of depth {_listed(ARCHITECTURES)}"
+        )
+    if args.depth is not None and args.depth not in depths:
+        raise engine.UsageError(f"{source} holds a ResNet of depth {_listed(depths)}, expected --depth {args.depth}")
+    modules = count_carafe(backbone)
+    if not modules and not args.stock:
+        raise engine.UsageError(f"{source} holds a ResNet without CARAFE++; pass --stock where that is meant")
+
+    content = io.BytesIO()
+    torch.save(dict(meta=checkpoint.get("meta") or {}, state_dict=backbone), content)
+    try:
+        AtomicLocalBackend().put(content.getvalue(), destination)
+    except OSError as error:
+        raise engine.UsageError(f"cannot write {destination}: {error}") from error
+    stem = "deep" if "stem.0.weight" in backbone else "plain"
+    print(f"{destination}: ResNet-{_listed(depths)}, {stem} stem, {modules} CARAFE++, {len(backbone)} tensors")
+
+
+def _listed(depths: Sequence[int] | dict) -> str:
+    return ", ".join(map(str, depths))
+
+
+if __name__ == "__main__":
+    sys.exit(engine.run_tool(convert_backbone, parse_args()))
