@@ -111,6 +111,11 @@ class DownsamplingBackbone(nn.Module):
 
     Attributes:
         downsampler_names: The names of the downsamplers among the submodules, the stem's first.
+
+    Example:
+        >>> from carafe_plugin.openmmlab.mmdet import CARAFEResNet
+        >>> CARAFEResNet(18, carafe_cfg=dict(stages=(False, True, False, False))).downsampler_names
+        ['maxpool', 'layer2.0.conv1.downsampler', 'layer2.0.downsample.0.downsampler']
     """
 
     maxpool: nn.Module

@@ -18,7 +18,7 @@ from carafe_plugin.openmmlab.engine import add_config_options
 def option_lines(folder, containing):
     """The ``--cfg-options`` lines in a folder's README that contain a text."""
     text = (CONFIGS / folder / "README.md").read_text()
-    found = re.findall(r"--cfg-options [^`\n]*(?:\n +(?!-)[^`\n]+)*", text)  # a line may be wrapped
+    found = re.findall(r"--cfg-options [^`\n]*(?:\n +[^` \n-][^`\n]*)*", text)  # a line may be wrapped
     return [line for line in found if containing in line]
 
 

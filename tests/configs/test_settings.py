@@ -27,10 +27,10 @@ def learning_rates(config, steps, epoch_length=None):
             schedulers.append(cls.build_iter_from_epoch(optimizer, epoch_length=epoch_length, **cfg))
         else:
             schedulers.append(PARAM_SCHEDULERS.build(cfg, default_args=dict(optimizer=optimizer)))
+    optimizer.step()  # else torch warns that the schedulers came first
     rates = []
     for step in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
         for scheduler in schedulers:
             if not scheduler.by_epoch or (step + 1) % epoch_length == 0:
                 scheduler.step()

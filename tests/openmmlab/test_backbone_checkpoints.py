@@ -92,7 +92,7 @@ SAME_NAMES = [
     ("name", "toolbox", "source"),
     [
         *((name, *pair) for name, pair in combinations(["ResNetV1c", "ResNetV1d"], SAME_NAMES)),
-        *combinations(["ResNeXt"], TOOLBOXES, TOOLBOXES),
+        *(("ResNeXt", *pair) for pair in zip(TOOLBOXES, TOOLBOXES[1:] + TOOLBOXES[:1], strict=True)),
     ],
 )
 def test_other_variants_checkpoints(name, toolbox, source):

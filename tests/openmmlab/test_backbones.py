@@ -428,7 +428,8 @@ def test_bad_arguments_are_named(toolbox, changes, error, message):
 
 @pytest.mark.parametrize("name", ["resnet", "convert", *(f"{toolbox}.backbones" for toolbox in TOOLBOXES)])
 def test_examples_in_docstrings(name):
-    pytest.importorskip(name.partition(".")[0] if "." in name else "mmengine", reason=f"{name}: not installed")
+    toolbox = name.partition(".")[0] if "." in name else "mmdet"
+    pytest.importorskip(toolbox, reason=f"{toolbox} is not installed")
     failed, attempted = doctest.testmod(importlib.import_module(f"carafe_plugin.openmmlab.{name}"))
     assert attempted > 0
     assert failed == 0
