@@ -52,6 +52,16 @@ def test_a_missing_toolbox_is_named(adapter):
     assert re.search(r"(ImportError|ModuleNotFoundError): .*\bmm(engine|cv|det|seg|pretrain)\b", result.stderr)
 
 
+def test_mmseg_needs_no_working_mmdet():
+    pytest.importorskip("mmseg", reason="mmseg is not installed")
+    code = "import sys; sys.modules['pycocotools'] = None\n"
+    code += "from carafe_plugin.openmmlab import mmseg; print(sorted(mmseg.__all__))"
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert "'CARAFEUPerHead'" in result.stdout
+    assert "PixelDecoder" not in result.stdout
+
+
 @pytest.mark.parametrize(
     "name",
     [

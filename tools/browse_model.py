@@ -36,7 +36,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Show every CARAFE++ of a model, and what it costs.")
     parser.add_argument("config", help="configuration file, or mmdet::..., mmseg::..., mmpretrain::... for a toolbox's")
     parser.add_argument(
-        "--shape", type=int, nargs=2, metavar=("H", "W"), help="size of the image in pixels (default: the config's)"
+        "--shape",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="size of the image in pixels (default: the config's, or its toolbox's)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
     engine.add_config_options(parser)
@@ -86,14 +90,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     model, carafe = report["model"], report["carafe"]
     whole = f"{model['type']} at {report['shape'][0]}x{report['shape'][1]}: {model['parameters']:,} parameters, "
     whole += f"{model['flops'] / 1e9:.4g} GFLOPs"
+    uncounted = f" Not counted: {', '.join(report['uncounted'])}." if report["uncounted"] else ""
     if not report["sites"]:
-        console.print(f"{whole}. CARAFE++: 0 modules, 0 parameters, 0 FLOPs.", highlight=False)
+        console.print(f"{whole}. CARAFE++: 0 modules, 0 parameters, 0 FLOPs.{uncounted}", highlight=False)
         return
     table = Table(title=whole, title_justify="left", caption_justify="left", show_footer=True)
-    caption = "One FLOP is one multiply-add, as mmengine counts."
-    if report["uncounted"]:
-        caption += f" Not counted: {', '.join(report['uncounted'])}."
-    table.caption = caption
+    table.caption = f"One FLOP is one multiply-add, as mmengine counts.{uncounted}"
     footers = {
         "CARAFE++": f"{carafe['modules']} in all",
         "parameters": f"{carafe['parameters']:,}",

@@ -44,7 +44,7 @@ COMPARISON = Comparison(
     more_models=(),
     data_root="data/scenes-ade20k",
     request=Request(seed=0, train=600, val=120, size=160, figures=32, format="ade20k"),
-    iterations=600,
+    iterations=500,
     seconds=0.6,
     metrics={"mIoU": Metric("mIoU", "mIoU", 0.01), "aAcc": Metric("pixel accuracy", "aAcc", 0.01)},
     minimum={"mIoU": 0.30},

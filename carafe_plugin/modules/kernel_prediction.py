@@ -92,6 +92,9 @@ class KernelPrediction(nn.Module):
         self.compressed_channels = compressed_channels
         self.normalizer = normalizer
         self.channel_compressor = None if compressed_channels is None else nn.Conv2d(channels, compressed_channels, 1)
+        # In the order in which they run: tools that fold norms into convolutions take a norm for its predecessor's.
+        self.compressor_norm = None if norm is None or compressed_channels is None else norm(compressed_channels)
+        self.compressor_act = None if act is None else act()
         self.content_encoder = nn.Conv2d(
             channels if compressed_channels is None else compressed_channels,
             group_size * kernel_size**2 * up**2,
@@ -101,8 +104,6 @@ class KernelPrediction(nn.Module):
             padding=(encoder_kernel - 1) * encoder_dilation // 2,
             dilation=encoder_dilation,
         )
-        self.compressor_norm = None if norm is None or compressed_channels is None else norm(compressed_channels)
-        self.compressor_act = None if act is None else act()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -28,6 +28,10 @@ from mmengine.analysis import FlopAnalyzer  # noqa: E402
 __all__ = ["Complexity", "Site", "add_handles", "carafe_sites", "count"]
 
 
+# Of PyTorch's own operators that MMEngine does not count, the two that are not small.
+_ATTENTION = ("aten::scaled_dot_product_attention", "aten::_native_multi_head_attention")
+
+
 @dataclass(frozen=True)
 class Complexity:
     """What :func:`count` found.
@@ -35,7 +39,8 @@ class Complexity:
     Attributes:
         flops: Multiply-adds of every module, its children included, by the module's name; ``""`` is the whole model.
         parameters: Numbers of parameters, likewise.
-        uncounted: Operators without a count that are not PyTorch's own, and how often they ran.
+        uncounted: Operators of weight without a count, and how often they ran: those that are not PyTorch's own, and
+            PyTorch's attention.
         idle: Names of the modules that did not run.
     """
 
@@ -145,7 +150,11 @@ def count(model: nn.Module, inputs: Tensor, **arguments: Any) -> Complexity:
         del model.forward
         if replaced:
             model.forward = forward
-    foreign = {name: number for name, number in analyzer.unsupported_ops().items() if not name.startswith("aten::")}
+    foreign = {
+        name.removeprefix("aten::"): number
+        for name, number in analyzer.unsupported_ops().items()
+        if not name.startswith("aten::") or name in _ATTENTION
+    }
     return Complexity(
         flops={name: int(number) for name, number in flops.items()},
         parameters={name: sum(p.numel() for p in part.parameters()) for name, part in model.named_modules()},

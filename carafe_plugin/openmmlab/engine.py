@@ -246,7 +246,8 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
                 continue
             place = f"{split}_dataloader ({_name(dataset.get('type'))})"
             _check_dataset(dataset, place)
-            if cfg.get("default_scope") == "mmseg" and (fault := find_fault(dataset)):
+            # One process reads the headers of all images; where it ends, its launcher ends the others.
+            if cfg.get("default_scope") == "mmseg" and _rank() == 0 and (fault := find_fault(dataset)):
                 raise UsageError(f"{place}: {fault}")
 
 

@@ -192,7 +192,7 @@ def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale
 
     Raises:
         TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
+        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes an upsampler.
         KeyError: ``type`` is not registered.
 
     Example:
@@ -200,7 +200,10 @@ def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale
         >>> build_downsampler(dict(down_kernel=3), channels=16)(torch.rand(1, 16, 5, 8)).shape
         torch.Size([1, 16, 3, 4])
     """
-    return _build_resampler(carafe_cfg, "CARAFEDownsample", channels, scale_factor)
+    downsampler = _build_resampler(carafe_cfg, "CARAFEDownsample", channels, scale_factor)
+    if isinstance(downsampler, modules.CARAFEUpsample):
+        raise ValueError(f"carafe_cfg must describe a downsampler, got type={dict(carafe_cfg or {})['type']!r}")
+    return downsampler
 
 
 def _build_resampler(

@@ -23,17 +23,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
 from typing import Any
 
 from mmengine.logging import print_log
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from carafe_plugin import modules
 from carafe_plugin.openmmlab.checkpoint import CheckpointError
 from carafe_plugin.openmmlab.convert import ARCHITECTURES, matching_depths
-from carafe_plugin.openmmlab.layers import build_downsampler
+from carafe_plugin.openmmlab.layers import CARAFEDownsample, build_downsampler
 
 #: The keys of a carafe_cfg that CARAFEDownsample takes; a place in the network sets the first two.
 _LAYER_KEYS = [*signature(modules.CARAFEDownsample).parameters, "norm_cfg", "act_cfg"]
@@ -65,6 +67,7 @@ class DownsampledConv2d(nn.Conv2d):
         # MMCV's wrapper for empty inputs has the plain convolution's name; other subclasses compute something else.
         if type(conv).__name__ != "Conv2d" and not isinstance(getattr(conv, "conv_offset", None), nn.Module):
             raise TypeError(f"expected a plain or a deformable convolution, got {type(conv).__name__}")
+        bias = getattr(conv, "bias", None)  # MMCV's first deformable convolution has no such attribute
         super().__init__(
             conv.in_channels,
             conv.out_channels,
@@ -72,11 +75,11 @@ class DownsampledConv2d(nn.Conv2d):
             padding=conv.padding,
             dilation=conv.dilation,
             groups=conv.groups,
-            bias=conv.bias is not None,
+            bias=bias is not None,
             padding_mode=getattr(conv, "padding_mode", "zeros"),
             device="meta",  # neither memory nor random numbers for what is replaced at once
         )
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight, self.bias = conv.weight, bias
         self.downsampler = downsampler
 
     def forward(self, features: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ class DownsamplingBackbone(nn.Module):
             raise ValueError(f"carafe_cfg: 'stages' must have {self.num_stages} entries (num_stages), got {stages!r}")
 
         kind = cfg.setdefault("type", "CARAFEDownsample")
-        if _name(kind).rpartition(".")[2] == "CARAFEDownsample":
+        if _is_layer(kind):
             unknown = cfg.keys() - {"type", "_scope_", *_LAYER_KEYS}
             if unknown:
                 raise TypeError(
@@ -215,7 +218,12 @@ class DownsamplingBackbone(nn.Module):
         if depths and self.depth in ARCHITECTURES and self.depth not in depths:
             found = " or ".join(map(str, depths))
             raise CheckpointError(
-                f"the checkpoint is a ResNet's of depth {found}, the backbone's depth is {self.depth}"
+                f"{self._checkpoint_name(prefix)} is a ResNet's of depth {found}, the backbone's depth is {self.depth}"
+            )
+        if f"{prefix}stem.0.conv.weight" in state_dict and "stem.0.weight" in dict(self.named_parameters()):
+            raise CheckpointError(
+                f"{self._checkpoint_name(prefix)} has MMPretrain's names for the stem: "
+                "tools/convert_backbone.py gives it this toolbox's"
             )
         unloaded = [name for name in self.downsampler_names if not _has_any(state_dict, f"{prefix}{name}.")]
         frozen = [name for name in unloaded if _is_frozen(self.get_submodule(name))]
@@ -229,6 +237,11 @@ class DownsamplingBackbone(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _checkpoint_name(self, prefix: str) -> str:
+        init_cfg = getattr(self, "init_cfg", None)
+        path = init_cfg.get("checkpoint") if isinstance(init_cfg, Mapping) and not prefix else None
+        return f"the checkpoint {path}" if path else "the checkpoint"
+
     def extra_repr(self) -> str:
         return f"downsampler_names={self.downsampler_names}"
 
@@ -240,6 +253,14 @@ def _has_any(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
 def _is_frozen(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _is_layer(kind: Any) -> bool:
+    """Whether a type is this package's layer, which takes ``norm_cfg`` and ``act_cfg``."""
+    if isinstance(kind, str):
+        with suppress(RuntimeError):  # not registered: building it says so
+            kind = MODELS.get(kind)
+    return isinstance(kind, type) and issubclass(kind, CARAFEDownsample)
 
 
 def _name(kind: Any) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ._registration import OPERATORS, is_compiled
 
@@ -56,6 +55,10 @@ def announce(operator: str, *arguments: Any) -> None:
         *arguments: What the compiled operator would be given.
     """
     # Other modes (tracing, fake tensors) would record the announcement, so it is made to counters alone.
+    try:  # private to torch: without it the reference's FLOPs go uncounted, and nothing else is lost
+        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    except ImportError:
+        return
     modes = _get_current_dispatch_mode_stack()
     if any(type(mode).__module__ == flop_counter.__name__ for mode in modes):
         getattr(torch.ops.carafe_plugin, _ANNOUNCED[operator])(*arguments)

@@ -111,7 +111,7 @@ test_dataloader = dict(
 )
 test_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 
-max_iters = 600
+max_iters = 500  # almost seven times through 600 scenes
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters)
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(

@@ -1,6 +1,7 @@
 """Which checkpoints a CARAFE++ backbone starts from, what is missing then, and which it refuses."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -160,10 +161,18 @@ def test_another_depth_is_refused(toolbox, depths, tmp_path):
     mine, theirs, message = depths
     path = write(stock(toolbox, theirs, base=4), tmp_path / "other.pth")
     net = ours(toolbox, depth=mine, base=4, init_cfg=dict(type="Pretrained", checkpoint=path))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"the checkpoint {re.escape(str(path))} is a ResNet's of {message}"):
         net.init_weights()
     with pytest.raises(CheckpointError, match=message):
         ours(toolbox, depth=mine, base=4).load_state_dict(torch.load(path), strict=False)
+
+
+@pytest.mark.parametrize("toolbox", ["mmdet", "mmseg"])
+def test_mmpretrains_deep_stem_is_not_taken_as_it_is(toolbox):
+    state = ours("mmpretrain", "ResNetV1c").state_dict()
+    with pytest.raises(CheckpointError, match=r"MMPretrain's names for the stem: tools/convert_backbone\.py"):
+        ours(toolbox, "ResNetV1c").load_state_dict(state, strict=False)
+    ours("mmpretrain", "ResNetV1c").load_state_dict(state)
 
 
 @pytest.mark.parametrize("toolbox", TOOLBOXES)

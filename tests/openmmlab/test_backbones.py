@@ -31,11 +31,13 @@ from torch import nn
 pytest.importorskip("mmengine", reason="mmengine is not installed")
 pytest.importorskip("mmcv", reason="mmcv is not installed")
 
+from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 
 from carafe_plugin.openmmlab.layers import CARAFEDownsample
 from carafe_plugin.openmmlab.resnet import DownsampledConv2d
+from carafe_plugin.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,6 +271,26 @@ def test_deformable_convolutions(toolbox, stages, fallback):
 
 
 @pytest.mark.parametrize("toolbox", ["mmdet", "mmseg"])
+def test_the_first_kind_of_deformable_convolution(toolbox):
+    dcn = dict(type="DCN", deform_groups=1)
+    net = ours(toolbox, depth=50, base=4, dcn=dcn, stage_with_dcn=(False, True, True, True))
+    assert places(net) == STRIDED["Bottleneck"]
+    assert hasattr(net.layer2[1].conv2, "conv_offset")
+    assert net(image(96, 128))[3].shape[2:] == (3, 4)
+
+
+@pytest.mark.parametrize("toolbox", TOOLBOXES)
+@pytest.mark.parametrize("compressed_channels", [16, 25])  # 25: as many as the kernel has taps
+def test_norms_fold_into_the_convolutions_before_them(toolbox, compressed_channels):
+    net = randomise(ours(toolbox, "ResNetV1d", carafe_cfg=dict(compressed_channels=compressed_channels))).eval()
+    fused = fuse_conv_bn(copy.deepcopy(net))
+    assert not norms(fused.maxpool)
+    assert len(norms(fused)) == 3 < len(norms(net))  # those before the blocks' convolutions, which are not looked into
+    for got, expected in zip(fused(image()), net(image()), strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("toolbox", ["mmdet", "mmseg"])
 def test_deformable_convolutions_stay_where_carafe_is_off(toolbox):
     carafe_cfg = dict(stages=(False, True, False, True))
     net = ours(toolbox, depth=50, base=4, **DCN, stage_with_dcn=(False, True, True, True), carafe_cfg=carafe_cfg)
@@ -306,9 +328,9 @@ class HalfPool(nn.Module):
 
 
 @pytest.mark.parametrize("toolbox", TOOLBOXES)
-def test_other_pooling_operators_take_the_same_places(toolbox):
+def test_other_pooling_operators_take_the_same_places(toolbox, monkeypatch):
     """The comparison of Table 3."""
-    MODELS.register_module(name="HalfPool", module=HalfPool, force=True)
+    monkeypatch.setitem(MODELS.module_dict, "HalfPool", HalfPool)
     net = ours(toolbox, "ResNetV1d", carafe_cfg=dict(type="HalfPool", gain=0.5, stem=False))
     found = {name: net.get_submodule(name) for name in net.downsampler_names}
     assert places(net) == STRIDED["BasicBlock"][1:]
@@ -413,6 +435,7 @@ def test_copies_and_files(toolbox):
         (dict(carafe_cfg=dict(scale_factor=2)), ValueError, "carafe_cfg must not set 'scale_factor'"),
         (dict(carafe_cfg=dict(type="CARAFEDownsampel")), KeyError, "the type 'CARAFEDownsampel' is not registered"),
         (dict(carafe_cfg=dict(type=7)), TypeError, "7"),
+        (dict(carafe_cfg=dict(type="CARAFEUpsample")), ValueError, "must describe a downsampler, got type='CARAFEUps"),
         (dict(carafe_cfg=dict(norm_cfg="BN")), TypeError, "norm_cfg must be None or a dictionary"),
         (
             dict(conv_cfg=dict(type="ConvWS")),

@@ -125,6 +125,14 @@ def test_modulated_deformable_convolution_counts_as_a_convolution():
     assert found.uncounted == {}
 
 
+def test_attention_is_named_where_it_is_not_counted():
+    features = torch.rand(1, 5, 32)
+    for mode in (True, False):  # torch takes another way in evaluation
+        attention = nn.MultiheadAttention(32, 4, batch_first=True).train(mode)
+        found = count(attention, features, key=features, value=features, need_weights=False)
+        assert any("attention" in name for name in found.uncounted), found.uncounted
+
+
 def test_examples_in_docstrings():
     failed, attempted = doctest.testmod(complexity)
     assert attempted > 0

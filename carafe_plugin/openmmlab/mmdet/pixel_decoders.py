@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from carafe_plugin.openmmlab.layers import build_upsampler, upsample_to
 
 
-class _TopDownPath:
+class _DecoderTopDownPath:
     """What follows the coarsest map in each of the decoders.
 
     The parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
@@ -46,7 +46,7 @@ class _TopDownPath:
 
 
 @MODELS.register_module()
-class CARAFEPixelDecoder(_TopDownPath, PixelDecoder):
+class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
     """MaskFormer's pixel decoder, an FPN, upsampling by CARAFE++ (arXiv 2012.04733, Sec. 4.1).
 
     Takes PixelDecoder's arguments and loads PixelDecoder's checkpoints: the only new parameters are in
@@ -88,7 +88,7 @@ class CARAFEPixelDecoder(_TopDownPath, PixelDecoder):
 
 
 @MODELS.register_module()
-class CARAFETransformerEncoderPixelDecoder(_TopDownPath, TransformerEncoderPixelDecoder):
+class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncoderPixelDecoder):
     """MaskFormer's pixel decoder with a transformer encoder, upsampling by CARAFE++.
 
     Takes TransformerEncoderPixelDecoder's arguments and loads its checkpoints, with ``upsample_modules`` as in
@@ -130,7 +130,7 @@ class CARAFETransformerEncoderPixelDecoder(_TopDownPath, TransformerEncoderPixel
 
 
 @MODELS.register_module()
-class CARAFEMSDeformAttnPixelDecoder(_TopDownPath, MSDeformAttnPixelDecoder):
+class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecoder):
     """Mask2Former's pixel decoder, upsampling by CARAFE++ behind its multi-scale deformable attention.
 
     The attention serves the coarser levels; the finer ones, as a rule the finest alone, are reached by a top-down path

@@ -53,18 +53,22 @@ __all__ = [
     "CARAFEUpsample",
 ]
 
-# MMSegmentation builds MaskFormer and Mask2Former on MMDetection's, which it does not depend on otherwise.
+# MMSegmentation builds MaskFormer and Mask2Former on MMDetection's; it works without where MMDetection is missing or
+# lacks something itself, and so does this module.
 if importlib.util.find_spec("mmdet") is not None:
-    from carafe_plugin.openmmlab.mmdet.pixel_decoders import (
-        CARAFEMSDeformAttnPixelDecoder,
-        CARAFEPixelDecoder,
-        CARAFETransformerEncoderPixelDecoder,
-    )
-    from carafe_plugin.openmmlab.mmseg.maskformer_head import CARAFEMaskFormerHead
-
-    __all__ += [
-        "CARAFEMSDeformAttnPixelDecoder",
-        "CARAFEMaskFormerHead",
-        "CARAFEPixelDecoder",
-        "CARAFETransformerEncoderPixelDecoder",
-    ]
+    try:
+        from carafe_plugin.openmmlab.mmdet.pixel_decoders import (
+            CARAFEMSDeformAttnPixelDecoder,
+            CARAFEPixelDecoder,
+            CARAFETransformerEncoderPixelDecoder,
+        )
+        from carafe_plugin.openmmlab.mmseg.maskformer_head import CARAFEMaskFormerHead
+    except ModuleNotFoundError:
+        pass
+    else:
+        __all__ += [
+            "CARAFEMSDeformAttnPixelDecoder",
+            "CARAFEMaskFormerHead",
+            "CARAFEPixelDecoder",
+            "CARAFETransformerEncoderPixelDecoder",
+        ]
