@@ -11,6 +11,17 @@ STABLE_TORCH_LIBRARY(carafe_plugin, m) {
   m.def(
       "_carafe_grad_masks(Tensor grad_output, Tensor features, int kernel_size, int group_size, int up, int down) "
       "-> Tensor");
+  // From the content encoder's raw output: pixel shuffle and kernel normaliser included (0 softmax, 1 sigmoid, 2
+  // sigmoid over its sum). On the CPU.
+  m.def(
+      "_carafe_logits(Tensor features, Tensor logits, int kernel_size, int group_size, int up, int down, "
+      "int normalizer) -> Tensor");
+  m.def(
+      "_carafe_logits_grad_features(Tensor grad_output, Tensor logits, SymInt height, SymInt width, int kernel_size, "
+      "int group_size, int up, int down, int normalizer) -> Tensor");
+  m.def(
+      "_carafe_logits_grad_logits(Tensor grad_output, Tensor features, Tensor logits, int kernel_size, int group_size, "
+      "int up, int down, int normalizer) -> Tensor");
 }
 
 // `import carafe_plugin._C` runs the static registrations of this library; the module itself is empty.

@@ -5,44 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.carafe import reassemble, scale_ratio
+from ..ops.carafe import scale_ratio
+from ..ops.logits import NORMALIZERS, kernels_from_logits, normalize_kernels, reassemble_logits
 
-NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized")
-
-
-def normalize_kernels(logits: Tensor, kernel_size: int, group_size: int, normalizer: str) -> Tensor:
-    """The kernel normaliser: each ``k x k`` kernel on its own (Sec. 3.2; the alternatives are those of Table 14).
-
-    Args:
-        logits (Tensor[N, G * k^2, H, W]): the content encoder's output, group-major.
-        kernel_size (int): ``k``.
-        group_size (int): ``G``.
-        normalizer (str): 'softmax', 'sigmoid', or 'sigmoid_normalized' (the sigmoid divided by its sum).
-
-    Returns:
-        Tensor[N, G * k^2, H, W]: the dtype of ``logits``.
-    """
-    n, _, h, w = logits.shape
-    if normalizer == "sigmoid":
-        return logits.sigmoid()
-    kernels = logits.reshape(n, group_size, kernel_size**2, h, w)
-    if normalizer == "sigmoid_normalized":
-        # sigmoid(x) / sum(sigmoid(x)) is softmax(log(sigmoid(x))), which stays right where every sigmoid underflows.
-        kernels = F.logsigmoid(kernels)
-    # The explicit dtype keeps autocast from making a float32 copy of the largest tensor here.
-    return kernels.softmax(dim=2, dtype=kernels.dtype).reshape(logits.shape)
-
-
-def _pixel_shuffle(logits: Tensor, up: int) -> Tensor:
-    """``F.pixel_shuffle``, whose own backward pass fails on an empty batch (torch 2.11): no RoIs is a usual case."""
-    if logits.shape[0] > 0:
-        return F.pixel_shuffle(logits, up)
-    n, channels, h, w = logits.shape
-    phases = logits.reshape(n, channels // up**2, up, up, h, w).permute(0, 1, 4, 2, 5, 3)
-    return phases.reshape(n, channels // up**2, h * up, w * up)
+__all__ = ["NORMALIZERS", "KernelPrediction", "normalize_kernels", "resize_ratio"]
 
 
 class KernelPrediction(nn.Module):
@@ -118,8 +86,8 @@ class KernelPrediction(nn.Module):
         """The name that OpenMMLab's initialisation calls."""
         self.reset_parameters()
 
-    def predict_kernels(self, features: Tensor) -> Tensor:
-        """The normalised kernels of every output location, (N, C, H, W) -> (N, G * k^2, H', W')."""
+    def predict_logits(self, features: Tensor) -> Tensor:
+        """What the content encoder says: (N, G * k^2 * up^2, H, W), or, downsampling, (N, G * k^2, H', W')."""
         content = features
         if self.channel_compressor is not None:
             content = self.channel_compressor(content)
@@ -127,12 +95,12 @@ class KernelPrediction(nn.Module):
             content = self.compressor_norm(content)
         if self.compressor_act is not None:
             content = self.compressor_act(content)
-        logits = self.content_encoder(content)
-        if self.up > 1:
-            logits = _pixel_shuffle(logits, self.up)
-            if self.down > 1:
-                logits = logits[..., :: self.down, :: self.down]
-        return normalize_kernels(logits, self.kernel_size, self.group_size, self.normalizer)
+        return self.content_encoder(content)
+
+    def predict_kernels(self, features: Tensor) -> Tensor:
+        """The normalised kernels of every output location, (N, C, H, W) -> (N, G * k^2, H', W')."""
+        logits = self.predict_logits(features)
+        return kernels_from_logits(logits, self.kernel_size, self.group_size, self.up, self.down, self.normalizer)
 
     def forward(self, features: Tensor) -> Tensor:
         """Rescale features, (N, C, H, W) -> (N, C, ceil(H * up / down), ceil(W * up / down))."""
@@ -141,8 +109,10 @@ class KernelPrediction(nn.Module):
                 f"features must have shape (N, {self.channels}, H, W) as channels={self.channels} says, "
                 f"got {tuple(features.shape)}"
             )
-        kernels = self.predict_kernels(features)
-        return reassemble(features, kernels, self.kernel_size, self.group_size, self.up, self.down)
+        logits = self.predict_logits(features)
+        return reassemble_logits(
+            features, logits, self.kernel_size, self.group_size, self.up, self.down, self.normalizer
+        )
 
     def extra_repr(self) -> str:
         scale = f"{self.up}" if self.down == 1 else f"{self.up}/{self.down}"

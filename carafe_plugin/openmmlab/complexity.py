@@ -96,7 +96,8 @@ def add_handles(analyzer: FlopAnalyzer) -> FlopAnalyzer:
         >>> analyzer.unsupported_ops_warnings(False).by_operator()["carafe"]  # 4 locations, 25 taps
         25600
     """
-    for name in ("carafe_plugin::carafe", *(f"prim::PythonOp.{name}" for name in ("_Reassemble", "_MMCVReassemble"))):
+    compiled = ("carafe_plugin::carafe", "carafe_plugin::_carafe_logits")
+    for name in (*compiled, *(f"prim::PythonOp.{name}" for name in ("_Reassemble", "_MMCVReassemble"))):
         analyzer.set_op_handle(name, _reassembly)
     return analyzer.set_op_handle("prim::PythonOp.ModulatedDeformConv2dFunction", _deformable_convolution)
 

@@ -7,6 +7,7 @@ installed and known to be right.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,12 +33,12 @@ def autocast_dtype(device_type: str) -> torch.dtype:
     return torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype()
 
 
-def autocast_pair(first: Tensor, second: Tensor, device_type: str) -> tuple[Tensor, Tensor]:
-    """Both tensors in autocast's dtype; float64 on either side keeps both in float64, as torch's own rules do."""
+def autocast_all(tensors: Sequence[Tensor], device_type: str) -> list[Tensor]:
+    """The tensors in autocast's dtype; float64 in one of them keeps all in float64, as torch's own rules do."""
     dtype = autocast_dtype(device_type)
-    if torch.float64 in (first.dtype, second.dtype):
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
         dtype = torch.float64
-    return first.to(dtype), second.to(dtype)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _announce(operator: str, *arguments: Any) -> None:
@@ -117,7 +118,7 @@ def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: in
     """The operator by mmcv's CUDA kernel or the reference, autocast included."""
     device_type = features.device.type
     if autocast_enabled(device_type):
-        features, masks = autocast_pair(features, masks, device_type)
+        features, masks = autocast_all((features, masks), device_type)
     if _mmcv_is_right(features, masks, kernel_size, group_size, down):
         return _MMCVReassemble.apply(features, masks, kernel_size, group_size, up, down)
     return _Reassemble.apply(features, masks, kernel_size, group_size, up, down)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._fallback import autocast_pair, is_channels_last
+from ._fallback import autocast_all, is_channels_last
 from .reference import output_size
 
 OPERATORS = ("carafe", "_carafe_grad_features", "_carafe_grad_masks")
@@ -137,14 +137,14 @@ def _empty_like_map(source: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _autocast(operator: str, device_type: str) -> Callable[..., Tensor]:
-    """Casts the two tensors, then calls the operator below the autocast keys."""
+    """Casts the tensors, then calls the operator below the autocast keys."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
-    def call(first: Tensor, second: Tensor, *geometry: int) -> Tensor:
+    def call(*args: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            pair = autocast_pair(first, second, device_type)
-            return getattr(torch.ops.carafe_plugin, operator).default(*pair, *geometry)
+            tensors = autocast_all([arg for arg in args if isinstance(arg, Tensor)], device_type)  # they come first
+            return getattr(torch.ops.carafe_plugin, operator).default(*tensors, *args[len(tensors) :])
 
     return call
 

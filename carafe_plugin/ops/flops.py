@@ -1,6 +1,6 @@
 """How many FLOPs the operators take, told to ``torch.utils.flop_counter.FlopCounterMode``.
 
-The three operators are the partial derivatives of one trilinear form (:mod:`carafe_plugin.ops.reference`), so each
+The operators are the partial derivatives of one trilinear form (:mod:`carafe_plugin.ops.reference`), so each
 makes the same ``N * C * H' * W' * k ** 2`` multiply-adds. FlopCounterMode counts two FLOPs for each, as it does for a
 convolution, and like there the taps that fall outside the map count too.
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils import flop_counter
 
+from . import logits
 from ._registration import OPERATORS, is_compiled
 
 __all__ = ["announce", "multiply_adds"]
@@ -78,6 +79,26 @@ def _grad_masks_flops(grad_output: Sequence[int], features: Sequence[int], kerne
     return 2 * multiply_adds(grad_output, kernel_size)
 
 
+def _logits_flops(
+    features: Sequence[int], raw: Sequence[int], kernel_size: int, group_size: int, up: int, *_: int, **__: Any
+) -> int:
+    return 2 * multiply_adds((*features[:2], raw[2] * up, raw[3] * up), kernel_size)
+
+
+def _logits_grad_logits_flops(
+    grad_output: Sequence[int], features: Sequence[int], raw: Sequence[int], kernel_size: int, *_: int, **__: Any
+) -> int:
+    return 2 * multiply_adds(grad_output, kernel_size)
+
+
+def _set_formula(name: str, formula: Callable[..., int]) -> None:
+    packet = getattr(torch.ops.carafe_plugin, name)
+    if hasattr(flop_counter, "register_flop_formula"):
+        flop_counter.register_flop_formula(packet)(formula)
+    else:  # torch 2.1 has the table alone
+        vars(flop_counter)["flop_mapping"][packet] = formula
+
+
 def _register() -> None:
     global _library
     _library = torch.library.Library("carafe_plugin", "FRAGMENT")
@@ -87,11 +108,11 @@ def _register() -> None:
         _library.define(announced + _SCHEMAS[operator])
         _library.impl(announced, lambda *_: None, "CompositeExplicitAutograd")
         for name in [announced, operator] if is_compiled() else [announced]:
-            packet = getattr(torch.ops.carafe_plugin, name)
-            if hasattr(flop_counter, "register_flop_formula"):
-                flop_counter.register_flop_formula(packet)(formula)
-            else:  # torch 2.1 has the table alone
-                vars(flop_counter)["flop_mapping"][packet] = formula
+            _set_formula(name, formula)
+    if is_compiled():  # the kernel normaliser counts nothing, as torch's own softmax does
+        formulae = (_logits_flops, _grad_features_flops, _logits_grad_logits_flops)
+        for operator, formula in zip(logits.OPERATORS, formulae, strict=True):
+            _set_formula(operator, formula)
 
 
 _register()

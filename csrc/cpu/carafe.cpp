@@ -8,6 +8,7 @@
 #include "../arguments.h"
 #include "../kernels/element.h"
 #include "../kernels/rows.h"
+#include "../logits.h"
 
 namespace carafe {
 namespace {
@@ -53,73 +54,91 @@ Path current_path() {
 
 constexpr int64_t kMaxPhases = 64;
 
-enum class Operator { reassemble, grad_features, grad_masks };
+// What a call computes, tile by tile (and element by element where the path is `plain` and that exists).
 
-template <class I, Operator op, class T>
-CARAFE_INLINE void run_tiles(
-    const Shape& shape, const Plan& plan, const Map<T>& output, const Map<const T>& first, const Map<const T>& second,
-    int64_t begin, int64_t end) {
-  Scratch<accumulator_t<T>> scratch;
+template <class T, class Weights>
+struct Reassemble {
+  using element = T;
+  Map<T> output;
+  Map<const T> features;
+  Weights weights;
+
+  template <class I>
+  void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
+    reassemble_tile<I>(shape, output, features, weights, tile, scratch);
+  }
+};
+
+template <class T, class Weights>
+struct GradFeatures {
+  using element = T;
+  Map<T> grad;
+  Map<const T> grad_output;
+  Weights weights;
+
+  template <class I>
+  void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
+    grad_features_tile<I>(shape, grad, grad_output, weights, tile, scratch);
+  }
+};
+
+template <class T, class Weights>
+struct GradWeights {
+  using element = T;
+  Map<T> grad;
+  Map<const T> grad_output, features;
+  Weights weights;
+
+  template <class I>
+  void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
+    grad_weights_tile<I>(shape, grad, grad_output, features, weights, tile, scratch);
+  }
+};
+
+struct Baseline : Isa<16, 16> {
+  CARAFE_LOOPS()
+};
+struct Avx2 : Isa<32, 16> {
+  CARAFE_LOOPS(CARAFE_AVX2)
+};
+struct Avx512 : Isa<64, 32> {
+  CARAFE_LOOPS(CARAFE_AVX512)
+};
+
+template <class I, class Job>
+void run_tiles(const Shape& shape, const Plan& plan, const Job& job, int64_t begin, int64_t end) {
+  Scratch<accumulator_t<typename Job::element>> scratch;
   for (int64_t index = begin; index < end; ++index) {
-    const Tile tile = make_tile(shape, plan, index);
-    if constexpr (op == Operator::reassemble) reassemble_tile<I>(shape, output, first, second, tile, scratch);
-    if constexpr (op == Operator::grad_features) grad_features_tile<I>(shape, output, first, second, tile, scratch);
-    if constexpr (op == Operator::grad_masks) grad_masks_tile<I>(shape, output, first, second, tile, scratch);
+    job.template tile<I>(shape, make_tile(shape, plan, index), scratch);
   }
 }
 
-template <Operator op, class T>
-void run_baseline(
-    const Shape& shape, const Plan& plan, const Map<T>& output, const Map<const T>& first, const Map<const T>& second,
-    int64_t begin, int64_t end) {
-  run_tiles<Isa<16, 16>, op>(shape, plan, output, first, second, begin, end);
-}
-
-template <Operator op, class T>
-CARAFE_AVX2 void run_avx2(
-    const Shape& shape, const Plan& plan, const Map<T>& output, const Map<const T>& first, const Map<const T>& second,
-    int64_t begin, int64_t end) {
-  run_tiles<Isa<32, 16>, op>(shape, plan, output, first, second, begin, end);
-}
-
-template <Operator op, class T>
-CARAFE_AVX512 void run_avx512(
-    const Shape& shape, const Plan& plan, const Map<T>& output, const Map<const T>& first, const Map<const T>& second,
-    int64_t begin, int64_t end) {
-  run_tiles<Isa<64, 32>, op>(shape, plan, output, first, second, begin, end);
-}
-
-template <Operator op, class T>
-void run(const Shape& shape, const Map<T>& output, const Map<const T>& first, const Map<const T>& second) {
+template <class Job>
+void run_by_rows(const Shape& shape, const Job& job) {
   const Path path = current_path();
-  // The row kernels list every phase of the scale, up * down of them: 101/100 has too many for lists to pay.
-  if (path == Path::plain || shape.up > kMaxPhases || shape.down > kMaxPhases || shape.up * shape.down > kMaxPhases) {
-    const int64_t c = op == Operator::grad_masks ? shape.mask_channels() : shape.channels;
-    const int64_t h = op == Operator::grad_features ? shape.height : shape.out_height;
-    const int64_t w = op == Operator::grad_features ? shape.width : shape.out_width;
-    torch::stable::parallel_for(0, shape.batch * c * h, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) {
-        const int64_t n = index / h / c, channel = index / h % c, i = index % h;
-        for (int64_t j = 0; j < w; ++j) {
-          T& element = output.at(n, channel, i, j);
-          if constexpr (op == Operator::reassemble)
-            element = reassemble_element(shape, first, second, n, channel, i, j);
-          if constexpr (op == Operator::grad_features)
-            element = grad_features_element(shape, first, second, n, channel, i, j);
-          if constexpr (op == Operator::grad_masks)
-            element = grad_masks_element(shape, first, second, n, channel, i, j);
-        }
-      }
-    });
-    return;
-  }
-  const Plan plan = make_plan<accumulator_t<T>>(shape, torch::stable::get_num_threads());
+  const Plan plan = make_plan<accumulator_t<typename Job::element>>(shape, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, plan.tiles, 1, [&](int64_t begin, int64_t end) {
-    const auto tiles = path == Path::avx512 ? &run_avx512<op, T>
-                       : path == Path::avx2 ? &run_avx2<op, T>
-                                            : &run_baseline<op, T>;
-    tiles(shape, plan, output, first, second, begin, end);
+    const auto tiles = path == Path::avx512 ? &run_tiles<Avx512, Job>
+                       : path == Path::avx2 ? &run_tiles<Avx2, Job>
+                                            : &run_tiles<Baseline, Job>;
+    tiles(shape, plan, job, begin, end);
   });
+}
+
+template <class T, class Element>
+void run_by_element(const Map<T>& output, int64_t n, int64_t c, int64_t h, int64_t w, const Element& element) {
+  torch::stable::parallel_for(0, n * c * h, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t image = index / h / c, channel = index / h % c, i = index % h;
+      for (int64_t j = 0; j < w; ++j) output.at(image, channel, i, j) = element(image, channel, i, j);
+    }
+  });
+}
+
+// The row kernels list every phase of the scale, up * down of them: 101/100 has too many for lists to pay.
+bool by_element(const Shape& shape) {
+  return current_path() == Path::plain || shape.up > kMaxPhases || shape.down > kMaxPhases ||
+         shape.up * shape.down > kMaxPhases;
 }
 
 struct Cpu {
@@ -127,21 +146,51 @@ struct Cpu {
   static void reassemble(
       const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& features,
       const Map<const T>& masks) {
-    run<Operator::reassemble>(shape, output, features, masks);
+    if (!by_element(shape)) return run_by_rows(shape, Reassemble<T, Masks<T>>{output, features, {masks}});
+    run_by_element(output, shape.batch, shape.channels, shape.out_height, shape.out_width, [&](auto... at) {
+      return reassemble_element(shape, features, masks, at...);
+    });
   }
 
   template <class T>
   static void grad_features(
       const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
       const Map<const T>& masks) {
-    run<Operator::grad_features>(shape, output, grad_output, masks);
+    if (!by_element(shape)) return run_by_rows(shape, GradFeatures<T, Masks<T>>{output, grad_output, {masks}});
+    run_by_element(output, shape.batch, shape.channels, shape.height, shape.width, [&](auto... at) {
+      return grad_features_element(shape, grad_output, masks, at...);
+    });
   }
 
   template <class T>
   static void grad_masks(
       const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
       const Map<const T>& features) {
-    run<Operator::grad_masks>(shape, output, grad_output, features);
+    if (!by_element(shape)) return run_by_rows(shape, GradWeights<T, Masks<T>>{output, grad_output, features, {}});
+    run_by_element(output, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, [&](auto... at) {
+      return grad_masks_element(shape, grad_output, features, at...);
+    });
+  }
+
+  // From logits: always by rows.
+
+  template <class T>
+  static void reassemble_logits(
+      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Logits<T>& logits) {
+    run_by_rows(shape, Reassemble<T, Logits<T>>{output, features, logits});
+  }
+
+  template <class T>
+  static void grad_features_logits(
+      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Logits<T>& logits) {
+    run_by_rows(shape, GradFeatures<T, Logits<T>>{output, grad_output, logits});
+  }
+
+  template <class T>
+  static void grad_logits(
+      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Map<const T>& features,
+      const Logits<T>& logits) {
+    run_by_rows(shape, GradWeights<T, Logits<T>>{output, grad_output, features, logits});
   }
 };
 
@@ -157,4 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(carafe_plugin, CPU, m) {
   m.impl("carafe", TORCH_BOX(&carafe::carafe_impl<carafe::Cpu>));
   m.impl("_carafe_grad_features", TORCH_BOX(&carafe::grad_features_impl<carafe::Cpu>));
   m.impl("_carafe_grad_masks", TORCH_BOX(&carafe::grad_masks_impl<carafe::Cpu>));
+  m.impl("_carafe_logits", TORCH_BOX(&carafe::logits_impl<carafe::Cpu>));
+  m.impl("_carafe_logits_grad_features", TORCH_BOX(&carafe::logits_grad_features_impl<carafe::Cpu>));
+  m.impl("_carafe_logits_grad_logits", TORCH_BOX(&carafe::logits_grad_logits_impl<carafe::Cpu>));
 }

@@ -7,10 +7,15 @@ using namespace carafe;
 
 namespace {
 
-// Contiguous (N, C, H, W) with `columns_first` swapping the last two axes in memory, so that strides are tested too.
+struct Baseline : Isa<16, 16> {
+  CARAFE_LOOPS()
+};
+
+// How a map lies in memory: 0 contiguous, 1 with the last two axes swapped, 2 channels_last.
 template <class T>
-Map<T> map(T* data, int64_t c, int64_t h, int64_t w, bool columns_first) {
-  return {data, c * h * w, h * w, columns_first ? 1 : w, columns_first ? h : 1};
+Map<T> map(T* data, int64_t c, int64_t h, int64_t w, int layout) {
+  if (layout == 2) return {data, c * h * w, 1, w * c, c};
+  return {data, c * h * w, h * w, layout == 1 ? 1 : w, layout == 1 ? h : 1};
 }
 
 template <class T, class Element>
@@ -23,9 +28,9 @@ void fill(Map<T> output, int64_t n, int64_t c, int64_t h, int64_t w, const Eleme
 
 // op: 0 reassemble, 1 gradient to features, 2 gradient to masks. path: 0 element by element, 1 row kernels.
 template <class T>
-void run(int op, int path, const Shape& s, bool columns_first, T* output, const T* first, const T* second) {
+void run(int op, int path, const Shape& s, int layout, T* output, const T* first, const T* second) {
   const int64_t m = s.mask_channels();
-  const bool f = columns_first;
+  const int f = layout;
   const Map<const T> maps[3] = {
       map(first, s.channels, op == 0 ? s.height : s.out_height, op == 0 ? s.width : s.out_width, f),
       op == 2 ? map(second, s.channels, s.height, s.width, f) : map(second, m, s.out_height, s.out_width, f)};
@@ -51,9 +56,9 @@ void run(int op, int path, const Shape& s, bool columns_first, T* output, const 
   Scratch<accumulator_t<T>> scratch;
   for (int64_t index = 0; index < plan.tiles; ++index) {
     const Tile tile = make_tile(s, plan, index);
-    if (op == 0) reassemble_tile<Isa<16, 16>>(s, target, maps[0], maps[1], tile, scratch);
-    if (op == 1) grad_features_tile<Isa<16, 16>>(s, target, maps[0], maps[1], tile, scratch);
-    if (op == 2) grad_masks_tile<Isa<16, 16>>(s, target, maps[0], maps[1], tile, scratch);
+    if (op == 0) reassemble_tile<Baseline>(s, target, maps[0], Masks<T>{maps[1]}, tile, scratch);
+    if (op == 1) grad_features_tile<Baseline>(s, target, maps[0], Masks<T>{maps[1]}, tile, scratch);
+    if (op == 2) grad_weights_tile<Baseline>(s, target, maps[0], maps[1], Masks<T>{}, tile, scratch);
   }
 }
 
@@ -63,14 +68,12 @@ extern "C" {
 
 // dtype: 0 double, 1 float, 2 half, 3 bfloat16; geometry: n, c, h, w, k, groups, up, down
 void carafe_run(
-    int op, int path, int dtype, const int64_t* g, int columns_first, void* output, const void* first,
-    const void* second) {
+    int op, int path, int dtype, const int64_t* g, int layout, void* output, const void* first, const void* second) {
   const Shape s{g[0], g[1], g[2], g[3], ceil_div(g[2] * g[6], g[7]), ceil_div(g[3] * g[6], g[7]),
                 g[4], g[5], g[6], g[7]};
   const auto call = [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    run(op, path, s, columns_first, static_cast<T*>(output), static_cast<const T*>(first),
-        static_cast<const T*>(second));
+    run(op, path, s, layout, static_cast<T*>(output), static_cast<const T*>(first), static_cast<const T*>(second));
   };
   if (dtype == 0) call(static_cast<double*>(nullptr));
   if (dtype == 1) call(static_cast<float*>(nullptr));

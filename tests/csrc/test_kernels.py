@@ -19,6 +19,8 @@ from carafe_plugin.testing import SCALES, assert_close, dtypes, pairwise, random
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "g++")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the order of host.cpp
+# How the axes lie in memory for each layout of host.cpp, and the way back.
+ORDERS = (((0, 1, 2, 3),) * 2, ((0, 1, 3, 2),) * 2, ((0, 2, 3, 1), (0, 3, 1, 2)))
 CASES = list(
     pairwise(
         {
@@ -27,7 +29,7 @@ CASES = list(
             "scale": (*SCALES, Fraction(5, 4), Fraction(2, 5)),
             "size": ((6, 8), (5, 7), (1, 1), (2, 33)),
             "dtype": dtypes(),
-            "columns_first": (0, 1),
+            "layout": (0, 1, 2),
         }
     )
 )
@@ -53,13 +55,15 @@ def run(library, op, path, case, output, first, second):
     geometry = (ctypes.c_int64 * 8)(
         *features_size, case["kernel_size"], case["group_size"], *scale_ratio(case["scale"])
     )
-    # The host's memory order is the reference's, or that with rows and columns swapped.
-    swap = case["columns_first"]
-    arrange = (lambda t: t.transpose(2, 3).contiguous()) if swap else (lambda t: t.contiguous())
+    there, back = ORDERS[case["layout"]]
+
+    def arrange(tensor):
+        return tensor.permute(there).contiguous()
+
     first, second, target = arrange(first), arrange(second), arrange(torch.full_like(output, float("nan")))
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (target, first, second))
-    library.carafe_run(op, path, DTYPES.index(case["dtype"]), geometry, swap, *pointers)
-    return target.transpose(2, 3) if swap else target
+    library.carafe_run(op, path, DTYPES.index(case["dtype"]), geometry, case["layout"], *pointers)
+    return target.permute(back)
 
 
 def check_all_operators(library, path, case):

@@ -15,7 +15,8 @@ CHECK = """
 import ctypes, torch, carafe_plugin._C
 from fractions import Fraction
 from carafe_plugin.ops import carafe, reference
-from carafe_plugin.testing import assert_close, random_case, dtypes
+from carafe_plugin.ops.logits import NORMALIZERS, kernels_from_logits
+from carafe_plugin.testing import TOLERANCES, assert_close, random_case, dtypes
 from carafe_plugin.ops.carafe import scale_ratio
 library = ctypes.CDLL(carafe_plugin._C.__file__)
 library.carafe_cpu_path.restype = ctypes.c_char_p
@@ -28,6 +29,18 @@ for dtype in dtypes():
             assert_close(ops.carafe(x, m, *args), reference.reassemble(x, m, *args))
             assert_close(ops._carafe_grad_features(z, m, 9, 21, *args), reference.grad_features(z, m, 9, 21, *args))
             assert_close(ops._carafe_grad_masks(z, x, *args), reference.grad_masks(z, x, *args))
+            if min(args[2:]) == 1:  # from logits, as if the masks were these
+                up, down = args[2:]
+                logits = torch.nn.functional.pixel_unshuffle(m, up)
+                for how, normalizer in enumerate(NORMALIZERS):
+                    exact = [t.double().requires_grad_() for t in (x, logits)]
+                    kernels = kernels_from_logits(exact[1], *args, normalizer)
+                    y = reference.reassemble(exact[0], kernels, *args)
+                    dx, dz = torch.autograd.grad(y, exact, z.double())
+                    assert_close(ops._carafe_logits(x, logits, *args, how), y.to(dtype))
+                    assert_close(ops._carafe_logits_grad_features(z, logits, 9, 21, *args, how), dx.to(dtype))
+                    error = ops._carafe_logits_grad_logits(z, x, logits, *args, how).double() - dz
+                    assert error.norm() <= TOLERANCES[dtype] * (dz.norm() + z.double().norm())
 print("path", library.carafe_cpu_path().decode())
 """
 

@@ -1,0 +1,119 @@
+// How a call is cut into tiles: one image, one group, a band of source rows, a range of lanes (staging.h says what a
+// lane is). A tile stages what it reads, computes, and writes only its own elements; each element's sum has one order,
+// whatever the tiling, so the bits depend neither on the number of threads nor on their timing.
+#pragma once
+
+#include <memory>
+
+#include "staging.h"
+
+namespace carafe {
+
+// How a call is cut into tiles.
+struct Plan {
+  int64_t bands, rows;   // bands of at most `rows` source rows
+  int64_t spans, lanes;  // spans of at most `lanes` lanes
+  int64_t tiles;         // batch * groups * bands * spans
+};
+
+struct Tile {
+  int64_t n, group;
+  int64_t row_begin, row_end;  // source rows
+  int64_t lane_begin, lanes;
+};
+
+constexpr int64_t kVectorBytes = 64;        // the widest, so that one plan serves every instruction set
+constexpr int64_t kMaxLanes = 128;          // of a span
+constexpr int64_t kMaskBytes = 384 * 1024;  // staged masks of a band: they should stay in the second-level cache
+constexpr int64_t kMaxRows = 8;             // of a band
+constexpr int64_t kTilesPerThread = 4;      // enough that threads share evenly
+constexpr int64_t kChunk = 16;              // channels staged at a time
+
+template <class A>
+Plan make_plan(const Shape& shape, int64_t threads) {
+  const int64_t vector = kVectorBytes / int64_t(sizeof(A));
+  const int64_t all_lanes = std::max(ceil_div(shape.out_width, shape.up), ceil_div(shape.width, shape.down));
+  Plan plan;
+  plan.spans = ceil_div(all_lanes, kMaxLanes);
+  plan.lanes = ceil_div(ceil_div(all_lanes, plan.spans), vector) * vector;
+  plan.spans = ceil_div(all_lanes, plan.lanes);
+  const int64_t outputs_a_row = ceil_div(shape.up, shape.down) * shape.up;
+  const int64_t bytes_a_row = shape.taps() * outputs_a_row * plan.lanes * int64_t(sizeof(A));
+  const int64_t most = std::clamp<int64_t>(kMaskBytes / bytes_a_row, 1, kMaxRows);
+  const int64_t wanted =
+      ceil_div(kTilesPerThread * threads, std::max<int64_t>(1, shape.batch * shape.groups * plan.spans));
+  plan.bands = std::min(shape.height, std::max(ceil_div(shape.height, most), wanted));
+  plan.rows = ceil_div(shape.height, plan.bands);
+  plan.bands = ceil_div(shape.height, plan.rows);
+  plan.tiles = shape.batch * shape.groups * plan.bands * plan.spans;
+  return plan;
+}
+
+inline Tile make_tile(const Shape& shape, const Plan& plan, int64_t index) {
+  Tile tile;
+  tile.lane_begin = index % plan.spans * plan.lanes;
+  tile.lanes = plan.lanes;
+  index /= plan.spans;
+  tile.row_begin = index % plan.bands * plan.rows;
+  tile.row_end = std::min(shape.height, tile.row_begin + plan.rows);
+  index /= plan.bands;
+  tile.group = index % shape.groups;
+  tile.n = index / shape.groups;
+  return tile;
+}
+
+// Outputs [begin, end) of source rows [first, last), clipped to the map.
+struct OutputRows {
+  int64_t begin, end;
+  OutputRows(const Shape& shape, int64_t first, int64_t last)
+      : begin(std::min(shape.out_height, shape.first_output(std::max<int64_t>(first, 0)))),
+        end(std::min(shape.out_height, shape.first_output(std::clamp<int64_t>(last, 0, shape.height)))) {}
+  int64_t count() const { return std::max<int64_t>(0, end - begin); }
+};
+
+// Memory for the buffers of one thread; it grows to the largest tile and is reused for the next.
+template <class A>
+class Scratch {
+ public:
+  Staged<A> take(int64_t channels, int64_t rows, int64_t phases, int64_t lanes, int64_t halo) {
+    constexpr int64_t vector = kVectorBytes / int64_t(sizeof(A));
+    const int64_t left = ceil_div(halo, vector) * vector;
+    const int64_t pitch = left + ceil_div(lanes + halo, vector) * vector;
+    const int64_t count = channels * rows * phases * pitch;
+    Block& block = blocks_[next_++];
+    if (block.size < count) {
+      block.memory.reset(new A[count + vector]);
+      block.size = count;
+    }
+    A* const aligned =
+        reinterpret_cast<A*>(ceil_div(reinterpret_cast<intptr_t>(block.memory.get()), kVectorBytes) * kVectorBytes);
+    return {aligned + left, channels, rows, phases, lanes, halo, pitch};
+  }
+  int64_t* offsets(int64_t count) {
+    if (offset_count_ < count) {
+      offsets_.reset(new int64_t[count]);
+      offset_count_ = count;
+    }
+    return offsets_.get();
+  }
+  void restart() { next_ = 0; }
+
+ private:
+  struct Block {
+    std::unique_ptr<A[]> memory;
+    int64_t size = 0;
+  };
+  Block blocks_[5];
+  int next_ = 0;
+  std::unique_ptr<int64_t[]> offsets_;
+  int64_t offset_count_ = 0;
+};
+
+// Where column `shift` elements right of lane q's source column 0 lies: its phase, and how many lanes further.
+struct LaneOffset {
+  int64_t phase, lanes;
+  CARAFE_INLINE LaneOffset(int64_t column, int64_t period)
+      : phase(column - floor_div(column, period) * period), lanes(floor_div(column, period)) {}
+};
+
+}  // namespace carafe
