@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,6 @@ def _carafe_fake(features: Tensor, masks: Tensor, k: int, g: int, up: int, down:
     return _empty_like_map(features, (n, c, output_size(h, up, down), output_size(w, up, down)))
 
 
-def _carafe_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, masks, *ctx.geometry = inputs
-    ctx.save_for_backward(features, masks)
-
-
 def _carafe_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     features, masks = ctx.saved_tensors
     ops, wanted, size = torch.ops.carafe_plugin, ctx.needs_input_grad, features.shape[-2:]
@@ -96,11 +91,6 @@ def _grad_features_fake(
     return _empty_like_map(grad_output, (grad_output.shape[0], grad_output.shape[1], height, width))
 
 
-def _grad_features_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, masks, _, _, *ctx.geometry = inputs
-    ctx.save_for_backward(grad_output, masks)
-
-
 def _grad_features_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, masks = ctx.saved_tensors
     ops, wanted = torch.ops.carafe_plugin, ctx.needs_input_grad
@@ -115,11 +105,6 @@ def _grad_features_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None,
 def _grad_masks_fake(grad_output: Tensor, features: Tensor, k: int, g: int, up: int, down: int) -> Tensor:
     n, _, h_out, w_out = grad_output.shape
     return grad_output.new_empty((n, g * k * k, h_out, w_out))
-
-
-def _grad_masks_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, features, *ctx.geometry = inputs
-    ctx.save_for_backward(grad_output, features)
 
 
 def _grad_masks_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -149,18 +134,50 @@ def _autocast(operator: str, device_type: str) -> Callable[..., Tensor]:
     return call
 
 
-def _register() -> None:
-    global _library
-    _library = torch.library.Library("carafe_plugin", "IMPL")
-    fakes: tuple[Callable[..., Tensor], ...] = (_carafe_fake, _grad_features_fake, _grad_masks_fake)
-    setups = (_carafe_setup, _grad_features_setup, _grad_masks_setup)
-    backwards = (_carafe_backward, _grad_features_backward, _grad_masks_backward)
-    for operator, fake, setup, backward in zip(OPERATORS, fakes, setups, backwards, strict=True):
+def _keep_tensors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what every backward pass here needs: the tensors, and the geometry, which ends every list of arguments."""
+    tensors = [each for each in inputs if isinstance(each, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.geometry = inputs[len(tensors) :]
+
+
+def _keep_tensors_less_size(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The same where height and width stand before the geometry."""
+    _keep_tensors(ctx, inputs, output)
+    ctx.geometry = ctx.geometry[2:]
+
+
+def register(
+    library: Any,
+    operators: Sequence[str],
+    fakes: Sequence[Callable[..., Tensor]],
+    backwards: Sequence[Callable[..., tuple[Tensor | None, ...]]],
+    device_types: Sequence[str],
+) -> None:
+    """Give a reassembly, its gradient to the features and its gradient to the weights what C++ cannot give them.
+
+    Args:
+        library: Holds the autocast registrations, which last as long as it does.
+        operators: The three names.
+        fakes: What each returns, without values.
+        backwards: The derivative of each.
+        device_types: Where autocast is to know them.
+    """
+    setups = (_keep_tensors, _keep_tensors_less_size, _keep_tensors)
+    for operator, fake, setup, backward in zip(operators, fakes, setups, backwards, strict=True):
         name = f"carafe_plugin::{operator}"
         torch.library.register_fake(name, fake)
         torch.library.register_autograd(name, backward, setup_context=setup)
-        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            _library.impl(operator, _autocast(operator, device_type), key)
+        for device_type in device_types:
+            library.impl(operator, _autocast(operator, device_type), f"Autocast{device_type.upper()}")
+
+
+def _register() -> None:
+    global _library
+    _library = torch.library.Library("carafe_plugin", "IMPL")
+    fakes = (_carafe_fake, _grad_features_fake, _grad_masks_fake)
+    backwards = (_carafe_backward, _grad_features_backward, _grad_masks_backward)
+    register(_library, OPERATORS, fakes, backwards, ("cpu", "cuda"))
 
 
 _load()

@@ -7,7 +7,6 @@ and the raw output alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,11 +106,6 @@ def _logits_fake(features: Tensor, logits: Tensor, k: int, g: int, up: int, down
     return _registration._carafe_fake(features, logits, k, g, up, down)
 
 
-def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, logits, *ctx.geometry = inputs
-    ctx.save_for_backward(features, logits)
-
-
 def _logits_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     features, logits = ctx.saved_tensors
     ops, wanted, size = torch.ops.carafe_plugin, ctx.needs_input_grad, features.shape[-2:]
@@ -124,11 +118,6 @@ def _grad_features_fake(
     grad_output: Tensor, logits: Tensor, height: int, width: int, k: int, g: int, up: int, down: int, how: int
 ) -> Tensor:
     return _registration._grad_features_fake(grad_output, logits, height, width, k, g, up, down)
-
-
-def _grad_features_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, logits, _, _, *ctx.geometry = inputs
-    ctx.save_for_backward(grad_output, logits)
 
 
 def _grad_features_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,11 +133,6 @@ def _grad_logits_fake(
     grad_output: Tensor, features: Tensor, logits: Tensor, k: int, g: int, up: int, down: int, how: int
 ) -> Tensor:
     return _registration._empty_like_map(logits, tuple(logits.shape))
-
-
-def _grad_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, features, logits, *ctx.geometry = inputs
-    ctx.save_for_backward(grad_output, features, logits)
 
 
 def _grad_logits_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,14 +159,9 @@ def _grad_logits_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, .
 def _register() -> None:
     global _library
     _library = torch.library.Library("carafe_plugin", "IMPL")
-    fakes: tuple[Callable[..., Tensor], ...] = (_logits_fake, _grad_features_fake, _grad_logits_fake)
-    setups = (_logits_setup, _grad_features_setup, _grad_logits_setup)
+    fakes = (_logits_fake, _grad_features_fake, _grad_logits_fake)
     backwards = (_logits_backward, _grad_features_backward, _grad_logits_backward)
-    for operator, fake, setup, backward in zip(OPERATORS, fakes, setups, backwards, strict=True):
-        name = f"carafe_plugin::{operator}"
-        torch.library.register_fake(name, fake)
-        torch.library.register_autograd(name, backward, setup_context=setup)
-        _library.impl(operator, _registration._autocast(operator, "cpu"), "AutocastCPU")
+    _registration.register(_library, OPERATORS, fakes, backwards, ("cpu",))
 
 
 if _registration.is_compiled("cpu"):
