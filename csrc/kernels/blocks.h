@@ -39,12 +39,70 @@ CARAFE_INLINE void for_each_run(
 
 // ------------------------------------------------------------------------------------------------------ forward
 
-// Outputs `P` apart by out_step share the features they read; C channels share the masks.
-template <class V, int P, int C, class A>
+// Where a block of outputs goes: to a buffer, P phases `step` apart,
+template <class A>
+struct ToBuffer {
+  A* data;
+  int64_t channel_step, step;
+
+  CARAFE_INLINE ToBuffer next(int64_t channels) const { return {data + channels * channel_step, channel_step, step}; }
+
+  template <class V, int P, int C>
+  CARAFE_INLINE void expect(int64_t) const {}
+
+  template <class V, int P>
+  CARAFE_INLINE void put(int64_t c, int64_t q, const typename V::type (&values)[P]) const {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) V::store(data + c * channel_step + p * step + q, values[p]);
+  }
+};
+
+// or straight to a map, where each row holds one phase, or two that take turns.
+template <class A, int Phases>
+struct ToMap {
+  A* data;
+  int64_t channel_step, row_step;
+
+  CARAFE_INLINE ToMap next(int64_t channels) const { return {data + channels * channel_step, channel_step, row_step}; }
+
+  // Asks for the memory that the next C channels will go to.
+  template <class V, int P, int C>
+  CARAFE_INLINE void expect(int64_t q) const {
+#pragma GCC unroll 8
+    for (int c = C; c < 2 * C; ++c) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const A* const to = data + c * channel_step + p / Phases * row_step + Phases * q;
+        __builtin_prefetch(to + p % Phases * V::lanes, 1, 2);
+      }
+    }
+  }
+
+  template <class V, int P>
+  CARAFE_INLINE void put(int64_t c, int64_t q, const typename V::type (&values)[P]) const {
+    constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p += Phases) {
+      A* const to = data + c * channel_step + p / Phases * row_step + Phases * q;
+      if constexpr (Phases == 1) {
+        V::store(to, values[p]);
+      } else {
+        V::store(to, zip<V, 0>(values[p], values[p + 1], all));
+        V::store(to + V::lanes, zip<V, 1>(values[p], values[p + 1], all));
+      }
+    }
+  }
+};
+
+// P outputs share the features they read; C channels share the masks. The last vector steps back where `lanes` is no
+// multiple of a vector.
+template <class V, int P, int C, class A, class Output>
 CARAFE_INLINE void reassemble_block(
     const A* features, int64_t channel_step, const int64_t* offsets, int64_t taps, const A* masks, int64_t tap_step,
-    A* output, int64_t out_channel_step, int64_t out_step, int64_t lanes) {
-  for (int64_t q = 0; q < lanes; q += V::lanes) {
+    int64_t out_step, const Output& output, int64_t lanes) {
+  for (int64_t next = 0; next < lanes; next += V::lanes) {
+    const int64_t q = std::min(next, lanes - V::lanes);
+    output.template expect<V, P, C>(q);
     typename V::type sum[C][P] = {};
     for (int64_t tap = 0; tap < taps; ++tap) {
       typename V::type weights[P];
@@ -58,27 +116,22 @@ CARAFE_INLINE void reassemble_block(
       }
     }
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) V::store(output + c * out_channel_step + p * out_step + q, sum[c][p]);
-    }
+    for (int c = 0; c < C; ++c) output.template put<V, P>(c, q, sum[c]);
   }
 }
 
-template <class V, int P, int C, class A>
+template <class V, int P, int C, class A, class Output>
 CARAFE_INLINE void reassemble_channels(
     int64_t channels, const A* features, int64_t channel_step, const int64_t* offsets, int64_t taps, const A* masks,
-    int64_t tap_step, A* output, int64_t out_channel_step, int64_t out_step, int64_t lanes) {
+    int64_t tap_step, int64_t out_step, const Output& output, int64_t lanes) {
   int64_t c = 0;
   for (; c + C <= channels; c += C) {
     reassemble_block<V, P, C>(
-        features + c * channel_step, channel_step, offsets, taps, masks, tap_step, output + c * out_channel_step,
-        out_channel_step, out_step, lanes);
+        features + c * channel_step, channel_step, offsets, taps, masks, tap_step, out_step, output.next(c), lanes);
   }
   for (; c < channels; ++c) {
     reassemble_block<V, P, 1>(
-        features + c * channel_step, channel_step, offsets, taps, masks, tap_step, output + c * out_channel_step,
-        out_channel_step, out_step, lanes);
+        features + c * channel_step, channel_step, offsets, taps, masks, tap_step, out_step, output.next(c), lanes);
   }
 }
 
@@ -92,12 +145,35 @@ CARAFE_INLINE void reassemble_staged(
     const auto block = [&](auto outputs, auto block_channels, int64_t p) CARAFE_ALWAYS_INLINE {
       reassemble_channels<V, outputs, block_channels>(
           y.channels, from, x.channel_stride(), offsets, shape.taps(), m.data + (place + p) * m.pitch,
-          m.channel_stride(), y.data + (place + p) * y.pitch, y.channel_stride(), y.pitch, tile.lanes);
+          m.channel_stride(), m.pitch, ToBuffer<A>{y.data + (place + p) * y.pitch, y.channel_stride(), y.pitch},
+          tile.lanes);
     };
     int64_t p = 0;
     for (; p + 4 <= count; p += 4) block(Constant<4>(), Constant<ManyRegisters ? 4 : 2>(), p);
     for (; p + 2 <= count; p += 2) block(Constant<2>(), Constant<ManyRegisters ? 8 : 4>(), p);
     for (; p < count; ++p) block(Constant<1>(), Constant<8>(), p);
+  });
+}
+
+// The same straight into rows of the output, `lanes` of them (a vector at least), for `channels` channels from x's
+// first on: where up is 2 and down 1, or where up is 1.
+template <class V, bool ManyRegisters, class A>
+CARAFE_INLINE void reassemble_direct(
+    const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<A>& y, int64_t lanes,
+    int64_t* offsets) {
+  const OutputRows rows(shape, tile.row_begin, tile.row_end);
+  for_each_run(shape, tile, rows, x, offsets, [&](const A* from, int64_t place, int64_t count) CARAFE_ALWAYS_INLINE {
+    const auto block = [&](auto phases, auto outputs, auto block_channels) CARAFE_ALWAYS_INLINE {
+      A* const to = y.data + place / phases * y.row_stride;
+      reassemble_channels<V, outputs, block_channels>(
+          x.channels, from, x.channel_stride(), offsets, shape.taps(), m.data + place * m.pitch, m.channel_stride(),
+          m.pitch, ToMap<A, phases>{to, y.channel_stride, y.row_stride}, lanes);
+    };
+    if (count == 4) {
+      block(Constant<2>(), Constant<4>(), Constant<ManyRegisters ? 4 : 2>());
+    } else {
+      block(Constant<1>(), Constant<1>(), Constant<8>());
+    }
   });
 }
 

@@ -121,38 +121,34 @@ struct LogitsWindow {
   int64_t n, group;
   int64_t first_row;  // of the output
   int64_t lane;
+
+  // Where the buffer would lie in a map of masks.
+  Window masks(const Shape& shape) const {
+    return {n, group * shape.taps(), 0, first_row, lane, shape.out_height, shape.out_width};
+  }
 };
 
 template <class V, class T, class A>
 CARAFE_INLINE void stage_logits(
     const Shape& shape, const Map<const T>& map, const LogitsWindow& window, const Staged<A>& to) {
-  const int64_t phases = shape.up * shape.up, channels = shape.taps() * phases;
-  const int64_t columns = shape.up == 1 ? shape.out_width : shape.width;
-  const int64_t begin = std::max(-to.halo, -window.lane);
-  const int64_t end = std::max(begin, std::min(to.lanes + to.halo, columns - window.lane));
-  for (int64_t row = 0; row < to.rows / shape.up; ++row) {
-    const Lanes<A> lanes{to.data + row * phases * to.pitch, to.channel_stride(), phases, to.pitch};
-    for (int64_t c = 0; c < channels; ++c) {
-      std::fill(lanes(c) - to.halo, lanes(c) + begin, A(0));
-      std::fill(lanes(c) + end, lanes(c) + to.lanes + to.halo, A(0));
+  const int64_t phases = shape.up * shape.up, channels = shape.taps() * phases, rows = to.rows / shape.up;
+  const Window masks = window.masks(shape);
+  const Inside inside(masks, to);
+  const int64_t begin = inside.begin, count = inside.count(0, shape.up);
+  const auto source = [&](int64_t c, int64_t row) {
+    return map.pointer(window.n, window.group * channels + c, window.first_row / shape.up + row, window.lane + begin);
+  };
+  const auto lanes = [&](int64_t row) {
+    return Lanes<A>{to.data + row * phases * to.pitch + begin, to.channel_stride(), phases, to.pitch};
+  };
+  if (map.channel_stride == 1 && map.column_stride != 1) {
+    for (int64_t row = 0; row < rows; ++row) {
+      gather_channels<V>(source(0, row), map.column_stride, count, channels, lanes(row));
     }
-    if (end == begin) continue;
-    const int64_t map_row = window.first_row / shape.up + row;
-    const T* const from = map.pointer(window.n, window.group * channels, map_row, window.lane + begin);
-    if (map.channel_stride == 1 && map.column_stride != 1) {
-      const Lanes<A> first{lanes.base + begin, lanes.step, lanes.phases, lanes.pitch};
-      gather_channels<V>(from, map.column_stride, end - begin, channels, first);
-      continue;
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* const source = from + c * map.channel_stride;
-      A* const target = lanes(c) + begin;
-      if (map.column_stride == 1) {
-        for (int64_t q = 0; q < end - begin; ++q) target[q] = widen(source[q]);
-      } else {
-        for (int64_t q = 0; q < end - begin; ++q) target[q] = widen(source[q * map.column_stride]);
-      }
-    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t row = 0; row < rows; ++row) stage_row<V>(source(c, row), map.column_stride, count, lanes(row)(c));
   }
 }
 
@@ -160,24 +156,22 @@ CARAFE_INLINE void stage_logits(
 template <class V, class T, class A>
 CARAFE_INLINE void unstage_logits(
     const Shape& shape, const Staged<A>& from, const LogitsWindow& window, const Map<T>& map) {
-  const int64_t phases = shape.up * shape.up, channels = shape.taps() * phases;
+  const int64_t phases = shape.up * shape.up, channels = shape.taps() * phases, rows = from.rows / shape.up;
   const int64_t columns = std::min(from.lanes, (shape.up == 1 ? shape.out_width : shape.width) - window.lane);
-  for (int64_t row = 0; row < from.rows / shape.up; ++row) {
-    const Lanes<const A> lanes{from.data + row * phases * from.pitch, from.channel_stride(), phases, from.pitch};
-    T* const to = map.pointer(window.n, window.group * channels, window.first_row / shape.up + row, window.lane);
-    if (map.channel_stride == 1 && map.column_stride != 1) {
-      scatter_channels<V>(lanes, columns, channels, to, map.column_stride);
-      continue;
+  const auto target = [&](int64_t c, int64_t row) {
+    return map.pointer(window.n, window.group * channels + c, window.first_row / shape.up + row, window.lane);
+  };
+  const auto lanes = [&](int64_t row) {
+    return Lanes<const A>{from.data + row * phases * from.pitch, from.channel_stride(), phases, from.pitch};
+  };
+  if (map.channel_stride == 1 && map.column_stride != 1) {
+    for (int64_t row = 0; row < rows; ++row) {
+      scatter_channels<V>(lanes(row), columns, channels, target(0, row), map.column_stride);
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      const A* const source = lanes(c);
-      T* const target = to + c * map.channel_stride;
-      if (map.column_stride == 1) {
-        for (int64_t q = 0; q < columns; ++q) target[q] = Narrow<T>::from(source[q]);
-      } else {
-        for (int64_t q = 0; q < columns; ++q) target[q * map.column_stride] = Narrow<T>::from(source[q]);
-      }
-    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t row = 0; row < rows; ++row) unstage_row<V>(lanes(row)(c), columns, target(c, row), map.column_stride);
   }
 }
 

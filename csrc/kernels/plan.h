@@ -11,7 +11,7 @@ namespace carafe {
 
 // How a call is cut into tiles.
 struct Plan {
-  int64_t bands, rows;   // bands of at most `rows` source rows
+  int64_t bands;         // of source rows, as equal as can be
   int64_t spans, lanes;  // spans of at most `lanes` lanes
   int64_t tiles;         // batch * groups * bands * spans
 };
@@ -23,10 +23,9 @@ struct Tile {
 };
 
 constexpr int64_t kVectorBytes = 64;        // the widest, so that one plan serves every instruction set
-constexpr int64_t kMaxLanes = 128;          // of a span
+constexpr int64_t kMaxLanes = 192;          // of a span
 constexpr int64_t kMaskBytes = 384 * 1024;  // staged masks of a band: they should stay in the second-level cache
 constexpr int64_t kMaxRows = 8;             // of a band
-constexpr int64_t kTilesPerThread = 4;      // enough that threads share evenly
 constexpr int64_t kChunk = 16;              // channels staged at a time
 
 template <class A>
@@ -40,11 +39,10 @@ Plan make_plan(const Shape& shape, int64_t threads) {
   const int64_t outputs_a_row = ceil_div(shape.up, shape.down) * shape.up;
   const int64_t bytes_a_row = shape.taps() * outputs_a_row * plan.lanes * int64_t(sizeof(A));
   const int64_t most = std::clamp<int64_t>(kMaskBytes / bytes_a_row, 1, kMaxRows);
-  const int64_t wanted =
-      ceil_div(kTilesPerThread * threads, std::max<int64_t>(1, shape.batch * shape.groups * plan.spans));
-  plan.bands = std::min(shape.height, std::max(ceil_div(shape.height, most), wanted));
-  plan.rows = ceil_div(shape.height, plan.bands);
-  plan.bands = ceil_div(shape.height, plan.rows);
+  // Threads take equal numbers of tiles.
+  const int64_t tiles_a_band = std::max<int64_t>(1, shape.batch * shape.groups * plan.spans);
+  plan.bands = ceil_div(shape.height, most);
+  while (plan.bands < shape.height && plan.bands * tiles_a_band % threads != 0) ++plan.bands;
   plan.tiles = shape.batch * shape.groups * plan.bands * plan.spans;
   return plan;
 }
@@ -54,8 +52,8 @@ inline Tile make_tile(const Shape& shape, const Plan& plan, int64_t index) {
   tile.lane_begin = index % plan.spans * plan.lanes;
   tile.lanes = plan.lanes;
   index /= plan.spans;
-  tile.row_begin = index % plan.bands * plan.rows;
-  tile.row_end = std::min(shape.height, tile.row_begin + plan.rows);
+  tile.row_begin = index % plan.bands * shape.height / plan.bands;
+  tile.row_end = (index % plan.bands + 1) * shape.height / plan.bands;
   index /= plan.bands;
   tile.group = index % shape.groups;
   tile.n = index / shape.groups;

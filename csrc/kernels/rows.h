@@ -17,52 +17,74 @@ struct Isa {
 };
 
 // The loops for an instruction set; `Target` is its attribute.
-#define CARAFE_LOOPS(Target)                                                                                    \
-  template <class T, class A>                                                                                   \
-  Target static void stage(const Map<const T>& map, const Window& window, const Staged<A>& to) {                \
-    carafe::stage<Vector<A, bytes>>(map, window, to);                                                           \
-  }                                                                                                             \
-  template <class T, class A>                                                                                   \
-  Target static void unstage(const Staged<A>& from, const Window& window, const Map<T>& map) {                  \
-    carafe::unstage<Vector<A, bytes>>(from, window, map);                                                       \
-  }                                                                                                             \
-  template <class T, class A>                                                                                   \
-  Target static void stage_logits(                                                                              \
-      const Shape& shape, const Map<const T>& map, const LogitsWindow& window, const Staged<A>& to) {           \
-    carafe::stage_logits<Vector<A, bytes>>(shape, map, window, to);                                             \
-  }                                                                                                             \
-  template <class T, class A>                                                                                   \
-  Target static void unstage_logits(                                                                            \
-      const Shape& shape, const Staged<A>& from, const LogitsWindow& window, const Map<T>& map) {               \
-    carafe::unstage_logits<Vector<A, bytes>>(shape, from, window, map);                                         \
-  }                                                                                                             \
-  template <class A>                                                                                            \
-  Target static void normalize(Normalizer normalizer, const Staged<A>& m, int64_t begin, int64_t end) {         \
-    carafe::normalize<Vector<A, bytes>>(normalizer, m, begin, end);                                             \
-  }                                                                                                             \
-  template <class A>                                                                                            \
-  Target static void normalize_backward(                                                                        \
-      Normalizer normalizer, const Staged<A>& weights, const A* logits, const Staged<A>& grad, int64_t lanes) { \
-    carafe::normalize_backward<Vector<A, bytes>>(normalizer, weights, logits, grad, lanes);                     \
-  }                                                                                                             \
-  template <class A>                                                                                            \
-  Target static void reassemble_staged(                                                                         \
-      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Staged<A>& y,         \
-      int64_t* offsets) {                                                                                       \
-    carafe::reassemble_staged<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, offsets);                 \
-  }                                                                                                             \
-  template <class A>                                                                                            \
-  Target static void grad_weights_staged(                                                                       \
-      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& dy, const Staged<A>& sum,      \
-      int64_t* offsets) {                                                                                       \
-    carafe::grad_weights_staged<Vector<A, bytes>, many_registers>(shape, tile, x, dy, sum, offsets);            \
-  }                                                                                                             \
-  template <class A>                                                                                            \
-  Target static void grad_features_staged(                                                                      \
-      const Shape& shape, const Tile& tile, const Staged<A>& dy, const Staged<A>& m, const Staged<A>& dx,       \
-      const Staged<A>& sums, int64_t* offsets) {                                                                \
-    carafe::grad_features_staged<Vector<A, bytes>, many_registers>(shape, tile, dy, m, dx, sums, offsets);      \
+#define CARAFE_LOOPS(Target)                                                                                        \
+  template <class A>                                                                                                \
+  Target static void clear_outside(const Window& window, const Staged<A>& buffer) {                                 \
+    carafe::clear_outside<Vector<A, bytes>>(window, buffer);                                                        \
+  }                                                                                                                 \
+  template <class T, class A>                                                                                       \
+  Target static void stage(const Map<const T>& map, const Window& window, const Staged<A>& to) {                    \
+    carafe::stage<Vector<A, bytes>>(map, window, to);                                                               \
+  }                                                                                                                 \
+  template <class T, class A>                                                                                       \
+  Target static void unstage(const Staged<A>& from, const Window& window, const Map<T>& map) {                      \
+    carafe::unstage<Vector<A, bytes>>(from, window, map);                                                           \
+  }                                                                                                                 \
+  template <class T, class A>                                                                                       \
+  Target static void stage_logits(                                                                                  \
+      const Shape& shape, const Map<const T>& map, const LogitsWindow& window, const Staged<A>& to) {               \
+    carafe::stage_logits<Vector<A, bytes>>(shape, map, window, to);                                                 \
+  }                                                                                                                 \
+  template <class T, class A>                                                                                       \
+  Target static void unstage_logits(                                                                                \
+      const Shape& shape, const Staged<A>& from, const LogitsWindow& window, const Map<T>& map) {                   \
+    carafe::unstage_logits<Vector<A, bytes>>(shape, from, window, map);                                             \
+  }                                                                                                                 \
+  template <class A>                                                                                                \
+  Target static void normalize(Normalizer normalizer, const Staged<A>& m, int64_t begin, int64_t end) {             \
+    carafe::normalize<Vector<A, bytes>>(normalizer, m, begin, end);                                                 \
+  }                                                                                                                 \
+  template <class A>                                                                                                \
+  Target static void normalize_backward(                                                                            \
+      Normalizer normalizer, const Staged<A>& weights, const A* logits, const Staged<A>& grad, int64_t lanes) {     \
+    carafe::normalize_backward<Vector<A, bytes>>(normalizer, weights, logits, grad, lanes);                         \
+  }                                                                                                                 \
+  template <class A>                                                                                                \
+  Target static void reassemble_staged(                                                                             \
+      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Staged<A>& y,             \
+      int64_t* offsets) {                                                                                           \
+    carafe::reassemble_staged<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, offsets);                     \
+  }                                                                                                                 \
+  template <class A>                                                                                                \
+  Target static void reassemble_direct(                                                                             \
+      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<A>& y, int64_t lanes, \
+      int64_t* offsets) {                                                                                           \
+    carafe::reassemble_direct<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, lanes, offsets);              \
+  }                                                                                                                 \
+  template <class A>                                                                                                \
+  Target static void grad_weights_staged(                                                                           \
+      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& dy, const Staged<A>& sum,          \
+      int64_t* offsets) {                                                                                           \
+    carafe::grad_weights_staged<Vector<A, bytes>, many_registers>(shape, tile, x, dy, sum, offsets);                \
+  }                                                                                                                 \
+  template <class A>                                                                                                \
+  Target static void grad_features_staged(                                                                          \
+      const Shape& shape, const Tile& tile, const Staged<A>& dy, const Staged<A>& m, const Staged<A>& dx,           \
+      const Staged<A>& sums, int64_t* offsets) {                                                                    \
+    carafe::grad_features_staged<Vector<A, bytes>, many_registers>(shape, tile, dy, m, dx, sums, offsets);          \
   }
+
+// What a tile covers of the features, rows from `row` on, all channels of its group,
+inline Window feature_window(const Shape& shape, const Tile& tile, int64_t row) {
+  const int64_t channels = shape.group_channels(), first = tile.group * channels;
+  return {tile.n, first, first + channels, row, tile.lane_begin, shape.height, shape.width};
+}
+
+// and of a map of the output's size with `channels` channels a group.
+inline Window output_window(const Shape& shape, const Tile& tile, int64_t row, int64_t channels) {
+  const int64_t first = tile.group * channels;
+  return {tile.n, first, first + channels, row, tile.lane_begin, shape.out_height, shape.out_width};
+}
 
 // Where a tile's weights come from: masks as the public operator takes them,
 template <class T>
@@ -71,8 +93,9 @@ struct Masks {
 
   template <class I, class A>
   void stage_weights(const Shape& shape, const Tile& tile, int64_t first_row, const Staged<A>& to) const {
-    I::stage(
-        map, {tile.n, tile.group * shape.taps(), first_row, tile.lane_begin, shape.out_height, shape.out_width}, to);
+    const Window window = output_window(shape, tile, first_row, shape.taps());
+    I::clear_outside(window, to);
+    I::stage(map, window, to);
   }
 };
 
@@ -84,8 +107,15 @@ struct Logits {
 
   template <class I, class A>
   void stage_weights(const Shape& shape, const Tile& tile, int64_t first_row, const Staged<A>& to) const {
+    stage_logits<I>(shape, tile, first_row, to);
+    const int64_t last = ceil_div(shape.out_width, shape.up) - tile.lane_begin;
+    I::normalize(normalizer, to, tile.lane_begin > 0 ? -to.halo : 0, std::min(to.lanes + to.halo, last));
+  }
+
+  template <class I, class A>
+  void stage_logits(const Shape& shape, const Tile& tile, int64_t first_row, const Staged<A>& to) const {
+    I::clear_outside(output_window(shape, tile, first_row, shape.taps()), to);
     I::stage_logits(shape, map, {tile.n, tile.group, first_row, tile.lane_begin}, to);
-    I::normalize(normalizer, to, -to.halo, to.lanes + to.halo);
   }
 };
 
@@ -93,24 +123,38 @@ template <class I, class T, class Weights>
 void reassemble_tile(
     const Shape& shape, const Map<T>& output, const Map<const T>& features, const Weights& weights, const Tile& tile,
     Scratch<accumulator_t<T>>& scratch) {
-  const int64_t taps = shape.taps(), radius = shape.radius();
+  using A = accumulator_t<T>;
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
   if (rows.count() == 0) return;
-  const int64_t channels = shape.group_channels();
+  const int64_t channels = shape.group_channels(), halo = shape.radius() + 1;
 
   scratch.restart();
-  const auto m = scratch.take(taps, rows.count(), shape.up, tile.lanes, 0);
+  const auto m = scratch.take(shape.taps(), rows.count(), shape.up, tile.lanes, 0);
   weights.template stage_weights<I>(shape, tile, rows.begin, m);
-  auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * radius, shape.down, tile.lanes, radius + 1);
+  auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * shape.radius(), shape.down, tile.lanes, halo);
   auto y = scratch.take(kChunk, rows.count(), shape.up, tile.lanes, 0);
-  int64_t* const offsets = scratch.offsets(taps);
+  int64_t* const offsets = scratch.offsets(shape.taps());
+  Window from = feature_window(shape, tile, tile.row_begin - shape.radius());
+  Window to = output_window(shape, tile, rows.begin, channels);
+  I::clear_outside(from, x);
+  // The common cases need no copy of the output.
+  const int64_t lanes = std::min(tile.lanes, ceil_div(shape.out_width, shape.up) - tile.lane_begin);
+  const bool direct = std::is_same_v<T, A> && output.column_stride == 1 &&
+                      ((shape.up == 2 && shape.down == 1) || shape.up == 1) && lanes * int64_t(sizeof(A)) >= I::bytes;
 
-  for (int64_t first = 0; first < channels; first += kChunk) {
-    const int64_t channel = tile.group * channels + first;
-    x.channels = y.channels = std::min(kChunk, channels - first);
-    I::stage(features, {tile.n, channel, tile.row_begin - radius, tile.lane_begin, shape.height, shape.width}, x);
+  for (; to.channel < to.last_channel; from.channel = to.channel += kChunk) {
+    x.channels = y.channels = std::min(kChunk, to.last_channel - to.channel);
+    I::stage(features, from, x);
+    if constexpr (std::is_same_v<T, A>) {
+      if (direct) {
+        Map<T> target = output;
+        target.data = output.pointer(tile.n, to.channel, rows.begin, tile.lane_begin * shape.up);
+        I::reassemble_direct(shape, tile, x, m, target, lanes, offsets);
+        continue;
+      }
+    }
     I::reassemble_staged(shape, tile, x, m, y, offsets);
-    I::unstage(y, {tile.n, channel, rows.begin, tile.lane_begin, shape.out_height, shape.out_width}, output);
+    I::unstage(y, to, output);
   }
 }
 
@@ -119,39 +163,39 @@ void grad_weights_tile(
     const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
     const Weights& weights, const Tile& tile, Scratch<accumulator_t<T>>& scratch) {
   using A = accumulator_t<T>;
-  const int64_t taps = shape.taps(), radius = shape.radius();
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
   if (rows.count() == 0) return;
-  const int64_t channels = shape.group_channels();
+  const int64_t taps = shape.taps(), halo = shape.radius() + 1;
 
   scratch.restart();
   const auto sum = scratch.take(taps, rows.count(), shape.up, tile.lanes, 0);
-  std::fill(sum.data, sum.data + taps * sum.channel_stride(), A(0));
-  auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * radius, shape.down, tile.lanes, radius + 1);
+  sum.fill_zero();
+  auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * shape.radius(), shape.down, tile.lanes, halo);
   auto dy = scratch.take(kChunk, rows.count(), shape.up, tile.lanes, 0);
   int64_t* const offsets = scratch.offsets(taps);
+  Window from = feature_window(shape, tile, tile.row_begin - shape.radius());
+  Window cotangents = output_window(shape, tile, rows.begin, shape.group_channels());
+  I::clear_outside(from, x);
+  I::clear_outside(cotangents, dy);
 
-  for (int64_t first = 0; first < channels; first += kChunk) {
-    const int64_t channel = tile.group * channels + first;
-    x.channels = dy.channels = std::min(kChunk, channels - first);
-    I::stage(features, {tile.n, channel, tile.row_begin - radius, tile.lane_begin, shape.height, shape.width}, x);
-    I::stage(grad_output, {tile.n, channel, rows.begin, tile.lane_begin, shape.out_height, shape.out_width}, dy);
+  for (; from.channel < from.last_channel; cotangents.channel = from.channel += kChunk) {
+    x.channels = dy.channels = std::min(kChunk, from.last_channel - from.channel);
+    I::stage(features, from, x);
+    I::stage(grad_output, cotangents, dy);
     I::grad_weights_staged(shape, tile, x, dy, sum, offsets);
   }
   if constexpr (std::is_same_v<Weights, Masks<T>>) {
-    I::unstage(sum, {tile.n, tile.group * taps, rows.begin, tile.lane_begin, shape.out_height, shape.out_width}, grad);
+    I::unstage(sum, output_window(shape, tile, rows.begin, taps), grad);
   } else {
-    const LogitsWindow window{tile.n, tile.group, rows.begin, tile.lane_begin};
     const auto m = scratch.take(taps, rows.count(), shape.up, tile.lanes, 0);
-    I::stage_logits(shape, weights.map, window, m);
-    I::normalize(weights.normalizer, m, int64_t(0), tile.lanes);
+    weights.template stage_weights<I>(shape, tile, rows.begin, m);
     auto logits = m;
     if (weights.normalizer == Normalizer::sigmoid_normalized) {  // whose derivative needs them
       logits = scratch.take(taps, rows.count(), shape.up, tile.lanes, 0);
-      I::stage_logits(shape, weights.map, window, logits);
+      weights.template stage_logits<I>(shape, tile, rows.begin, logits);
     }
     I::normalize_backward(weights.normalizer, m, static_cast<const A*>(logits.data), sum, tile.lanes);
-    I::unstage_logits(shape, sum, window, grad);
+    I::unstage_logits(shape, sum, {tile.n, tile.group, rows.begin, tile.lane_begin}, grad);
   }
 }
 
@@ -160,31 +204,29 @@ void grad_features_tile(
     const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Weights& weights, const Tile& tile,
     Scratch<accumulator_t<T>>& scratch) {
   using A = accumulator_t<T>;
-  const int64_t taps = shape.taps(), radius = shape.radius();
-  const OutputRows rows(shape, tile.row_begin - radius, tile.row_end + radius);
-  const int64_t channels = shape.group_channels();
+  const OutputRows rows(shape, tile.row_begin - shape.radius(), tile.row_end + shape.radius());
   const int64_t lanes = I::bytes / int64_t(sizeof(A));
-  const int64_t halo = ceil_div(radius + 1, lanes) * lanes;  // whole vectors of it are read
+  const int64_t halo = ceil_div(shape.radius() + 1, lanes) * lanes;  // whole vectors of it are read
+  // Cotangents come with the rows around the tile: fewer channels of them keep to the second-level cache.
+  const int64_t chunk = grad_output.channel_stride == 1 ? kChunk : kChunk / 2;
 
   scratch.restart();
-  const auto m = scratch.take(taps, rows.count(), shape.up, tile.lanes, halo);
+  const auto m = scratch.take(shape.taps(), rows.count(), shape.up, tile.lanes, halo);
   weights.template stage_weights<I>(shape, tile, rows.begin, m);
-  auto dy = scratch.take(kChunk, rows.count(), shape.up, tile.lanes, halo);
-  auto dx = scratch.take(kChunk, tile.row_end - tile.row_begin, shape.down, tile.lanes, 0);
+  auto dy = scratch.take(chunk, rows.count(), shape.up, tile.lanes, halo);
+  auto dx = scratch.take(chunk, tile.row_end - tile.row_begin, shape.down, tile.lanes, 0);
   const auto sums = scratch.take(kBlockChannels, by_columns(shape) ? shape.kernel : 0, 1, tile.lanes, halo);
-  for (int64_t row = 0; row < sums.channels * sums.rows; ++row) {
-    A* const first = sums.data + row * sums.pitch;
-    std::fill(first - halo, first, A(0));
-    std::fill(first + tile.lanes, first + tile.lanes + halo, A(0));
-  }
   int64_t* const offsets = scratch.offsets(2 * most_contributions(shape));
+  Window cotangents = output_window(shape, tile, rows.begin, shape.group_channels());
+  Window to = feature_window(shape, tile, tile.row_begin);
+  I::clear_outside(cotangents, dy);
+  sums.fill_zero();
 
-  for (int64_t first = 0; first < channels; first += kChunk) {
-    const int64_t channel = tile.group * channels + first;
-    dy.channels = dx.channels = std::min(kChunk, channels - first);
-    I::stage(grad_output, {tile.n, channel, rows.begin, tile.lane_begin, shape.out_height, shape.out_width}, dy);
+  for (; to.channel < to.last_channel; cotangents.channel = to.channel += chunk) {
+    dy.channels = dx.channels = std::min(chunk, to.last_channel - to.channel);
+    I::stage(grad_output, cotangents, dy);
     I::grad_features_staged(shape, tile, dy, m, dx, sums, offsets);
-    I::unstage(dx, {tile.n, channel, tile.row_begin, tile.lane_begin, shape.height, shape.width}, grad);
+    I::unstage(dx, to, grad);
   }
 }
 

@@ -41,6 +41,17 @@ CARAFE_INLINE typename V::type zip(
 #endif
 }
 
+// The way back: the elements at even (Half 0) or odd places of two vectors.
+template <class V, int Half, int64_t... I>
+CARAFE_INLINE typename V::type unzip(
+    typename V::type first, typename V::type second, std::integer_sequence<int64_t, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(first, second, (2 * I + Half)...);
+#else
+  return __builtin_shuffle(first, second, typename V::index{(2 * I + Half)...});
+#endif
+}
+
 // Transposes a square of as many vectors as one has lanes. A round of zipping rows i and i + lanes / 2 rotates the bits
 // of every element's address by one: after all rounds, row and column have changed places.
 template <class V>
@@ -145,54 +156,164 @@ struct Staged {
 
   int64_t row_stride() const { return phases * pitch; }
   int64_t channel_stride() const { return rows * phases * pitch; }
+
+  void fill_zero() const {
+    const int64_t count = channels * channel_stride();
+    if (count > 0) std::fill(data - halo, data + count - pitch + lanes + halo, A(0));
+  }
 };
 
 // The part of a map that a buffer mirrors: channels from `channel`, rows from `row` (may lie outside the map), lanes
-// from `lane` (likewise).
+// from `lane` (likewise). The next buffers, too, come from the channels before `last_channel`.
 struct Window {
-  int64_t n, channel, row, lane;
+  int64_t n, channel, last_channel, row, lane;
   int64_t map_rows, map_columns;
 };
 
-// Fills a buffer, its halo included, with zeros for what lies outside the map.
+// What of a buffer lies inside the map: some rows, and in each of them lanes from `begin` on.
+struct Inside {
+  int64_t first_row, last_row, begin;
+
+  template <class A>
+  Inside(const Window& window, const Staged<A>& buffer)
+      : first_row(std::max<int64_t>(0, -window.row)),
+        last_row(std::min(buffer.rows, window.map_rows - window.row)),
+        begin(std::max(-buffer.halo, -window.lane)),
+        end_(buffer.lanes + buffer.halo),
+        window_(window) {}
+
+  // How many lanes: one more, perhaps, in the first of `period` phases than in the last.
+  CARAFE_INLINE int64_t count(int64_t phase, int64_t period) const {
+    const int64_t end = std::min(end_, ceil_div(window_.map_columns - phase, period) - window_.lane);
+    return std::max<int64_t>(0, end - begin);
+  }
+
+ private:
+  int64_t end_;
+  const Window& window_;
+};
+
+// Zeros for what lies outside the map. Once for a tile is enough, before its first stage(): which part that is does not
+// depend on the channel.
+template <class V, class A>
+CARAFE_INLINE void clear_outside(const Window& window, const Staged<A>& buffer) {
+  const Inside inside(window, buffer);
+  const int64_t end = inside.begin + inside.count(buffer.phases - 1, buffer.phases);
+  const typename V::type zero = {};
+  for (int64_t place = 0; place < buffer.channels * buffer.rows; ++place) {
+    const int64_t row = place % buffer.rows;
+    const bool empty = row < inside.first_row || row >= inside.last_row;
+    for (int64_t phase = 0; phase < buffer.phases; ++phase) {
+      A* const lanes = buffer.data + (place * buffer.phases + phase) * buffer.pitch;
+      const auto clear = [&](int64_t from, int64_t to) CARAFE_ALWAYS_INLINE {  // whole vectors: inside is filled later
+        for (int64_t q = floor_div(from, V::lanes) * V::lanes; q < to; q += V::lanes) V::store(lanes + q, zero);
+      };
+      clear(-buffer.halo, empty ? buffer.lanes + buffer.halo : inside.begin);
+      if (!empty) clear(end, buffer.lanes + buffer.halo);
+    }
+  }
+}
+
+// Calls body(q) so that vectors at these q cover 0 .. count - 1: the last one steps back where `count` is no multiple,
+// and false is returned where not even one fits.
+template <class V, class Body>
+CARAFE_INLINE bool for_each_vector(int64_t count, const Body& body) {
+  if (count < V::lanes) return false;
+  for (int64_t q = 0; q + V::lanes <= count; q += V::lanes) body(q);
+  if (count % V::lanes) body(count - V::lanes);
+  return true;
+}
+
+// `count` columns, `step` apart, to lanes.
+template <class V, class T, class A>
+CARAFE_INLINE void stage_row(const T* from, int64_t step, int64_t count, A* lanes) {
+  const auto vector = [&](int64_t q) CARAFE_ALWAYS_INLINE { V::store(lanes + q, load_widened<V>(from + q)); };
+  if (step == 1 && for_each_vector<V>(count, vector)) return;
+  for (int64_t q = 0; q < count; ++q) lanes[q] = widen(from[q * step]);
+}
+
+// 2 `count` adjacent columns to the lanes of two phases.
+template <class V, class T, class A>
+CARAFE_INLINE void stage_pairs(const T* from, int64_t count, A* even, A* odd) {
+  constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
+  const auto vectors = [&](int64_t q) CARAFE_ALWAYS_INLINE {
+    const typename V::type first = load_widened<V>(from + 2 * q), second = load_widened<V>(from + 2 * q + V::lanes);
+    V::store(even + q, unzip<V, 0>(first, second, all));
+    V::store(odd + q, unzip<V, 1>(first, second, all));
+  };
+  if (for_each_vector<V>(count, vectors)) return;
+  for (int64_t q = 0; q < count; ++q) even[q] = widen(from[2 * q]), odd[q] = widen(from[2 * q + 1]);
+}
+
+// The ways back.
+template <class V, class T, class A>
+CARAFE_INLINE void unstage_row(const A* lanes, int64_t count, T* to, int64_t step) {
+  const auto vector = [&](int64_t q) CARAFE_ALWAYS_INLINE { store_narrowed<V>(to + q, V::load(lanes + q)); };
+  if (step == 1 && for_each_vector<V>(count, vector)) return;
+  for (int64_t q = 0; q < count; ++q) to[q * step] = Narrow<T>::from(lanes[q]);
+}
+
+template <class V, class T, class A>
+CARAFE_INLINE void unstage_pairs(const A* even, const A* odd, int64_t count, T* to) {
+  constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
+  const auto vectors = [&](int64_t q) CARAFE_ALWAYS_INLINE {
+    const typename V::type first = V::load(even + q), second = V::load(odd + q);
+    store_narrowed<V>(to + 2 * q, zip<V, 0>(first, second, all));
+    store_narrowed<V>(to + 2 * q + V::lanes, zip<V, 1>(first, second, all));
+  };
+  if (for_each_vector<V>(count, vectors)) return;
+  for (int64_t q = 0; q < count; ++q) {
+    to[2 * q] = Narrow<T>::from(even[q]);
+    to[2 * q + 1] = Narrow<T>::from(odd[q]);
+  }
+}
+
+// Channels lie far apart, so that the hardware's prefetcher loses its way (and its page) at each of them: rows are
+// asked for this many channels before their turn.
+constexpr int64_t kChannelsAhead = 4;
+
+template <bool ForWriting, class T>
+CARAFE_INLINE void prefetch(const T* from, int64_t count) {
+  constexpr int64_t line = 64 / int64_t(sizeof(T));
+  for (int64_t i = 0; i < count + line - 1; i += line) __builtin_prefetch(from + std::min(i, count - 1), ForWriting, 2);
+}
+
+// Copies what lies inside the map; the rest of the buffer stays as it is. One channel after the
+// other, as they lie in memory, unless they lie side by side.
 template <class V, class T, class A>
 CARAFE_INLINE void stage(const Map<const T>& map, const Window& window, const Staged<A>& to) {
-  const int64_t period = to.phases;
-  for (int64_t row = 0; row < to.rows; ++row) {
-    const int64_t i = window.row + row;
-    const bool inside = i >= 0 && i < window.map_rows;
-    for (int64_t phase = 0; phase < period; ++phase) {
-      // Lanes [begin, end) of this phase lie inside the map.
-      int64_t begin = -to.halo, end = to.lanes + to.halo;
-      if (inside) {
-        begin = std::max(begin, -window.lane);
-        end = std::min(end, ceil_div(window.map_columns - phase, period) - window.lane);
+  const int64_t period = to.phases, step = map.column_stride * period;
+  const Inside inside(window, to);
+  const int64_t begin = inside.begin;
+  const auto count = [&](int64_t phase) { return inside.count(phase, period); };
+  const auto source = [&](int64_t c, int64_t row, int64_t phase) {
+    return map.pointer(window.n, window.channel + c, window.row + row, (window.lane + begin) * period + phase);
+  };
+  if (map.channel_stride == 1 && map.column_stride != 1) {
+    for (int64_t row = inside.first_row; row < inside.last_row; ++row) {
+      for (int64_t phase = 0; phase < period; ++phase) {
+        A* const lanes = to.data + row * to.row_stride() + phase * to.pitch + begin;
+        gather_channels<V>(
+            source(0, row, phase), step, count(phase), to.channels, Lanes<A>{lanes, to.channel_stride()});
       }
-      if (!inside || end <= begin) begin = end = to.lanes + to.halo;
-      A* const first = to.data + row * to.row_stride() + phase * to.pitch;
-      for (int64_t c = 0; c < to.channels; ++c) {
-        A* const lanes = first + c * to.channel_stride();
-        std::fill(lanes - to.halo, lanes + begin, A(0));
-        std::fill(lanes + end, lanes + to.lanes + to.halo, A(0));
+    }
+    return;
+  }
+  const bool pairs = period == 2 && map.column_stride == 1;
+  for (int64_t c = 0; c < to.channels; ++c) {
+    for (int64_t row = inside.first_row; row < inside.last_row; ++row) {
+      A* const lanes = to.data + c * to.channel_stride() + row * to.row_stride() + begin;
+      if (map.column_stride == 1 && window.channel + c + kChannelsAhead < window.last_channel) {
+        prefetch<false>(source(c + kChannelsAhead, row, 0), count(0) * period);
       }
-      if (begin == end) continue;
-      const T* const source = map.pointer(window.n, window.channel, i, (window.lane + begin) * period + phase);
-      const int64_t step = map.column_stride * period;
-      if (map.channel_stride == 1 && step != 1) {
-        gather_channels<V>(source, step, end - begin, to.channels, Lanes<A>{first + begin, to.channel_stride()});
+      if (pairs) {
+        const int64_t whole = count(1);
+        stage_pairs<V>(source(c, row, 0), whole, lanes, lanes + to.pitch);
+        if (count(0) > whole) lanes[whole] = widen(*source(c, row, 2 * whole));
         continue;
       }
-      for (int64_t c = 0; c < to.channels; ++c) {
-        const T* const from = source + c * map.channel_stride;
-        A* const lanes = first + c * to.channel_stride() + begin;
-        const int64_t count = end - begin;
-        if (step == 1) {
-          for (int64_t q = 0; q < count; ++q) lanes[q] = widen(from[q]);
-        } else if (step == 2) {
-          for (int64_t q = 0; q < count; ++q) lanes[q] = widen(from[2 * q]);
-        } else {
-          for (int64_t q = 0; q < count; ++q) lanes[q] = widen(from[q * step]);
-        }
+      for (int64_t phase = 0; phase < period; ++phase) {
+        stage_row<V>(source(c, row, phase), step, count(phase), lanes + phase * to.pitch);
       }
     }
   }
@@ -201,36 +322,36 @@ CARAFE_INLINE void stage(const Map<const T>& map, const Window& window, const St
 // Writes a buffer's lanes (no halo) to where they lie in the map.
 template <class V, class T, class A>
 CARAFE_INLINE void unstage(const Staged<A>& from, const Window& window, const Map<T>& map) {
-  const int64_t period = from.phases;
-  for (int64_t row = 0; row < from.rows; ++row) {
-    const int64_t first_column = window.lane * period;
-    const int64_t columns = std::min(from.lanes * period, window.map_columns - first_column);
-    const A* const first = from.data + row * from.row_stride();
-    T* const target = map.pointer(window.n, window.channel, window.row + row, first_column);
-    if (map.channel_stride == 1 && map.column_stride != 1) {
+  const int64_t period = from.phases, step = map.column_stride * period;
+  const int64_t columns = std::min(from.lanes * period, window.map_columns - window.lane * period);
+  const auto target = [&](int64_t c, int64_t row, int64_t column) {
+    return map.pointer(window.n, window.channel + c, window.row + row, window.lane * period + column);
+  };
+  if (map.channel_stride == 1 && map.column_stride != 1) {
+    for (int64_t row = 0; row < from.rows; ++row) {
       for (int64_t phase = 0; phase < std::min(period, columns); ++phase) {
+        const A* const lanes = from.data + row * from.row_stride() + phase * from.pitch;
         scatter_channels<V>(
-            Lanes<const A>{first + phase * from.pitch, from.channel_stride()}, ceil_div(columns - phase, period),
-            from.channels, target + phase * map.column_stride, period * map.column_stride);
+            Lanes<const A>{lanes, from.channel_stride()}, ceil_div(columns - phase, period), from.channels,
+            target(0, row, phase), step);
       }
-      continue;
     }
-    for (int64_t c = 0; c < from.channels; ++c) {
-      const A* const lanes = first + c * from.channel_stride();
-      T* const to = target + c * map.channel_stride;
-      if (map.column_stride == 1 && period == 1) {
-        for (int64_t q = 0; q < columns; ++q) to[q] = Narrow<T>::from(lanes[q]);
-      } else if (map.column_stride == 1 && period == 2) {
-        const A* const odd = lanes + from.pitch;
-        for (int64_t q = 0; q < columns / 2; ++q) {
-          to[2 * q] = Narrow<T>::from(lanes[q]);
-          to[2 * q + 1] = Narrow<T>::from(odd[q]);
-        }
-        if (columns % 2) to[columns - 1] = Narrow<T>::from(lanes[columns / 2]);
-      } else {
-        for (int64_t column = 0; column < columns; ++column) {
-          to[column * map.column_stride] = Narrow<T>::from(lanes[column % period * from.pitch + column / period]);
-        }
+    return;
+  }
+  const bool pairs = period == 2 && map.column_stride == 1;
+  for (int64_t c = 0; c < from.channels; ++c) {
+    for (int64_t row = 0; row < from.rows; ++row) {
+      const A* const lanes = from.data + c * from.channel_stride() + row * from.row_stride();
+      if (map.column_stride == 1 && window.channel + c + kChannelsAhead < window.last_channel) {
+        prefetch<true>(target(c + kChannelsAhead, row, 0), columns);
+      }
+      if (pairs) {
+        unstage_pairs<V>(lanes, lanes + from.pitch, columns / 2, target(c, row, 0));
+        if (columns % 2) *target(c, row, columns - 1) = Narrow<T>::from(lanes[columns / 2]);
+        continue;
+      }
+      for (int64_t phase = 0; phase < std::min(period, columns); ++phase) {
+        unstage_row<V>(lanes + phase * from.pitch, ceil_div(columns - phase, period), target(c, row, phase), step);
       }
     }
   }
