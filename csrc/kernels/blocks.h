@@ -80,15 +80,13 @@ struct ToMap {
 
   template <class V, int P>
   CARAFE_INLINE void put(int64_t c, int64_t q, const typename V::type (&values)[P]) const {
-    constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
 #pragma GCC unroll 4
     for (int p = 0; p < P; p += Phases) {
       A* const to = data + c * channel_step + p / Phases * row_step + Phases * q;
       if constexpr (Phases == 1) {
-        V::store(to, values[p]);
+        store_narrowed<V>(to, values[p]);
       } else {
-        V::store(to, zip<V, 0>(values[p], values[p + 1], all));
-        V::store(to + V::lanes, zip<V, 1>(values[p], values[p + 1], all));
+        store_pairs<V>(to, values[p], values[p + 1]);
       }
     }
   }

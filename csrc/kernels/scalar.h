@@ -43,19 +43,58 @@ CARAFE_HOST_DEVICE float bits_float(uint32_t bits) {
   return value;
 }
 
+// How the conversions below see 32 bits: as one number here, as a vector of them in staging.h.
+struct Word {
+  using bits = uint32_t;
+  using real = float;
+  static CARAFE_HOST_DEVICE bits to_bits(real value) { return float_bits(value); }
+  static CARAFE_HOST_DEVICE real to_real(bits value) { return bits_float(value); }
+};
+
+template <class W>
+CARAFE_HOST_DEVICE typename W::real widen_bfloat16(typename W::bits bits) {
+  return W::to_real(bits << 16);
+}
+
+// Without branches, so that it vectorises on every instruction set: the multiplication by 2^112 moves the exponent's
+// bias from 15 to 127 and turns subnormal halves into normal floats.
+template <class W>
+CARAFE_HOST_DEVICE typename W::real widen_half(typename W::bits bits) {
+  const typename W::bits magnitude = bits & 0x7fffu;
+  const typename W::bits sign = (bits & 0x8000u) << 16;
+  const typename W::bits finite = W::to_bits(W::to_real(magnitude << 13) * 5.192296858534828e33f);
+  const typename W::bits special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
+  return W::to_real(sign | (magnitude >= 0x7c00u ? special : finite));
+}
+
+// To the nearest, ties to even; the result is in the lower 16 bits.
+template <class W>
+CARAFE_HOST_DEVICE typename W::bits narrow_bfloat16(typename W::real value) {
+  const typename W::bits bits = W::to_bits(value);
+  const typename W::bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? (rounded & 0u) + 0x7fc0u : rounded;  // NaN stays one
+}
+
+template <class W>
+CARAFE_HOST_DEVICE typename W::bits narrow_half(typename W::real value) {
+  const typename W::bits bits = W::to_bits(value);
+  const typename W::bits sign = (bits >> 16) & 0x8000u;
+  const typename W::bits magnitude = bits & 0x7fffffffu;
+  // Normal halves: the exponent's bias goes from 127 to 15, and a carry out of the fraction is a correct rounding up,
+  // to infinity where it must be.
+  const typename W::bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal halves: adding 0.5 aligns the fraction with the half's and lets the addition do the rounding.
+  const typename W::bits subnormal = W::to_bits(W::to_real(magnitude) + 0.5f) - 0x3f000000u;
+  const typename W::bits infinite = (bits & 0u) + 0x7c00u;
+  const typename W::bits special = magnitude > 0x7f800000u ? infinite + 0x200u : infinite;
+  const typename W::bits finite = magnitude < 0x38800000u ? subnormal : normal;
+  return sign | (magnitude >= 0x47800000u ? special : finite);
+}
+
 CARAFE_HOST_DEVICE float widen(float value) { return value; }
 CARAFE_HOST_DEVICE double widen(double value) { return value; }
-CARAFE_HOST_DEVICE float widen(BFloat16 value) { return bits_float(uint32_t(value.bits) << 16); }
-
-// Without branches, so that a row of them vectorises on every instruction set: the multiplication by 2^112 moves the
-// exponent's bias from 15 to 127 and turns subnormal halves into normal floats.
-CARAFE_HOST_DEVICE float widen(Half value) {
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
-  const uint32_t finite = float_bits(bits_float(magnitude << 13) * bits_float(0x77800000u));
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
-  return bits_float(sign | (magnitude >= 0x7c00u ? special : finite));
-}
+CARAFE_HOST_DEVICE float widen(BFloat16 value) { return widen_bfloat16<Word>(value.bits); }
+CARAFE_HOST_DEVICE float widen(Half value) { return widen_half<Word>(value.bits); }
 
 template <class T>
 struct Narrow;
@@ -68,33 +107,13 @@ template <>
 struct Narrow<double> {
   static CARAFE_HOST_DEVICE double from(double value) { return value; }
 };
-
-// To the nearest, ties to even.
 template <>
 struct Narrow<BFloat16> {
-  static CARAFE_HOST_DEVICE BFloat16 from(float value) {
-    const uint32_t bits = float_bits(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return BFloat16{uint16_t(nan ? 0x7fc0u : rounded)};
-  }
+  static CARAFE_HOST_DEVICE BFloat16 from(float value) { return BFloat16{uint16_t(narrow_bfloat16<Word>(value))}; }
 };
-
 template <>
 struct Narrow<Half> {
-  static CARAFE_HOST_DEVICE Half from(float value) {
-    const uint32_t bits = float_bits(value);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    // Normal halves: the exponent's bias goes from 127 to 15, and a carry out of the fraction is a correct rounding up,
-    // to infinity where it must be.
-    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Subnormal halves: adding 0.5 aligns the fraction with the half's and lets the addition do the rounding.
-    const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
-    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-    return Half{uint16_t(sign | (magnitude >= 0x47800000u ? special : finite))};
-  }
+  static CARAFE_HOST_DEVICE Half from(float value) { return Half{uint16_t(narrow_half<Word>(value))}; }
 };
 
 }  // namespace carafe

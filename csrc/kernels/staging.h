@@ -24,6 +24,8 @@ struct Vector {
   typedef A type __attribute__((vector_size(Bytes)));
   typedef A unaligned __attribute__((vector_size(Bytes), aligned(sizeof(A)), may_alias));
   typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> index __attribute__((vector_size(Bytes)));
+  typedef uint32_t words __attribute__((vector_size(Bytes)));
+  typedef uint16_t halves __attribute__((vector_size(Bytes / 2)));
   static constexpr int64_t lanes = Bytes / sizeof(A);
 
   static CARAFE_INLINE type load(const A* address) { return *reinterpret_cast<const unaligned*>(address); }
@@ -70,25 +72,65 @@ CARAFE_INLINE void transpose(typename V::type (&rows)[V::lanes]) {
   }
 }
 
+// scalar.h's conversions, for a vector of floats.
+template <class V>
+struct Words {
+  typedef typename V::type real;
+  typedef typename V::words bits;
+  static CARAFE_INLINE bits to_bits(real value) { return (bits)value; }
+  static CARAFE_INLINE real to_real(bits value) { return (real)value; }
+};
+
+template <class V>
+CARAFE_INLINE typename V::words load_halves(const void* from) {
+  typename V::halves values;
+  memcpy(&values, from, sizeof values);
+  return __builtin_convertvector(values, typename V::words);
+}
+
+template <class V>
+CARAFE_INLINE void store_halves(void* to, typename V::words words) {
+  const typename V::halves values = __builtin_convertvector(words, typename V::halves);
+  memcpy(to, &values, sizeof values);
+}
+
 template <class V, class T>
 CARAFE_INLINE typename V::type load_widened(const T* from) {
-  if constexpr (std::is_same_v<T, typename V::element>) {
-    return V::load(from);
+  if constexpr (std::is_same_v<T, Half>) {
+    return widen_half<Words<V>>(load_halves<V>(from));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return widen_bfloat16<Words<V>>(load_halves<V>(from));
   } else {
-    typename V::element values[V::lanes];
-    for (int64_t i = 0; i < V::lanes; ++i) values[i] = widen(from[i]);
-    return V::load(values);
+    return V::load(from);
   }
 }
 
 template <class V, class T>
 CARAFE_INLINE void store_narrowed(T* to, typename V::type value) {
-  if constexpr (std::is_same_v<T, typename V::element>) {
-    V::store(to, value);
+  if constexpr (std::is_same_v<T, Half>) {
+    store_halves<V>(to, narrow_half<Words<V>>(value));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    store_halves<V>(to, narrow_bfloat16<Words<V>>(value));
   } else {
-    typename V::element values[V::lanes];
-    V::store(values, value);
-    for (int64_t i = 0; i < V::lanes; ++i) to[i] = Narrow<T>::from(values[i]);
+    V::store(to, value);
+  }
+}
+
+// Two vectors whose elements take turns: two to the left of each other, or, of half precision, both in one.
+template <class V, class T>
+CARAFE_INLINE void store_pairs(T* to, typename V::type even, typename V::type odd) {
+  if constexpr (sizeof(T) == 2) {
+    typename V::words both;
+    if constexpr (std::is_same_v<T, Half>) {
+      both = narrow_half<Words<V>>(even) | narrow_half<Words<V>>(odd) << 16;
+    } else {
+      both = narrow_bfloat16<Words<V>>(even) | narrow_bfloat16<Words<V>>(odd) << 16;
+    }
+    memcpy(static_cast<void*>(to), &both, sizeof both);
+  } else {
+    constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
+    V::store(to, zip<V, 0>(even, odd, all));
+    V::store(to + V::lanes, zip<V, 1>(even, odd, all));
   }
 }
 
@@ -255,12 +297,8 @@ CARAFE_INLINE void unstage_row(const A* lanes, int64_t count, T* to, int64_t ste
 
 template <class V, class T, class A>
 CARAFE_INLINE void unstage_pairs(const A* even, const A* odd, int64_t count, T* to) {
-  constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
-  const auto vectors = [&](int64_t q) CARAFE_ALWAYS_INLINE {
-    const typename V::type first = V::load(even + q), second = V::load(odd + q);
-    store_narrowed<V>(to + 2 * q, zip<V, 0>(first, second, all));
-    store_narrowed<V>(to + 2 * q + V::lanes, zip<V, 1>(first, second, all));
-  };
+  const auto vectors = [&](int64_t q)
+                           CARAFE_ALWAYS_INLINE { store_pairs<V>(to + 2 * q, V::load(even + q), V::load(odd + q)); };
   if (for_each_vector<V>(count, vectors)) return;
   for (int64_t q = 0; q < count; ++q) {
     to[2 * q] = Narrow<T>::from(even[q]);
