@@ -87,12 +87,15 @@ class Scratch {
         reinterpret_cast<A*>(ceil_div(reinterpret_cast<intptr_t>(block.memory.get()), kVectorBytes) * kVectorBytes);
     return {aligned + left, channels, rows, phases, lanes, halo, pitch};
   }
-  int64_t* offsets(int64_t count) {
-    if (offset_count_ < count) {
-      offsets_.reset(new int64_t[count]);
-      offset_count_ = count;
+  // Offsets, or pointers; one list a tile.
+  template <class Item>
+  Item* list(int64_t count) {
+    static_assert(sizeof(Item) == sizeof(int64_t), "one list serves both");
+    if (list_size_ < count) {
+      list_.reset(new int64_t[count]);
+      list_size_ = count;
     }
-    return offsets_.get();
+    return reinterpret_cast<Item*>(list_.get());
   }
   void restart() { next_ = 0; }
 
@@ -103,8 +106,8 @@ class Scratch {
   };
   Block blocks_[5];
   int next_ = 0;
-  std::unique_ptr<int64_t[]> offsets_;
-  int64_t offset_count_ = 0;
+  std::unique_ptr<int64_t[]> list_;
+  int64_t list_size_ = 0;
 };
 
 // Where column `shift` elements right of lane q's source column 0 lies: its phase, and how many lanes further.

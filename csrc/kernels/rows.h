@@ -6,6 +6,7 @@
 
 #include "blocks.h"
 #include "normalize.h"
+#include "pixels.h"
 
 namespace carafe {
 
@@ -17,62 +18,89 @@ struct Isa {
 };
 
 // The loops for an instruction set; `Target` is its attribute.
-#define CARAFE_LOOPS(Target)                                                                                        \
-  template <class A>                                                                                                \
-  Target static void clear_outside(const Window& window, const Staged<A>& buffer) {                                 \
-    carafe::clear_outside<Vector<A, bytes>>(window, buffer);                                                        \
-  }                                                                                                                 \
-  template <class T, class A>                                                                                       \
-  Target static void stage(const Map<const T>& map, const Window& window, const Staged<A>& to) {                    \
-    carafe::stage<Vector<A, bytes>>(map, window, to);                                                               \
-  }                                                                                                                 \
-  template <class T, class A>                                                                                       \
-  Target static void unstage(const Staged<A>& from, const Window& window, const Map<T>& map) {                      \
-    carafe::unstage<Vector<A, bytes>>(from, window, map);                                                           \
-  }                                                                                                                 \
-  template <class T, class A>                                                                                       \
-  Target static void stage_logits(                                                                                  \
-      const Shape& shape, const Map<const T>& map, const LogitsWindow& window, const Staged<A>& to) {               \
-    carafe::stage_logits<Vector<A, bytes>>(shape, map, window, to);                                                 \
-  }                                                                                                                 \
-  template <class T, class A>                                                                                       \
-  Target static void unstage_logits(                                                                                \
-      const Shape& shape, const Staged<A>& from, const LogitsWindow& window, const Map<T>& map) {                   \
-    carafe::unstage_logits<Vector<A, bytes>>(shape, from, window, map);                                             \
-  }                                                                                                                 \
-  template <class A>                                                                                                \
-  Target static void normalize(Normalizer normalizer, const Staged<A>& m, int64_t begin, int64_t end) {             \
-    carafe::normalize<Vector<A, bytes>>(normalizer, m, begin, end);                                                 \
-  }                                                                                                                 \
-  template <class A>                                                                                                \
-  Target static void normalize_backward(                                                                            \
-      Normalizer normalizer, const Staged<A>& weights, const A* logits, const Staged<A>& grad, int64_t lanes) {     \
-    carafe::normalize_backward<Vector<A, bytes>>(normalizer, weights, logits, grad, lanes);                         \
-  }                                                                                                                 \
-  template <class A>                                                                                                \
-  Target static void reassemble_staged(                                                                             \
-      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Staged<A>& y,             \
-      int64_t* offsets) {                                                                                           \
-    carafe::reassemble_staged<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, offsets);                     \
-  }                                                                                                                 \
-  template <class A>                                                                                                \
-  Target static void reassemble_direct(                                                                             \
-      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<A>& y, int64_t lanes, \
-      int64_t* offsets) {                                                                                           \
-    carafe::reassemble_direct<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, lanes, offsets);              \
-  }                                                                                                                 \
-  template <class A>                                                                                                \
-  Target static void grad_weights_staged(                                                                           \
-      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& dy, const Staged<A>& sum,          \
-      int64_t* offsets) {                                                                                           \
-    carafe::grad_weights_staged<Vector<A, bytes>, many_registers>(shape, tile, x, dy, sum, offsets);                \
-  }                                                                                                                 \
-  template <class A>                                                                                                \
-  Target static void grad_features_staged(                                                                          \
-      const Shape& shape, const Tile& tile, const Staged<A>& dy, const Staged<A>& m, const Staged<A>& dx,           \
-      const Staged<A>& sums, int64_t* offsets) {                                                                    \
-    carafe::grad_features_staged<Vector<A, bytes>, many_registers>(shape, tile, dy, m, dx, sums, offsets);          \
+#define CARAFE_LOOPS(Target)                                                                                           \
+  template <class A>                                                                                                   \
+  Target static void clear_outside(const Window& window, const Staged<A>& buffer) {                                    \
+    carafe::clear_outside<Vector<A, bytes>>(window, buffer);                                                           \
+  }                                                                                                                    \
+  template <class T, class A>                                                                                          \
+  Target static void stage(const Map<const T>& map, const Window& window, const Staged<A>& to) {                       \
+    carafe::stage<Vector<A, bytes>>(map, window, to);                                                                  \
+  }                                                                                                                    \
+  template <class T, class A>                                                                                          \
+  Target static void unstage(const Staged<A>& from, const Window& window, const Map<T>& map) {                         \
+    carafe::unstage<Vector<A, bytes>>(from, window, map);                                                              \
+  }                                                                                                                    \
+  template <class T, class A>                                                                                          \
+  Target static void stage_logits(                                                                                     \
+      const Shape& shape, const Map<const T>& map, const LogitsWindow& window, const Staged<A>& to) {                  \
+    carafe::stage_logits<Vector<A, bytes>>(shape, map, window, to);                                                    \
+  }                                                                                                                    \
+  template <class T, class A>                                                                                          \
+  Target static void unstage_logits(                                                                                   \
+      const Shape& shape, const Staged<A>& from, const LogitsWindow& window, const Map<T>& map) {                      \
+    carafe::unstage_logits<Vector<A, bytes>>(shape, from, window, map);                                                \
+  }                                                                                                                    \
+  template <class A>                                                                                                   \
+  Target static void normalize(Normalizer normalizer, const Staged<A>& m, int64_t begin, int64_t end) {                \
+    carafe::normalize<Vector<A, bytes>>(normalizer, m, begin, end);                                                    \
+  }                                                                                                                    \
+  template <class A>                                                                                                   \
+  Target static void normalize_backward(                                                                               \
+      Normalizer normalizer, const Staged<A>& weights, const A* logits, const Staged<A>& grad, int64_t lanes) {        \
+    carafe::normalize_backward<Vector<A, bytes>>(normalizer, weights, logits, grad, lanes);                            \
+  }                                                                                                                    \
+  template <class A>                                                                                                   \
+  Target static void reassemble_staged(                                                                                \
+      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Staged<A>& y,                \
+      int64_t* offsets) {                                                                                              \
+    carafe::reassemble_staged<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, offsets);                        \
+  }                                                                                                                    \
+  template <class A>                                                                                                   \
+  Target static void reassemble_direct(                                                                                \
+      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<A>& y, int64_t lanes,    \
+      int64_t* offsets) {                                                                                              \
+    carafe::reassemble_direct<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, lanes, offsets);                 \
+  }                                                                                                                    \
+  template <class A>                                                                                                   \
+  Target static void grad_weights_staged(                                                                              \
+      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& dy, const Staged<A>& sum,             \
+      int64_t* offsets) {                                                                                              \
+    carafe::grad_weights_staged<Vector<A, bytes>, many_registers>(shape, tile, x, dy, sum, offsets);                   \
+  }                                                                                                                    \
+  template <class A>                                                                                                   \
+  Target static void grad_features_staged(                                                                             \
+      const Shape& shape, const Tile& tile, const Staged<A>& dy, const Staged<A>& m, const Staged<A>& dx,              \
+      const Staged<A>& sums, int64_t* offsets) {                                                                       \
+    carafe::grad_features_staged<Vector<A, bytes>, many_registers>(shape, tile, dy, m, dx, sums, offsets);             \
+  }                                                                                                                    \
+  template <class T, class A>                                                                                          \
+  Target static void reassemble_pixels(                                                                                \
+      const Shape& shape, const Tile& tile, const Map<const T>& features, const Staged<A>& m, const Map<T>& output,    \
+      const Neighbours<T>& near) {                                                                                     \
+    carafe::reassemble_pixels<Vector<A, bytes>, many_registers>(shape, tile, features, m, output, near);               \
+  }                                                                                                                    \
+  template <class T, class A>                                                                                          \
+  Target static void grad_weights_pixels(                                                                              \
+      const Shape& shape, const Tile& tile, const Map<const T>& features, const Map<const T>& grad_output,             \
+      const Staged<A>& sum, const Neighbours<T>& near, A* partial) {                                                   \
+    carafe::grad_weights_pixels<Vector<A, bytes>, many_registers>(                                                     \
+        shape, tile, features, grad_output, sum, near, partial);                                                       \
+  }                                                                                                                    \
+  template <class T, class A>                                                                                          \
+  Target static void grad_features_pixels(                                                                             \
+      const Shape& shape, const Tile& tile, const Map<const T>& grad_output, const Staged<A>& m, const Map<T>& grad) { \
+    carafe::grad_features_pixels<Vector<A, bytes>, many_registers>(shape, tile, grad_output, m, grad);                 \
   }
+
+// The neighbours of a tile's pixels.
+template <class T, class A>
+Neighbours<T> make_neighbours(const Shape& shape, const Tile& tile, Scratch<A>& scratch) {
+  const auto zeros = scratch.take(1, 1, 1, shape.group_channels(), 0);
+  zeros.fill_zero();
+  const int64_t columns = Neighbours<T>::columns_of(shape, tile);
+  return {scratch.template list<const T*>(shape.kernel * columns), reinterpret_cast<const T*>(zeros.data), columns};
+}
 
 // What a tile covers of the features, rows from `row` on, all channels of its group,
 inline Window feature_window(const Shape& shape, const Tile& tile, int64_t row) {
@@ -131,9 +159,12 @@ void reassemble_tile(
   scratch.restart();
   const auto m = scratch.take(shape.taps(), rows.count(), shape.up, tile.lanes, 0);
   weights.template stage_weights<I>(shape, tile, rows.begin, m);
+  if (by_pixels<I, A>(shape, features)) {
+    return I::reassemble_pixels(shape, tile, features, m, output, make_neighbours<T>(shape, tile, scratch));
+  }
   auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * shape.radius(), shape.down, tile.lanes, halo);
   auto y = scratch.take(kChunk, rows.count(), shape.up, tile.lanes, 0);
-  int64_t* const offsets = scratch.offsets(shape.taps());
+  int64_t* const offsets = scratch.template list<int64_t>(shape.taps());
   Window from = feature_window(shape, tile, tile.row_begin - shape.radius());
   Window to = output_window(shape, tile, rows.begin, channels);
   I::clear_outside(from, x);
@@ -158,32 +189,13 @@ void reassemble_tile(
   }
 }
 
-template <class I, class T, class Weights>
-void grad_weights_tile(
-    const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
-    const Weights& weights, const Tile& tile, Scratch<accumulator_t<T>>& scratch) {
-  using A = accumulator_t<T>;
+// From the gradient to a tile's weights to that of what they come from.
+template <class I, class T, class Weights, class A>
+void write_grad_weights(
+    const Shape& shape, const Map<T>& grad, const Weights& weights, const Tile& tile, const Staged<A>& sum,
+    Scratch<A>& scratch) {
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
-  if (rows.count() == 0) return;
-  const int64_t taps = shape.taps(), halo = shape.radius() + 1;
-
-  scratch.restart();
-  const auto sum = scratch.take(taps, rows.count(), shape.up, tile.lanes, 0);
-  sum.fill_zero();
-  auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * shape.radius(), shape.down, tile.lanes, halo);
-  auto dy = scratch.take(kChunk, rows.count(), shape.up, tile.lanes, 0);
-  int64_t* const offsets = scratch.offsets(taps);
-  Window from = feature_window(shape, tile, tile.row_begin - shape.radius());
-  Window cotangents = output_window(shape, tile, rows.begin, shape.group_channels());
-  I::clear_outside(from, x);
-  I::clear_outside(cotangents, dy);
-
-  for (; from.channel < from.last_channel; cotangents.channel = from.channel += kChunk) {
-    x.channels = dy.channels = std::min(kChunk, from.last_channel - from.channel);
-    I::stage(features, from, x);
-    I::stage(grad_output, cotangents, dy);
-    I::grad_weights_staged(shape, tile, x, dy, sum, offsets);
-  }
+  const int64_t taps = shape.taps();
   if constexpr (std::is_same_v<Weights, Masks<T>>) {
     I::unstage(sum, output_window(shape, tile, rows.begin, taps), grad);
   } else {
@@ -200,6 +212,43 @@ void grad_weights_tile(
 }
 
 template <class I, class T, class Weights>
+void grad_weights_tile(
+    const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
+    const Weights& weights, const Tile& tile, Scratch<accumulator_t<T>>& scratch) {
+  using A = accumulator_t<T>;
+  const OutputRows rows(shape, tile.row_begin, tile.row_end);
+  if (rows.count() == 0) return;
+  const int64_t taps = shape.taps(), halo = shape.radius() + 1;
+
+  scratch.restart();
+  const auto sum = scratch.take(taps, rows.count(), shape.up, tile.lanes, 0);
+  sum.fill_zero();
+  if (by_pixels<I, A>(shape, features) && by_pixels<I, A>(shape, grad_output)) {
+    constexpr int64_t vector = I::bytes / int64_t(sizeof(A));
+    const auto near = make_neighbours<T>(shape, tile, scratch);
+    const auto partial = scratch.take(1, 1, 1, (taps * shape.up * shape.up + vector) * vector, 0);
+    partial.fill_zero();
+    I::grad_weights_pixels(shape, tile, features, grad_output, sum, near, partial.data);
+    return write_grad_weights<I>(shape, grad, weights, tile, sum, scratch);
+  }
+  auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * shape.radius(), shape.down, tile.lanes, halo);
+  auto dy = scratch.take(kChunk, rows.count(), shape.up, tile.lanes, 0);
+  int64_t* const offsets = scratch.template list<int64_t>(taps);
+  Window from = feature_window(shape, tile, tile.row_begin - shape.radius());
+  Window cotangents = output_window(shape, tile, rows.begin, shape.group_channels());
+  I::clear_outside(from, x);
+  I::clear_outside(cotangents, dy);
+
+  for (; from.channel < from.last_channel; cotangents.channel = from.channel += kChunk) {
+    x.channels = dy.channels = std::min(kChunk, from.last_channel - from.channel);
+    I::stage(features, from, x);
+    I::stage(grad_output, cotangents, dy);
+    I::grad_weights_staged(shape, tile, x, dy, sum, offsets);
+  }
+  write_grad_weights<I>(shape, grad, weights, tile, sum, scratch);
+}
+
+template <class I, class T, class Weights>
 void grad_features_tile(
     const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Weights& weights, const Tile& tile,
     Scratch<accumulator_t<T>>& scratch) {
@@ -213,10 +262,11 @@ void grad_features_tile(
   scratch.restart();
   const auto m = scratch.take(shape.taps(), rows.count(), shape.up, tile.lanes, halo);
   weights.template stage_weights<I>(shape, tile, rows.begin, m);
+  if (by_pixels<I, A>(shape, grad_output)) return I::grad_features_pixels(shape, tile, grad_output, m, grad);
   auto dy = scratch.take(chunk, rows.count(), shape.up, tile.lanes, halo);
   auto dx = scratch.take(chunk, tile.row_end - tile.row_begin, shape.down, tile.lanes, 0);
   const auto sums = scratch.take(kBlockChannels, by_columns(shape) ? shape.kernel : 0, 1, tile.lanes, halo);
-  int64_t* const offsets = scratch.offsets(2 * most_contributions(shape));
+  int64_t* const offsets = scratch.template list<int64_t>(2 * most_contributions(shape));
   Window cotangents = output_window(shape, tile, rows.begin, shape.group_channels());
   Window to = feature_window(shape, tile, tile.row_begin);
   I::clear_outside(cotangents, dy);

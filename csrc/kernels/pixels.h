@@ -1,0 +1,279 @@
+// The arithmetic where channels lie side by side (channels_last): vectors run along the channels, straight from and to
+// the maps, and a weight serves a whole vector.
+//
+// For up == 1 or down == 1, and groups of a vector of channels at least.
+#pragma once
+
+#include "blocks.h"
+
+namespace carafe {
+
+template <class I, class A, class T>
+bool by_pixels(const Shape& shape, const Map<T>& map) {
+  return map.channel_stride == 1 && map.column_stride != 1 && (shape.up == 1 || shape.down == 1) &&
+         shape.group_channels() * int64_t(sizeof(A)) >= I::bytes;
+}
+
+// Calls body(vectors, channel): `Most` vectors at a time, then one; the last steps back where it would pass the end.
+template <class V, int Most, class Body>
+CARAFE_INLINE void for_each_channel_block(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + Most * V::lanes <= channels; c += Most * V::lanes) body(Constant<Most>(), c);
+  for (; c < channels; c += V::lanes) body(Constant<1>(), std::min(c, channels - V::lanes));
+}
+
+// Where the pixels lie that the outputs of a source row read: k rows of them, as wide as the tile and its neighbours.
+// Outside the map lies a pixel of zeros.
+template <class T>
+struct Neighbours {
+  const T** pointers;
+  const T* zeros;
+  int64_t columns;
+
+  static int64_t columns_of(const Shape& shape, const Tile& tile) {
+    return (tile.lanes - 1) * shape.down + shape.kernel;
+  }
+
+  void fill(const Shape& shape, const Tile& tile, const Map<const T>& map, int64_t source_row) const {
+    const int64_t first_row = source_row - shape.radius();
+    const int64_t first_column = tile.lane_begin * shape.down - shape.radius();
+    for (int64_t u = 0; u < shape.kernel; ++u) {
+      for (int64_t column = 0; column < columns; ++column) {
+        const int64_t i = first_row + u, j = first_column + column;
+        const bool inside = i >= 0 && i < shape.height && j >= 0 && j < shape.width;
+        pointers[u * columns + column] =
+            inside ? map.pointer(tile.n, tile.group * shape.group_channels(), i, j) : zeros;
+      }
+    }
+  }
+};
+
+// Calls visit(source row, output row, count, place) for every source row that has outputs: `count` at every lane, in
+// that output row and those below it; `place` counts the phases of the rows before.
+template <class Visit>
+CARAFE_INLINE void for_each_source_row(const Shape& shape, const Tile& tile, const Visit& visit) {
+  const OutputRows rows(shape, tile.row_begin, tile.row_end);
+  for (int64_t s = tile.row_begin; s < tile.row_end; ++s) {
+    const OutputRows own(shape, s, s + 1);
+    if (own.count() > 0) visit(s, own.begin, own.count() * shape.up, (own.begin - rows.begin) * shape.up);
+  }
+}
+
+inline int64_t valid_lanes(const Shape& shape, const Tile& tile) {
+  return std::min(tile.lanes, ceil_div(shape.out_width, shape.up) - tile.lane_begin);
+}
+
+// ------------------------------------------------------------------------------------------------------ forward
+
+// Memory to write to is asked for this many lanes before its turn.
+constexpr int64_t kPixelsAhead = 4;
+
+template <class V, bool ManyRegisters, class T, class A>
+CARAFE_INLINE void reassemble_pixels(
+    const Shape& shape, const Tile& tile, const Map<const T>& features, const Staged<A>& m, const Map<T>& output,
+    const Neighbours<T>& near) {
+  const int64_t channels = shape.group_channels(), lanes = valid_lanes(shape, tile), k = shape.kernel;
+  for_each_source_row(shape, tile, [&](int64_t s, int64_t row, int64_t count, int64_t place) CARAFE_ALWAYS_INLINE {
+    near.fill(shape, tile, features, s);
+    for (int64_t q = 0; q < lanes; ++q) {
+      const auto block = [&](auto outputs, auto vectors, int64_t first, int64_t c) CARAFE_ALWAYS_INLINE {
+        constexpr int P = outputs, C = vectors;
+        const A* weights = m.data + (place + first) * m.pitch + q;
+        typename V::type sum[C][P] = {};
+        for (int64_t u = 0; u < k; ++u) {
+          const T* const* const pixels = near.pointers + u * near.columns + q * shape.down;
+          for (int64_t v = 0; v < k; ++v, weights += m.channel_stride()) {
+            const T* const pixel = pixels[v] + c;
+#pragma GCC unroll 8
+            for (int i = 0; i < C; ++i) {
+              const typename V::type value = load_widened<V>(pixel + i * V::lanes);
+#pragma GCC unroll 4
+              for (int p = 0; p < P; ++p) sum[i][p] += value * weights[p * m.pitch];
+            }
+          }
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          T* const to = output.pointer(
+              tile.n, tile.group * channels + c, row + (first + p) / shape.up,
+              (tile.lane_begin + q) * shape.up + (first + p) % shape.up);
+#pragma GCC unroll 8
+          for (int i = 0; i < C; ++i) {
+            store_narrowed<V>(to + i * V::lanes, sum[i][p]);
+            __builtin_prefetch(to + kPixelsAhead * shape.up * output.column_stride + i * V::lanes, 1, 2);
+          }
+        }
+      };
+      for_each_channel_block<V, 4>(channels, [&](auto vectors, int64_t c) CARAFE_ALWAYS_INLINE {
+        int64_t first = 0;
+        if constexpr (ManyRegisters) {
+          for (; first + 4 <= count; first += 4) block(Constant<4>(), vectors, first, c);
+        }
+        for (; first + 2 <= count; first += 2) block(Constant<2>(), vectors, first, c);
+        for (; first < count; ++first) block(Constant<1>(), vectors, first, c);
+      });
+    }
+  });
+}
+
+// -------------------------------------------------------------------------------------------- gradient to weights
+
+// The sums of the elements of as many vectors as one has lanes, in order.
+template <class V>
+CARAFE_INLINE typename V::type sum_elements(typename V::type (&rows)[V::lanes]) {
+  constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
+#pragma GCC unroll 4
+  for (int64_t half = V::lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i)
+      rows[i] = zip<V, 0>(rows[i], rows[i + half], all) + zip<V, 1>(rows[i], rows[i + half], all);
+  }
+  return rows[0];
+}
+
+// The first `count` elements, and zeros.
+template <class V, class T>
+CARAFE_INLINE typename V::type load_part(const T* from, int64_t count) {
+  typename V::element values[V::lanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = widen(from[i]);
+  return V::load(values);
+}
+
+// `partial` has room for a vector for every tap of `up` x `up` outputs, and as many as a vector has lanes besides.
+template <class V, bool ManyRegisters, class T, class A>
+CARAFE_INLINE void grad_weights_pixels(
+    const Shape& shape, const Tile& tile, const Map<const T>& features, const Map<const T>& grad_output,
+    const Staged<A>& sum, const Neighbours<T>& near, A* partial) {
+  const int64_t channels = shape.group_channels(), lanes = valid_lanes(shape, tile), k = shape.kernel;
+  for_each_source_row(shape, tile, [&](int64_t s, int64_t row, int64_t count, int64_t place) CARAFE_ALWAYS_INLINE {
+    near.fill(shape, tile, features, s);
+    for (int64_t q = 0; q < lanes; ++q) {
+      // P outputs times U taps stay in registers while the channels pass by.
+      const auto block = [&](auto outputs, auto taps, int64_t first, int64_t tap) CARAFE_ALWAYS_INLINE {
+        constexpr int P = outputs, U = taps;
+        const T* cotangents[P];
+        const T* pixels[U];
+        for (int p = 0; p < P; ++p) {
+          cotangents[p] = grad_output.pointer(
+              tile.n, tile.group * channels, row + (first + p) / shape.up,
+              (tile.lane_begin + q) * shape.up + (first + p) % shape.up);
+        }
+        for (int u = 0; u < U; ++u) {
+          pixels[u] = near.pointers[(tap + u) / k * near.columns + q * shape.down + (tap + u) % k];
+        }
+        typename V::type total[U][P] = {};
+        const auto add = [&](const auto& load) CARAFE_ALWAYS_INLINE {
+          typename V::type cotangent[P];
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) cotangent[p] = load(cotangents[p]);
+#pragma GCC unroll 5
+          for (int u = 0; u < U; ++u) {
+            const typename V::type value = load(pixels[u]);
+#pragma GCC unroll 4
+            for (int p = 0; p < P; ++p) total[u][p] += cotangent[p] * value;
+          }
+        };
+        int64_t c = 0;
+        for (; c + V::lanes <= channels; c += V::lanes) {
+          add([&](const T* from) CARAFE_ALWAYS_INLINE { return load_widened<V>(from + c); });
+        }
+        if (c < channels) add([&](const T* from) CARAFE_ALWAYS_INLINE { return load_part<V>(from + c, channels - c); });
+#pragma GCC unroll 5
+        for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) V::store(partial + ((tap + u) * count + first + p) * V::lanes, total[u][p]);
+        }
+      };
+      const auto all_taps = [&](auto outputs, int64_t first) CARAFE_ALWAYS_INLINE {
+        int64_t tap = 0;
+        for (; tap + 5 <= shape.taps(); tap += 5) block(outputs, Constant<5>(), first, tap);
+        for (; tap + 3 <= shape.taps(); tap += 3) block(outputs, Constant<3>(), first, tap);
+        for (; tap < shape.taps(); ++tap) block(outputs, Constant<1>(), first, tap);
+      };
+      int64_t first = 0;
+      if constexpr (ManyRegisters) {
+        for (; first + 4 <= count; first += 4) all_taps(Constant<4>(), first);
+      }
+      for (; first + 2 <= count; first += 2) all_taps(Constant<2>(), first);
+      for (; first < count; ++first) all_taps(Constant<1>(), first);
+
+      A* to = sum.data + place * sum.pitch + q;
+      int64_t p = 0;
+      for (int64_t begin = 0; begin < shape.taps() * count; begin += V::lanes) {
+        typename V::type rows[V::lanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < V::lanes; ++i) rows[i] = V::load(partial + (begin + i) * V::lanes);
+        A sums[V::lanes];
+        V::store(sums, sum_elements<V>(rows));
+        const int64_t end = std::min(V::lanes, shape.taps() * count - begin);
+        for (int64_t i = 0; i < end; ++i) {
+          to[p * sum.pitch] = sums[i];
+          if (++p == count) p = 0, to += sum.channel_stride();
+        }
+      }
+    }
+  });
+}
+
+// ----------------------------------------------------------------------------------------- gradient to features
+
+// J neighbouring pixels share the cotangents that they gather.
+template <class V, bool ManyRegisters, class T, class A>
+CARAFE_INLINE void grad_features_pixels(
+    const Shape& shape, const Tile& tile, const Map<const T>& grad_output, const Staged<A>& m, const Map<T>& grad) {
+  const int64_t channels = shape.group_channels(), k = shape.kernel, radius = shape.radius();
+  const OutputRows rows(shape, tile.row_begin - radius, tile.row_end + radius);
+  const int64_t begin = tile.lane_begin * shape.down;
+  const int64_t end = std::min(shape.width, begin + tile.lanes * shape.down);
+  // Outputs whose source lies in [first, last).
+  const auto columns = [&](int64_t first, int64_t last) {
+    return std::pair(
+        shape.first_output(std::max<int64_t>(0, first)),
+        std::min(shape.out_width, shape.first_output(std::min(shape.width, last))));
+  };
+  const auto block = [&](auto pixels, auto vectors, int64_t i, int64_t j, int64_t c) CARAFE_ALWAYS_INLINE {
+    constexpr int J = pixels, C = vectors;
+    typename V::type sum[J][C] = {};
+    const OutputRows near(shape, i - radius, i + radius + 1);
+    const auto [first_column, last_column] = columns(j - radius, j + J + radius);
+    for (int64_t row = near.begin; row < near.end; ++row) {
+      const int64_t u = i - shape.source(row) + radius;
+      const T* cotangents = grad_output.pointer(tile.n, tile.group * channels + c, row, first_column);
+      const A* const weights = m.data + u * k * m.channel_stride() + (row - rows.begin) * m.row_stride();
+      int64_t lane = first_column / shape.up, phase = first_column % shape.up;
+      for (int64_t column = first_column; column < last_column; ++column, cotangents += grad_output.column_stride) {
+        typename V::type cotangent[C];
+#pragma GCC unroll 4
+        for (int each = 0; each < C; ++each) cotangent[each] = load_widened<V>(cotangents + each * V::lanes);
+        const int64_t v = j - lane * shape.down + radius;  // of the first pixel: the source is a phase of its lane
+        const A* const weight = weights + phase * m.pitch + lane - tile.lane_begin + v * m.channel_stride();
+#pragma GCC unroll 4
+        for (int each = 0; each < J; ++each) {
+          if (uint64_t(v + each) >= uint64_t(k)) continue;
+          const A factor = weight[each * m.channel_stride()];
+#pragma GCC unroll 4
+          for (int x = 0; x < C; ++x) sum[each][x] += cotangent[x] * factor;
+        }
+        if (++phase == shape.up) phase = 0, ++lane;
+      }
+    }
+#pragma GCC unroll 4
+    for (int each = 0; each < J; ++each) {
+      T* const to = grad.pointer(tile.n, tile.group * channels + c, i, j + each);
+#pragma GCC unroll 4
+      for (int x = 0; x < C; ++x) store_narrowed<V>(to + x * V::lanes, sum[each][x]);
+    }
+  };
+  for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
+    const auto all_channels = [&](auto pixels, int64_t j) CARAFE_ALWAYS_INLINE {
+      for_each_channel_block<V, 4>(
+          channels, [&](auto vectors, int64_t c) CARAFE_ALWAYS_INLINE { block(pixels, vectors, i, j, c); });
+    };
+    constexpr int most = ManyRegisters ? 4 : 2;
+    int64_t j = begin;
+    for (; j + most <= end; j += most) all_channels(Constant<most>(), j);
+    for (; j < end; ++j) all_channels(Constant<1>(), j);
+  }
+}
+
+}  // namespace carafe
