@@ -3,6 +3,8 @@ BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv/bin/)
 PYTHON := $(if $(BIN),$(BIN)python,python3)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp)
 BENCH_FLAGS ?= --device cpu
+# Processes that run tests; a test file stays in one.
+TEST_JOBS ?= 2
 
 .PHONY: env demo demo-all demo-seg test lint format bench clean
 
@@ -19,7 +21,7 @@ demo-seg: env
 	$(PYTHON) tools/demo_seg.py
 
 test: env
-	$(PYTHON) -m pytest $(TESTS)
+	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
 
 lint: env
 	$(BIN)ruff check . && $(BIN)ruff format --check . && $(BIN)mypy

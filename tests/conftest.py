@@ -6,8 +6,9 @@ import pytest
 import torch
 from toolkit import reason_for_no_cuda_half
 
-# Test processes are many and small: two threads are enough, and what CI has.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Tests are many and small: two threads are enough, and where several processes run them, they share the cores.
+_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _processes)))
 
 
 def device_params():

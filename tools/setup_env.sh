@@ -88,7 +88,7 @@ step "mmengine, mmdet, mmsegmentation, mmpretrain (20 s)" \
   onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1 onedl-mmsegmentation==1.4.2 onedl-mmpretrain==1.3.6
 step "the tools for demos, tests and style (20 s)" \
   rich matplotlib pycocotools build==1.6.1 clang-format==19.1.7 hypothesis==6.170.15 mypy==2.4.1 pytest==9.2.0 \
-  ruff==0.17.6
+  pytest-xdist==3.8.0 ruff==0.17.6
 
 # The package itself, again whenever a source of the extension is newer than the extension.
 stale=$(find setup.py pyproject.toml csrc -newer carafe_plugin/_C.abi3.so -type f 2>/dev/null || echo missing)

@@ -159,7 +159,7 @@ void reassemble_tile(
   scratch.restart();
   const auto m = scratch.take(shape.taps(), rows.count(), shape.up, tile.lanes, 0);
   weights.template stage_weights<I>(shape, tile, rows.begin, m);
-  if (by_pixels<I, A>(shape, features)) {
+  if (by_pixels<I, A>(shape, features) && by_pixels<I, A>(shape, output)) {
     return I::reassemble_pixels(shape, tile, features, m, output, make_neighbours<T>(shape, tile, scratch));
   }
   auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * shape.radius(), shape.down, tile.lanes, halo);
@@ -262,7 +262,9 @@ void grad_features_tile(
   scratch.restart();
   const auto m = scratch.take(shape.taps(), rows.count(), shape.up, tile.lanes, halo);
   weights.template stage_weights<I>(shape, tile, rows.begin, m);
-  if (by_pixels<I, A>(shape, grad_output)) return I::grad_features_pixels(shape, tile, grad_output, m, grad);
+  if (by_pixels<I, A>(shape, grad_output) && by_pixels<I, A>(shape, grad)) {
+    return I::grad_features_pixels(shape, tile, grad_output, m, grad);
+  }
   auto dy = scratch.take(chunk, rows.count(), shape.up, tile.lanes, halo);
   auto dx = scratch.take(chunk, tile.row_end - tile.row_begin, shape.down, tile.lanes, 0);
   const auto sums = scratch.take(kBlockChannels, by_columns(shape) ? shape.kernel : 0, 1, tile.lanes, halo);

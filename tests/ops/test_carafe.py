@@ -73,15 +73,27 @@ def test_any_geometry(device, size, kernel_size, groups, group_channels, scale, 
     compare(*(LAYOUTS[layout](t) for t in tensors), kernel_size, groups, scale)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 8, 17, 40])
-def test_channel_remainders(channels, device):
-    compare(*random_case((7, 19), channels, 5, 1, 2, device=device), 5, 1, 2)
+def cropped(tensor):
+    """Channels side by side, but in a larger map."""
+    larger = torch.nn.functional.pad(tensor, (1, 2, 2, 1), value=float("nan"))
+    return LAYOUTS["channels_last"](larger)[:, :, 2:-1, 1:-2]
 
 
-@pytest.mark.parametrize("width", [127, 128, 129, 300])
-def test_rows_longer_than_a_span(width, device):
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), cropped], ids=[*LAYOUTS, "cropped"])
+@pytest.mark.parametrize("channels", [1, 8, 17, 40, 75])
+def test_channel_remainders(channels, layout, device):
+    for scale in (2, 3, Fraction(1, 2)):
+        case = random_case((7, 19), channels, 5, 1, scale, batch=1, device=device)
+        compare(*map(layout, case), 5, 1, scale)
+        compare(layout(case[0]), case[1], case[2], 5, 1, scale)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("width", [191, 192, 193, 400])
+def test_rows_longer_than_a_span(width, layout, device):
     for scale in (2, Fraction(1, 2), Fraction(3, 2)):
-        compare(*random_case((3, width), 4, 5, 2, scale, batch=1, device=device), 5, 2, scale)
+        case = random_case((3, width), 32, 5, 2, scale, batch=1, device=device)
+        compare(*map(LAYOUTS[layout], case), 5, 2, scale)
 
 
 def test_kernel_larger_than_the_map(device):
@@ -104,8 +116,9 @@ def test_empty_batch(scale, device):
     assert features.grad.shape == features.shape
 
 
-def test_nan_reaches_only_its_neighbourhood(device):
-    features, masks, _ = random_case((9, 9), 2, 3, 1, 2, batch=1, device=device)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nan_reaches_only_its_neighbourhood(layout, device):
+    features, masks, _ = (LAYOUTS[layout](t) for t in random_case((9, 9), 20, 3, 1, 2, batch=1, device=device))
     features[0, 0, 4, 4] = float("nan")
     touched = carafe(features, masks, 3)[0].isnan()
     expected = torch.zeros_like(touched)
@@ -113,8 +126,9 @@ def test_nan_reaches_only_its_neighbourhood(device):
     assert torch.equal(touched, expected)
 
 
-def test_infinite_weight_on_the_border_is_nan_as_in_the_reference(device):
-    features, masks, grad = random_case((4, 5), 2, 3, 1, 2, batch=1, device=device)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_infinite_weight_on_the_border_is_nan_as_in_the_reference(layout, device):
+    features, masks, grad = (LAYOUTS[layout](t) for t in random_case((4, 5), 20, 3, 1, 2, batch=1, device=device))
     masks[0, 0, 0, 0] = grad[0, 0, 0, 0] = float("inf")  # tap 0 of the first output lies outside the map
     got = carafe(features, masks, 3)
     assert torch.equal(got.isnan(), reference.reassemble(features, masks, 3, 1, 2, 1).isnan())
