@@ -81,17 +81,35 @@ void carafe_run(
   if (dtype == 3) call(static_cast<BFloat16*>(nullptr));
 }
 
-void widen_half(int64_t count, const uint16_t* from, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(Half{from[i]});
+}  // extern "C"
+
+namespace {
+
+// Both ways to convert, one number and one vector at a time; what comes back is in how many results they differ.
+template <class T>
+int64_t widen_all(int64_t count, const uint16_t* from, float* to) {
+  stage_row<Vector<float, Baseline::bytes>>(reinterpret_cast<const T*>(from), 1, count, to);
+  int64_t differences = 0;
+  for (int64_t i = 0; i < count; ++i) differences += float_bits(to[i]) != float_bits(widen(T{from[i]}));
+  return differences;
 }
-void widen_bfloat16(int64_t count, const uint16_t* from, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(BFloat16{from[i]});
+template <class T>
+int64_t narrow_all(int64_t count, const float* from, uint16_t* to) {
+  unstage_row<Vector<float, Baseline::bytes>>(from, count, reinterpret_cast<T*>(to), 1);
+  int64_t differences = 0;
+  for (int64_t i = 0; i < count; ++i) differences += to[i] != Narrow<T>::from(from[i]).bits;
+  return differences;
 }
-void narrow_half(int64_t count, const float* from, uint16_t* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = Narrow<Half>::from(from[i]).bits;
-}
-void narrow_bfloat16(int64_t count, const float* from, uint16_t* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = Narrow<BFloat16>::from(from[i]).bits;
+
+}  // namespace
+
+extern "C" {
+
+int64_t widen_half(int64_t count, const uint16_t* from, float* to) { return widen_all<Half>(count, from, to); }
+int64_t widen_bfloat16(int64_t count, const uint16_t* from, float* to) { return widen_all<BFloat16>(count, from, to); }
+int64_t narrow_half(int64_t count, const float* from, uint16_t* to) { return narrow_all<Half>(count, from, to); }
+int64_t narrow_bfloat16(int64_t count, const float* from, uint16_t* to) {
+  return narrow_all<BFloat16>(count, from, to);
 }
 
 // The index of the last element of a map, as the kernels compute it.

@@ -2,9 +2,6 @@
 compiled with g++ alone, without torch's headers, against the reference."""
 
 import ctypes
-import os
-import shutil
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -16,11 +13,9 @@ from carafe_plugin.ops import reference
 from carafe_plugin.ops.carafe import scale_ratio
 from carafe_plugin.testing import SCALES, assert_close, dtypes, pairwise, random_case
 
-HERE = Path(__file__).parent
-CXX = os.environ.get("CXX", "g++")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the order of host.cpp
-# How the axes lie in memory for each layout of host.cpp, and the way back.
-ORDERS = (((0, 1, 2, 3),) * 2, ((0, 1, 3, 2),) * 2, ((0, 2, 3, 1), (0, 3, 1, 2)))
+sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
+from hosts import DTYPES, ORDERS, compile_host, label, run_under_sanitizers
+
 CASES = list(
     pairwise(
         {
@@ -35,19 +30,9 @@ CASES = list(
 )
 
 
-def compile_host(folder: Path, *flags: str) -> Path:
-    if shutil.which(CXX) is None:
-        pytest.skip(f"no C++ compiler: {CXX} is not on the PATH")
-    library = folder / "host.so"
-    command = [CXX, "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags]
-    result = subprocess.run([*command, str(HERE / "host.cpp"), "-o", str(library)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return library
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return ctypes.CDLL(str(compile_host(tmp_path_factory.mktemp("host"), "-O2")))
+    return ctypes.CDLL(str(compile_host("host.cpp", tmp_path_factory.mktemp("host"), "-O2")))
 
 
 def run(library, op, path, case, output, first, second):
@@ -80,33 +65,27 @@ def check_all_operators(library, path, case):
 
 
 @pytest.mark.parametrize("path", [0, 1], ids=["element", "rows"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v).replace("/", "to") for v in c.values()))
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_kernels_equal_the_reference(case, path, library):
     check_all_operators(library, path, case)
 
 
 def test_kernels_under_sanitizers(tmp_path):
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    compiled = compile_host(tmp_path, *flags)
-    runtime = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(runtime).is_absolute():
-        pytest.skip(f"{CXX} has no address sanitizer runtime")
-    # The runtime must be loaded before Python; leaks of the interpreter are none of our business.
-    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, __file__, str(compiled)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.strip() == f"{2 * len(CASES)} cases"
+    assert run_under_sanitizers(__file__, "host.cpp", tmp_path) == f"{2 * len(CASES)} cases"
+
+
+def convert(library, name, source, target):
+    """In how many results a number and a vector at a time differ."""
+    function = getattr(library, name)
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int64(len(source)), *(ctypes.c_void_p(t.data_ptr()) for t in (source, target)))
 
 
 def test_conversions_of_half_precision(library):
     bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
     for dtype, suffix in ((torch.float16, "half"), (torch.bfloat16, "bfloat16")):
         wide = torch.empty(65536)
-        getattr(library, f"widen_{suffix}")(
-            ctypes.c_int64(65536), *(ctypes.c_void_p(t.data_ptr()) for t in (bits, wide))
-        )
+        assert convert(library, f"widen_{suffix}", bits, wide) == 0
         expected = bits.view(dtype).float()
         assert torch.equal(wide.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
         assert torch.equal(wide.isnan(), expected.isnan())
@@ -121,9 +100,7 @@ def test_conversions_of_half_precision(library):
         near = (torch.nextafter(middle, torch.tensor(9e9)), torch.nextafter(middle, torch.tensor(-9e9)))
         wide = torch.cat([finite.float(), middle, *near, anything, special])
         narrow = torch.empty(len(wide), dtype=torch.uint16)
-        getattr(library, f"narrow_{suffix}")(
-            ctypes.c_int64(len(wide)), *(ctypes.c_void_p(t.data_ptr()) for t in (wide, narrow))
-        )
+        assert convert(library, f"narrow_{suffix}", wide, narrow) == 0
         got, expected = narrow.view(dtype), wide.to(dtype)
         assert torch.equal(got.isnan(), expected.isnan())
         keep = ~expected.isnan()
