@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Show which source locations a model's CARAFE++ reassembles: a picture, and a page to look around in (Fig. 1 and 9).
+
+For points of an image, the weights with which source locations enter a location of the output, through one CARAFE++ or
+through a chain of them: an FPN's levels (fpn), UperNet's (fpn, fuse), a backbone's main path (backbone). See
+carafe_plugin/analysis.py for what composing a chain means. Configurations of mmdet, mmseg and mmpretrain.
+
+    python tools/visualize_reassembly.py photo.jpg --config C --checkpoint K --points 120,80 300,210 --out seen
+    python tools/visualize_reassembly.py photo.jpg --config C --checkpoint K --points 120,80 --out seen \
+        --modules neck.upsample_modules.1 neck.upsample_modules.0 --html
+
+Writes OUT/<image>.png and, with --html, OUT/<image>_<chain>.html, which holds all it needs: open it in a browser.
+Exit code: 0, or 2 when something that was given does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import bare_models
+import reassembly_page
+import reassembly_view
+from infer import read_image
+from reassembly_pictures import Shown, draw_reassembly
+from reassembly_view import CHAINS
+
+from carafe_plugin.analysis import compose
+from carafe_plugin.openmmlab import engine
+
+
+def point(text: str) -> tuple[float, float]:
+    """A point of the image from the command line."""
+    x, separator, y = text.partition(",")
+    try:
+        if separator:
+            return float(x), float(y)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected x,y in pixels of the image, such as 120,80; got {text}")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Show which source locations a model's CARAFE++ reassembles.")
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "--config", required=True, help="configuration file, or mmdet::..., mmseg::..., mmpretrain::..."
+    )
+    parser.add_argument("--checkpoint", required=True, help="its checkpoint")
+    parser.add_argument("--points", required=True, nargs="+", type=point, metavar="X,Y", help="in pixels of the image")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for what is drawn")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--chain", choices=list(CHAINS), help="draw this chain alone (default: all that there are)")
+    which.add_argument("--modules", nargs="+", default=[], metavar="NAME", help="draw one CARAFE++, or a chain of them")
+    parser.add_argument("--group", type=int, help="group of channels, from 0 (default: their average)")
+    parser.add_argument("--html", action="store_true", help="write a page for each chain as well")
+    engine.add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+def visualize_reassembly(args: argparse.Namespace) -> None:
+    """Draw as the command line says."""
+    if not args.image.is_file():
+        raise engine.UsageError(f"no such image: {args.image.absolute()}")
+    try:
+        pixels = read_image(args.image)
+    except ValueError as error:
+        raise engine.UsageError(f"cannot read image {args.image.absolute()}: {error}") from error
+    height, width = pixels.shape[:2]
+    for x, y in args.points:
+        reassembly_view.check_point(x, y, (height, width))
+    if args.out.exists() and not args.out.is_dir():
+        raise engine.UsageError(f"--out is a folder; {args.out.absolute()} is a file")
+    cfg = bare_models.read_config(args.config, args.cfg_options, args.drop_in)
+    model = bare_models.build_model(cfg)
+    reassembly_view.check_modules(model, args.modules)
+    reassembly_view.load_weights(model, args.checkpoint)
+    view = reassembly_view.view_image(cfg, model, args.image, (height, width))
+    chains = reassembly_view.find_chains(model, view, args.chain, args.modules)
+
+    shown: dict[str, list[Shown]] = {}
+    for title, chain in chains.items():
+        places = [(pixel, *view.locate(pixel[0], pixel[1], chain)) for pixel in args.points]
+        try:
+            shown[title] = [Shown(pixel, row, col, compose(chain, row, col, args.group)) for pixel, row, col in places]
+        except ValueError as error:
+            raise engine.UsageError(f"--group: {title}: {error}") from error
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.image.stem
+    written = [args.out / f"{stem}.png"]
+    draw_reassembly(pixels, view, chains, shown, written[0])
+    for title, chain in chains.items() if args.html else ():
+        first = shown[title][0]
+        path = args.out / f"{stem}_{'modules' if args.modules else title}.html"
+        start = (first.row, first.column)
+        reassembly_page.write_page(path, reassembly_page.page_data(title, chain, view, pixels, start, args.group))
+        written.append(path)
+    for path in written:
+        print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    sys.exit(engine.run_tool(visualize_reassembly, parse_args()))
