@@ -20,7 +20,13 @@ import torch
 
 from carafe_plugin.openmmlab import engine
 from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
-from carafe_plugin.openmmlab.convert import ARCHITECTURES, count_carafe, extract_backbone, matching_depths
+from carafe_plugin.openmmlab.convert import (
+    ARCHITECTURES,
+    backbone_type,
+    count_carafe,
+    extract_backbone,
+    matching_depths,
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,7 +35,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help="mmpretrain's checkpoint")
     parser.add_argument("destination", metavar="DST", help="the file to write; what stands there is replaced")
     parser.add_argument(
-        "--to", choices=["mmdet", "mmseg"], required=True, help="the toolbox; today both take the same file"
+        "--to",
+        choices=["mmdet", "mmseg"],
+        required=True,
+        help="the toolbox whose configuration is printed; both take the same file",
     )
     parser.add_argument("--depth", type=int, choices=list(ARCHITECTURES), help="fail unless the ResNet has this depth")
     parser.add_argument("--stock", action="store_true", help="accept a ResNet without CARAFE++")
@@ -74,6 +83,10 @@ def convert_backbone(args: argparse.Namespace) -> None:
         raise engine.UsageError(f"cannot write {destination}: {error}") from error
     stem = "deep" if "stem.0.weight" in backbone else "plain"
     print(f"{destination}: ResNet-{_listed(depths)}, {stem} stem, {modules} CARAFE++, {len(backbone)} tensors")
+    if modules:
+        kind = f'type="carafe_plugin.openmmlab.{args.to}.{backbone_type(backbone)}", depth={args.depth or depths[0]}'
+        initial = f'init_cfg=dict(type="Pretrained", checkpoint="{args.destination}")'
+        print(f"in a configuration of {args.to}: backbone=dict({kind}, {initial})")
 
 
 def _listed(depths: Sequence[int] | dict) -> str:

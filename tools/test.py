@@ -21,10 +21,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import get_state_dict
 
 from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import read_checkpoint, use_atomic_writes
+from carafe_plugin.openmmlab.annotations import AnnotationError, check_annotations
+from carafe_plugin.openmmlab.checkpoint import find_mismatch, read_checkpoint, use_atomic_writes
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,6 +42,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wait-time", type=float, default=2, help="seconds that --show shows each image (default: 2)")
     parser.add_argument("--interval", type=int, default=1, help="mmpretrain: draw every n-th image (default: 1)")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation (the config's, else flips)")
+    parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="test although the checkpoint lacks parameters of the model, or has CARAFE++'s where the model has none",
+    )
     return parser.parse_args(argv)
 
 
@@ -141,15 +146,28 @@ def dump_predictions(runner: Runner, scope: str | None, path: str) -> None:
     runner.test_evaluator.metrics.append(DumpResults(out_file_path=path))
 
 
-def check_weights(runner: Runner, weights: dict, path: str) -> None:
-    """Refuse a checkpoint of another model: mmengine would only warn, and test the model's random weights."""
+def check_ground_truth(cfg: Config) -> None:
+    """Check what mmdet's datasets are to be evaluated against: annotations, and that their images are there."""
+    if cfg.get("default_scope") != "mmdet":
+        return
+    for dataset in engine.dataset_configs(cfg.test_dataloader.dataset):
+        if not dataset.get("backend_args"):
+            try:
+                check_annotations(dataset, cfg.get("test_evaluator"))
+            except AnnotationError as error:
+                raise engine.UsageError(str(error)) from error
+
+
+def check_weights(runner: Runner, weights: dict, args: argparse.Namespace) -> None:
+    """Refuse a checkpoint of another model: mmengine would only warn, and test what is left of the random weights."""
     model = runner.model.module if hasattr(runner.model, "module") else runner.model
     model = getattr(model, "module", model)  # below test-time augmentation
-    names = {name.removeprefix("module.") for name in weights}
-    if not names & set(get_state_dict(model)):
-        raise engine.UsageError(
-            f"checkpoint {path} holds no parameter of {type(model).__name__} (its first: {next(iter(names), 'none')})"
-        )
+    mismatch = find_mismatch(model, weights)
+    if mismatch and args.allow_mismatch:
+        runner.logger.warning(f"checkpoint {args.checkpoint} {mismatch}")
+    elif mismatch:
+        hint = "; --allow-mismatch tests it all the same" if "holds no param" not in mismatch else ""
+        raise engine.UsageError(f"checkpoint {args.checkpoint} {mismatch}{hint}")
 
 
 def test(args: argparse.Namespace) -> None:
@@ -158,10 +176,11 @@ def test(args: argparse.Namespace) -> None:
     scope = cfg.get("default_scope")
     check_out(args, scope)
     engine.check_dataset_files(cfg, "test")
+    check_ground_truth(cfg)
     local = "://" not in args.checkpoint
     checkpoint = read_checkpoint(args.checkpoint) if local else {}
-    weights = dict.fromkeys(checkpoint.get("state_dict", checkpoint))
-    del checkpoint  # the names are enough; mmengine loads the file itself
+    weights = checkpoint.get("state_dict", checkpoint)
+    del checkpoint  # without an optimizer's state
     cfg.load_from, cfg.resume = args.checkpoint, False
     use_atomic_writes()
     if args.show or args.show_dir:
@@ -173,7 +192,8 @@ def test(args: argparse.Namespace) -> None:
     engine.prepare_processes(cfg)
     runner = engine.build_runner(cfg)
     if local:
-        check_weights(runner, weights, args.checkpoint)
+        check_weights(runner, weights, args)
+    del weights  # mmengine loads the file itself
     engine.check_not_empty(runner, "test")
     if args.out and scope != "mmseg" and args.out_item != "metrics":
         dump_predictions(runner, scope, args.out)

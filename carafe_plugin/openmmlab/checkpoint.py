@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import re
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from carafe_plugin.openmmlab.convert import CARAFE_KEY
+
 __all__ = [
     "AtomicCheckpointHook",
     "AtomicLocalBackend",
     "CheckpointError",
     "allow_checkpoint_types",
     "checkpoint_folder",
+    "find_mismatch",
     "newest_checkpoint",
     "read_checkpoint",
     "use_atomic_checkpoints",
@@ -37,6 +42,8 @@ __all__ = [
 
 POINTER = "last_checkpoint"  # mmengine's file that names the newest checkpoint
 UNFINISHED = ".tmp"
+COUNTER = "num_batches_tracked"
+_CARAFE_PART = re.compile(r"\b(channel_compressor|compressor_norm|content_encoder)\.")
 
 
 class CheckpointError(Exception):
@@ -245,16 +252,76 @@ def read_checkpoint(path: str, training: bool = False) -> dict:
     try:
         checkpoint = CheckpointLoader.load_checkpoint(str(file), map_location="cpu", logger="silent")
     except Exception as error:  # torch raises anything from EOFError to KeyError on a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        size = file.stat().st_size
-        raise CheckpointError(
-            f"cannot read checkpoint {file} ({size} bytes; truncated or damaged): {reason}"
-        ) from error
+        raise CheckpointError(f"cannot read checkpoint {file} {_why_unreadable(file, error)}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict", checkpoint), dict):
         raise CheckpointError(f"{file} is no checkpoint: it holds no dictionary of weights")
     if training and not {"epoch", "iter"} <= set(checkpoint.get("meta") or ()):
         raise CheckpointError(f"cannot resume from {file}: it holds weights alone, not the state of a training run")
     return checkpoint
+
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, ModuleNotFoundError):
+        return f"(it holds objects of a module that is not installed, not weights alone): {reason}"
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line), reason).strip()
+        return (
+            f"(it holds more than weights and plain types; TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment loads "
+            f"what you trust): {reason}"
+        )
+    return f"({file.stat().st_size} bytes; truncated or damaged): {reason}"
+
+
+def find_mismatch(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> str | None:
+    """How a checkpoint does not fit a model, as a message; None where it does.
+
+    mmengine only warns, and a model of which a part kept its random weights is then evaluated. What a checkpoint has
+    beyond the model (an auxiliary head, a mask head) does no harm and is no mismatch, except CARAFE++ alone: then the
+    model resizes in another way than the one that was trained.
+
+    Args:
+        model: The model; the weights that fit are loaded into it.
+        state_dict: Parameters by name, with or without the prefix ``"module."`` of a wrapped model.
+
+    Example:
+        >>> import torch
+        >>> find_mismatch(torch.nn.Linear(2, 1), dict(weight=torch.zeros(1, 2)))
+        'lacks 1 of the 2 parameters of Linear, the first: bias'
+    """
+    weights = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    # BatchNorm's counters came after 2017: older checkpoints lack them, and evaluation does not need them.
+    name, expected = type(model).__name__, [key for key in model.state_dict() if not key.endswith(COUNTER)]
+    if not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        return "holds no parameters"
+    try:
+        # Not a comparison of names: modules of the toolboxes rename what older versions wrote while they load.
+        missing, unexpected = torch.nn.Module.load_state_dict(model, weights, strict=False)
+    except RuntimeError as error:
+        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        first = sizes[0].rstrip(".") if sizes else str(error).splitlines()[0]
+        return f"fits {name} in name alone, {len(sizes)} parameters differ in shape: {first}"
+    missing = [key for key in missing if not key.endswith(COUNTER)]
+    if len(missing) == len(expected):
+        return f"holds no parameter of {name} (its first: {next(iter(weights), 'none')})"
+    if missing:
+        return f"lacks {len(missing)} of the {len(expected)} parameters of {name}, the first: {missing[0]}"
+    if stray := _stray_carafe(unexpected, expected):
+        return f"holds CARAFE++ where {name} has none: {stray}"
+    return None
+
+
+def _stray_carafe(unexpected: Sequence[str], expected: Sequence[str]) -> str | None:
+    """The first CARAFE++ among unexpected parameters that stands alone, not inside a part which the model lacks."""
+    for key in unexpected:
+        if not key.endswith(CARAFE_KEY):
+            continue
+        parts = key.split(".")
+        prefixes = (".".join(parts[:n]) + "." for n in range(1, len(parts)))
+        part = next((p for p in prefixes if not any(name.startswith(p) for name in expected)), None)
+        if part and all(_CARAFE_PART.search(name) for name in unexpected if name.startswith(part)):
+            return key
+    return None
 
 
 def newest_checkpoint(folder: str) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["ARCHITECTURES", "count_carafe", "extract_backbone", "matching_depths"]
+__all__ = ["ARCHITECTURES", "backbone_type", "count_carafe", "extract_backbone", "matching_depths"]
 
 #: Depth -> whether its blocks are bottlenecks, and their number in each stage.
 ARCHITECTURES = {
@@ -72,6 +72,27 @@ def matching_depths(state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple
 def count_carafe(state_dict: Mapping[str, Tensor]) -> int:
     """How many CARAFE++ modules ``state_dict`` holds parameters of."""
     return sum(key.endswith(CARAFE_KEY) for key in state_dict)
+
+
+def backbone_type(backbone: Mapping[str, Tensor]) -> str:
+    """The class of this package that a converted backbone belongs to.
+
+    Args:
+        backbone: What :func:`extract_backbone` returned.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.zeros(8, 8, 3, 3)
+        >>> backbone_type({"stem.0.weight": weight, "layer1.0.conv2.weight": weight})
+        'CARAFEResNetV1c'
+    """
+    weight = backbone.get("layer1.0.conv2.weight")
+    if weight is not None and weight.shape[0] != weight.shape[1]:
+        return "CARAFEResNeXt"  # grouped: fewer channels in
+    if "stem.0.weight" not in backbone:
+        return "CARAFEResNet"
+    pooled = any((found := _SHORTCUT.fullmatch(key)) and found[2] == "2" for key in backbone)
+    return "CARAFEResNetV1d" if pooled else "CARAFEResNetV1c"
 
 
 def extract_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

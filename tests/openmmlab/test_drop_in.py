@@ -3,88 +3,27 @@
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 pytest.importorskip("mmcv.ops.carafe", reason="MMCV has no compiled operators", exc_type=ImportError)
 
 import mmcv.ops
-import mmdet
 from mmcv.cnn import build_upsample_layer
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.testing import demo_mm_inputs
-from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from zoo_models import NAME, carafe_keys, stock_model, textbook, zoo_config
 
 import carafe_plugin.ops
 from carafe_plugin.openmmlab.layers import CARAFEUpsample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAME = "carafe_plugin.openmmlab.drop_in"
-ZOO = Path(mmdet.__file__).parent / ".mim" / "configs" / "carafe"
 MMCV_CARAFE = sys.modules["mmcv.ops.carafe"]
 CARAFE_CFG = dict(type="carafe", up_kernel=5, up_group=1, encoder_kernel=3, encoder_dilation=1, compressed_channels=64)
-
-
-@pytest.fixture
-def drop_in(monkeypatch):
-    """The module, freshly imported under MMDetection's scope; what it changes is undone afterwards."""
-    registries = [MMDET_MODELS]
-    if importlib.util.find_spec("mmseg"):
-        registries.append(importlib.import_module("mmseg.registry").MODELS)
-    monkeypatch.setattr(MMCV_CARAFE, "carafe", MMCV_CARAFE.carafe)
-    monkeypatch.setattr(mmcv.ops, "carafe", mmcv.ops.carafe)
-    for registry in registries:
-        monkeypatch.setitem(registry.module_dict, "carafe", None)  # so that the key is put back as it was
-        del registry.module_dict["carafe"]
-    monkeypatch.delitem(sys.modules, NAME, raising=False)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        yield importlib.import_module(NAME)
-    sys.modules.pop(NAME, None)
-
-
-def reference(pack, x):
-    """CARAFE as textbooks write it: pixel shuffle, softmax, unfold."""
-    logits = F.pixel_shuffle(pack.content_encoder(pack.channel_compressor(x)), pack.scale_factor)
-    n, _, h, w = logits.shape
-    k2 = pack.up_kernel**2
-    kernels = logits.reshape(n, pack.up_group, 1, k2, h, w).softmax(3)
-    patches = F.unfold(x, pack.up_kernel, padding=pack.up_kernel // 2).reshape(n, x.shape[1] * k2, *x.shape[2:])
-    patches = F.interpolate(patches, scale_factor=pack.scale_factor, mode="nearest")
-    patches = patches.reshape(n, pack.up_group, -1, k2, h, w)
-    return (patches * kernels).sum(3).reshape(n, -1, h, w)
-
-
-def zoo_config(name):
-    path = ZOO / name
-    if not path.exists():
-        pytest.skip(f"this MMDetection ships no {path}")
-    config = Config.fromfile(path)
-    config.model.backbone.init_cfg = None  # its weights would be downloaded
-    return config
-
-
-def expected_carafe_keys(masks):
-    """Keys and shapes of the zoo's two checkpoints, beyond the stock detector's."""
-    keys = {}
-    for i, channels in enumerate([256, 512, 1024, 2048]):
-        keys[f"neck.lateral_convs.{i}.conv.weight"] = (256, channels, 1, 1)
-    keys["neck.lateral_convs.4.conv.weight"] = (256, 2048, 3, 3)
-    for i in range(5):
-        keys[f"neck.lateral_convs.{i}.conv.bias"] = keys[f"neck.fpn_convs.{i}.conv.bias"] = (256,)
-        keys[f"neck.fpn_convs.{i}.conv.weight"] = (256, 256, 3, 3)
-    upsamplers = [f"neck.upsample_modules.{i}" for i in range(4)] + ["roi_head.mask_head.upsample"] * masks
-    for upsampler in upsamplers:
-        keys[f"{upsampler}.channel_compressor.weight"] = (64, 256, 1, 1)
-        keys[f"{upsampler}.channel_compressor.bias"] = (64,)
-        keys[f"{upsampler}.content_encoder.weight"] = (100, 64, 3, 3)
-        keys[f"{upsampler}.content_encoder.bias"] = (100,)
-    return keys
 
 
 @pytest.mark.parametrize(
@@ -105,8 +44,8 @@ def test_zoo_configs_run_unmodified(drop_in, name, masks):
 
     # The layout: the two checkpoints' keys in the neck and the upsamplers, the stock detector's everywhere else.
     state = {key: tuple(value.shape) for key, value in detector.state_dict().items()}
-    expected = expected_carafe_keys(masks)
-    stock = MMDET_MODELS.build(zoo_config_parent(config, masks))
+    expected = carafe_keys(masks)
+    stock = MMDET_MODELS.build(stock_model(masks))
     for key, value in stock.state_dict().items():
         if not key.startswith("neck.") and not key.startswith("roi_head.mask_head.upsample."):
             expected[key] = tuple(value.shape)
@@ -125,14 +64,6 @@ def test_zoo_configs_run_unmodified(drop_in, name, masks):
         detector.eval().predict(data["inputs"], data["data_samples"])
 
 
-def zoo_config_parent(config, masks):
-    """The stock FPN detector that the zoo's configuration modifies."""
-    name = "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py" if masks else "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
-    stock = Config.fromfile(ZOO.parent / name)
-    stock.model.backbone.init_cfg = None
-    return stock.model
-
-
 def test_zoo_neck_agrees_with_the_textbook(drop_in, monkeypatch):
     torch.manual_seed(0)
     config = zoo_config("faster-rcnn_r50_fpn-carafe_1x_coco.py").model.neck
@@ -143,7 +74,7 @@ def test_zoo_neck_agrees_with_the_textbook(drop_in, monkeypatch):
     sizes = [(16, 32), (8, 16), (4, 8), (2, 4)]
     inputs = [torch.randn(2, c, *size) for c, size in zip([8, 16, 24, 32], sizes, strict=True)]
     outs = neck(inputs)
-    monkeypatch.setattr(drop_in.CARAFEPack, "forward", reference)
+    monkeypatch.setattr(drop_in.CARAFEPack, "forward", textbook)
     for out, expected in zip(outs, neck(inputs), strict=True):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
@@ -159,7 +90,7 @@ def test_mmcvs_own_class_runs_on_our_operator(drop_in, scale_factor, group):
     ours.load_state_dict(stock.state_dict(), strict=True)
     x = torch.randn(2, 8, 5, 6)
     torch.testing.assert_close(stock(x), ours(x), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(ours(x), reference(ours, x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x), textbook(ours, x), atol=1e-5, rtol=1e-5)
     with DefaultScope.overwrite_default_scope(None):
         assert MODELS.get("carafe") is MMCV_CARAFE.CARAFEPack
 

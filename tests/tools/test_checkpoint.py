@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmengine.runner.checkpoint import CheckpointLoader
 from tiny_runs import call_tool, forget_runs, run, write_toy
 
+from carafe_plugin import CARAFEUpsample
 from carafe_plugin.openmmlab.checkpoint import (
     AtomicLocalBackend,
     CheckpointError,
+    allow_checkpoint_types,
+    find_mismatch,
     newest_checkpoint,
     read_checkpoint,
 )
@@ -156,6 +163,76 @@ def fake(folder: Path, name: str, age: float, **meta: int) -> Path:
     torch.save(dict(state_dict={}, meta=dict(epoch=1, iter=1) | meta), path)
     os.utime(path, (time.time() - age,) * 2)
     return path
+
+
+class Detector(torch.nn.Module):
+    """A backbone, a neck that upsamples by CARAFE or not, and perhaps a mask head that does."""
+
+    def __init__(self, neck: bool, mask_head: bool) -> None:
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+        self.neck = torch.nn.ModuleDict(dict(lateral=torch.nn.Conv2d(4, 4, 1)))
+        if neck:
+            self.neck["up"] = CARAFEUpsample(4, compressed_channels=2)
+        if mask_head:
+            head = torch.nn.ModuleDict(dict(conv=torch.nn.Conv2d(4, 4, 1), up=CARAFEUpsample(4, compressed_channels=2)))
+            self.mask_head = head
+
+
+def test_what_fits_a_model() -> None:
+    both, neck, mask, none = (
+        Detector(*parts) for parts in ((True, True), (True, False), (False, True), (False, False))
+    )
+    old = {name: value for name, value in both.state_dict().items() if "num_batches_tracked" not in name}
+    assert find_mismatch(both, {f"module.{name}": value for name, value in old.items()}) is None
+    assert find_mismatch(neck, both.state_dict()) is None, "a mask head more does no harm"
+    assert (
+        find_mismatch(both, neck.state_dict())
+        == "lacks 6 of the 18 parameters of Detector, the first: mask_head.conv.weight"
+    )
+    for model in (mask, none):
+        stray = "holds CARAFE++ where Detector has none: neck.up.content_encoder.weight"
+        assert find_mismatch(model, both.state_dict()) == stray
+    other = {**none.state_dict(), "backbone.0.bias": torch.zeros(5), "neck.lateral.bias": torch.zeros(5)}
+    assert re.match(
+        r"fits Detector in name alone, 2 .* shape: size mismatch for backbone\.0\.bias", find_mismatch(none, other)
+    )
+    assert (
+        find_mismatch(none, {"other.weight": torch.zeros(1)})
+        == "holds no parameter of Detector (its first: other.weight)"
+    )
+    assert find_mismatch(none, dict(model=[1])) == "holds no parameters"
+
+
+class Private:
+    """What a checkpoint of somebody's own project may hold."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reading_what_others_wrote(zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both formats of torch.save; an mmengine that leaves torch's default (weights_only) as it is; missing modules."""
+    path = tmp_path / "others.pth"
+
+    def save(**more: object) -> None:
+        torch.save(dict(state_dict=dict(a=torch.ones(2)), meta=more), path, _use_new_zipfile_serialization=zipped)
+
+    allow_checkpoint_types()
+    monkeypatch.setattr(CheckpointLoader, "load_checkpoint", lambda path, map_location, logger: torch.load(path))
+    save(best=np.float64(0.386), seen=np.int64(7), history=np.arange(3.0), names=("a", "b"))
+    assert read_checkpoint(str(path))["meta"]["best"] == 0.386
+    save(config=Private())
+    with pytest.raises(CheckpointError, match=r"more than weights.*NO_WEIGHTS_ONLY_LOAD=1.*Private"):
+        read_checkpoint(str(path))
+    monkeypatch.undo()
+    assert isinstance(read_checkpoint(str(path))["meta"]["config"], Private)
+
+    module = types.ModuleType("their_project")
+    module.Private = type("Private", (), dict(__module__="their_project"))
+    monkeypatch.setitem(sys.modules, "their_project", module)
+    save(config=module.Private())
+    monkeypatch.delitem(sys.modules, "their_project")
+    with pytest.raises(CheckpointError, match=r"a module that is not installed, .*their_project"):
+        read_checkpoint(str(path))
 
 
 def test_newest_checkpoint_order(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,6 +160,120 @@ def test_no_images_is_an_error(trained: Callable, tmp_path: Path, capsys: pytest
     message = one_line(capsys)
     assert "no images in test_dataloader (CocoDataset)" in message
     assert f"{tmp_path}/empty.json" in message
+
+
+def _first(content: dict, **values: object) -> None:
+    content["annotations"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: _first(c, category_id=99), "annotation 1 is of the category 99, not one of 7, 8"),
+        (lambda c: _first(c, image_id=70), "annotation 1 is of the image 70, which the file does not list"),
+        (lambda c: _first(c, bbox=[1, 2, float("nan"), 4]), "image 0 has a bbox that is not finite: [1, 2, nan, 4]"),
+        (lambda c: _first(c, bbox=[1, 2, 3, 0]), "image 0 has an empty bbox (x, y, width, height): [1, 2, 3, 0]"),
+        (lambda c: _first(c, bbox=[1, 2, 3]), "a bbox that is no list of four numbers: [1, 2, 3]"),
+        (lambda c: c["annotations"][0].pop("bbox"), "every annotation needs image_id, category_id and bbox, got {"),
+        (lambda c: c["categories"][1].update(name="green"), "for 1 of the 2 classes of the configuration (blue)"),
+        (lambda c: c["annotations"].clear(), "holds 7 images and no annotation: nothing to measure"),
+        (lambda c: c.pop("annotations"), "holds 7 images and no annotation: nothing to measure"),
+        (lambda c: c.pop("images"), "is no annotation file in COCO's format: it has no list of images"),
+        (
+            lambda c: c["images"][3].update(file_name="gone.png"),
+            "1 of the 7 images of {file} are missing, the first: {data}/images/gone.png",
+        ),
+    ],
+)
+def test_annotations_that_cannot_be_evaluated(
+    change: Callable, expected: str, trained: Callable, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = trained("mmdet")
+    content = json.loads((data / "instances.json").read_text())
+    change(content)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(content))
+    options = [f"test_dataloader.dataset.ann_file={path}", f"test_evaluator.ann_file={path}"]
+    capsys.readouterr()
+    command = (model.config, model.checkpoint, "--work-dir", tmp_path / "test", "--cfg-options", *options)
+    assert call_tool("test", *command) == 2
+    message = one_line(capsys)
+    assert str(path) in message
+    assert expected.replace("{file}", str(path)).replace("{data}", str(data)) in message
+    assert not (tmp_path / "test").exists(), "refused before anything is built"
+
+
+def test_what_is_not_measured_needs_no_annotations(trained: Callable, data: Path, tmp_path: Path) -> None:
+    """Test images, as COCO's test-dev: predictions to submit. The classes' names may be in a file."""
+    from carafe_plugin.openmmlab.annotations import AnnotationError, check_annotations
+
+    cfg = Config.fromfile(trained("mmdet").config)
+    content = json.loads((data / "instances.json").read_text())
+    del content["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    (tmp_path / "names.txt").write_text("red\nblue\n")
+    dataset = cfg.test_dataloader.dataset
+    dataset.ann_file = str(tmp_path / "test.json")
+    dataset.metainfo.classes = str(tmp_path / "names.txt")
+    check_annotations(dataset, [dict(type="CocoMetric", format_only=True, outfile_prefix="x")])
+    with pytest.raises(AnnotationError, match="nothing to measure"):
+        check_annotations(dataset, [dict(type="CocoMetric")])
+    check_annotations(dict(type="NoSuchDataset", ann_file="absent.json"))
+
+
+def test_datasets_half_copied(trained: Callable, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = trained("mmdet")
+    shutil.copytree(data, tmp_path / "data")
+    annotations, images = tmp_path / "data" / "instances.json", tmp_path / "data" / "images"
+    root = f"test_dataloader.dataset.data_root={tmp_path}/data"
+    own = [root, f"test_evaluator.ann_file={annotations}"]
+    content = annotations.read_text()
+
+    def refusal(*options: str) -> str:
+        capsys.readouterr()
+        command = (model.config, model.checkpoint, "--work-dir", tmp_path / "test", "--cfg-options", *options)
+        assert call_tool("test", *command) == 2
+        return one_line(capsys)
+
+    (images / "05.png").write_bytes(b"")
+    assert f"1 of the 7 images of {annotations} are empty, the first: {images}/05.png" in refusal(*own)
+    shutil.rmtree(images)
+    images.mkdir()
+    assert f"7 of the 7 images of {annotations} are missing, the first: {images}/00.png" in refusal(*own)
+    annotations.write_text(content[:999])
+    assert f"cannot read {annotations} (999 bytes; truncated, or no JSON): " in refusal(*own)
+    # The images are there, and the metric knows of others alone.
+    other = json.loads(content)
+    for image in other["images"]:
+        image["id"] += 3
+    annotations.write_text(json.dumps(other))
+    line = refusal(f"test_evaluator.ann_file={annotations}")
+    assert (
+        f"the evaluator's {annotations} does not list 3 of the 7 images of {data}/instances.json, the first: id 0"
+        in line
+    )
+
+
+def test_checkpoints_of_another_model(trained: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Weights that fit in part: mmengine warns, and the rest stays random."""
+    model = trained("mmdet")
+    weights = torch.load(model.checkpoint, weights_only=False)["state_dict"]
+    headless = {name: value for name, value in weights.items() if not name.startswith("rpn_head.")}
+    other = weights | {"neck.fpn_convs.0.conv.bias": torch.zeros(16)}
+    path, command = tmp_path / "other.pth", (model.config, tmp_path / "other.pth", "--work-dir", tmp_path / "test")
+    for state, message in (
+        (headless, "parameters of MaskRCNN, the first: rpn_head.rpn_conv.weight"),
+        (other, "1 parameters differ in shape: size mismatch for neck.fpn_convs.0.conv.bias: "),
+    ):
+        torch.save(dict(state_dict=state), path)
+        capsys.readouterr()
+        assert call_tool("test", *command) == 2
+        line = one_line(capsys)
+        assert f"checkpoint {path}" in line
+        assert message in line
+    torch.save(dict(state_dict=headless), path)
+    assert call_tool("test", *command, "--allow-mismatch") == 0
+    assert "rpn_head.rpn_conv.weight" in max((tmp_path / "test").glob("*/*.log")).read_text()
 
 
 def test_scene_is_reproducible() -> None:
