@@ -14,6 +14,8 @@ each round in another order; a ratio is taken within its round, against the firs
     python tools/bench_model.py --json result.json
     python tools/bench_model.py stock=mmdet::retinanet/retinanet_r50_fpn_1x_coco.py mine.py --device cuda
 
+With --profile more rounds follow, in which kernel prediction, reassembly and what they replace are timed apart.
+
 The JSON is written after each round, whole or not at all: a run that is cut off keeps what it has measured.
 Exit code: 0, or 2 when something that was given does not fit.
 """
@@ -32,8 +34,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bare_models
-import bench_measure as measure
 import torch
+from bench import measure, parts
 from rich.console import Console
 from rich.table import Table
 
@@ -58,6 +60,7 @@ class Model(NamedTuple):
         name: in the table.
         config: where it comes from.
         paper_fps: what the paper measured, if it did.
+        network: the model itself.
         predict: one prediction.
         parameters: their number.
         kept: the boxes of its own that a two-stage detector kept.
@@ -67,6 +70,7 @@ class Model(NamedTuple):
     name: str
     config: str
     paper_fps: float | None
+    network: torch.nn.Module
     predict: Callable[[], object]
     parameters: int
     kept: dict[str, int]
@@ -87,6 +91,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="rounds (default: 10)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=min(2, measure.cores()), help="CPU threads (default: 2)")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes, in further rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     engine.add_config_options(parser)
     args = parser.parse_args(argv)
@@ -153,7 +158,7 @@ def build(args: argparse.Namespace) -> tuple[list[Model], tuple[int, int]]:
         predict = functools.partial(predict_one, network, bare_models.one_image(cfg, shape))
         parameters = sum(parameter.numel() for parameter in network.parameters())
         timing = measure.Timing(predict, estimate=measure.SAMPLE_SECONDS, repeats=args.repeats)
-        models.append(Model(name, config, fps, predict, parameters, kept, timing))
+        models.append(Model(name, config, fps, network, predict, parameters, kept, timing))
     return models, shape
 
 
@@ -234,6 +239,17 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def profile(models: Sequence[Model], repeats: int, device: str) -> list[dict[str, Any]]:
+    """Where each model's time goes, from `repeats` further rounds."""
+    samples: dict[str, list[dict[str, float]]] = {model.name: [] for model in models}
+    calls: dict[str, dict[str, int]] = {}
+    for round_ in range(repeats):
+        for model in turns(models, round_):
+            seconds, calls[model.name] = parts.split(model.network, model.predict, device)
+            samples[model.name].append(seconds)
+    return [parts.summary(samples[model.name], calls[model.name]) for model in models]
+
+
 def bench_model(args: argparse.Namespace) -> None:
     """Measure as the command line says."""
     check(args)
@@ -256,11 +272,23 @@ def bench_model(args: argparse.Namespace) -> None:
         for model in turns(models, round_):
             model.timing.sample(args.device)
         report |= {"rounds": round_ + 1, "models": [summary(model, models[0]) for model in models]}
-        if args.json:
-            AtomicLocalBackend().put_text(json.dumps(report, indent=1) + "\n", args.json)
+        write(report, args.json)
         print(f"round {round_ + 1} of {args.repeats}", file=sys.stderr)
+    if args.profile:
+        for record, profiled in zip(report["models"], profile(models, args.repeats, args.device), strict=True):
+            record["profile"] = profiled
+        write(report, args.json)
     # A terminal is as wide as it is; a file or a pipe gets the whole table.
-    show(report, Console() if Console().is_terminal else Console(width=150))
+    console = Console() if Console().is_terminal else Console(width=150)
+    show(report, console)
+    if args.profile:
+        parts.show(report["models"], console)
+
+
+def write(report: dict[str, Any], file: Path | None) -> None:
+    """Write the result file, if one is wanted."""
+    if file:
+        AtomicLocalBackend().put_text(json.dumps(report, indent=1) + "\n", file)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def tiny(tmp_path: Path, data: Path) -> list[str]:
 
 def test_record_and_table(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "result.json"
-    assert call_tool("bench_model", *tiny, *SMALL, "--repeats", 3, "--json", file) == 0
+    assert call_tool("bench_model", *tiny, *SMALL, "--repeats", 3, "--profile", "--json", file) == 0
     report = json.loads(file.read_text())
     assert report["rounds"] == report["repeats"] == 3
     assert report["shape"] == [64, 96]
@@ -50,30 +52,90 @@ def test_record_and_table(tiny: list[str], tmp_path: Path, capsys: pytest.Captur
         assert "paper_fps" not in model
     ratios = [one / other for one, other in zip(carafe["samples"], stock["samples"], strict=True)]
     assert carafe["ratio"] == pytest.approx(sorted(ratios)[1], rel=1e-3)
+    for model, upsamplers in ((stock, 0), (carafe, 4)):  # three in the FPN, one in the mask head
+        milliseconds, calls = model["profile"]["parts_ms"], model["profile"]["calls"]
+        assert calls.get("reassembly", 0) == calls.get("content encoder", 0) == upsamplers
+        assert (milliseconds["reassembly"] > 0) == bool(upsamplers)
+        assert min(milliseconds.values()) >= 0
+        assert milliseconds["total"] > milliseconds["rest"] > 0
     shown = capsys.readouterr().out
     assert "stock" in shown
+    assert "Where a prediction's milliseconds go" in shown
     assert "Seconds per prediction at 64x96, 3 rounds" in shown
 
 
 def test_what_was_measured_survives_a_cut(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench_measure
+    from bench import measure
 
     file, taken = tmp_path / "result.json", []
-    sample = bench_measure.Timing.sample
+    sample = measure.Timing.sample
 
-    def cut(timing: bench_measure.Timing, device: str) -> None:
+    def cut(timing: measure.Timing, device: str) -> None:
         if len(taken) == 5:  # in the middle of the third round
             raise KeyboardInterrupt
         taken.append(timing)
         sample(timing, device)
 
-    monkeypatch.setattr(bench_measure.Timing, "sample", cut)
+    monkeypatch.setattr(measure.Timing, "sample", cut)
     with pytest.raises(KeyboardInterrupt):
         call_tool("bench_model", *tiny, *SMALL, "--json", file)
     report = json.loads(file.read_text())
     assert report["rounds"] == 2
     assert [len(model["samples"]) for model in report["models"]] == [2, 2]
     assert not list(tmp_path.glob("result.json.*"))
+
+
+def test_profile_tells_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import parts
+
+    from carafe_plugin import CARAFEUpsample
+    from carafe_plugin.modules import kernel_prediction
+
+    clock = [0.0]
+    monkeypatch.setattr(parts.Clock, "now", lambda self: clock[0])
+
+    def advance(seconds: float) -> None:
+        clock[0] += seconds
+
+    def taking(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            advance(seconds)
+            return function(*arguments, **settings)
+
+        return call
+
+    upsampler, pool = CARAFEUpsample(4, norm=torch.nn.BatchNorm2d, act=torch.nn.ReLU).eval(), torch.nn.MaxPool2d(2)
+    names = ("channel_compressor", "compressor_norm", "compressor_act", "content_encoder")
+    for seconds, module in zip((1, 2, 4, 8, 64), (*(getattr(upsampler, name) for name in names), pool), strict=True):
+        module.forward = taking(seconds, module.forward)
+    monkeypatch.setattr(kernel_prediction, "reassemble_logits", taking(16, kernel_prediction.reassemble_logits))
+    interpolate = taking(32, torch.nn.functional.interpolate)
+    monkeypatch.setattr(torch.nn.functional, "interpolate", interpolate)
+
+    def predict() -> None:
+        features = torch.rand(1, 4, 3, 3)
+        upsampler(upsampler(features))
+        advance(128)
+        pool(torch.nn.functional.interpolate(features, scale_factor=2))
+
+    seconds, calls = parts.split(torch.nn.ModuleList([upsampler, pool]), predict, "cpu")
+    assert seconds == {
+        "channel compressor": 2,
+        "content encoder": 16,
+        "norm and activation": 12,
+        "reassembly": 32,
+        "interpolation": 32,
+        "max pooling": 64,
+        "rest": 128,
+    }
+    assert calls["reassembly"] == calls["content encoder"] == 2
+    assert calls["interpolation"] == calls["max pooling"] == 1
+    assert torch.nn.functional.interpolate is interpolate
+    assert not upsampler._forward_hooks
+    assert not pool._forward_pre_hooks
+    record = parts.summary([seconds, {**seconds, "rest": 130}, {**seconds, "rest": 140}], calls)
+    assert record["parts_ms"]["rest"] == 130_000
+    assert record["parts_ms"]["total"] == 288_000
 
 
 def test_every_model_comes_first_and_last_as_often() -> None:

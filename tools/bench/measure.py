@@ -1,8 +1,10 @@
-"""How `bench_op.py` measures: time, memory, the bound of the hardware, and what the machine is."""
+"""How the benchmarks measure: time, memory, the bound of the hardware, and what the machine is."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib
 import os
 import platform
 import re
@@ -14,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+import carafe_plugin
 
 # A sample lasts at least this long, so that neither the clock nor the cost of a call's Python shows.
 SAMPLE_SECONDS = 0.02
@@ -204,6 +208,7 @@ def machine(device: str) -> dict[str, object]:
         "cpu": _cpu_model(),
         "cores": cores(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cpu_path": cpu_path(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -217,6 +222,15 @@ def machine(device: str) -> dict[str, object]:
             "cuda": torch.version.cuda,
         }
     return description
+
+
+def cpu_path() -> str | None:
+    """The instruction set that this package's CPU operators take here; None where they are not compiled."""
+    if not carafe_plugin.is_compiled("cpu"):
+        return None
+    library = ctypes.CDLL(importlib.import_module("carafe_plugin._C").__file__)
+    library.carafe_cpu_path.restype = ctypes.c_char_p
+    return library.carafe_cpu_path().decode()
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,175 @@
+"""What a benchmark measures: a size, the tensors of that size, and a way to rescale them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size to measure: features (batch, channels, height, width), rescaled by the integer `up` or by 1/`down`."""
+
+    channels: int
+    height: int
+    width: int
+    batch: int = 1
+    kernel_size: int = 5
+    group_size: int = 1
+    up: int = 2
+    down: int = 1
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def taps(self) -> int:
+        """Source locations that one output element sums: k^2."""
+        return self.kernel_size**2
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the rescaled map, H' = ceil(H * up / down)."""
+        return -(-self.height * self.up // self.down), -(-self.width * self.up // self.down)
+
+    @property
+    def name(self) -> str:
+        """The size as the command line writes it, with what is unusual."""
+        shape = (self.batch, self.channels, self.height, self.width)
+        return "x".join(map(str, shape if self.batch > 1 else shape[1:]))
+
+    @property
+    def is_upsampling(self) -> bool:
+        """Whether peers that can only upsample can serve."""
+        return self.down == 1
+
+    def elements(self) -> tuple[int, int, int]:
+        """Elements of the features, the kernels (as masks or as the content encoder's output) and the output."""
+        source, target = self.height * self.width, self.output_size[0] * self.output_size[1]
+        kernels = self.group_size * self.taps * target
+        return self.batch * self.channels * source, self.batch * kernels, self.batch * self.channels * target
+
+    def flop(self, backward: bool) -> int:
+        """Floating-point operations: a multiply and an add for each tap, and as many again for each gradient.
+
+        The kernel normaliser's are left out: one exponential for each 2 * channels / group_size of these.
+        """
+        return 2 * self.taps * self.elements()[2] * (3 if backward else 1)
+
+    def traffic(self, backward: bool) -> int:
+        """Bytes that must move when each tensor is read or written once in each direction.
+
+        The same from masks and from the content encoder's output: both hold as many elements.
+        """
+        features, kernels, output = self.elements()
+        # Forward reads features and kernels and writes the output. Backward reads the output's gradient and both
+        # inputs again, and writes two gradients.
+        elements = features + kernels + output + (output + 2 * features + 2 * kernels if backward else 0)
+        return elements * self.dtype.itemsize
+
+    def needed_memory(self, backward: bool) -> int:
+        """Bytes that peak memory is compared with: output and masks; with backward, the features' gradient too.
+
+        Forward from the content encoder's output must allocate the output, and masks where they are made at all;
+        backward must hold the output and both gradients.
+        """
+        features, kernels, output = self.elements()
+        return (output + kernels + (features if backward else 0)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors that every peer is given; those a peer differentiates by require grad.
+
+    Attributes:
+        features: (N, C, H, W).
+        masks: (N, G * k^2, H', W'), the kernels that `logits` stand for.
+        logits: the content encoder's output, (N, G * k^2 * up^2, H, W), or downsampling (N, G * k^2, H', W').
+        grad_output: (N, C, H', W'), the gradient that backward starts from.
+    """
+
+    features: Tensor
+    masks: Tensor
+    logits: Tensor
+    grad_output: Tensor
+
+    @classmethod
+    def random(cls, problem: Problem, seed: int = 0) -> Inputs:
+        """Draws inputs for `problem`, the same ones for the same seed on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        n, g, up = problem.batch, problem.group_size, problem.up
+        height, width = problem.output_size
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(device=problem.device, dtype=problem.dtype)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        logits = normal(n, g * problem.taps * up**2, height // up, width // up)
+        return cls(
+            features=place(normal(n, problem.channels, problem.height, problem.width)).requires_grad_(),
+            masks=place(shuffle_and_softmax(logits, problem.kernel_size, g, up)).requires_grad_(),
+            logits=place(logits).requires_grad_(),
+            grad_output=place(normal(n, problem.channels, height, width)),
+        )
+
+
+def shuffle_and_softmax(logits: Tensor, kernel_size: int, group_size: int, up: int) -> Tensor:
+    """The two steps between content encoder and reassembly, as mmcv and the copies of it write them."""
+    shuffled = F.pixel_shuffle(logits, up)
+    n, _, h, w = shuffled.shape
+    return shuffled.view(n, group_size, kernel_size**2, h, w).softmax(2).view(shuffled.shape)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A peer made ready for one problem.
+
+    Attributes:
+        forward: computes the output.
+        wrt: the tensors whose gradients the backward pass computes.
+        grad_output: what backward starts from, where it is not that of the inputs (another dtype, another layout).
+        parameters: learnt values among `wrt`.
+    """
+
+    forward: Callable[[], Tensor]
+    wrt: tuple[Tensor, ...]
+    grad_output: Tensor | None = None
+    parameters: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to rescale a map.
+
+    Attributes:
+        name: how the command line and the tables call it.
+        description: one line.
+        setup: makes it ready; not part of any timing.
+        reference: the peer that computes the same function of the same inputs, with which its results are compared
+            before it is timed, and its times afterwards; its own name for ours.
+        equal: False for one that computes another function: its times alone are compared.
+        compiles: whether its first call also compiles, so that it says nothing of the others.
+        variant: whether it is ours too, in another layout or dtype.
+        dtype: of its results and inputs, where that is not the problem's.
+        unavailable: says why it cannot run on a problem; None where it can.
+    """
+
+    name: str
+    description: str
+    setup: Callable[[Problem, Inputs], Call]
+    reference: str
+    equal: bool = True
+    compiles: bool = False
+    variant: bool = False
+    dtype: torch.dtype | None = None
+    unavailable: Callable[[Problem], str | None] = lambda problem: None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the others are compared with it."""
+        return self.name == self.reference

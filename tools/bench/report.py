@@ -1,0 +1,143 @@
+"""How `bench_op.py` and `bench_module.py` show what they measured: tables on the terminal and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
+# A terminal is as wide as it is; a file or a pipe gets the whole table.
+console = Console() if Console().is_terminal else Console(width=160)
+
+Record = Mapping[str, Any]
+
+
+def is_ours(peer: Record) -> bool:
+    """Whether the others are compared with it."""
+    return peer["name"] == peer["reference"]
+
+
+def print_header(report: Record) -> None:
+    """Says what runs, where and on what."""
+    console.print(
+        f"carafe_plugin {report['version']} ({report['backend']}), {report['dtype']} on {report['device']}: "
+        f"{processor(report)}, torch {report['machine']['torch']}",
+        highlight=False,
+    )
+    if report["quick"]:
+        console.print("A quick run: few turns, and not every peer.", style="yellow")
+
+
+def processor(report: Record) -> str:
+    """What computed, in words."""
+    machine = report["machine"]
+    path = machine.get("cpu_path") or machine["instruction_set"]
+    return machine.get("gpu") or f"{machine['cpu']} ({path}), {machine['threads']} threads"
+
+
+def shape_title(shape: Record) -> str:
+    """A problem in words, without what is usual."""
+    # A file of schema 1 knows no downsampling.
+    scale = f"down {shape['down']}" if shape.get("down", 1) > 1 else f"up {shape['up']}"
+    title = f"{shape['channels']} x {shape['height']} x {shape['width']}, {scale}, k {shape['kernel_size']}"
+    if shape["group_size"] > 1:
+        title += f", {shape['group_size']} groups"
+    return title + (f", batch {shape['batch']}" if shape["batch"] > 1 else "")
+
+
+def print_table(result: Record, each: str) -> None:
+    """One pass of one problem: a row for each peer, those of the same inputs together."""
+    bound = result["bound"]
+    backward = each != "forward"
+    table = Table(
+        title=f"{shape_title(result['shape'])}: {TITLES[each]}",
+        caption=f"bound {bound[each + '_ms']:.3g} ms: {bound[each + '_flop'] / 1e9:.3g} GFLOP at "
+        f"{bound['matmul_flop_per_s'] / 1e9:.4g} GFLOP/s, {bound[each + '_bytes'] / 1e6:.4g} MB at "
+        f"{bound[each + '_copy_bytes_per_s'] / 1e9:.3g} GB/s; memory is compared with "
+        f"{bound[each + '_needed_bytes'] / 1e6:.4g} MB",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("peer", no_wrap=True)
+    headings = ["median ms", "quartiles", "min to max", "turns", "x ours", "x bound", "peak MB", "x needed"]
+    headings += ["saved MB"] if backward else ["parameters"]
+    for heading in (*headings, "error"):
+        table.add_column(heading, justify="right", no_wrap=heading != "error")
+    # Ours lead, each followed by what computes the same of the same inputs; other functions come last.
+    names = [peer["name"] for peer in result["peers"] if is_ours(peer)]
+    order = sorted(result["peers"], key=lambda peer: (not peer["equal"], names.index(peer["reference"])))
+    for before, peer in zip([None, *order], order, strict=False):
+        if before and (before["reference"], before["equal"]) != (peer["reference"], peer["equal"]):
+            table.add_section()
+        values = peer[each]
+        if values["status"] != "ok":
+            table.add_row(peer["name"], values["status"], *[""] * (len(headings) - 1), values["detail"], style="red")
+            continue
+        error = f"{values['error']:.0e}" if "error" in values else ("-" if peer["equal"] else "another function")
+        last = f"{peer['parameters']:,}" if peer.get("parameters") and not backward else ""
+        if "saved_bytes" in values:
+            last = f"{values['saved_bytes'] / 1e6:.4g}"
+        table.add_row(
+            peer["name"],
+            f"{values['median_ms']:.4g}",
+            f"{values['q1_ms']:.4g} to {values['q3_ms']:.4g}",
+            f"{values['min_ms']:.4g} to {values['max_ms']:.4g}",
+            str(values["repeats"]),
+            f"{values['times_ours']:.3g}" if "times_ours" in values else "",
+            f"{values['times_bound']:.3g}",
+            f"{values['peak_bytes'] / 1e6:.4g}",
+            f"{values['times_needed_memory']:.3g}",
+            last,
+            error,
+            style="bold" if is_ours(peer) else None,
+        )
+    console.print(table)
+
+
+def plot(report: Record, file: Path) -> None:
+    """Draws the medians on a logarithmic axis with their quartiles, one panel for each problem and pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = report["results"]
+    most = max(len(result["peers"]) for result in results)
+    figure, axes = pyplot.subplots(
+        2, len(results), figsize=(1.5 + 4.2 * len(results), 1.6 + 0.5 * most), squeeze=False, layout="constrained"
+    )
+    for column, result in enumerate(results):
+        for row, each in enumerate(TITLES):
+            _draw_panel(axes[row][column], result, each)
+    for axis in axes[1]:
+        axis.set_xlabel("ms (dashed: the hardware's bound)", size=8)
+    figure.suptitle(f"{report['dtype']}, {processor(report)}, torch {report['machine']['torch']}", size=9)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_panel(axis: Any, result: Record, each: str) -> None:
+    for position, peer in enumerate(result["peers"]):
+        values = peer[each]
+        if values["status"] != "ok":
+            text = axis.get_yaxis_transform()
+            axis.text(0.02, position, values["status"], va="center", size=8, color="0.4", transform=text)
+            continue
+        median = values["median_ms"]
+        spread = [[median - values["q1_ms"]], [values["q3_ms"] - median]]
+        colour = "tab:blue" if peer["equal"] else "0.7"
+        if is_ours(peer) or peer["variant"]:
+            colour = "tab:orange" if is_ours(peer) else "navajowhite"
+        axis.barh(position, median, color=colour, xerr=spread, error_kw={"elinewidth": 1})
+        label = f" {median:.3g}" if median < 1000 else f" {median:.0f}"
+        axis.text(values["q3_ms"], position, label, va="center", size=8)
+    axis.axvline(result["bound"][f"{each}_ms"], color="black", linestyle="--", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlim(right=axis.get_xlim()[1] * 2)  # room for the longest bar's label
+    axis.set_title(f"{shape_title(result['shape'])}\n{TITLES[each]}", size=9)
+    axis.set_yticks(range(len(result["peers"])), [peer["name"] for peer in result["peers"]], size=8)
+    axis.invert_yaxis()
