@@ -1,12 +1,12 @@
 # CARAFE_ENV=current uses the active Python environment instead of .venv.
 BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv/bin/)
 PYTHON := $(if $(BIN),$(BIN)python,python3)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp tools/bench/*.cpp)
 BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2
 
-.PHONY: env demo demo-all demo-seg test lint format bench clean
+.PHONY: env demo demo-all demo-seg test lint format bench gpu-check clean
 
 env:
 	@tools/setup_env.sh
@@ -33,6 +33,10 @@ format: env
 
 bench: env
 	$(PYTHON) tools/bench_op.py $(BENCH_FLAGS)
+
+# On a machine with a GPU; needs torch, pytest and hypothesis alone.
+gpu-check:
+	$(or $(wildcard $(PYTHON)),python3) tools/gpu_check.py $(GPU_CHECK_FLAGS)
 
 # What can be made again; work_dirs/ and data/ may hold somebody's training.
 clean:

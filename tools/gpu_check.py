@@ -85,7 +85,7 @@ def run_step(step: Step, out: Path, deadline: float) -> dict[str, Any]:
             process = subprocess.Popen(
                 command,
                 cwd=step.folder,
-                env=environment(),
+                env=environment(out),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -95,6 +95,7 @@ def run_step(step: Step, out: Path, deadline: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.wait()
+            release_locks(out)
             code, status = None, "timed out"
         except OSError as error:
             stream.write(f"{error}\n")
@@ -109,9 +110,15 @@ def last_line(log: Path) -> str:
     return lines[-1][:200] if len(lines) > 1 else "it said nothing"
 
 
-def environment() -> dict[str, str]:
+def release_locks(out: Path) -> None:
+    """Removes what a killed compilation of `mmcv_peer` leaves behind: torch waits for it for ever."""
+    for lock in (out / "extensions").glob("*/lock"):
+        lock.unlink()
+
+
+def environment(out: Path) -> dict[str, str]:
     """The steps' environment: this checkout's package, and extensions for this GPU alone."""
-    variables = dict(os.environ, PYTHONUNBUFFERED="1", COLUMNS="170")
+    variables = dict(os.environ, PYTHONUNBUFFERED="1", COLUMNS="170", TORCH_EXTENSIONS_DIR=str(out / "extensions"))
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # ninja is found beside the interpreter although its environment need not be activated.
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -249,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    release_locks(out)
     # A terminal is as wide as it is; a file or a pipe gets the whole table.
     console = Console() if Console().is_terminal else Console(width=150)
     records = run_all(options.groups, out, options.budget, console)

@@ -71,10 +71,14 @@ def test_no_step_outlives_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mmcv_peer, "architecture", lambda: "9.0")
     record = gpu_check.run_step(FINE, tmp_path, time.monotonic() + 0.5)
     assert (record["status"], record["detail"]) == ("skipped", "no time is left")
+    lock = tmp_path / "extensions" / "peer" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()  # as a killed compilation leaves it
     unlimited = Step("slow", SLOW.command, 60)
     record = gpu_check.run_step(unlimited, tmp_path, time.monotonic() + 1.5)
     assert record["status"] == "timed out"
     assert record["seconds"] < 30
+    assert not lock.exists()
 
 
 def test_steps_name_tools_options_and_probes_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
