@@ -1,8 +1,8 @@
-"""Whether every image of a local segmentation dataset in ADE20k's style has its label map, of the same size.
+"""Whether images and label maps of a local segmentation dataset in ADE20k's style belong together.
 
 mmseg lists the images of a folder (or of a text file) and takes for granted that each has a label map of the same name
 beside it. Without one a training ends in the middle, in a data loader; with one of another size, in the loss or, where
-images are cropped first, never.
+images are cropped first, never. An image that is missing goes unnoticed there, too.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def find_fault(dataset: Mapping[str, Any]) -> str | None:
     if absent := [name for name in names if not (maps / (name + suffixes[1])).is_file()]:
         first = maps / (absent[0] + suffixes[1])
         return f"{len(absent)} of {len(names)} images have no annotation; the first that is missing: {first}"
+    if not ann_file:  # a file may list a part on purpose
+        extra = sorted(set(_names(maps, suffixes[1], None)) - set(names))
+        if extra:
+            first = images / (extra[0] + suffixes[0])
+            return f"{len(extra)} annotations have no image (half copied?); the first that is missing: {first}"
     for name in names:
         if fault := _compare_sizes(images / (name + suffixes[0]), maps / (name + suffixes[1])):
             return fault

@@ -42,7 +42,13 @@ def destroy(path: Path) -> str:
     return f"annotation {path} is no image"
 
 
-@pytest.mark.parametrize("damage", [remove, cut, destroy])
+def remove_image(path: Path) -> str:
+    image = Path(str(path).replace("annotations", "images").replace(".png", ".jpg"))
+    image.unlink()
+    return f"1 annotations have no image (half copied?); the first that is missing: {image}"
+
+
+@pytest.mark.parametrize("damage", [remove, cut, destroy, remove_image])
 @pytest.mark.parametrize("tool", ["train", "test"])
 def test_damaged_annotation_is_named(
     tool: str, damage: Callable[[Path], str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
