@@ -6,7 +6,7 @@ BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2
 
-.PHONY: env demo demo-all demo-seg test lint format bench gpu-check clean
+.PHONY: env demo demo-all demo-seg demo-inpaint test lint format bench gpu-check clean
 
 env:
 	@tools/setup_env.sh
@@ -19,6 +19,9 @@ demo-all: env
 
 demo-seg: env
 	$(PYTHON) tools/demo_seg.py
+
+demo-inpaint: env
+	$(PYTHON) tools/demo_inpaint.py
 
 test: env
 	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)

@@ -87,7 +87,7 @@ fi
 step "mmengine, mmdet, mmsegmentation, mmpretrain (20 s)" \
   onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1 onedl-mmsegmentation==1.4.2 onedl-mmpretrain==1.3.6
 step "the tools for demos, tests and style (20 s)" \
-  rich matplotlib pycocotools build==1.6.1 clang-format==19.1.7 hypothesis==6.170.15 mypy==2.4.1 pytest==9.2.0 \
+  rich matplotlib pycocotools scikit-image build==1.6.1 clang-format==19.1.7 hypothesis==6.170.15 mypy==2.4.1 pytest==9.2.0 \
   pytest-xdist==3.8.0 ruff==0.17.6
 
 # The package itself, again whenever a source of the extension is newer than the extension.

@@ -1,0 +1,213 @@
+"""The generator: Global&Local's completion network, its Partial Conv variant, and CARAFE++ in both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample
+
+from .masked_carafe import MaskedCARAFEDownsample, MaskedCARAFEUpsample
+from .partial_conv import PartialConv2d
+
+#: Height and width of an image must be multiples of it: two halvings.
+STRIDE = 4
+UPSAMPLINGS = ("deconv", "nearest")
+
+#: What every layer takes and returns: features, and their validity in a Partial Conv network, None in another.
+Masked = tuple[Tensor, Tensor | None]
+
+
+class _Convolution(nn.Module):
+    """A convolution, plain, partial or transposed, its norm and its activation."""
+
+    def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, channels: int, norm: bool) -> None:
+        super().__init__()
+        self.convolution = convolution
+        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        if convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, features: Tensor, validity: Tensor | None) -> Masked:
+        if isinstance(self.convolution, PartialConv2d):
+            features, validity = self.convolution(features, validity)
+        else:
+            features = self.convolution(features)
+        return F.relu(self.norm(features)), validity
+
+
+class _CARAFE(nn.Module):
+    """A CARAFE++, plain or masked."""
+
+    def __init__(self, resampler: nn.Module) -> None:
+        super().__init__()
+        self.resampler = resampler
+
+    def forward(self, features: Tensor, validity: Tensor | None) -> Masked:
+        if validity is None:
+            return self.resampler(features), None
+        return self.resampler(features, validity)
+
+
+class _Nearest(nn.Module):
+    """Nearest interpolation by 2, of the validity too."""
+
+    def forward(self, features: Tensor, validity: Tensor | None) -> Masked:
+        larger = None if validity is None else F.interpolate(validity, scale_factor=2, mode="nearest")
+        return F.interpolate(features, scale_factor=2, mode="nearest"), larger
+
+
+@MODELS.register_module()
+class InpaintingGenerator(BaseModule):
+    """Completes an image: an encoder that halves it twice, a dilated bottleneck, a decoder.
+
+    Layers and channels are those of the completion network of Iizuka et al., Globally and Locally Consistent Image
+    Completion, SIGGRAPH 2017 (the paper's reference [15]); its sigmoid, on images in [-1, 1], is a tanh. ``partial``
+    makes every convolution a partial one (reference [26]): the holes then travel as a validity map beside the features,
+    not as a fourth channel of the input.
+
+    With ``carafe_cfg``, a convolution with stride 2 becomes CARAFE++ and the same convolution with stride 1, and an
+    upsampling layer becomes CARAFE++ and a 3 x 3 convolution (Sec. 4.3), two of each.
+
+    Args:
+        base_channels (int): channels at full size; twice as many at half the size and four times at a quarter.
+        partial (bool): partial convolutions.
+        upsampling (str | None): without CARAFE++, 'deconv' (4 x 4, stride 2, as [15]) or 'nearest' and a 3 x 3
+            convolution (as [26]; the only one with partial convolutions). None takes what the network's own paper has.
+        carafe_cfg (dict | None): where CARAFE++ is: ``down`` and ``up``, each True, False, or a dictionary of arguments
+            of :class:`CARAFEDownsample` and :class:`CARAFEUpsample`. What is left out is False.
+        norm (bool): batch norm behind all convolutions but the last, as [15].
+        init_cfg (dict | None): MMEngine's.
+
+    Raises:
+        ValueError: an argument is out of its range; or, calling, the image's size is no multiple of 4.
+
+    Example:
+        >>> import torch
+        >>> generator = InpaintingGenerator(base_channels=8, partial=True, carafe_cfg=dict(down=True, up=True))
+        >>> holes = torch.zeros(2, 1, 32, 32)
+        >>> holes[..., 8:20, 10:24] = 1
+        >>> generator(torch.rand(2, 3, 32, 32), holes).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        base_channels: int = 64,
+        partial: bool = False,
+        upsampling: str | None = None,
+        carafe_cfg: Mapping[str, Any] | None = None,
+        norm: bool = True,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if isinstance(base_channels, bool) or not isinstance(base_channels, int) or base_channels < 2:
+            raise ValueError(f"base_channels must be an int of at least 2, got {base_channels!r}")
+        upsampling = upsampling or ("nearest" if partial else "deconv")
+        if upsampling not in UPSAMPLINGS:
+            raise ValueError(f"upsampling must be one of {', '.join(UPSAMPLINGS)}, got {upsampling!r}")
+        if partial and upsampling == "deconv":
+            raise ValueError("upsampling must be 'nearest' with partial=True: a deconvolution has no partial form")
+        self.partial, self.upsampling, self.norm = partial, upsampling, norm
+        down, up = _switches(carafe_cfg)
+        full, half, quarter = base_channels, 2 * base_channels, 4 * base_channels
+        self.encoder = nn.ModuleList(
+            [
+                self._convolution(3 if partial else 4, full, 5),
+                *self._downsampling(full, half, down),
+                self._convolution(half, half),
+                *self._downsampling(half, quarter, down),
+                self._convolution(quarter, quarter),
+                self._convolution(quarter, quarter),
+            ]
+        )
+        self.bottleneck = nn.ModuleList([self._convolution(quarter, quarter, dilation=d) for d in (2, 4, 8, 16)])
+        self.decoder = nn.ModuleList(
+            [
+                self._convolution(quarter, quarter),
+                self._convolution(quarter, quarter),
+                *self._upsampling(quarter, half, up),
+                self._convolution(half, half),
+                *self._upsampling(half, full, up),
+                self._convolution(full, full // 2),
+            ]
+        )
+        kind: type[nn.Conv2d] = PartialConv2d if partial else nn.Conv2d
+        self.to_image = kind(full // 2, 3, 3, padding=1)
+        nn.init.xavier_normal_(self.to_image.weight)
+        if self.to_image.bias is not None:
+            nn.init.zeros_(self.to_image.bias)
+
+    def _convolution(
+        self, channels: int, out_channels: int, kernel: int = 3, stride: int = 1, dilation: int = 1
+    ) -> _Convolution:
+        kind = PartialConv2d if self.partial else nn.Conv2d
+        padding = dilation * (kernel // 2)
+        convolution = kind(
+            channels, out_channels, kernel, stride=stride, padding=padding, dilation=dilation, bias=not self.norm
+        )
+        return _Convolution(convolution, out_channels, self.norm)
+
+    def _downsampling(self, channels: int, out_channels: int, carafe: dict | None) -> list[nn.Module]:
+        if carafe is None:
+            return [self._convolution(channels, out_channels, stride=2)]
+        kind = MaskedCARAFEDownsample if self.partial else CARAFEDownsample
+        return [_CARAFE(kind(channels, **carafe)), self._convolution(channels, out_channels)]
+
+    def _upsampling(self, channels: int, out_channels: int, carafe: dict | None) -> list[nn.Module]:
+        if carafe is not None:
+            kind = MaskedCARAFEUpsample if self.partial else CARAFEUpsample
+            return [_CARAFE(kind(channels, **carafe)), self._convolution(channels, out_channels)]
+        if self.upsampling == "nearest":
+            return [_Nearest(), self._convolution(channels, out_channels)]
+        deconvolution = nn.ConvTranspose2d(channels, out_channels, 4, stride=2, padding=1, bias=not self.norm)
+        return [_Convolution(deconvolution, out_channels, self.norm)]
+
+    def forward(self, images: Tensor, holes: Tensor) -> Tensor:
+        """Predict the whole image.
+
+        Args:
+            images (Tensor[N, 3, H, W]): in [-1, 1]; what they hold in the holes has no influence.
+            holes (Tensor[N, 1, H, W]): the paper's M, 1 in the holes and 0 elsewhere, of the dtype of ``images``.
+
+        Returns:
+            Tensor[N, 3, H, W]: the paper's y_hat, in [-1, 1].
+        """
+        if images.shape[-1] % STRIDE or images.shape[-2] % STRIDE:
+            raise ValueError(
+                f"images must have a height and width that are multiples of {STRIDE}, got shape {tuple(images.shape)}"
+            )
+        features = images.masked_fill(holes > 0, 0)
+        validity: Tensor | None = 1 - holes
+        if not self.partial:
+            features, validity = torch.cat([features, holes], dim=1), None
+        for layer in (*self.encoder, *self.bottleneck, *self.decoder):
+            features, validity = layer(features, validity)
+        if self.partial:
+            features, _ = self.to_image(features, validity)
+        else:
+            features = self.to_image(features)
+        return features.tanh()
+
+
+def _switches(carafe_cfg: Mapping[str, Any] | None) -> tuple[dict | None, dict | None]:
+    """The arguments of CARAFE++ down and up; None where it is off."""
+    cfg = dict(carafe_cfg or {})
+    found = []
+    for name in ("down", "up"):
+        value = cfg.pop(name, False)
+        if not isinstance(value, (bool, Mapping)):
+            raise ValueError(f"carafe_cfg[{name!r}] must be True, False or a dictionary of arguments, got {value!r}")
+        if isinstance(value, Mapping) and {"channels", "scale_factor"} & set(value):
+            raise ValueError(f"carafe_cfg[{name!r}] must not set channels or scale_factor: the network does")
+        found.append(None if value is False else {} if value is True else dict(value))
+    if cfg:
+        raise ValueError(f"carafe_cfg must have no keys but 'down' and 'up', got {', '.join(map(repr, cfg))}")
+    return found[0], found[1]

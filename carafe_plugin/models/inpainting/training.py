@@ -1,0 +1,134 @@
+"""Training two networks with MMEngine: an optimiser for each, several processes, and resuming exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.model import MMSeparateDistributedDataParallel, is_model_wrapper
+from mmengine.optim import OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import HOOKS, MODEL_WRAPPERS, OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class PerNetworkOptimWrapperConstructor:
+    """Builds an optimiser for each part of a model.
+
+    Used through a configuration. What is no part of the model holds for every optimiser, so that ``--amp`` works::
+
+        optim_wrapper = dict(
+            constructor="PerNetworkOptimWrapperConstructor",
+            generator=dict(optimizer=dict(type="Adam", lr=1e-4)),
+            discriminator=dict(optimizer=dict(type="Adam", lr=1e-4)),
+        )
+
+    Args:
+        optim_wrapper_cfg (dict): the names of parts of the model, with the configuration of an optimiser wrapper each.
+        paramwise_cfg (dict | None): not taken here; it belongs into the part's own configuration.
+
+    Raises:
+        ValueError: no part is named, or ``paramwise_cfg`` is given.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        if paramwise_cfg is not None:
+            raise ValueError("paramwise_cfg belongs into the configuration of each network's optimiser wrapper")
+        # Parts have their optimiser inside; what else is a dictionary, such as clip_grad, is a common setting.
+        parts = {
+            name: value
+            for name, value in optim_wrapper_cfg.items()
+            if isinstance(value, Mapping) and "optimizer" in value
+        }
+        if not parts:
+            raise ValueError(f"optim_wrapper must name parts of the model with an 'optimizer', got {optim_wrapper_cfg}")
+        self.parts = parts
+        self.common = {name: value for name, value in optim_wrapper_cfg.items() if name not in parts}
+
+    def __call__(self, model: nn.Module) -> OptimWrapperDict:
+        """An optimiser wrapper for every part of ``model``."""
+        network: Any = model.module if is_model_wrapper(model) else model
+        wrappers = {}
+        for name, cfg in self.parts.items():
+            part: Any = getattr(network, name, None)
+            if not isinstance(part, nn.Module):
+                raise ValueError(f"optim_wrapper names {name!r}, which is no part of {type(network).__name__}")
+            wrappers[name] = build_optim_wrapper(part, {**self.common, **cfg})
+        return OptimWrapperDict(**wrappers)
+
+
+@MODEL_WRAPPERS.register_module()
+class PerNetworkDistributedDataParallel(MMSeparateDistributedDataParallel):
+    """MMEngine's distributed wrapper of each part of a model, which also serves processes without a GPU."""
+
+    def __init__(self, module: nn.Module, **kwargs: Any) -> None:
+        if get_device() == "cpu":
+            kwargs.update(device_ids=None)  # MMEngine passes the local rank, as if it were a GPU
+        super().__init__(module=module, **kwargs)
+
+
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """Lets a resumed run go on as if it had never stopped.
+
+    MMEngine's checkpoints hold the weights and buffers of all parts of the model and the state of every optimiser. This
+    hook adds the random numbers' state (torch, CUDA, NumPy, Python) and the seed of the order of the images, and keeps
+    the names of weights free of distributed modules within the model, which MMEngine would not find again; with
+    :class:`DrawSampler` and :class:`InpaintingFolder`, the data goes on from the draw that comes next. With several
+    processes the random state is the first one's; the data and this package's networks do not depend on it.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Put the state of all random numbers into the checkpoint; name the weights as without several processes."""
+        if is_model_wrapper(runner.model):
+            checkpoint["state_dict"] = _without_wrappers(runner.model.module, checkpoint["state_dict"])
+        name, keys, *rest = np.random.get_state()
+        checkpoint["random_state"] = dict(
+            torch=torch.get_rng_state(),
+            cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            numpy=[name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+            python=random.getstate(),
+            sampler_seed=getattr(runner.train_dataloader.sampler, "seed", None),
+        )
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Keep the state for the first step: what comes before it (the data loader's start) draws numbers too."""
+        self._state = checkpoint.get("random_state")
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Give the sampler its seed, before it is brought to its place."""
+        if self._state is None or runner.iter == 0:  # weights were loaded for a new run
+            self._state = None
+        elif self._state["sampler_seed"] is not None:
+            runner.train_dataloader.sampler.seed = self._state["sampler_seed"]
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Restore the random numbers, once."""
+        if self._state is None:
+            return
+        state, self._state = self._state, None
+        torch.set_rng_state(state["torch"].cpu().to(torch.uint8))
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([value.cpu().to(torch.uint8) for value in state["cuda"]])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+
+
+def _without_wrappers(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    wrapped = [name for name, part in model.named_children() if is_model_wrapper(part)]
+
+    def plain(key: str) -> str:
+        name, _, rest = key.partition(".")
+        return f"{name}.{rest.removeprefix('module.')}" if name in wrapped else key
+
+    return type(weights)((plain(key), value) for key, value in weights.items())

@@ -1,0 +1,3 @@
+_base_ = "_base_/inpainting.py"
+
+model = dict(generator=dict(partial=True))

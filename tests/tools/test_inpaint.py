@@ -1,0 +1,176 @@
+"""tools/inpaint.py, and tools/train.py and test.py on an inpainting configuration."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import ROOT, call_tool, load_tool, one_line, run
+
+pytest.importorskip("skimage", reason="tools: the metrics need scikit-image")
+
+CONFIG = ROOT / "configs/inpainting/partial-conv-carafe_scenes-64x64.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A tiny Partial Conv with CARAFE++ that tools/train.py trained for two steps, and its command line options."""
+    folder = tmp_path_factory.mktemp("inpainting")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 3)):
+        (folder / "data" / split).mkdir(parents=True)
+        for index in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            small.resize((40, 36), Image.Resampling.BICUBIC).save(folder / "data" / split / f"{index}.png")
+    options = ["model.generator.base_channels=4", "model.discriminator.base_channels=4"]
+    for split in ("train", "val", "test"):
+        dataset = f"{split}_dataloader.dataset"
+        options += [f"{dataset}.data_root={folder / 'data'}", f"{dataset}.size=32", f"{split}_dataloader.batch_size=2"]
+    options += ["train_cfg.max_iters=2", "default_hooks.logger.interval=1", "default_hooks.checkpoint.interval=1"]
+    assert call_tool("train", CONFIG, "--work-dir", folder / "run", "--cfg-options", *options) == 0
+    return SimpleNamespace(folder=folder, checkpoint=folder / "run" / "iter_2.pth", options=options)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> SimpleNamespace:
+    """A picture whose size is no multiple of 4, and a mask whose hole reaches its corner."""
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (37, 50, 3), dtype=np.uint8)
+    holes = np.zeros((37, 50), np.uint8)
+    holes[20:, 30:], holes[2:5, 2:6] = 255, 128
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    Image.fromarray(holes).save(tmp_path / "mask.png")
+    return SimpleNamespace(pixels=pixels, holes=holes >= 128, folder=tmp_path)
+
+
+def inpaint(trained: SimpleNamespace, picture: SimpleNamespace, out: Path, **changes: object) -> int:
+    given = {"image": picture.folder / "picture.png", "mask": picture.folder / "mask.png", "config": CONFIG}
+    given |= {"checkpoint": trained.checkpoint, "cfg_options": trained.options} | changes
+    command = [given.pop("image"), given.pop("mask"), "--out", out]
+    for name, value in given.items():
+        command += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    return call_tool("inpaint", *command, "--device", changes.get("device", "cpu"))
+
+
+def test_fills_the_hole_and_nothing_else(
+    trained: SimpleNamespace, picture: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "new" / "filled.png"
+    capsys.readouterr()
+    assert inpaint(trained, picture, out) == 0
+    assert "filled.png: 19.0% of 50 x 37 pixels filled" in capsys.readouterr().out
+    filled = np.asarray(Image.open(out))
+    assert filled.shape == (37, 50, 3)
+    assert np.array_equal(filled[~picture.holes], picture.pixels[~picture.holes])
+    assert (filled[picture.holes] != picture.pixels[picture.holes]).mean() > 0.9
+
+    # What lies in the hole, and in the rows and columns that are added to it, is not looked at.
+    hidden = picture.pixels.copy()
+    hidden[picture.holes] = 0
+    Image.fromarray(hidden).save(tmp_path / "hidden.png")
+    assert inpaint(trained, picture, tmp_path / "again.bmp", image=tmp_path / "hidden.png") == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.bmp")), filled)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_it_is_the_models_prediction(trained: SimpleNamespace, picture: SimpleNamespace) -> None:
+    tool = load_tool("inpaint")
+    arguments = ["x", "y", "--config", CONFIG, "--checkpoint", trained.checkpoint, "--out", "z", "--device", "cpu"]
+    model = tool.load_model(tool.parse_args([str(a) for a in [*arguments, "--cfg-options", *trained.options]]))
+    assert not model.training
+    saved = torch.load(trained.checkpoint, weights_only=False)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    pixels, holes = picture.pixels[:36, :48], picture.holes[:36, :48]  # nothing to add
+    filled = tool.fill(model, pixels, holes)
+    with torch.no_grad():
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+        prediction = model.generator(images, torch.from_numpy(holes)[None, None].float())
+    expected = ((prediction[0].permute(1, 2, 0).numpy() + 1) * 127.5).round()
+    assert np.array_equal(filled[holes], expected[holes])
+
+
+def test_pictures_of_other_kinds(trained: SimpleNamespace, picture: SimpleNamespace, tmp_path: Path) -> None:
+    turned = Image.fromarray(np.rot90(picture.pixels).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # "turn by 90 degrees clockwise to look at it"
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(picture.pixels[..., 0]).convert("LA").save(tmp_path / "grey.png")
+    Image.fromarray(picture.holes).save(tmp_path / "mask.png")  # one bit a pixel
+    for name in ("turned", "grey"):
+        assert inpaint(trained, picture, tmp_path / f"{name}-filled.png", image=tmp_path / f"{name}.png") == 0
+    filled = np.asarray(Image.open(tmp_path / "turned-filled.png"))
+    assert np.array_equal(filled[~picture.holes], picture.pixels[~picture.holes])
+    assert np.asarray(Image.open(tmp_path / "grey-filled.png")).shape == (37, 50, 3)
+
+
+def test_mistakes(
+    trained: SimpleNamespace, picture: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Image.fromarray(picture.holes[:, :-1]).save(tmp_path / "narrow.png")
+    Image.fromarray(np.zeros((37, 50), np.uint8)).save(tmp_path / "black.png")
+    Image.fromarray(np.full((37, 50), 255, np.uint8)).save(tmp_path / "white.png")
+    Image.fromarray(np.zeros((37, 50), np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "picture.png").read_bytes()[:900])
+    detector = ROOT / "configs/demo/mask-rcnn_r18_fpn_scenes.py"
+    whole_size = [option for option in trained.options if "base_channels" not in option]
+    cases = [
+        (dict(image=tmp_path / "absent.png"), f"no such file: {tmp_path}/absent.png"),
+        (dict(image=tmp_path / "broken.png"), f"cannot read {tmp_path}/broken.png"),
+        (dict(image=tmp_path / "deep.png"), "more than 8 bits"),
+        (dict(mask=tmp_path / "narrow.png"), "must have the size of the image, 50 x 37, got 49 x 37"),
+        (dict(mask=tmp_path / "black.png"), "nowhere white"),
+        (dict(mask=tmp_path / "white.png"), "white everywhere"),
+        (dict(config=tmp_path / "absent.py"), "no such configuration file"),
+        (dict(config=detector, cfg_options=["a=1"]), "describes no inpainting model"),
+        (dict(checkpoint=tmp_path / "absent.pth"), "no such checkpoint"),
+        (dict(cfg_options=whole_size), "parameters do not fit (the first: "),
+        (dict(cfg_options=[*trained.options, "model.generator.upsampling=bicubic"]), "cannot build the model"),
+        (dict(device="cuda:99"), "--device cuda:99 cannot be used here"),
+    ]
+    for changes, message in cases:
+        capsys.readouterr()
+        assert inpaint(trained, picture, tmp_path / "out.png", **changes) == 2, changes
+        assert message in one_line(capsys)
+    assert inpaint(trained, picture, tmp_path / "out.gif") == 2
+    assert "--out must end in one of .png" in one_line(capsys)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_train_and_test(trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The common tools: a test with dumped predictions, resuming, and folders that hold no images."""
+    options = ["--cfg-options", *trained.options]
+    out = tmp_path / "predictions.pkl"
+    assert call_tool("test", CONFIG, trained.checkpoint, "--work-dir", tmp_path / "t", "--out", out, *options) == 0
+    samples = pickle.loads(out.read_bytes())
+    assert [Path(sample["path"]).name for sample in samples] == ["0.png", "1.png", "2.png"]
+    for sample in samples:
+        same = sample["completed"] == sample["original"]
+        assert bool((same | (sample["holes"] > 0)).all())
+        assert not bool(same.all())
+
+    resume = ["--resume", "--work-dir", trained.folder / "run", *options, "train_cfg.max_iters=3"]
+    assert call_tool("train", CONFIG, *resume) == 0
+    assert (trained.folder / "run" / "iter_3.pth").is_file()
+
+    (tmp_path / "empty").mkdir()
+    for folder, message in (("empty", "no image that can be read (.jpg, "), ("absent", "no such folder")):
+        elsewhere = [f"train_dataloader.dataset.data_root={tmp_path}", f"train_dataloader.dataset.data_prefix={folder}"]
+        capsys.readouterr()
+        assert call_tool("train", CONFIG, "--work-dir", tmp_path / "e", *options, *elsewhere) == 2
+        assert message in (printed := capsys.readouterr().err.strip().splitlines()[-1])
+        assert f"{tmp_path}/{folder}" in printed
+
+
+def test_command_line(trained: SimpleNamespace, picture: SimpleNamespace, tmp_path: Path) -> None:
+    """In a process of its own, as a user runs it."""
+    given = [picture.folder / "picture.png", picture.folder / "mask.png", "--out", tmp_path / "filled.jpg"]
+    given += ["--config", CONFIG, "--checkpoint", trained.checkpoint, "--cfg-options", *trained.options]
+    done = run("inpaint.py", *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "pixels filled" in done.stdout
+    assert Image.open(tmp_path / "filled.jpg").size == (50, 37)
