@@ -6,7 +6,7 @@ BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2
 
-.PHONY: env demo demo-all demo-seg demo-inpaint test lint format bench gpu-check clean
+.PHONY: env demo demo-all demo-seg demo-inpaint ablation test lint format bench gpu-check clean
 
 env:
 	@tools/setup_env.sh
@@ -22,6 +22,10 @@ demo-seg: env
 
 demo-inpaint: env
 	$(PYTHON) tools/demo_inpaint.py
+
+# The operators of Tables 4 and 6 on generated scenes, three seeds each; TABLE=3 and others, another table.
+ablation: env
+	$(PYTHON) tools/ablation.py $(if $(TABLE),--table $(TABLE))
 
 test: env
 	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)

@@ -5,7 +5,8 @@ that every toolbox builds them from a configuration by name::
 
     upsample_cfg = dict(type="CARAFEUpsample", compressed_channels=32, norm_cfg=dict(type="BN"))
 
-It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which every toolbox brings.
+The operators that the paper compares them with (:mod:`carafe_plugin.modules.peers`) are registered beside them. This
+module needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which every toolbox brings.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carafe_plugin import modules
+from carafe_plugin.modules import peers
 from carafe_plugin.openmmlab import require
 
 require("mmengine", __name__)
@@ -50,10 +52,27 @@ def _factory(name: str, build: Callable[..., nn.Module], cfg: Mapping[str, Any] 
     return partial(build, dict(cfg))
 
 
-class _MMEngineLayer(nn.Module):
-    """What MMEngine asks beyond the plain module: configurations of norm and activation, and a safe initialisation."""
+class _KeepsItsStart(nn.Module):
+    """A layer whose first values are part of what it is, whatever MMEngine's initialisers do around it."""
 
     init_weights: Callable[[], None]  # the plain module's
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> _KeepsItsStart:
+        """Apply a function to every submodule, except that MMEngine's initialisers leave the paper's values in place.
+
+        An enclosing module's ``init_cfg`` (Xavier for every ``Conv2d`` in an FPN) comes down the whole tree through
+        ``apply``, whereas ``init_weights`` goes no further than direct children. The content encoder's N(0, 0.001),
+        which makes the first kernels nearly uniform, would be lost wherever this layer sits in a plain ``Sequential``
+        or ``ModuleList``.
+        """
+        super().apply(fn)
+        if getattr(fn, "__module__", None) == initialize.__module__:
+            self.init_weights()
+        return self
+
+
+class _MMEngineLayer(_KeepsItsStart):
+    """What MMEngine asks beyond the plain module: configurations of norm and activation, and a safe initialisation."""
 
     def __init__(
         self,
@@ -67,19 +86,6 @@ class _MMEngineLayer(nn.Module):
         if act_cfg is not None:
             kwargs["act"] = _factory("act_cfg", _build_act, act_cfg)
         super().__init__(*args, **kwargs)
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> _MMEngineLayer:
-        """Apply a function to every submodule, except that MMEngine's initialisers leave the paper's values in place.
-
-        An enclosing module's ``init_cfg`` (Xavier for every ``Conv2d`` in an FPN) comes down the whole tree through
-        ``apply``, whereas ``init_weights`` goes no further than direct children. The content encoder's N(0, 0.001),
-        which makes the first kernels nearly uniform, would be lost wherever this layer sits in a plain ``Sequential``
-        or ``ModuleList``.
-        """
-        super().apply(fn)
-        if getattr(fn, "__module__", None) == initialize.__module__:
-            self.init_weights()
-        return self
 
 
 @MODELS.register_module()
@@ -132,6 +138,24 @@ class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
     """
 
 
+@MODELS.register_module()
+class GUMUpsample(_KeepsItsStart, peers.GUMUpsample):
+    """:class:`carafe_plugin.modules.peers.GUMUpsample` for configurations: it starts as bilinear interpolation."""
+
+
+@MODELS.register_module()
+class LIPDownsample(_KeepsItsStart, peers.LIPDownsample):
+    """:class:`carafe_plugin.modules.peers.LIPDownsample` for configurations: it starts as average pooling."""
+
+
+# The other operators of the paper's tables start as their places have it, so the plain modules serve.
+for _peer in (*peers.DOWNSAMPLERS, *peers.UPSAMPLERS):
+    if _peer not in (peers.GUMUpsample, peers.LIPDownsample):
+        MODELS.register_module(module=_peer)
+
+_UPSAMPLERS = (modules.CARAFEUpsample, peers.Upsampler)
+_DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
+
 INTERPOLATIONS = ("nearest", "bilinear")
 
 
@@ -156,6 +180,17 @@ class Interpolation(nn.Module):
         return f"mode={self.mode!r}, align_corners={self.align_corners}"
 
 
+def read_cfg(carafe_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A ``carafe_cfg`` as a dictionary that the caller may change; None stands for an empty one.
+
+    Raises:
+        TypeError: It is neither a dictionary nor None.
+    """
+    if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
+        raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
+    return dict(carafe_cfg or {})
+
+
 def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
     """Build the upsampler that a ``carafe_cfg`` describes.
 
@@ -171,10 +206,13 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
 
     Raises:
         TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
+        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes a downsampler.
         KeyError: ``type`` is not registered.
     """
-    return _build_resampler(carafe_cfg, "CARAFEUpsample", channels, scale_factor, INTERPOLATIONS)
+    upsampler = _build_resampler(carafe_cfg, "CARAFEUpsample", channels, scale_factor, INTERPOLATIONS)
+    if isinstance(upsampler, _DOWNSAMPLERS):
+        raise ValueError(f"carafe_cfg must describe an upsampler, got type={read_cfg(carafe_cfg)['type']!r}")
+    return upsampler
 
 
 def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
@@ -201,8 +239,8 @@ def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale
         torch.Size([1, 16, 3, 4])
     """
     downsampler = _build_resampler(carafe_cfg, "CARAFEDownsample", channels, scale_factor)
-    if isinstance(downsampler, modules.CARAFEUpsample):
-        raise ValueError(f"carafe_cfg must describe a downsampler, got type={dict(carafe_cfg or {})['type']!r}")
+    if isinstance(downsampler, _UPSAMPLERS):
+        raise ValueError(f"carafe_cfg must describe a downsampler, got type={read_cfg(carafe_cfg)['type']!r}")
     return downsampler
 
 
@@ -213,9 +251,7 @@ def _build_resampler(
     scale_factor: int,
     interpolations: tuple[str, ...] = (),
 ) -> nn.Module:
-    if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
-        raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
-    cfg = dict(carafe_cfg or {})
+    cfg = read_cfg(carafe_cfg)
     kind = cfg.setdefault("type", default)
     fixed = dict(channels=channels, scale_factor=scale_factor)
     for key, value in fixed.items():

@@ -35,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from carafe_plugin import modules
 from carafe_plugin.openmmlab.checkpoint import CheckpointError
 from carafe_plugin.openmmlab.convert import ARCHITECTURES, matching_depths
-from carafe_plugin.openmmlab.layers import CARAFEDownsample, build_downsampler
+from carafe_plugin.openmmlab.layers import CARAFEDownsample, build_downsampler, read_cfg
 
 #: The keys of a carafe_cfg that CARAFEDownsample takes; a place in the network sets the first two.
 _LAYER_KEYS = [*signature(modules.CARAFEDownsample).parameters, "norm_cfg", "act_cfg"]
@@ -92,7 +92,8 @@ class DownsamplingBackbone(nn.Module):
 
     Takes the ResNet's arguments and ``carafe_cfg``, a dictionary of
 
-    * ``stem``: whether CARAFE++ stands in the max pooling's place;
+    * ``stem``: whether CARAFE++ stands in the max pooling's place; a dictionary says yes, with these arguments there
+      instead of those for all places;
     * ``stages``: one bool for each of the ResNet's stages (the paper's Res-2 first): whether CARAFE++ stands in its
       strides' places. Left out, ``stem`` and ``stages`` mean every place that has a stride; with all of them False
       the ResNet is the parent bit for bit;
@@ -133,10 +134,10 @@ class DownsamplingBackbone(nn.Module):
 
     def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        stem, stages, self.downsampler_norm_eval, cfg = self._read_carafe_cfg(carafe_cfg)
+        stem_cfg, stages, self.downsampler_norm_eval, pointwise, cfg = self._read_carafe_cfg(carafe_cfg)
         self.downsampler_names = []
-        if stem:
-            self.maxpool = build_downsampler(cfg, self.stem_channels, _stride(self.maxpool))
+        if stem_cfg is not None:
+            self.maxpool = build_downsampler(stem_cfg, self.stem_channels, _stride(self.maxpool))
             self.downsampler_names.append("maxpool")
         for index, (name, wanted) in enumerate(zip(self.res_layers, stages, strict=True)):
             places = list(_strided(getattr(self, name)[0])) if wanted is not False else []
@@ -146,20 +147,25 @@ class DownsamplingBackbone(nn.Module):
                     f"expected False there, or 'stages' left out"
                 )
             for place in places:
-                self.downsampler_names.append(self._swap(f"{name}.0.{place}", cfg))
+                self.downsampler_names.append(self._swap(f"{name}.0.{place}", cfg, pointwise))
         self._freeze_stages()  # once more: what is new belongs to its stage
 
     def _read_carafe_cfg(
         self, carafe_cfg: Mapping[str, Any] | None
-    ) -> tuple[bool, Sequence[bool | None], bool, dict[str, Any]]:
-        """Check ``carafe_cfg`` and split it: the stem, the stages (None: wherever there is a stride), the rest."""
-        if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
-            raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
-        cfg = dict(carafe_cfg or {})
-        stem, norm_eval = cfg.pop("stem", True), cfg.pop("norm_eval", False)
-        for key, value in (("stem", stem), ("norm_eval", norm_eval)):
+    ) -> tuple[dict[str, Any] | None, Sequence[bool | None], bool, bool, dict[str, Any]]:
+        """Check ``carafe_cfg`` and split it.
+
+        Returns:
+            The downsampler of the stem or None, the stages (None: wherever there is a stride), ``norm_eval``,
+            ``pointwise``, and the downsampler of the stages.
+        """
+        cfg = read_cfg(carafe_cfg)
+        stem, norm_eval, pointwise = cfg.pop("stem", True), cfg.pop("norm_eval", False), cfg.pop("pointwise", False)
+        for key, value in (("norm_eval", norm_eval), ("pointwise", pointwise)):
             if not isinstance(value, bool):
                 raise TypeError(f"carafe_cfg: {key!r} must be True or False, got {value!r}")
+        if not isinstance(stem, (bool, Mapping)):
+            raise TypeError(f"carafe_cfg: 'stem' must be True or False, got {stem!r} (or a dictionary of arguments)")
         stages = cfg.pop("stages", None)
         if stages is None:
             stages = [None] * self.num_stages
@@ -174,14 +180,15 @@ class DownsamplingBackbone(nn.Module):
             if unknown:
                 raise TypeError(
                     f"carafe_cfg has the unknown key {sorted(unknown)[0]!r}; expected 'stem' and 'stages' for the "
-                    f"places, 'norm_eval', 'type', {', '.join(map(repr, _LAYER_KEYS[2:]))}"
+                    f"places, 'norm_eval', 'pointwise', 'type', {', '.join(map(repr, _LAYER_KEYS[2:]))}"
                 )
             if cfg.get("compressed_channels", 0) is not None:  # without a compressor there is nothing to normalise
                 cfg.setdefault("norm_cfg", _trained_batch_norm(self.norm_cfg))
                 cfg.setdefault("act_cfg", dict(type="ReLU", inplace=True))
-        return stem, stages, norm_eval, cfg
+        stem_cfg = dict(cfg, **(stem if isinstance(stem, Mapping) else {})) if stem is not False else None
+        return stem_cfg, stages, norm_eval, pointwise, cfg
 
-    def _swap(self, place: str, cfg: Mapping[str, Any]) -> str:
+    def _swap(self, place: str, cfg: Mapping[str, Any], pointwise: bool) -> str:
         """Swap the strided module called ``place`` and return the name of its downsampler."""
         parent = self.get_submodule(place.rpartition(".")[0])
         name = place.rpartition(".")[2]
@@ -189,6 +196,8 @@ class DownsamplingBackbone(nn.Module):
         if isinstance(old, nn.AvgPool2d):  # of a shortcut: the convolution behind it knows the channels
             setattr(parent, name, build_downsampler(cfg, getattr(parent, "1").in_channels, _stride(old)))
             return place
+        if pointwise:
+            old = _pointwise(old)
         try:
             setattr(parent, name, DownsampledConv2d(old, build_downsampler(cfg, old.in_channels, _stride(old))))
         except TypeError as error:
@@ -244,6 +253,14 @@ class DownsamplingBackbone(nn.Module):
 
     def extra_repr(self) -> str:
         return f"downsampler_names={self.downsampler_names}"
+
+
+def _pointwise(conv: nn.Module) -> nn.Module:
+    """A 1x1 convolution like a larger one; anything else as it is."""
+    if type(conv).__name__ != "Conv2d" or not isinstance(conv, nn.Conv2d) or max(conv.kernel_size) == 1:
+        return conv
+    bias = conv.bias is not None
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 1, _stride(conv), groups=conv.groups, bias=bias)
 
 
 def _has_any(state_dict: Mapping[str, Tensor], prefix: str) -> bool:

@@ -1,6 +1,20 @@
+import functools
 import shutil
+from unittest import mock
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def metafiles_read_once():
+    """MMEngine reads a toolbox's hundred metafiles anew for each configuration that comes by the toolbox's name."""
+    try:
+        from mmengine.config import utils
+    except ImportError:
+        yield
+        return
+    with mock.patch.object(utils, "load", functools.cache(utils.load)):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.registry import MODELS
 
-from carafe_plugin.openmmlab.layers import INTERPOLATIONS, build_upsampler
+from carafe_plugin.openmmlab.layers import INTERPOLATIONS, build_upsampler, read_cfg
 
 
 @MODELS.register_module()
@@ -48,9 +48,7 @@ class CARAFEFCNMaskHead(FCNMaskHead):
     ) -> None:
         if upsample_cfg.get("type") is None:
             raise ValueError(f"upsample_cfg must name the upsampler that CARAFE++ replaces, got {dict(upsample_cfg)!r}")
-        if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
-            raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
-        cfg = dict(carafe_cfg or {})
+        cfg = read_cfg(carafe_cfg)
         scale_factor = cfg.pop("scale_factor", upsample_cfg.get("scale_factor", 2))
         if cfg.get("type") in ("deconv", *INTERPOLATIONS):
             super().__init__(*args, upsample_cfg=dict(cfg, scale_factor=scale_factor), **kwargs)

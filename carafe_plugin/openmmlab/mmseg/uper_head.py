@@ -12,7 +12,7 @@ from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from carafe_plugin.openmmlab.layers import build_upsampler, upsample_to
+from carafe_plugin.openmmlab.layers import build_upsampler, read_cfg, upsample_to
 
 SWITCHES = ("ppm", "fpn", "fuse")
 
@@ -56,8 +56,7 @@ class CARAFEUPerHead(UPerHead):
     """
 
     def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
-            raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
+        upsampler_cfg = read_cfg(carafe_cfg)
         super().__init__(*args, **kwargs)
         levels_below_top = len(self.lateral_convs)
         # Every module's channels, in the order of its list.
@@ -66,7 +65,6 @@ class CARAFEUPerHead(UPerHead):
             fpn=[self.channels] * levels_below_top,
             fuse=[self.channels * (levels_below_top - i) for i in range(levels_below_top)],
         )
-        upsampler_cfg = dict(carafe_cfg or {})
         switches = {name: _pop_switch(upsampler_cfg, name, bool(places[name])) for name in SWITCHES}
 
         def build(name: str) -> ModuleList | None:

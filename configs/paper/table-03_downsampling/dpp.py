@@ -1,0 +1,8 @@
+_base_ = "../../mmdet/faster-rcnn_r50-carafe_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(
+        carafe_cfg=dict(type="DPPDownsample"),
+        init_cfg=dict(checkpoint="checkpoints/mmdet/resnet50-dpp.pth"),  # from pretraining/dpp.py
+    )
+)

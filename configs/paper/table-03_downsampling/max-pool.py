@@ -1,0 +1,8 @@
+_base_ = "../../mmdet/faster-rcnn_r50-carafe_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(
+        carafe_cfg=dict(type="MaxPoolDownsample"),
+        init_cfg=dict(checkpoint="checkpoints/mmdet/resnet50-max-pool.pth"),  # from pretraining/max-pool.py
+    )
+)

@@ -1,0 +1,3 @@
+_base_ = "../../../mmpretrain/resnet50-carafe_16xb64_in1k.py"
+
+model = dict(backbone=dict(carafe_cfg=dict(type="MaxPoolDownsample")))

@@ -1,0 +1,3 @@
+_base_ = "../../mmdet/faster-rcnn_r50_carafe-fpn_1x_coco.py"
+
+model = dict(neck=dict(carafe_cfg=dict(encoder_kernel=5, up_kernel=7)))

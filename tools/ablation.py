@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Compare the operators of the paper's tables on generated scenes: small models, trained from scratch, several seeds.
+
+    $ python tools/ablation.py                      # Tables 4 and 6 with three seeds each: 48 trainings
+    $ python tools/ablation.py --table 3 --table 5
+    $ python tools/ablation.py --plan               # what is done and what is to do
+    $ python tools/ablation.py --report             # tables and plots of what there is
+
+Each row's operators (the types and carafe_cfg of its backbone, neck and heads in configs/) are put into the small model
+of configs/demo/ablation. The same model of another table counts for both. A run is trained with tools/train.py,
+evaluated with tools/test.py, and leaves one file in tools/ablation_results. The same command goes on where an earlier
+one was stopped: runs with a result are skipped, an interrupted training goes on from its last checkpoint.
+
+Training a small model from scratch is not the paper's setting, whose backbones are pretrained on ImageNet.
+
+Exit code: 0; 1 where a run failed or a baseline's box AP50 is below 0.30, so that the differences mean little; 2 when
+something that was given does not fit; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ablation_report
+from ablation_runs import RECIPES, RESULTS, Run, Setup, find_result, plan, train_and_evaluate
+from demo_steps import ROOT, StepError, console, duration, shown
+from generate_scenes import add_dataset_options, generate, integer
+from paper_rows import read_tables
+
+from carafe_plugin.openmmlab import engine
+
+DEFAULT_TABLES = (4, 6)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--table",
+        type=int,
+        action="append",
+        metavar="N",
+        help=f"one of {', '.join(map(str, RECIPES))}; may be repeated",
+    )
+    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="S", help="of the trainings")
+    parser.add_argument("--plan", action="store_true", help="say what is done and what is to do, and stop")
+    parser.add_argument("--report", action="store_true", help="write tables and plots of the results so far, and stop")
+    parser.add_argument("--iterations", type=integer(1), help="of each training (default: the recipe's)")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "ablation", help="logs and checkpoints")
+    parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder of the generated datasets")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="one file a run, tables and plots")
+    add_dataset_options(parser, Setup.request)
+    return parser.parse_args(argv)
+
+
+def show_plan(runs: list[Run], setup: Setup) -> list[Run]:
+    """Say what is done and what is to do; returns the latter."""
+    to_do = [run for run in runs if find_result(run, setup) is None]
+    for number in dict.fromkeys(run.table for run in runs):
+        of_table = [run for run in runs if run.table == number]
+        left = sum(run in to_do for run in of_table)
+        console.print(f"Table {number}: {len(of_table)} runs, {len(of_table) - left} done, {left} to do")
+    return to_do
+
+
+def run_all(to_do: list[Run], setup: Setup) -> None:
+    """Train and evaluate, one after the other, saying how long it will still take."""
+    seconds: list[float] = []
+    for index, run in enumerate(to_do):
+        if find_result(run, setup):  # another row had the same model
+            continue
+        each = statistics.mean(seconds) if seconds else run.recipe.seconds
+        left = duration((len(to_do) - index) * each)
+        console.rule(f"{index + 1} of {len(to_do)}: Table {run.table}, {run.row.method}, seed {run.seed}; {left} left")
+        started = time.monotonic()
+        train_and_evaluate(run, setup)
+        seconds.append(time.monotonic() - started)
+
+
+def report(runs: list[Run], setup: Setup) -> list[str]:
+    """Write each table's means and plot; returns a line for every baseline that has not learnt enough."""
+    tables = read_tables()
+    weak = []
+    for number in dict.fromkeys(run.table for run in runs):
+        of_table = [run for run in runs if run.table == number]
+        found = ablation_report.collect(tables[number], of_table, setup)
+        if not found.rows:
+            console.print(f"Table {number}: no results yet")
+            continue
+        console.print(ablation_report.view(found))
+        for path in ablation_report.write(found, setup.results):
+            console.print(f"Written: {shown(path)}", markup=False)
+        weak += ablation_report.weak_baseline(found)
+    return weak
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def ablation(args: argparse.Namespace) -> int:
+    """Do what the command line says."""
+    numbers = args.table or list(DEFAULT_TABLES)
+    unknown = [number for number in numbers if number not in RECIPES]
+    if unknown:
+        raise engine.UsageError(f"--table: expected one of {', '.join(map(str, RECIPES))}, got {unknown[0]}")
+    setup = Setup.from_args(args)
+    runs = plan(dict.fromkeys(numbers), dict.fromkeys(args.seeds), setup)
+    to_do = show_plan(runs, setup)
+    if args.plan:
+        return 0
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if not args.report:
+            setup.work_dir.mkdir(parents=True, exist_ok=True)
+            with (setup.work_dir / ".lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise StepError(f"another ablation is running in {setup.work_dir}") from None
+                for request, folder in setup.datasets(to_do):
+                    generate(folder, request)
+                run_all(to_do, setup)
+        weak = report(runs, setup)
+    except KeyboardInterrupt:
+        console.print("\n[yellow]Interrupted. The same command goes on from here.[/yellow]")
+        return 130
+    except (StepError, FileExistsError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    for line in weak:
+        console.print(f"error: {line}", style="red", markup=False)
+    return 1 if weak else 0
+
+
+if __name__ == "__main__":
+    sys.exit(engine.run_tool(ablation, parse_args()))
