@@ -1,7 +1,7 @@
 # CARAFE_ENV=current uses the active Python environment instead of .venv.
 BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv/bin/)
 PYTHON := $(if $(BIN),$(BIN)python,python3)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp tools/bench/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp tools/bench/*.cpp)
 BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2

@@ -5,7 +5,9 @@ torch from 2.10 and every Python from 3.10 on. Environment:
 
 CARAFE_CUDA           1 requires the CUDA half, 0 leaves it out; by default it is built where a CUDA toolkit of torch's
                       major version is found (CUDA_HOME), GPU or not.
-TORCH_CUDA_ARCH_LIST  the GPU architectures, "8.0;9.0+PTX" by default.
+TORCH_CUDA_ARCH_LIST  the GPU architectures, by default Ampere and Hopper, and Blackwell where the toolkit knows it.
+
+A build with CUDA leaves build/ptxas.log: the registers and spills of every kernel, which tests/csrc reads.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 
 from setuptools import setup
 
 OLDEST_TORCH = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 PYTHON_ABI = "-DPy_LIMITED_API=0x030a0000"  # Python 3.10
+BLACKWELL_TOOLKIT = (12, 8)  # the first that compiles for it
 
 
 def torch_version() -> tuple[int, ...] | None:
@@ -47,16 +51,16 @@ def find_cuda_home() -> str | None:
     return None
 
 
-def toolkit_major(cuda_home: str | None) -> int | None:
-    """Major version of the CUDA toolkit, or None where there is none that runs."""
+def toolkit_version(cuda_home: str | None) -> tuple[int, int] | None:
+    """Version of the CUDA toolkit, or None where there is none that runs."""
     if cuda_home is None:
         return None
     try:
         output = subprocess.check_output([os.path.join(cuda_home, "bin", "nvcc"), "--version"], text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    release = re.search(r"release (\d+)\.", output)
-    return int(release.group(1)) if release else None
+    release = re.search(r"release (\d+)\.(\d+)", output)
+    return (int(release.group(1)), int(release.group(2))) if release else None
 
 
 def wants_cuda() -> bool:
@@ -68,10 +72,13 @@ def wants_cuda() -> bool:
     if choice == "0":
         return False
     cuda_home = find_cuda_home()
-    toolkit = toolkit_major(cuda_home)
+    version = toolkit_version(cuda_home)
+    toolkit = version[0] if version else None
     wanted = int(torch.version.cuda.split(".")[0]) if torch.version.cuda else None
     if toolkit is not None and toolkit == wanted:
         os.environ["CUDA_HOME"] = cuda_home  # torch's own guess would be the folder above nvcc's link
+        architectures = "8.0;9.0;10.0+PTX" if version >= BLACKWELL_TOOLKIT else "8.0;9.0+PTX"
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
         return True
     reason = f"CUDA toolkit {toolkit or 'not found'} (CUDA_HOME={cuda_home}), torch built for CUDA {wanted}"
     if choice == "1":
@@ -79,6 +86,27 @@ def wants_cuda() -> bool:
     if toolkit is not None:
         warnings.warn(f"building the CPU half only: {reason}", stacklevel=1)
     return False
+
+
+@contextmanager
+def output_kept(path: str):
+    """Copies what this process and the compilers it starts print to a file, which lasts if ptxas is in it."""
+    partial = f"{path}.partial"
+    tee = subprocess.Popen(["tee", partial], stdin=subprocess.PIPE)
+    own = [os.dup(descriptor) for descriptor in (1, 2)]
+    sys.stdout.flush(), sys.stderr.flush()
+    for descriptor in (1, 2):
+        os.dup2(tee.stdin.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        for descriptor, saved in zip((1, 2), own, strict=True):
+            os.dup2(saved, descriptor)
+        tee.communicate()
+        with open(partial, errors="replace") as log:
+            compiled = "ptxas info" in log.read()
+        os.replace(partial, path) if compiled else os.remove(partial)
 
 
 def extensions() -> dict:
@@ -118,7 +146,6 @@ def extensions() -> dict:
         )
     ]
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", "-Xptxas=-v", STABLE_ABI, PYTHON_ABI]
         nvcc += [f"-Xcompiler={prefix}" for prefix in prefixes]
         modules.append(
@@ -129,9 +156,18 @@ def extensions() -> dict:
                 py_limited_api=True,
             )
         )
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            if not with_cuda or shutil.which("tee") is None:
+                return super().build_extensions()
+            os.makedirs("build", exist_ok=True)
+            with output_kept(os.path.join("build", "ptxas.log")):
+                super().build_extensions()
+
     return {
         "ext_modules": modules,
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -3,9 +3,10 @@
 #pragma once
 
 #include "arguments.h"
-#include "kernels/rows.h"
 
 namespace carafe {
+
+enum class Normalizer;  // kernels/normalize.h has their names, kernels/gpu/weights.h those of the GPU
 
 inline Normalizer make_normalizer(int64_t normalizer) {
   STD_TORCH_CHECK(normalizer >= 0 && normalizer <= 2, "normalizer must be 0, 1 or 2, got ", normalizer);
@@ -35,8 +36,8 @@ Tensor logits_impl(
   if (output.numel() == 0) return output;
   dispatch(features.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const Logits<T> weights{input_map<T>(logits), how};
-    Launcher::reassemble_logits(shape, output_map<T>(output), input_map<T>(features), weights);
+    Launcher::template reassemble_logits<T>(
+        shape, output_map<T>(output), input_map<T>(features), {input_map<T>(logits), how});
   });
   return output;
 }
@@ -55,8 +56,8 @@ Tensor logits_grad_features_impl(
   if (grad.numel() == 0) return grad;
   dispatch(grad_output.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const Logits<T> weights{input_map<T>(logits), how};
-    Launcher::grad_features_logits(shape, output_map<T>(grad), input_map<T>(grad_output), weights);
+    Launcher::template grad_features_logits<T>(
+        shape, output_map<T>(grad), input_map<T>(grad_output), {input_map<T>(logits), how});
   });
   return grad;
 }
@@ -76,8 +77,8 @@ Tensor logits_grad_logits_impl(
   if (grad.numel() == 0) return grad;
   dispatch(grad_output.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const Logits<T> weights{input_map<T>(logits), how};
-    Launcher::grad_logits(shape, output_map<T>(grad), input_map<T>(grad_output), input_map<T>(features), weights);
+    Launcher::template grad_logits<T>(
+        shape, output_map<T>(grad), input_map<T>(grad_output), input_map<T>(features), {input_map<T>(logits), how});
   });
   return grad;
 }

@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(carafe_plugin, m) {
       "_carafe_grad_masks(Tensor grad_output, Tensor features, int kernel_size, int group_size, int up, int down) "
       "-> Tensor");
   // From the content encoder's raw output: pixel shuffle and kernel normaliser included (0 softmax, 1 sigmoid, 2
-  // sigmoid over its sum). On the CPU.
+  // sigmoid over its sum).
   m.def(
       "_carafe_logits(Tensor features, Tensor logits, int kernel_size, int group_size, int up, int down, "
       "int normalizer) -> Tensor");

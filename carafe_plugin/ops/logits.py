@@ -1,8 +1,8 @@
 """From the content encoder's raw output to the rescaled map: pixel shuffle, kernel normaliser and reassembly.
 
-:func:`normalize_kernels` and :func:`kernels_from_logits` are the definition. On the CPU compiled operators do all three
-steps in one pass: neither the shuffled nor the normalised kernels ever lie in memory, and autograd keeps the features
-and the raw output alone.
+:func:`normalize_kernels` and :func:`kernels_from_logits` are the definition. Compiled operators do all three steps in
+one pass: neither the shuffled nor the normalised kernels ever lie in memory, and autograd keeps the features and the
+raw output alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .carafe import reassemble
 
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized")
 OPERATORS = ("_carafe_logits", "_carafe_logits_grad_features", "_carafe_logits_grad_logits")
-_MAX_SCALE = 64  # of the compiled operators
+_MAX_SCALE = {"cpu": 64, "cuda": 8}  # of the compiled operators
+_MAX_WEIGHTS = 512  # of a pixel, on CUDA: of a block's few pixels they must fit into its shared memory
 _library: Any = None  # torch.library.Library: registrations last as long as it does
 
 
@@ -83,19 +84,21 @@ def reassemble_logits(features: Tensor, logits: Tensor, k: int, g: int, up: int,
     Returns:
         Tensor[N, C, H', W'].
     """
-    if _fused(features, logits, up, down):
+    if _fused(features, logits, k, up, down):
         how = NORMALIZERS.index(normalizer)
         return torch.ops.carafe_plugin._carafe_logits.default(features, logits, k, g, up, down, how)
     return reassemble(features, kernels_from_logits(logits, k, g, up, down, normalizer), k, g, up, down)
 
 
-def _fused(features: Tensor, logits: Tensor, up: int, down: int) -> bool:
+def _fused(features: Tensor, logits: Tensor, k: int, up: int, down: int) -> bool:
+    device_type, scale = features.device.type, max(up, down)
     return (
-        features.device.type == "cpu"
-        and _registration.is_compiled("cpu")
+        device_type in _MAX_SCALE
+        and _registration.is_compiled(device_type)
         and min(up, down) == 1
-        and max(up, down) <= _MAX_SCALE
-        and (features.dtype == logits.dtype or autocast_enabled("cpu"))
+        and scale <= _MAX_SCALE[device_type]
+        and (device_type == "cpu" or (k * scale) ** 2 <= _MAX_WEIGHTS)
+        and (features.dtype == logits.dtype or autocast_enabled(device_type))
     )
 
 
@@ -161,7 +164,7 @@ def _register() -> None:
     _library = torch.library.Library("carafe_plugin", "IMPL")
     fakes = (_logits_fake, _grad_features_fake, _grad_logits_fake)
     backwards = (_logits_backward, _grad_features_backward, _grad_logits_backward)
-    _registration.register(_library, OPERATORS, fakes, backwards, ("cpu",))
+    _registration.register(_library, OPERATORS, fakes, backwards, ("cpu", "cuda"))
 
 
 if _registration.is_compiled("cpu"):

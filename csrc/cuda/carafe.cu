@@ -1,25 +1,20 @@
-// The CUDA operators: a thread computes one output element with the functions of kernels/element.h.
+// The CUDA operators: block kernels (kernels/gpu) where one fits the call, otherwise a thread computes one output
+// element with the functions of kernels/element.h.
 #include <Python.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 
-#include <algorithm>
-
-#include "../arguments.h"
 #include "../kernels/element.h"
+#include "../logits.h"
+#include "launch.h"
 
 namespace carafe {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 20;  // beyond it the threads loop; a grid's first axis admits 2^31 - 1
 
 // Calls element(n, c, i, j) for every element of an output map, neighbouring threads on neighbouring addresses.
 template <class T, class Element>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     for_each_element(Map<T> output, int64_t batch, int64_t channels, int64_t height, int64_t width, Element element) {
   const int64_t count = batch * channels * height * width;
   const bool channels_last = output.channel_stride == 1 && channels > 1;
@@ -40,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-struct Reassemble {
+struct ReassembleElement {
   Shape shape;
   Map<const T> features, masks;
   __device__ T operator()(int64_t n, int64_t c, int64_t i, int64_t j) const {
@@ -49,7 +44,7 @@ struct Reassemble {
 };
 
 template <class T>
-struct GradFeatures {
+struct GradFeaturesElement {
   Shape shape;
   Map<const T> grad_output, masks;
   __device__ T operator()(int64_t n, int64_t c, int64_t i, int64_t j) const {
@@ -58,7 +53,7 @@ struct GradFeatures {
 };
 
 template <class T>
-struct GradMasks {
+struct GradMasksElement {
   Shape shape;
   Map<const T> grad_output, features;
   __device__ T operator()(int64_t n, int64_t c, int64_t i, int64_t j) const {
@@ -67,38 +62,102 @@ struct GradMasks {
 };
 
 template <class T, class Element>
-void launch(
-    const Tensor& input, Map<T> output, int64_t batch, int64_t channels, int64_t height, int64_t width,
-    const Element& element) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
+void launch_elements(
+    Map<T> output, int64_t batch, int64_t channels, int64_t height, int64_t width, const Element& element) {
   const int64_t blocks = std::min(ceil_div(batch * channels * height * width, kThreads), kMaxBlocks);
-  for_each_element<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  for_each_element<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream()>>>(
       output, batch, channels, height, width, element);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+template <class T>
+struct Logits {
+  Map<const T> map;
+  Normalizer normalizer;
+
+  gpu::Source<const T> source() const { return {map, static_cast<gpu::Normalized>(normalizer)}; }
+};
+
 struct Cuda {
   template <class T>
   static void reassemble(
-      const Tensor& input, const Shape& shape, Map<T> output, Map<const T> features, Map<const T> masks) {
-    const Reassemble<T> element{shape, features, masks};
-    launch(input, output, shape.batch, shape.channels, shape.out_height, shape.out_width, element);
+      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& features,
+      const Map<const T>& masks) {
+    const gpu::Source<const T> source{masks, gpu::Normalized::already};
+    const bool launched = launch_block(
+        [&](int64_t bytes) { return gpu::reassemble(shape, output, features, source, bytes, LaunchBlock{}); });
+    if (launched) return;
+    const ReassembleElement<T> element{shape, features, masks};
+    launch_elements(output, shape.batch, shape.channels, shape.out_height, shape.out_width, element);
   }
 
   template <class T>
   static void grad_features(
-      const Tensor& input, const Shape& shape, Map<T> output, Map<const T> grad_output, Map<const T> masks) {
-    const GradFeatures<T> element{shape, grad_output, masks};
-    launch(input, output, shape.batch, shape.channels, shape.height, shape.width, element);
+      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
+      const Map<const T>& masks) {
+    const gpu::Source<const T> source{masks, gpu::Normalized::already};
+    const bool launched = launch_block(
+        [&](int64_t bytes) { return gpu::grad_features(shape, output, grad_output, source, bytes, LaunchBlock{}); });
+    if (launched) return;
+    const GradFeaturesElement<T> element{shape, grad_output, masks};
+    launch_elements(output, shape.batch, shape.channels, shape.height, shape.width, element);
   }
 
   template <class T>
   static void grad_masks(
-      const Tensor& input, const Shape& shape, Map<T> output, Map<const T> grad_output, Map<const T> features) {
-    const GradMasks<T> element{shape, grad_output, features};
-    launch(input, output, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, element);
+      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
+      const Map<const T>& features) {
+    const gpu::Source<const T> source{{}, gpu::Normalized::already};
+    const bool launched = launch_block([&](int64_t bytes) {
+      return gpu::grad_weights(shape, output, grad_output, features, source, bytes, LaunchBlock{});
+    });
+    if (launched) return;
+    const GradMasksElement<T> element{shape, grad_output, features};
+    launch_elements(output, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, element);
+  }
+
+  // From logits: always by blocks.
+
+  template <class T>
+  static void reassemble_logits(
+      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Logits<T>& logits) {
+    check(launch_block([&](int64_t bytes) {
+      return gpu::reassemble(shape, output, features, logits.source(), bytes, LaunchBlock{});
+    }));
+  }
+
+  template <class T>
+  static void grad_features_logits(
+      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Logits<T>& logits) {
+    check(launch_block([&](int64_t bytes) {
+      return gpu::grad_features(shape, output, grad_output, logits.source(), bytes, LaunchBlock{});
+    }));
+  }
+
+  template <class T>
+  static void grad_logits(
+      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Map<const T>& features,
+      const Logits<T>& logits) {
+    check(launch_block([&](int64_t bytes) {
+      return gpu::grad_weights(shape, output, grad_output, features, logits.source(), bytes, LaunchBlock{});
+    }));
+  }
+
+ private:
+  static void check(bool launched) {
+    STD_TORCH_CHECK(launched, "from logits on CUDA, the kernels of a pixel must fit into a block's shared memory");
+  }
+};
+
+// An operator on the device of its tensors, which the checks of arguments.h hold to be one.
+template <auto Operator>
+struct OnDevice;
+
+template <class... Rest, Tensor (*Operator)(const Tensor&, Rest...)>
+struct OnDevice<Operator> {
+  static Tensor call(const Tensor& first, Rest... rest) {
+    const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+    return Operator(first, rest...);
   }
 };
 
@@ -106,9 +165,13 @@ struct Cuda {
 }  // namespace carafe
 
 STABLE_TORCH_LIBRARY_IMPL(carafe_plugin, CUDA, m) {
-  m.impl("carafe", TORCH_BOX(&carafe::carafe_impl<carafe::Cuda>));
-  m.impl("_carafe_grad_features", TORCH_BOX(&carafe::grad_features_impl<carafe::Cuda>));
-  m.impl("_carafe_grad_masks", TORCH_BOX(&carafe::grad_masks_impl<carafe::Cuda>));
+  using namespace carafe;
+  m.impl("carafe", TORCH_BOX(&OnDevice<&carafe_impl<Cuda>>::call));
+  m.impl("_carafe_grad_features", TORCH_BOX(&OnDevice<&grad_features_impl<Cuda>>::call));
+  m.impl("_carafe_grad_masks", TORCH_BOX(&OnDevice<&grad_masks_impl<Cuda>>::call));
+  m.impl("_carafe_logits", TORCH_BOX(&OnDevice<&logits_impl<Cuda>>::call));
+  m.impl("_carafe_logits_grad_features", TORCH_BOX(&OnDevice<&logits_grad_features_impl<Cuda>>::call));
+  m.impl("_carafe_logits_grad_logits", TORCH_BOX(&OnDevice<&logits_grad_logits_impl<Cuda>>::call));
 }
 
 PyMODINIT_FUNC PyInit__C_cuda() {

@@ -1,5 +1,7 @@
 """Reassembly from the content encoder's raw output in one pass, against the three steps that define it."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ CASES = list(
 OPS = torch.ops.carafe_plugin
 
 
-def random_logits(size, channels, k, g, ratio, dtype=torch.float32, spread=2.0, batch=2):
+def random_logits(size, channels, k, g, ratio, dtype=torch.float32, spread=2.0, batch=2, device="cpu"):
     up, down = ratio
     coarse = tuple(-(-length // down) for length in size) if up == 1 else size
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +39,7 @@ def random_logits(size, channels, k, g, ratio, dtype=torch.float32, spread=2.0, 
         (batch, channels, *(length * up for length in coarse)),
     )
     features, logits, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return features.to(dtype), (logits * spread).to(dtype), grad.to(dtype)
+    return features.to(device, dtype), (logits * spread).to(device, dtype), grad.to(device, dtype)
 
 
 def by_definition(features, logits, k, g, up, down, normalizer):
@@ -49,9 +51,9 @@ def label(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_one_pass_equals_three_steps(case):
+def test_one_pass_equals_three_steps(case, device):
     k, g, ratio, dtype = case["kernel_size"], case["group_size"], case["ratio"], case["dtype"]
-    tensors = random_logits(case["size"], 20, k, g, ratio, dtype)
+    tensors = random_logits(case["size"], 40, k, g, ratio, dtype, device=device)
     features, logits, grad = (LAYOUTS[case["layout"]](tensor) for tensor in tensors)
     exact = [tensor.double().requires_grad_() for tensor in (features, logits)]
     expected = by_definition(*exact, k, g, *ratio, case["normalizer"])
@@ -70,9 +72,9 @@ def test_one_pass_equals_three_steps(case):
 
 @pytest.mark.parametrize("ratio", RATIOS, ids=str)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_gradcheck_and_gradgradcheck(ratio, normalizer):
+def test_gradcheck_and_gradgradcheck(ratio, normalizer, device):
     size = (2, 3) if ratio[0] > 1 else (3, 4)
-    features, logits, _ = random_logits(size, 4, 3, 2, ratio, torch.float64, batch=1)
+    features, logits, _ = random_logits(size, 4, 3, 2, ratio, torch.float64, batch=1, device=device)
     inputs = (features.requires_grad_(), logits.requires_grad_())
 
     def function(x, z):
@@ -82,19 +84,19 @@ def test_gradcheck_and_gradgradcheck(ratio, normalizer):
     assert torch.autograd.gradgradcheck(function, inputs, nondet_tol=0.0, fast_mode=True)
 
 
-def test_second_derivative_through_a_common_origin():
+def test_second_derivative_through_a_common_origin(device):
     # The logits come from the features: the partial derivatives must not be taken along that way twice.
-    module = CARAFEUpsample(4, 2, 3, 1, 3, compressed_channels=2).double()
+    module = CARAFEUpsample(4, 2, 3, 1, 3, compressed_channels=2).double().to(device)
     torch.nn.init.normal_(module.content_encoder.weight)
-    features = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(1, 4, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradgradcheck(module, (features,), fast_mode=True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("ratio", [(2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("normalizer", range(3), ids=NORMALIZERS)
-def test_opcheck(ratio, normalizer, channels_last):
-    tensors = random_logits((5, 6), 4, 3, 2, ratio)
+def test_opcheck(ratio, normalizer, channels_last, device):
+    tensors = random_logits((5, 6), 4, 3, 2, ratio, device=device)
     if channels_last:
         tensors = tuple(tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors)
     features, logits, grad = (tensor.requires_grad_() for tensor in tensors)
@@ -106,8 +108,8 @@ def test_opcheck(ratio, normalizer, channels_last):
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("offset", [0.0, -300.0, -1e4, 300.0], ids=str)
-def test_saturated_logits(normalizer, offset):
-    features, logits, grad = random_logits((3, 20), 4, 3, 1, (2, 1), spread=30.0)
+def test_saturated_logits(normalizer, offset, device):
+    features, logits, grad = random_logits((3, 20), 4, 3, 1, (2, 1), spread=30.0, device=device)
     logits = (logits + offset).requires_grad_()
     got = reassemble_logits(features, logits, 3, 1, 2, 1, normalizer)
     exact = logits.detach().double().requires_grad_()
@@ -119,8 +121,8 @@ def test_saturated_logits(normalizer, offset):
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_what_is_not_a_number_stays_so(normalizer):
-    features, logits, _ = random_logits((3, 20), 4, 3, 1, (2, 1))
+def test_what_is_not_a_number_stays_so(normalizer, device):
+    features, logits, _ = random_logits((3, 20), 4, 3, 1, (2, 1), device=device)
     logits[0, 5, 1, 7] = float("nan")
     got = reassemble_logits(features, logits, 3, 1, 2, 1, normalizer)
     expected = by_definition(features, logits, 3, 1, 2, 1, normalizer)
@@ -130,8 +132,8 @@ def test_what_is_not_a_number_stays_so(normalizer):
 
 @pytest.mark.parametrize("dtype", dtypes(), ids=str)
 @pytest.mark.parametrize("ratio", [(2, 1), (1, 2)], ids=str)
-def test_same_bits_on_repeated_runs_and_for_any_number_of_threads(ratio, dtype):
-    features, logits, grad = random_logits((33, 150), 40, 5, 2, ratio, dtype)
+def test_same_bits_on_repeated_runs_and_for_any_number_of_threads(ratio, dtype, device):
+    features, logits, grad = random_logits((33, 150), 40, 5, 2, ratio, dtype, device=device)
     args = (5, 2, *ratio, 0)
     threads = torch.get_num_threads()
     try:
@@ -161,8 +163,9 @@ def test_same_bits_on_repeated_runs_and_for_any_number_of_threads(ratio, dtype):
     ],
     ids=["up", "down", "3/2", "sigmoid"],
 )
-def test_modules_take_the_short_way(module, fused):
-    features = torch.randn(1, 16, 6, 8, requires_grad=True)
+def test_modules_take_the_short_way(module, fused, device):
+    features = torch.randn(1, 16, 6, 8, device=device, requires_grad=True)
+    module = deepcopy(module).to(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         module(features).sum().backward()
     called = {event.key for event in profile.key_averages()}
@@ -170,9 +173,9 @@ def test_modules_take_the_short_way(module, fused):
     assert ("aten::pixel_shuffle" in called) == (not fused)
 
 
-def test_training_keeps_features_and_raw_output_alone():
-    module = CARAFEUpsample(64)
-    features = torch.randn(1, 64, 20, 30, requires_grad=True)
+def test_training_keeps_features_and_raw_output_alone(device):
+    module = CARAFEUpsample(64).to(device)
+    features = torch.randn(1, 64, 20, 30, device=device, requires_grad=True)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         output = module(features)
@@ -183,11 +186,11 @@ def test_training_keeps_features_and_raw_output_alone():
     assert output.shape == (1, 64, 40, 60)
 
 
-def test_checkpointed_module_has_the_same_gradients():
+def test_checkpointed_module_has_the_same_gradients(device):
     from torch.utils.checkpoint import checkpoint
 
-    module = CARAFEUpsample(16)
-    features = torch.randn(2, 16, 6, 8, requires_grad=True)
+    module = CARAFEUpsample(16).to(device)
+    features = torch.randn(2, 16, 6, 8, device=device, requires_grad=True)
     plain = torch.autograd.grad(module(features).pow(2).sum(), (features, *module.parameters()))
     again = torch.autograd.grad(
         checkpoint(module, features, use_reentrant=False).pow(2).sum(), (features, *module.parameters())
@@ -195,10 +198,10 @@ def test_checkpointed_module_has_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_autocast():
-    module = CARAFEUpsample(16)
-    features = torch.randn(2, 16, 6, 8, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast(device):
+    module = CARAFEUpsample(16).to(device)
+    features = torch.randn(2, 16, 6, 8, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
         output = module(features)
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
@@ -214,9 +217,8 @@ def test_autocast():
         (dict(normalizer=3), "normalizer must be 0, 1 or 2, got 3"),
     ],
 )
-def test_direct_callers_are_told(change, message):
-    logits = torch.zeros(change.get("logits", (2, 36, 5, 6)))
+def test_direct_callers_are_told(change, message, device):
+    logits = torch.zeros(change.get("logits", (2, 36, 5, 6)), device=device)
+    features, ratio = torch.zeros(2, 4, 5, 6, device=device), change.get("ratio", (2, 1))
     with pytest.raises(RuntimeError, match=message):
-        OPS._carafe_logits(
-            torch.zeros(2, 4, 5, 6), logits, 3, 1, *change.get("ratio", (2, 1)), change.get("normalizer", 0)
-        )
+        OPS._carafe_logits(features, logits, 3, 1, *ratio, change.get("normalizer", 0))

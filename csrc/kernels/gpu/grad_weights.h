@@ -1,0 +1,191 @@
+// The gradient to the weights of a tile, or to the logits that they come from: chunk after chunk of channels passes
+// through shared memory, each thread keeping five taps of R phases of a site in registers. At the end the sums meet in
+// shared memory, where the normaliser is differentiated and from where neighbours are written by neighbours.
+#pragma once
+
+#include "grid.h"
+#include "patch.h"
+#include "weights.h"
+
+namespace carafe {
+namespace gpu {
+
+template <class T, int R>
+struct GradWeightsBlock {
+  using element = T;
+  using A = accumulator_t<T>;
+  static constexpr int kQuad = Patch::kQuad;
+  static constexpr int kTaps = 5;              // a thread's: k = 5 and 7 waste none and one of them
+  static constexpr int kChannels = 4 * kQuad;  // of a chunk
+  static constexpr int kInFlight = 2;
+  static constexpr int kThreads = sizeof(A) == 4 ? 640 : 512;
+  static constexpr int kResident = 1;
+  static constexpr bool kSplits = false;  // a sum runs over all channels of a group
+  struct State {
+    A sums[kTaps][R];
+  };
+
+  Sites sites;
+  Grid grid;
+  Kernels kernels;
+  Patch patch, grad_patch;
+  Weights<T> grad;
+  View<const T> grad_output, features;
+  Weights<const T> weights;  // the logits; unused where `already`
+
+  static Kernels kernels_of(const Sites& sites, const Grid& grid) {
+    return Kernels::of(sites, grid.rows, grid.columns, R);
+  }
+  static Patch patch_of(const Sites& sites, const Grid& grid) {
+    const int scale = sites.feature_scale();
+    return Patch::of(grid.rows + sites.reach(), grid.columns + sites.reach(), scale, scale, kChannels / kQuad);
+  }
+  static Patch grad_patch_of(const Sites& sites, const Grid& grid) {
+    const int scale = sites.output_scale();
+    return Patch::of(grid.rows, grid.columns, scale, scale, kChannels / kQuad);
+  }
+  static int64_t shared_of(const Sites& sites, const Grid& grid) {
+    return std::max(patch_of(sites, grid).size() + grad_patch_of(sites, grid).size(), kernels_of(sites, grid).size());
+  }
+  static int64_t threads_of(const Sites& sites, const Grid& grid) {
+    return int64_t(grid.rows) * grid.columns * ceil_div(sites.taps(), kTaps) * ceil_div(sites.phases(), R);
+  }
+  static int most_slots(int, bool) { return 1; }
+
+  // Stage and accumulate in turns; gather, differentiate, write.
+  CARAFE_HOST_DEVICE int steps() const { return 2 * grid.chunks + 3; }
+
+  CARAFE_HOST_DEVICE void run(const Job& job, int step, int thread, State& state, A* shared) const {
+    if (step == 0) state = State{};
+    const int chunk = step / 2;
+    if (chunk < grid.chunks) {
+      step % 2 == 0 ? stage(job, chunk, thread, shared) : accumulate(thread, shared, state);
+    } else if (step == 2 * grid.chunks) {
+      gather(thread, state, shared);
+    } else if (step == 2 * grid.chunks + 1) {
+      if (weights.how != Normalized::already) differentiate(job, thread, shared);
+    } else {
+      for_each_weight<kInFlight>(
+          grad, sites, kernels, job, thread, grid.threads,
+          [shared](const Place<T>& place) { return shared[place.shared]; },
+          [](const Place<T>& place, A value) {
+            if (place.global) *place.global = Narrow<T>::from(value);
+          });
+    }
+  }
+
+ private:
+  struct Share {
+    int row, column, site, first_tap, first_phase;
+  };
+
+  CARAFE_HOST_DEVICE Share share_of(int thread) const {
+    const int site = thread % kernels.sites(), rest = thread / kernels.sites();
+    const int phase_blocks = kernels.pitch / R;
+    return {site / grid.columns, site % grid.columns, site, rest / phase_blocks * kTaps, rest % phase_blocks * R};
+  }
+
+  CARAFE_HOST_DEVICE void stage(const Job& job, int chunk, int thread, A* to) const {
+    const int first = job.first_channel + chunk * kChannels, channels = job.channels - chunk * kChannels;
+    const Window window{
+        job.n,
+        first,
+        channels,
+        job.row - sites.before(),
+        job.column - sites.before(),
+        sites.up ? sites.height : sites.fine_height,
+        sites.up ? sites.width : sites.fine_width,
+        sites.feature_scale(),
+        0};
+    stage_patch<kInFlight>(features, window, patch, thread, grid.threads, to);
+    const Window grad_window{
+        job.n,
+        first,
+        channels,
+        job.row,
+        job.column,
+        sites.up ? sites.fine_height : sites.height,
+        sites.up ? sites.fine_width : sites.width,
+        sites.output_scale(),
+        0};
+    stage_patch<kInFlight>(grad_output, grad_window, grad_patch, thread, grid.threads, to + patch.size());
+  }
+
+  CARAFE_HOST_DEVICE void accumulate(int thread, const A* staged, State& state) const {
+    const Share own = share_of(thread);
+    int feature[kTaps], gradient[R];  // offsets
+    CARAFE_UNROLL
+    for (int t = 0; t < kTaps; ++t) {
+      const int tap =
+          own.first_tap + t < kernels.taps ? own.first_tap + t : own.first_tap;  // what is beyond is not used
+      const int u = sites.by_kernel(tap), v = tap - u * sites.kernel;
+      const int phase = sites.phase(u) * sites.feature_scale() + sites.phase(v);
+      const int row = own.row + sites.before() + sites.shift(u), column = own.column + sites.before() + sites.shift(v);
+      feature[t] = phase * patch.plane() + patch.offset(row, column);
+    }
+    CARAFE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int phase = own.first_phase + r < kernels.phases ? own.first_phase + r : own.first_phase;
+      gradient[r] =
+          static_cast<int>(patch.size()) + phase * grad_patch.plane() + grad_patch.offset(own.row, own.column);
+    }
+    CARAFE_ROLLED
+    for (int quad = 0; quad < kChannels; quad += kQuad) {
+      Quad<A> dy[R];
+      CARAFE_UNROLL
+      for (int r = 0; r < R; ++r) dy[r] = load_quad(staged + gradient[r] + quad);
+      CARAFE_UNROLL
+      for (int t = 0; t < kTaps; ++t) {
+        const Quad<A> x = load_quad(staged + feature[t] + quad);
+        CARAFE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          CARAFE_UNROLL
+          for (int c = 0; c < kQuad; ++c) state.sums[t][r] += x.values[c] * dy[r].values[c];
+        }
+      }
+    }
+  }
+
+  CARAFE_HOST_DEVICE void gather(int thread, const State& state, A* to) const {
+    const Share own = share_of(thread);
+    CARAFE_UNROLL
+    for (int t = 0; t < kTaps; ++t) {
+      if (own.first_tap + t >= kernels.taps) continue;
+      A* const target = to + (own.first_tap + t) * kernels.tap_pitch() + own.site * kernels.pitch + own.first_phase;
+      CARAFE_UNROLL
+      for (int r = 0; r < R; ++r) target[r] = state.sums[t][r];
+    }
+  }
+
+  // From weights to logits, in place: dz = w (dw - sum of w dw), times what the normaliser's other factors give.
+  CARAFE_HOST_DEVICE void differentiate(const Job& job, int thread, A* sums) const {
+    const Normalized how = weights.how;
+    const int step = kernels.tap_pitch();
+    const int64_t tap_stride = weights.tap_stride(sites);
+    CARAFE_ROLLED
+    for (int kernel = thread; kernel < kernels.sites() * kernels.phases; kernel += grid.threads) {
+      const int site = kernels.by_phases(kernel), phase = kernel - site * kernels.phases;
+      const int row = kernels.by_columns(site), column = site - row * grid.columns;
+      if (job.row + row >= sites.height || job.column + column >= sites.width) continue;
+      const T* const from = weights.pointer(sites, job.n, job.group, 0, phase, job.row + row, job.column + column);
+      const auto logit = [&](int tap) { return A(widen(from[tap * tap_stride])); };
+      const Statistics<A> common = statistics<A>(how, kernels.taps, logit);
+      A* const grad = sums + site * kernels.pitch + phase;
+      A dot = 0;
+      if (how != Normalized::sigmoid) {
+        CARAFE_ROLLED
+        for (int tap = 0; tap < kernels.taps; ++tap) dot += weight(how, logit(tap), common) * grad[tap * step];
+      }
+      CARAFE_ROLLED
+      for (int tap = 0; tap < kernels.taps; ++tap) {
+        const A x = logit(tap), w = weight(how, x, common);
+        A value = w * (grad[tap * step] - dot);
+        if (how != Normalized::softmax) value *= sigmoid(-x, A(0));  // d sigmoid(x) = sigmoid(x) sigmoid(-x)
+        grad[tap * step] = value;
+      }
+    }
+  }
+};
+
+}  // namespace gpu
+}  // namespace carafe

@@ -1,0 +1,46 @@
+"""Compiles the torch-free kernel headers with g++ alone and runs tests of them under the sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CXX = os.environ.get("CXX", "g++")
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the order of the C functions
+# How the axes lie in memory for each layout of the C functions, and the way back.
+ORDERS = (((0, 1, 2, 3),) * 2, ((0, 1, 3, 2),) * 2, ((0, 2, 3, 1), (0, 3, 1, 2)))
+
+
+def label(case):
+    return "-".join(str(value).replace("torch.", "").replace("/", "to") for value in case.values())
+
+
+def compile_host(source: str, folder: Path, *flags: str) -> Path:
+    if shutil.which(CXX) is None:
+        pytest.skip(f"no C++ compiler: {CXX} is not on the PATH")
+    library = folder / f"{Path(source).stem}.so"
+    command = [CXX, "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags]
+    result = subprocess.run([*command, str(HERE / source), "-o", str(library)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return library
+
+
+def run_under_sanitizers(script: str, source: str, folder: Path, *flags: str) -> str:
+    """What ``script`` prints, given the library of ``source`` compiled with the sanitizers."""
+    compiled = compile_host(source, folder, *SANITIZERS, *flags)
+    runtime = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip(f"{CXX} has no address sanitizer runtime")
+    # The runtime must be loaded before Python; leaks of the interpreter are none of our business.
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, script, str(compiled)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout.strip()
