@@ -246,11 +246,11 @@ CARAFE_INLINE void grad_features_pixels(
 #pragma GCC unroll 4
         for (int each = 0; each < C; ++each) cotangent[each] = load_widened<V>(cotangents + each * V::lanes);
         const int64_t v = j - lane * shape.down + radius;  // of the first pixel: the source is a phase of its lane
-        const A* const weight = weights + phase * m.pitch + lane - tile.lane_begin + v * m.channel_stride();
+        const A* const weight = weights + phase * m.pitch + lane - tile.lane_begin;
 #pragma GCC unroll 4
         for (int each = 0; each < J; ++each) {
           if (uint64_t(v + each) >= uint64_t(k)) continue;
-          const A factor = weight[each * m.channel_stride()];
+          const A factor = weight[(v + each) * m.channel_stride()];
 #pragma GCC unroll 4
           for (int x = 0; x < C; ++x) sum[each][x] += cotangent[x] * factor;
         }

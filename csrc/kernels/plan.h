@@ -79,7 +79,7 @@ class Scratch {
     const int64_t pitch = left + ceil_div(lanes + halo, vector) * vector;
     const int64_t count = channels * rows * phases * pitch;
     Block& block = blocks_[next_++];
-    if (block.size < count) {
+    if (!block.memory || block.size < count) {
       block.memory.reset(new A[count + vector]);
       block.size = count;
     }

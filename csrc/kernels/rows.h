@@ -97,7 +97,7 @@ struct Isa {
 template <class T, class A>
 Neighbours<T> make_neighbours(const Shape& shape, const Tile& tile, Scratch<A>& scratch) {
   const auto zeros = scratch.take(1, 1, 1, shape.group_channels(), 0);
-  zeros.fill_zero();
+  memset(zeros.data, 0, shape.group_channels() * sizeof(A));
   const int64_t columns = Neighbours<T>::columns_of(shape, tile);
   return {scratch.template list<const T*>(shape.kernel * columns), reinterpret_cast<const T*>(zeros.data), columns};
 }

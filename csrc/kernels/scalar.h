@@ -56,14 +56,17 @@ CARAFE_HOST_DEVICE typename W::real widen_bfloat16(typename W::bits bits) {
   return W::to_real(bits << 16);
 }
 
-// Without branches, so that it vectorises on every instruction set: the multiplication by 2^112 moves the exponent's
-// bias from 15 to 127 and turns subnormal halves into normal floats.
+// Without branches, so that it vectorises on every instruction set, and without subnormal floats, which a process may
+// flush to zero.
 template <class W>
 CARAFE_HOST_DEVICE typename W::real widen_half(typename W::bits bits) {
   const typename W::bits magnitude = bits & 0x7fffu;
   const typename W::bits sign = (bits & 0x8000u) << 16;
-  const typename W::bits finite = W::to_bits(W::to_real(magnitude << 13) * 5.192296858534828e33f);
+  const typename W::bits normal = (magnitude << 13) + 0x38000000u;  // the exponent's bias goes from 15 to 127
+  // The last place of 0.5 is 2^-24, that of a subnormal half.
+  const typename W::bits subnormal = W::to_bits(W::to_real(magnitude | 0x3f000000u) - 0.5f);
   const typename W::bits special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
+  const typename W::bits finite = magnitude < 0x400u ? subnormal : normal;
   return W::to_real(sign | (magnitude >= 0x7c00u ? special : finite));
 }
 

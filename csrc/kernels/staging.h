@@ -120,6 +120,7 @@ CARAFE_INLINE void store_narrowed(T* to, typename V::type value) {
 template <class V, class T>
 CARAFE_INLINE void store_pairs(T* to, typename V::type even, typename V::type odd) {
   if constexpr (sizeof(T) == 2) {
+    if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) std::swap(even, odd);  // the lower half comes second there
     typename V::words both;
     if constexpr (std::is_same_v<T, Half>) {
       both = narrow_half<Words<V>>(even) | narrow_half<Words<V>>(odd) << 16;

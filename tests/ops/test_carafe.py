@@ -137,6 +137,19 @@ def test_infinite_weight_on_the_border_is_nan_as_in_the_reference(layout, device
     assert torch.equal(got.isnan(), reference.grad_masks(grad, features, 3, 1, 2, 1).isnan())
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_subnormal_halves_survive_where_subnormal_floats_are_flushed(layout):
+    features = LAYOUTS[layout](torch.full((1, 32, 5, 40), 1e-5, dtype=torch.float16))
+    masks = torch.ones(1, 1, 10, 80, dtype=torch.float16)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    try:
+        got = carafe(features, masks, 1)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, torch.full_like(got, 1e-5))
+
+
 @pytest.mark.parametrize("scale", [Fraction(101, 100), Fraction(17, 9), 13, Fraction(1, 70)], ids=str)
 def test_scales_of_many_phases(scale, device):
     compare(*random_case((23, 31), 6, 3, 2, scale, batch=1, device=device), 3, 2, scale)
