@@ -13,9 +13,7 @@ Example:
 from __future__ import annotations
 
 import argparse
-import fcntl
 import pickle
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ import generate_scenes
 import numpy as np
 import scenes_images
 import torch
-from demo_steps import Comparison, Demo, Metric, Model, StepError, console, shown
+from demo_steps import Comparison, Demo, Metric, Model, console, shown
 from generate_scenes import Request
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -225,31 +223,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo that the command line asks for; returns the exit code."""
     args = demo_run.parse_args(COMPARISON, __doc__, argv)
     demo = demo_from(args)
-    previous = signal.signal(signal.SIGTERM, demo_run._interrupt)
-    try:
-        demo.work_dir.mkdir(parents=True, exist_ok=True)
-        with (demo.work_dir / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StepError(f"another demo is running in {demo.work_dir}") from None
-            summary = run(demo)
-    except KeyboardInterrupt:
-        console.print("\n[yellow]Interrupted. The same command goes on from here.[/yellow]")
-        return 130
-    except (StepError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    console.print(result_table(demo, summary))
-    for line in gains(summary):
-        console.print(line, markup=False)
-    console.print(f"Written: {shown(demo.work_dir / 'summary.json')}, {shown(demo.work_dir / 'predictions.png')}")
-    missed = [] if args.no_minimum else shortfalls(summary)
-    for line in missed:
-        console.print(f"error: {line}", style="red", markup=False)
-    return 1 if missed else 0
+
+    def report(summary: demo_run.Summary) -> int:
+        console.print(result_table(demo, summary))
+        for line in gains(summary):
+            console.print(line, markup=False)
+        console.print(f"Written: {shown(demo.work_dir / 'summary.json')}, {shown(demo.work_dir / 'predictions.png')}")
+        missed = [] if args.no_minimum else shortfalls(summary)
+        for line in missed:
+            console.print(f"error: {line}", style="red", markup=False)
+        return 1 if missed else 0
+
+    return demo_run.supervise(demo.work_dir, lambda: run(demo), report)
 
 
 if __name__ == "__main__":

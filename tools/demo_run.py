@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +147,20 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def main(comparison: Comparison, description: str | None, argv: Sequence[str] | None) -> int:
-    """Run the demo that the command line asks for; returns the exit code."""
-    args = parse_args(comparison, description, argv)
-    demo = demo_from(comparison, args)
+Summary = dict[str, dict[str, float]]  # each model's results
+
+
+def supervise(work_dir: Path, work: Callable[[], Summary], report: Callable[[Summary], int]) -> int:
+    """Do a demo's work, alone in its folder; returns the exit code, that of the report unless the work fails."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        demo.work_dir.mkdir(parents=True, exist_ok=True)
-        with (demo.work_dir / ".lock").open("w") as lock:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        with (work_dir / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StepError(f"another demo is running in {demo.work_dir}") from None
-            summary = run(demo)
+                raise StepError(f"another demo is running in {work_dir}") from None
+            summary = work()
     except KeyboardInterrupt:
         console.print("\n[yellow]Interrupted. The same command goes on from here.[/yellow]")
         return 130
@@ -168,9 +169,20 @@ def main(comparison: Comparison, description: str | None, argv: Sequence[str] | 
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
-    console.print(result_table(comparison, summary, demo.iterations))
-    console.print(f"Written: {shown(demo.work_dir / 'summary.json')}, {shown(demo.work_dir / 'predictions.png')}")
-    missed = [] if args.no_minimum else shortfalls(comparison, summary)
-    for line in missed:
-        console.print(f"error: {line}", style="red", markup=False)
-    return 1 if missed else 0
+    return report(summary)
+
+
+def main(comparison: Comparison, description: str | None, argv: Sequence[str] | None) -> int:
+    """Run the demo that the command line asks for; returns the exit code."""
+    args = parse_args(comparison, description, argv)
+    demo = demo_from(comparison, args)
+
+    def report(summary: Summary) -> int:
+        console.print(result_table(comparison, summary, demo.iterations))
+        console.print(f"Written: {shown(demo.work_dir / 'summary.json')}, {shown(demo.work_dir / 'predictions.png')}")
+        missed = [] if args.no_minimum else shortfalls(comparison, summary)
+        for line in missed:
+            console.print(f"error: {line}", style="red", markup=False)
+        return 1 if missed else 0
+
+    return supervise(demo.work_dir, lambda: run(demo), report)
