@@ -169,7 +169,7 @@ void reassemble_tile(
   Window to = output_window(shape, tile, rows.begin, channels);
   I::clear_outside(from, x);
   // The common cases need no copy of the output.
-  const int64_t lanes = std::min(tile.lanes, ceil_div(shape.out_width, shape.up) - tile.lane_begin);
+  const int64_t lanes = valid_lanes(shape, tile);
   const bool direct = std::is_same_v<T, A> && output.column_stride == 1 &&
                       ((shape.up == 2 && shape.down == 1) || shape.up == 1) && lanes * int64_t(sizeof(A)) >= I::bytes;
 
