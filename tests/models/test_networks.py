@@ -106,13 +106,16 @@ def test_masks_travel_through_the_partial_network():
 
 def test_settings_of_carafe_and_mistakes():
     cfg = dict(down=dict(down_kernel=3, compressed_channels=None), up=dict(up_group=2))
-    generator = InpaintingGenerator(4, carafe_cfg=cfg)
+    generator = InpaintingGenerator(4, carafe_cfg=cfg, dilations=[1, 3])
+    assert [layer.convolution.dilation for layer in generator.bottleneck] == [(1, 1), (3, 3)]
     down, *_, up = (m for m in generator.modules() if isinstance(m, KernelPrediction))
     assert (down.kernel_size, down.compressed_channels, up.group_size) == (3, None, 2)
     for settings, message in (
         (dict(base_channels=1), "base_channels must be an int of at least 2, got 1"),
         (dict(upsampling="bicubic"), "upsampling must be one of deconv, nearest, got 'bicubic'"),
         (dict(upsampling="deconv", partial=True), "a deconvolution has no partial form"),
+        (dict(dilations=(2, 0)), r"dilations must be a sequence of positive ints, got \(2, 0\)"),
+        (dict(dilations=4), "dilations must be a sequence of positive ints, got 4"),
         (dict(carafe_cfg=dict(downs=True)), "no keys but 'down' and 'up', got 'downs'"),
         (dict(carafe_cfg=dict(up=1.5)), r"carafe_cfg\['up'\] must be True, False or a dictionary"),
         (dict(carafe_cfg=dict(up=dict(channels=3))), "must not set channels"),

@@ -3,11 +3,12 @@
 _base_ = "../mask-rcnn_r18_fpn_scenes.py"
 
 data_root = "data/scenes-128/"
-train_dataloader = dict(dataset=dict(data_root=data_root))
+# Half the demo's batch and more steps: it learns more in the same time.
+train_dataloader = dict(batch_size=4, dataset=dict(data_root=data_root))
 test_dataloader = dict(dataset=dict(data_root=data_root))
 test_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")
 
-max_iters = 200
+max_iters = 320
 train_cfg = dict(max_iters=max_iters)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, begin=0, end=20, by_epoch=False),
