@@ -21,6 +21,7 @@ import warnings
 from contextlib import contextmanager
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 OLDEST_TORCH = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
@@ -109,15 +110,24 @@ def output_kept(path: str):
         os.replace(partial, path) if compiled else os.remove(partial)
 
 
+class BuildPackage(build_py):
+    """Puts the model index beside the configs that it names, where mim looks for an installed package's."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_file("model-index.yml", os.path.join(self.build_lib, "carafe_plugin", "model-index.yml"))
+
+
 def extensions() -> dict:
     version = torch_version()
     if version is None or version < OLDEST_TORCH:
         found = "none" if version is None else ".".join(map(str, version))
         print(f"carafe_plugin: no extension, the PyTorch reference serves (needs torch >= 2.10, found {found})")
-        return {}
+        return {"cmdclass": {"build_py": BuildPackage}}
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         print("carafe_plugin: no extension, the PyTorch reference serves (no C++ compiler; CXX names another one)")
-        return {}
+        return {"cmdclass": {"build_py": BuildPackage}}
     with_cuda = wants_cuda()  # sets CUDA_HOME, which torch reads at import
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -167,7 +177,7 @@ def extensions() -> dict:
 
     return {
         "ext_modules": modules,
-        "cmdclass": {"build_ext": Build},
+        "cmdclass": {"build_ext": Build, "build_py": BuildPackage},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -87,6 +87,17 @@ def test_wheel_contents(wheel):
     assert not [n for n in names if n.startswith(("tests", "tools", "csrc"))]
 
 
+def test_model_index_lies_beside_the_configs_that_it_names(installed):
+    """Where mim looks: in the package, or in its .mim."""
+    index = installed / "carafe_plugin" / "model-index.yml"
+    imported = re.findall(r"- (\S+)", index.read_text().split("Import:")[1])
+    assert len(imported) >= 5
+    for metafile in imported:
+        configs = re.findall(r"Config: (\S+)", (index.parent / metafile).read_text())
+        assert configs, metafile
+        assert not [config for config in configs if not (index.parent / config).is_file()]
+
+
 def test_wheel_has_the_cuda_half_where_there_is_a_toolkit(wheel):
     if reason := reason_for_no_cuda_half():
         pytest.skip(reason)

@@ -264,6 +264,7 @@ def train_and_evaluate(run: Run, setup: Setup) -> None:
             "parameters": count_parameters(described, model),
             "seconds_per_iteration": round(seconds_per_iteration(described.folder(model)), 4),
             "scenes": dataclasses.asdict(described.request),
+            "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "fingerprint": fingerprint(run, setup),
         },
