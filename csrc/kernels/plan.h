@@ -22,7 +22,6 @@ struct Tile {
   int64_t lane_begin, lanes;
 };
 
-constexpr int64_t kVectorBytes = 64;        // the widest, so that one plan serves every instruction set
 constexpr int64_t kMaxLanes = 192;          // of a span
 constexpr int64_t kMaskBytes = 384 * 1024;  // staged masks of a band: they should stay in the second-level cache
 constexpr int64_t kMaxRows = 8;             // of a band
@@ -77,7 +76,8 @@ class Scratch {
     constexpr int64_t vector = kVectorBytes / int64_t(sizeof(A));
     const int64_t left = ceil_div(halo, vector) * vector;
     const int64_t pitch = left + ceil_div(lanes + halo, vector) * vector;
-    const int64_t count = channels * rows * phases * pitch;
+    Staged<A> buffer{nullptr, channels, rows, phases, lanes, halo, pitch};
+    const int64_t count = channels * buffer.channel_stride();
     Block& block = blocks_[next_++];
     if (!block.memory || block.size < count) {
       block.memory.reset(new A[count + vector]);
@@ -85,7 +85,8 @@ class Scratch {
     }
     A* const aligned =
         reinterpret_cast<A*>(ceil_div(reinterpret_cast<intptr_t>(block.memory.get()), kVectorBytes) * kVectorBytes);
-    return {aligned + left, channels, rows, phases, lanes, halo, pitch};
+    buffer.data = aligned + left;
+    return buffer;
   }
   // Offsets, or pointers; one list a tile.
   template <class Item>

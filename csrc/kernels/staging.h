@@ -191,6 +191,8 @@ CARAFE_INLINE void scatter_channels(const Lanes<const A>& lanes, int64_t count, 
   }
 }
 
+constexpr int64_t kVectorBytes = 64;  // the widest, so that one plan serves every instruction set
+
 // What one buffer holds: [channel][row][phase][lane], lanes -halo .. lanes + halo - 1 at `pitch` elements a phase.
 template <class A>
 struct Staged {
@@ -198,11 +200,13 @@ struct Staged {
   int64_t channels, rows, phases, lanes, halo, pitch;
 
   int64_t row_stride() const { return phases * pitch; }
-  int64_t channel_stride() const { return rows * phases * pitch; }
+  // A vector more than there is: strides of 4096 bytes would drive the taps of a lane out of the first-level cache.
+  int64_t channel_stride() const { return rows * phases * pitch + kVectorBytes / int64_t(sizeof(A)); }
 
   void fill_zero() const {
-    const int64_t count = channels * channel_stride();
-    if (count > 0) std::fill(data - halo, data + count - pitch + lanes + halo, A(0));
+    if (channels * rows * phases == 0) return;
+    A* const last = data + (channels - 1) * channel_stride() + (rows * phases - 1) * pitch;
+    std::fill(data - halo, last + lanes + halo, A(0));
   }
 };
 
@@ -244,10 +248,11 @@ CARAFE_INLINE void clear_outside(const Window& window, const Staged<A>& buffer) 
   const int64_t end = inside.begin + inside.count(buffer.phases - 1, buffer.phases);
   const typename V::type zero = {};
   for (int64_t place = 0; place < buffer.channels * buffer.rows; ++place) {
-    const int64_t row = place % buffer.rows;
+    const int64_t channel = place / buffer.rows, row = place % buffer.rows;
     const bool empty = row < inside.first_row || row >= inside.last_row;
     for (int64_t phase = 0; phase < buffer.phases; ++phase) {
-      A* const lanes = buffer.data + (place * buffer.phases + phase) * buffer.pitch;
+      A* const lanes =
+          buffer.data + channel * buffer.channel_stride() + row * buffer.row_stride() + phase * buffer.pitch;
       const auto clear = [&](int64_t from, int64_t to) CARAFE_ALWAYS_INLINE {  // whole vectors: inside is filled later
         for (int64_t q = floor_div(from, V::lanes) * V::lanes; q < to; q += V::lanes) V::store(lanes + q, zero);
       };
