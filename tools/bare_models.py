@@ -15,7 +15,8 @@ from torch import nn
 
 from carafe_plugin.openmmlab import engine
 
-SHAPES = {"mmdet": (800, 1333), "mmseg": (512, 512), "mmpretrain": (224, 224)}
+# By scope. MMEngine's own is that of our inpainting networks.
+SHAPES = {"mmdet": (800, 1333), "mmseg": (512, 512), "mmpretrain": (224, 224), "mmengine": (256, 256)}
 PROPOSALS, DETECTIONS = 1000, 100  # where a model's own settings do not say
 
 
@@ -63,6 +64,8 @@ def build_model(cfg: Config) -> nn.Module:
 
 def image_shape(cfg: Config) -> tuple[int, int]:
     """Height and width that a configuration's models see in tests, as far as it says so plainly; else the usual."""
+    if cfg.default_scope == "mmengine" and (size := cfg.get("test_dataloader", {}).get("dataset", {}).get("size")):
+        return size, size
     for step in cfg.get("test_pipeline") or ():
         size = step.get("scale") if cfg.default_scope == "mmdet" else step.get("crop_size")
         if step.get("type") in ("Resize", "CenterCrop") and size:
@@ -72,13 +75,19 @@ def image_shape(cfg: Config) -> tuple[int, int]:
 
 
 def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
-    """A batch as a data loader makes it: one image of random pixels, the same for every model, and its sample.
+    """A batch as a data loader makes it: one image of random pixels, the same for every model, and what goes with it.
+
+    That is its sample; for an inpainting network, a hole over the middle quarter.
 
     Args:
         cfg: the model's configuration.
         shape: height and width.
     """
     image = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if cfg.default_scope == "mmengine":
+        hole = torch.zeros(1, *shape)
+        hole[:, shape[0] // 4 : shape[0] * 3 // 4, shape[1] // 4 : shape[1] * 3 // 4] = 1
+        return dict(inputs=[image], holes=[hole])
     meta = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
     sample: Any
     if cfg.default_scope == "mmdet":

@@ -7,6 +7,7 @@ boxes as its settings allow at most (1000), the mask head on the first 100 of th
 
     python tools/browse_model.py configs/mmdet/mask-rcnn_r50-carafe_carafe-fpn_carafe-mask-head_1x_coco.py
     python tools/browse_model.py mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py --drop-in --shape 800 1333
+    python tools/browse_model.py configs/inpainting/partial-conv-carafe_places365-256x256.py
 
 Exit code: 0, or 2 when something that was given does not fit.
 """
@@ -57,9 +58,10 @@ def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Comple
     bare_models.fix_boxes(model, shape)
     preprocess: Any = model.data_preprocessor
     data = preprocess(bare_models.one_image(cfg, shape), False)
+    inputs = data.pop("inputs")
     try:
-        return count(model, data["inputs"], data_samples=data["data_samples"], mode="tensor")
-    except RuntimeError as error:
+        return count(model, inputs, **data, mode="tensor")
+    except (RuntimeError, ValueError) as error:
         raise engine.UsageError(
             f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}"
         ) from error

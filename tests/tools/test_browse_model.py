@@ -132,3 +132,16 @@ def test_mistakes_end_in_one_line(
     capsys.readouterr()
     assert call_tool("browse_model", *(tiny if argument == "TINY" else argument for argument in arguments)) == 2
     assert message in one_line(capsys)
+
+
+def test_inpainting(tmp_path: Path) -> None:
+    """The generator alone runs; the discriminator's parameters belong to the model."""
+    config = ROOT / "configs/inpainting/partial-conv-carafe_scenes-64x64.py"
+    report = browse(tmp_path, config)
+    assert report["shape"] == [64, 64]
+    sites = {site["name"]: site for site in report["sites"]}
+    assert [site["direction"] for site in sites.values()] == ["down", "down", "up", "up"]
+    assert all(site["runs"] and site["flops"] > 0 for site in sites.values())
+    assert report["model"]["parameters"] == 445_318
+    assert not report["uncounted"]
+    assert call_tool("browse_model", config, "--shape", 30, 32) == 2

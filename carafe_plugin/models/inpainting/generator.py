@@ -187,9 +187,8 @@ class InpaintingGenerator(BaseModule):
             Tensor[N, 3, H, W]: the paper's y_hat, in [-1, 1].
         """
         if images.shape[-1] % STRIDE or images.shape[-2] % STRIDE:
-            raise ValueError(
-                f"images must have a height and width that are multiples of {STRIDE}, got shape {tuple(images.shape)}"
-            )
+            shape = tuple(map(int, images.shape))
+            raise ValueError(f"images must have a height and width that are multiples of {STRIDE}, got shape {shape}")
         features = images.masked_fill(holes > 0, 0)
         validity: Tensor | None = 1 - holes
         if not self.partial:
