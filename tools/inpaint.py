@@ -3,7 +3,8 @@
 
 The mask is an image of the picture's size: what is white in it (128 of 255 or more) is filled, everything else stays as
 it is, to the bit where the output's format keeps bits (.png, .bmp, .tiff). A picture that says how it was held (EXIF)
-is turned first; colours are RGB, without transparency.
+is turned first; colours are RGB, without transparency, with the picture's own colour profile. The network sees the
+whole picture at once: at 12 megapixels the networks of Places365 need tens of gigabytes.
 
 Example:
     $ python tools/inpaint.py PHOTO.jpg MASK.png --config CONFIG --checkpoint CHECKPOINT --out FILLED.png
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from carafe_plugin.models.inpainting import InpaintingGAN
 from carafe_plugin.models.inpainting.generator import STRIDE
+from carafe_plugin.models.inpainting.images import read_upright
 from carafe_plugin.openmmlab import engine
 from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
 
@@ -54,22 +57,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_image(path: Path, mode: str) -> np.ndarray:
-    """Read a picture (mode 'RGB') or a mask ('L') upright, as uint8.
+def read_image(path: Path, mode: str) -> Image.Image:
+    """Read a picture (mode 'RGB') or a mask ('L') upright.
 
     Raises:
         UsageError: there is no such file, or it is no image that can be read.
     """
-    if not path.is_file():
-        raise engine.UsageError(f"no such file: {path.absolute()}")
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("I", "F") or upright.mode.startswith("I;"):  # Pillow would cut these off at 255
-                raise ValueError(f"its pixels have more than 8 bits (mode {upright.mode})")
-            return np.array(upright.convert(mode))
-    except Exception as error:  # Pillow's decoders raise anything, down to struct.error
-        raise engine.UsageError(f"cannot read {path.absolute()}: {error or type(error).__name__}") from error
+        if not path.is_file():
+            raise engine.UsageError(f"no such file: {path.absolute()}")
+        return read_upright(path, mode)
+    except (OSError, ValueError) as error:  # is_file() takes no name that is too long
+        raise engine.UsageError(f"cannot read {path.absolute()}: {error}") from error
 
 
 def read_holes(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -78,7 +77,7 @@ def read_holes(path: Path, size: tuple[int, int]) -> np.ndarray:
     Raises:
         UsageError: its size is another one, or it leaves nothing to fill or nothing to fill it from.
     """
-    holes = read_image(path, "L") >= 128
+    holes = np.array(read_image(path, "L")) >= 128
     if holes.shape != size:
         shapes = [f"{width} x {height}" for height, width in (size, holes.shape)]
         raise engine.UsageError(f"the mask must have the size of the image, {shapes[0]}, got {shapes[1]}: {path}")
@@ -91,12 +90,13 @@ def read_holes(path: Path, size: tuple[int, int]) -> np.ndarray:
 def load_model(args: argparse.Namespace) -> InpaintingGAN:
     """Build the model from the command line, with the checkpoint's weights, ready to predict."""
     cfg = engine.load_config(args.config, args.cfg_options)
-    if (cfg.get("model") or {}).get("type") != "InpaintingGAN":
+    described = cfg.get("model")
+    if not isinstance(described, dict) or str(described.get("type")).rpartition(".")[2] != "InpaintingGAN":
         raise engine.UsageError(f"{args.config} describes no inpainting model (model.type must be InpaintingGAN)")
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise engine.UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     allow_checkpoint_types()
     checkpoint = read_checkpoint(args.checkpoint)
@@ -151,17 +151,47 @@ def fill(model: InpaintingGAN, pixels: np.ndarray, holes: np.ndarray) -> np.ndar
     return np.where(holes[..., None], values.permute(1, 2, 0).byte().cpu().numpy(), pixels)
 
 
+def check_out(out: Path) -> None:
+    """Refuse what cannot be written, before the network runs instead of after.
+
+    Raises:
+        UsageError: another ending, a folder, or a place where nothing can be written.
+    """
+    if out.suffix.lower() not in ENDINGS:
+        raise engine.UsageError(f"--out must end in one of {', '.join(ENDINGS)}, got {out}")
+    try:
+        if out.is_dir():
+            raise IsADirectoryError("it is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise engine.UsageError(f"cannot write --out {out}: {error.strerror or error}") from error
+
+
 def inpaint(args: argparse.Namespace) -> None:
     """Fill as the command line says."""
-    if args.out.suffix.lower() not in ENDINGS:
-        raise engine.UsageError(f"--out must end in one of {', '.join(ENDINGS)}, got {args.out}")
-    pixels = read_image(args.image, "RGB")
-    holes = read_holes(args.mask, pixels.shape[:2])
-    filled = Image.fromarray(fill(load_model(args), pixels, holes))
+    check_out(args.out)
+    picture = read_image(args.image, "RGB")
+    pixels = np.array(picture)
+    holes = read_holes(args.mask, (picture.height, picture.width))
+    model = load_model(args)
+    try:
+        filled = Image.fromarray(fill(model, pixels, holes))
+    except RuntimeError as error:
+        if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        size = f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise engine.UsageError(f"out of memory: {size} pixels are too many for this network here") from error
     encoded = io.BytesIO()
-    filled.save(encoded, format=Image.registered_extensions()[args.out.suffix.lower()])
-    AtomicLocalBackend().put(encoded.getvalue(), args.out)
-    print(f"{args.out}: {holes.mean():.1%} of {pixels.shape[1]} x {pixels.shape[0]} pixels filled")
+    kind = Image.registered_extensions()[args.out.suffix.lower()]
+    quality = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    try:
+        filled.save(encoded, format=kind, icc_profile=picture.info.get("icc_profile"), **quality)
+        AtomicLocalBackend().put(encoded.getvalue(), args.out)
+    except (OSError, ValueError) as error:  # WebP takes no more than 16383 pixels a side
+        raise engine.UsageError(f"cannot write --out {args.out}: {error}") from error
+    print(f"{args.out}: {holes.sum():,} of {pixels.shape[1]} x {pixels.shape[0]} pixels filled")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,51 @@ def test_a_draw_depends_on_nothing_but_itself(folder):
     assert torch.equal(unflipped[0]["inputs"].flip(-1), mirrored[0]["inputs"])
 
 
+def test_images_are_read_as_people_see_them(tmp_path, reported):
+    """Turned as they say; what would be misread, or is not there, is reported; linked folders count, once."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    (folder / "below").mkdir(parents=True)
+    pixels = rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    upright = Image.fromarray(pixels)
+    exif = upright.getexif()
+    exif[0x0112] = 6  # "turn by 90 degrees clockwise to look at it"
+    Image.fromarray(np.rot90(pixels).copy()).save(folder / "turned.png", exif=exif)
+    Image.fromarray(rng.integers(0, 65536, (32, 32), dtype=np.uint16)).save(folder / "below/deep.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "elsewhere").mkdir()
+    upright.save(tmp_path / "elsewhere/linked.png")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "below/loop").symlink_to(folder)
+    dataset = InpaintingFolder(str(folder), size=32, test_mode=True)
+    assert [Path(path).relative_to(folder).as_posix() for path in dataset.paths] == ["link/linked.png", "turned.png"]
+    for sample in dataset:
+        assert np.array_equal(sample["inputs"].permute(1, 2, 0), pixels[:, 4:36])
+    assert sum("below/deep.png (its pixels have more than 8 bits (mode I;16))" in line for line in reported) == 1
+    assert sum("gone.png (" in line for line in reported) == 1
+    assert len(reported) == 2
+    training = InpaintingFolder(str(folder), size=32, flip=0.0)
+    assert {Path(training[i, 0]["paths"]).name for i in range(len(training))} == {"linked.png", "turned.png"}
+
+
+def test_crops_are_those_of_the_resized_image(tmp_path):
+    smooth = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(smooth).resize((97, 61), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "smooth.png")
+    whole = np.asarray(image.resize((51, 32), Image.Resampling.BICUBIC)).astype(int)
+    found = InpaintingFolder(str(tmp_path), size=32, test_mode=True)[0]["inputs"].permute(1, 2, 0).numpy()
+    assert np.abs(found - whole[:, 9:41]).mean() < 1.5
+    training = InpaintingFolder(str(tmp_path), size=32, flip=0.0)
+    places = set()
+    for draw in range(12):
+        crop = training[0, draw]["inputs"].permute(1, 2, 0).numpy()
+        errors = [np.abs(crop - whole[:, x : x + 32]).mean() for x in range(20)]
+        assert min(errors) < 1.5
+        places.add(int(np.argmin(errors)))
+    assert len(places) > 5
+    Image.new("RGB", (2, 20_000)).save(tmp_path / "strip.png")  # as a whole it would have 11 megapixels at this width
+    assert InpaintingFolder(str(tmp_path), size=32)[1]["inputs"].shape == (3, 32, 32)
+
+
 def test_folders_without_images(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no such folder of images: {tmp_path}/absent"):
         InpaintingFolder(str(tmp_path), "absent")
@@ -197,3 +242,20 @@ def test_metric_is_the_formulas():
         assert value == pytest.approx(np.nanmean(column)), name
     assert len(found) == 5
     assert found["inpainting/psnr"] < 100
+
+
+def test_metric_writes_what_was_completed(tmp_path):
+    torch.manual_seed(0)
+    metric = InpaintingMetric(folder=str(tmp_path / "out"))
+    metric.dataset_meta = dict(folder=str(tmp_path / "images"))
+    hole = torch.zeros(1, 8, 12)
+    hole[..., :4] = 1
+    samples = []
+    for name in ("a/same.jpg", "b/same.jpg"):
+        image = torch.rand(3, 8, 12) * 2 - 1
+        samples.append(dict(completed=image, original=image, holes=hole, path=str(tmp_path / "images" / name)))
+    metric.process({}, samples)
+    for sample, name in zip(samples, ("a/same.jpg.png", "b/same.jpg.png"), strict=True):
+        found = np.asarray(Image.open(tmp_path / "out" / name)).transpose(2, 0, 1)
+        assert np.array_equal(found, ((sample["completed"] + 1) * 127.5).round().numpy())
+    assert "inpainting/ssim" not in metric.evaluate(2), "smaller than its window"

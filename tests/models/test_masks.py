@@ -143,16 +143,20 @@ def test_propagation_is_the_naive_one(direction, size, settings):
     torch.testing.assert_close(output, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("direction", "size", "settings"), [*CASES, ("up", (33, 40), {}), ("down", (33, 40), {})])
-def test_all_valid_is_plain_bit_for_bit(direction, size, settings, dtype):
+def test_all_valid_is_plain_bit_for_bit(direction, size, settings, dtype, memory_format):
     torch.manual_seed(0)
     masked = trained_looking(PAIRS[direction][1](4, **settings)).to(dtype)
     plain = PAIRS[direction][0](4, **settings).to(dtype)
     plain.load_state_dict(masked.state_dict())  # the same parameters
-    features = torch.randn(2, 4, *size, dtype=dtype)
+    features = torch.randn(2, 4, *size, dtype=dtype).to(memory_format=memory_format)
     output, valid = masked(features, torch.ones(2, 1, *size, dtype=dtype))
-    assert torch.equal(output, plain(features))
+    expected = plain(features)
+    assert torch.equal(output, expected)
+    assert output.dtype == expected.dtype == dtype
+    assert output.is_contiguous(memory_format=memory_format) == expected.is_contiguous(memory_format=memory_format)
     assert valid.dtype == dtype
     assert bool((valid == 1).all())
 
@@ -244,3 +248,24 @@ def test_half_precision_on_the_plain_way():
     assert output.dtype == valid.dtype == torch.bfloat16
     assert torch.equal(valid.float(), expected_valid)
     torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_float16_knows_the_same_locations(direction):
+    """Under autocast as in float32: what is valid by little weight stays valid, and its value right."""
+    torch.manual_seed(0)
+    module = trained_looking(PAIRS[direction][1](16)).float()
+    plain = PAIRS[direction][0](16)
+    plain.load_state_dict(module.state_dict())
+    features, validity = torch.randn(1, 16, 32, 32), torch.ones(1, 1, 32, 32)
+    validity[..., 8:24, 8:24] = 0
+    with torch.no_grad():
+        expected, expected_valid = module(features, validity)
+        with torch.autocast("cpu", torch.float16):
+            output, valid = module(features, validity)
+            assert torch.equal(module(features, torch.ones_like(validity))[0], plain(features))
+    assert output.dtype == torch.float16
+    assert torch.equal(valid, expected_valid)
+    assert 0 < expected_valid.mean() < 1
+    # The kernels' logits have half precision: most of what differs.
+    torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 from tiny_runs import ROOT, call_tool, last_metrics, run, write_toy
 
 from carafe_plugin.openmmlab import engine
@@ -84,6 +86,38 @@ def test_training_a_detector_in_two_processes(trained: Callable, tmp_path: Path)
     checkpoint = torch.load(tmp_path / "epoch_1.pth", weights_only=False)
     assert checkpoint["meta"]["iter"] == 1, "seven images in two processes with batches of 4"
     assert not any(name.startswith("module.") for name in checkpoint["state_dict"])
+
+
+def test_training_an_inpainting_gan_in_two_processes(tmp_path: Path) -> None:
+    """Two networks, each a distributed module of its own; a second run goes on from the first's checkpoint."""
+    pytest.importorskip("skimage", reason="the metrics of inpainting need scikit-image")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for index in range(4):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / f"{index}.png")
+    options = [f"{split}_dataloader.dataset.data_root={tmp_path / 'data'}" for split in ("train", "val", "test")]
+    options += [f"{split}_dataloader.dataset.size=32" for split in ("train", "val", "test")]
+    options += [
+        "model.generator.base_channels=4",
+        "model.discriminator.base_channels=4",
+        "train_dataloader.batch_size=1",
+    ]
+    options += ["default_hooks.checkpoint.interval=1", "train_cfg.val_interval=2"]
+    config = ROOT / "configs/inpainting/partial-conv-carafe_scenes-64x64.py"
+    found = []
+    for iterations in (1, 2):
+        command = ("dist_train.sh", config, 2, "--work-dir", tmp_path / "run", "--resume", "--cfg-options")
+        done = run(*command, *options, f"train_cfg.max_iters={iterations}", PORT=free_port())
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(weights(tmp_path / "run" / f"iter_{iterations}.pth"))
+    before, after = found
+    assert not any("module." in name for name in after)
+    for network in ("generator", "discriminator"):
+        names = [name for name in after if name.startswith(network) and after[name].is_floating_point()]
+        assert sum(not torch.equal(before[name], after[name]) for name in names) > len(names) / 2, network
+    assert last_metrics(tmp_path / "run")["inpainting/psnr"] > 0
 
 
 def test_a_mistake_is_reported_once(tmp_path: Path) -> None:

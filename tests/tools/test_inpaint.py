@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from tiny_runs import ROOT, call_tool, load_tool, one_line, run
 
 pytest.importorskip("skimage", reason="tools: the metrics need scikit-image")
@@ -63,7 +63,7 @@ def test_fills_the_hole_and_nothing_else(
     out = tmp_path / "new" / "filled.png"
     capsys.readouterr()
     assert inpaint(trained, picture, out) == 0
-    assert "filled.png: 19.0% of 50 x 37 pixels filled" in capsys.readouterr().out
+    assert "filled.png: 352 of 50 x 37 pixels filled" in capsys.readouterr().out
     filled = np.asarray(Image.open(out))
     assert filled.shape == (37, 50, 3)
     assert np.array_equal(filled[~picture.holes], picture.pixels[~picture.holes])
@@ -138,15 +138,44 @@ def test_mistakes(
         assert message in one_line(capsys)
     assert inpaint(trained, picture, tmp_path / "out.gif") == 2
     assert "--out must end in one of .png" in one_line(capsys)
+    (tmp_path / "folder.png").mkdir()
+    for out, message in (
+        (tmp_path / "folder.png", "it is a folder"),
+        (tmp_path / "picture.png" / "out.png", "cannot write --out"),
+        (tmp_path / f"{'n' * 300}.png", "cannot write --out"),
+    ):
+        assert inpaint(trained, picture, out, checkpoint=tmp_path / "not-looked-at.pth") == 2
+        assert message in one_line(capsys)
+    assert inpaint(trained, picture, tmp_path / "out.png", image=tmp_path / f"{'n' * 300}.png") == 2
+    assert "cannot read" in one_line(capsys)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_colours_are_the_pictures_own(trained: SimpleNamespace, picture: SimpleNamespace, tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.fromarray(picture.pixels)
+    image.save(tmp_path / "profiled.png", icc_profile=profile)
+    image.convert("CMYK").save(tmp_path / "cmyk.tif", icc_profile=profile)
+    for name, ending, expected in (
+        ("profiled.png", ".jpg", profile),
+        ("profiled.png", ".tif", profile),
+        ("cmyk.tif", ".png", None),
+    ):
+        out = tmp_path / f"out{ending}"
+        assert inpaint(trained, picture, out, image=tmp_path / name) == 0
+        assert Image.open(out).info.get("icc_profile") == expected, name
 
 
 def test_train_and_test(trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The common tools: a test with dumped predictions, resuming, and folders that hold no images."""
     options = ["--cfg-options", *trained.options]
     out = tmp_path / "predictions.pkl"
-    assert call_tool("test", CONFIG, trained.checkpoint, "--work-dir", tmp_path / "t", "--out", out, *options) == 0
+    written = [*options, f"test_evaluator.folder={tmp_path / 'completed'}"]
+    assert call_tool("test", CONFIG, trained.checkpoint, "--work-dir", tmp_path / "t", "--out", out, *written) == 0
+    assert [path.name for path in sorted((tmp_path / "completed").iterdir())] == ["0.png.png", "1.png.png", "2.png.png"]
     samples = pickle.loads(out.read_bytes())
+    # Each sample's own numbers, not its batch's too; this pickle writes bytes as text, up to two for one.
+    assert out.stat().st_size < 2.2 * 3 * 7 * 32 * 32 * 4
     assert [Path(sample["path"]).name for sample in samples] == ["0.png", "1.png", "2.png"]
     for sample in samples:
         same = sample["completed"] == sample["original"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,32 +22,17 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from .free_form import free_form_mask
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
-
-
-def read_rgb(path: str) -> Image.Image:
-    """Read an image completely, as RGB.
-
-    Raises:
-        ValueError: it is truncated, damaged or no image; the message says why.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow's decoders raise anything, down to struct.error
-        raise ValueError(str(error) or type(error).__name__) from error
+from .images import IMAGE_ENDINGS, find_images, read_upright
 
 
 @DATASETS.register_module()
 class InpaintingFolder(Dataset):
     """The images of a folder and of all folders below it, by name; Places365's layout is one case.
 
-    An image's shorter edge is brought to ``size``; training takes a random crop, mirrored at random, and a new mask at
-    every draw, testing the central crop and always the same mask. An image that cannot be read is reported by name and
-    skipped: in testing it is left out from the start (all are read once), in training the next one takes its place.
+    An image is turned as its EXIF data say, and its shorter edge is brought to ``size``; training takes a random crop,
+    mirrored at random, and a new mask at every draw, testing the central crop and always the same mask. An image that
+    cannot be read is reported by name and skipped: in testing it is left out from the start (all are read once), in
+    training the next one takes its place.
 
     Args:
         data_root (str): where the data lies.
@@ -72,8 +56,6 @@ class InpaintingFolder(Dataset):
         (torch.Size([3, 64, 64]), torch.Size([1, 64, 64]))
     """
 
-    metainfo: Mapping[str, Any] = {}  # the Runner asks for it
-
     def __init__(
         self,
         data_root: str,
@@ -89,17 +71,12 @@ class InpaintingFolder(Dataset):
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability from 0 to 1, got {flip!r}")
         self.folder = Path(data_root, data_prefix)
+        self.metainfo = dict(folder=str(self.folder))  # the Runner asks for it, and gives it to the metrics
         self.size, self.masks, self.flip = size, dict(masks or {}), flip
         self.seed, self.test_mode = seed, test_mode
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no such folder of images: {self.folder.absolute()}")
-        # As text: there may be millions of them, in every worker process.
-        self.paths = sorted(
-            str(Path(folder, name))
-            for folder, _, names in os.walk(self.folder)
-            for name in names
-            if name.lower().endswith(IMAGE_ENDINGS)
-        )
+        self.paths = find_images(self.folder)
         self._reported: set[str] = set()
         if test_mode:
             self._leave_out_damaged()
@@ -115,7 +92,7 @@ class InpaintingFolder(Dataset):
 
     def _try_to_read(self, path: str) -> Image.Image | None:
         try:
-            return read_rgb(path)
+            return read_upright(path)
         except ValueError as error:
             if path not in self._reported:
                 self._reported.add(path)
@@ -135,8 +112,13 @@ class InpaintingFolder(Dataset):
         Returns:
             ``inputs`` (Tensor[3, size, size], uint8, RGB), ``holes`` (Tensor[1, size, size], uint8, 1 in the hole) and
             ``paths`` (str).
+
+        Raises:
+            IndexError: there is no such image.
         """
         index, *key = draw if isinstance(draw, tuple) else (draw,)
+        if not 0 <= index < len(self.paths):
+            raise IndexError(f"expected an index from 0 to {len(self.paths) - 1}, got {index}")
         rng = np.random.default_rng([self.seed, index, *key])
         for following in range(len(self.paths)):
             path = self.paths[(index + following) % len(self.paths)]
@@ -155,11 +137,15 @@ class InpaintingFolder(Dataset):
 
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
         scale = self.size / min(image.size)
-        if scale != 1:
-            width, height = (max(round(edge * scale), self.size) for edge in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        room = np.array(image.size) - self.size
-        x, y = room // 2 if self.test_mode else rng.integers(0, room, endpoint=True)
+        resized = np.array([max(round(edge * scale), self.size) for edge in image.size])
+        room = resized - self.size
+        corner = room // 2 if self.test_mode else rng.integers(0, room, endpoint=True)
+        if scale != 1:  # of the crop alone: the whole of a long strip would take gigabytes
+            unit = np.array(image.size) / resized
+            (left, top), (right, bottom) = corner * unit, np.minimum((corner + self.size) * unit, image.size)
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+            corner = np.zeros(2, int)
+        x, y = corner
         pixels = np.array(image)[y : y + self.size, x : x + self.size]
         mirrored = not self.test_mode and rng.random() < self.flip
         return np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)

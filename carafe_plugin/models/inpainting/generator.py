@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample
 
 from .masked_carafe import MaskedCARAFEDownsample, MaskedCARAFEUpsample
-from .partial_conv import PartialConv2d
+from .partial_conv import PartialConv2d, fill_unknown
 
 #: Height and width of an image must be multiples of it: two halvings.
 STRIDE = 4
@@ -189,10 +189,10 @@ class InpaintingGenerator(BaseModule):
         if images.shape[-1] % STRIDE or images.shape[-2] % STRIDE:
             shape = tuple(map(int, images.shape))
             raise ValueError(f"images must have a height and width that are multiples of {STRIDE}, got shape {shape}")
-        features = images.masked_fill(holes > 0, 0)
-        validity: Tensor | None = 1 - holes
+        known = (holes == 0).to(images.dtype)
+        features, validity = fill_unknown(images, known), known if self.partial else None
         if not self.partial:
-            features, validity = torch.cat([features, holes], dim=1), None
+            features = torch.cat([features, holes], dim=1)
         for layer in (*self.encoder, *self.bottleneck, *self.decoder):
             features, validity = layer(features, validity)
         if self.partial:

@@ -11,7 +11,7 @@ from carafe_plugin.modules.kernel_prediction import KernelPrediction
 from carafe_plugin.ops.logits import reassemble_logits
 from carafe_plugin.ops.reference import output_size
 
-from .partial_conv import check_validity
+from .partial_conv import check_validity, fill_unknown
 
 
 def propagate(module: KernelPrediction, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,18 +38,22 @@ def propagate(module: KernelPrediction, features: Tensor, validity: Tensor) -> t
         ValueError: ``validity`` has another shape.
     """
     check_validity(features, validity)
-    known = features.masked_fill(validity == 0, 0)
+    known = fill_unknown(features, validity)
     logits = module.predict_logits(known)
+    dtype = logits.dtype  # under autocast the plain modules' too
     settings = (module.kernel_size, module.group_size, module.up, module.down, module.normalizer)
-    total = reassemble_logits(known, logits, *settings)
-
-    valid_weight, weight = _kernel_sums(module, validity, logits)
-    # Above 0, in floating point: the weight's reciprocal and that of its square must be finite (1e-19 in float32).
-    valid = (valid_weight > torch.finfo(valid_weight.dtype).tiny ** 0.5).all(dim=1, keepdim=True)
-    factor = torch.where(valid, weight / torch.where(valid, valid_weight, 1), 0)
-    n, c, h, w = total.shape
-    output = (total.reshape(n, module.group_size, -1, h, w) * factor[:, :, None]).reshape(n, c, h, w)
-    return output, valid.to(features.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        # Where little is valid, a quotient of two small sums: too small for float16.
+        exact = torch.float32 if dtype == torch.float16 else dtype
+        known, logits = known.to(dtype).to(exact), logits.to(exact)
+        total = reassemble_logits(known, logits, *settings)
+        valid_weight, weight = _kernel_sums(module, validity, logits)
+        # Above 0, in floating point: the weight's reciprocal and that of its square must be finite (1e-19 in float32).
+        valid = (valid_weight > torch.finfo(exact).tiny ** 0.5).all(dim=1, keepdim=True)
+        factor = torch.where(valid, weight / torch.where(valid, valid_weight, 1), 0)
+        n, c, h, w = total.shape
+        output = (total.reshape(n, module.group_size, -1, h, w) * factor[:, :, None]).reshape(n, c, h, w)
+    return output.to(dtype), valid.to(features.dtype)
 
 
 def _kernel_sums(module: KernelPrediction, validity: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

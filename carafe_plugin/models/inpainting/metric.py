@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
+from PIL import Image
 from torch import Tensor
 
 #: Of an image without an error, whose PSNR would be infinite.
 HIGHEST_PSNR = 100.0
+SSIM_WINDOW = 11
 
 
 def psnr(mean_squared_error: float) -> float:
@@ -25,11 +29,15 @@ class InpaintingMetric(BaseMetric):
 
     - ``l1`` (%) and ``psnr`` (dB) of the whole image, where all that is known is exact: Table 10's, as we read it;
     - ``l1_hole`` (%) and ``psnr_hole`` (dB) of the hole's pixels alone: they do not depend on how large the hole is;
-    - ``ssim`` of the whole image: scikit-image's, with the Gaussian window of 11 x 11 (sigma 1.5) of Wang et al. 2004.
+    - ``ssim`` of the whole image: scikit-image's, with the Gaussian window of 11 x 11 (sigma 1.5) of Wang et al. 2004;
+      smaller images have none.
 
     L1 is the mean absolute difference of values in parts of their range. Nothing is rounded to 8 bits.
 
-    Args: those of MMEngine's ``BaseMetric``.
+    Args:
+        folder (str | None): where to write the completed images too: as they lie below the dataset's folder, each as a
+            PNG file with ``.png`` behind its whole name.
+        **kwargs: those of MMEngine's ``BaseMetric``.
 
     Raises:
         ImportError: scikit-image is not installed.
@@ -47,8 +55,9 @@ class InpaintingMetric(BaseMetric):
 
     default_prefix = "inpainting"
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, folder: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.folder = folder
         try:
             from skimage.metrics import structural_similarity
         except ModuleNotFoundError as error:
@@ -63,15 +72,16 @@ class InpaintingMetric(BaseMetric):
         Args:
             data_batch: not used.
             data_samples: of every image ``completed`` and ``original`` (Tensor[3, H, W], in [-1, 1]) and ``holes``
-                (Tensor[1, H, W], 1 in the hole).
+                (Tensor[1, H, W], 1 in the hole); with ``folder``, ``path`` too (str).
         """
         for sample in data_samples:
             completed, original = (_unit_range(sample[name]) for name in ("completed", "original"))
+            if self.folder:
+                self._write(completed, sample["path"])
             error = completed - original
-            found = dict(
-                l1=100 * float(np.abs(error).mean()),
-                psnr=psnr(float((error**2).mean())),
-                ssim=float(
+            found = dict(l1=100 * float(np.abs(error).mean()), psnr=psnr(float((error**2).mean())))
+            if min(error.shape[1:]) >= SSIM_WINDOW:
+                found["ssim"] = float(
                     self._ssim(
                         completed,
                         original,
@@ -81,13 +91,19 @@ class InpaintingMetric(BaseMetric):
                         sigma=1.5,
                         use_sample_covariance=False,
                     )
-                ),
-            )
+                )
             hole = sample["holes"][0].cpu().numpy() > 0
             if hole.any():
                 found["l1_hole"] = 100 * float(np.abs(error[:, hole]).mean())
                 found["psnr_hole"] = psnr(float((error[:, hole] ** 2).mean()))
             self.results.append(found)
+
+    def _write(self, image: np.ndarray, path: str) -> None:
+        root = (self.dataset_meta or {}).get("folder")
+        target = Path(self.folder or "", f"{os.path.relpath(path, root) if root else Path(path).name}.png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pixels = (255 * image).round().clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(target)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """The mean of every number over the images that have it."""

@@ -93,7 +93,11 @@ class InpaintingGAN(BaseModel):
         completed = complete(inputs, self.generator(inputs, holes), holes)
         if mode == "tensor":
             return completed
-        found = [dict(completed=a, original=b, holes=m) for a, b, m in zip(completed, inputs, holes, strict=True)]
+        # Copies: who keeps a view keeps its whole batch, and writes it, too.
+        found = [
+            dict(completed=a.clone(), original=b.clone(), holes=m.clone())
+            for a, b, m in zip(completed, inputs, holes, strict=True)
+        ]
         for sample, path in zip(found, kwargs.get("paths") or (), strict=False):
             sample["path"] = path
         return found

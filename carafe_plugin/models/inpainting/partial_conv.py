@@ -19,6 +19,12 @@ def check_validity(features: Tensor, validity: Tensor) -> None:
         )
 
 
+def fill_unknown(features: Tensor, validity: Tensor) -> Tensor:
+    """The paper's M * X, with 0 for what is invalid, even for NaN, in the memory format of ``features``."""
+    # Out of place, masked_fill would return a contiguous tensor.
+    return features.clone().masked_fill_(validity == 0, 0)
+
+
 class PartialConv2d(nn.Conv2d):
     r"""A convolution whose windows count their valid locations only.
 
@@ -66,7 +72,7 @@ class PartialConv2d(nn.Conv2d):
             ValueError: ``validity`` has another shape.
         """
         check_validity(features, validity)
-        known = features.masked_fill(validity == 0, 0)
+        known = fill_unknown(features, validity)
         with torch.no_grad():
             window = validity.new_ones(1, 1, *self.kernel_size)
             count = self._conv_forward(validity, window, None)
