@@ -73,9 +73,10 @@ def show_plan(runs: list[Run], setup: Setup) -> list[Run]:
     return to_do
 
 
-def run_all(to_do: list[Run], setup: Setup) -> None:
-    """Train and evaluate, one after the other, saying how long it will still take."""
+def run_all(to_do: list[Run], setup: Setup) -> list[str]:
+    """Train and evaluate, one after the other, saying how long it will still take; returns a line for each failure."""
     seconds: list[float] = []
+    failures = []
     for index, run in enumerate(to_do):
         if find_result(run, setup):  # another row had the same model
             continue
@@ -83,8 +84,13 @@ def run_all(to_do: list[Run], setup: Setup) -> None:
         left = duration((len(to_do) - index) * each)
         console.rule(f"{index + 1} of {len(to_do)}: Table {run.table}, {run.row.method}, seed {run.seed}; {left} left")
         started = time.monotonic()
-        train_and_evaluate(run, setup)
+        try:
+            train_and_evaluate(run, setup)
+        except StepError as error:  # the others can still be run
+            console.print(f"error: {error}", style="red", markup=False)
+            failures.append(f"{run.name} failed: {error}")
         seconds.append(time.monotonic() - started)
+    return failures
 
 
 def report(runs: list[Run], setup: Setup) -> list[str]:
@@ -120,6 +126,7 @@ def ablation(args: argparse.Namespace) -> int:
     if args.plan:
         return 0
     previous = signal.signal(signal.SIGTERM, _interrupt)
+    faults = []
     try:
         if not args.report:
             setup.work_dir.mkdir(parents=True, exist_ok=True)
@@ -130,8 +137,8 @@ def ablation(args: argparse.Namespace) -> int:
                     raise StepError(f"another ablation is running in {setup.work_dir}") from None
                 for request, folder in setup.datasets(to_do):
                     generate(folder, request)
-                run_all(to_do, setup)
-        weak = report(runs, setup)
+                faults = run_all(to_do, setup)
+        faults += report(runs, setup)
     except KeyboardInterrupt:
         console.print("\n[yellow]Interrupted. The same command goes on from here.[/yellow]")
         return 130
@@ -140,9 +147,9 @@ def ablation(args: argparse.Namespace) -> int:
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
-    for line in weak:
+    for line in faults:
         console.print(f"error: {line}", style="red", markup=False)
-    return 1 if weak else 0
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Row:
         method: In the table's words.
         config: As the list has it: a file below ``configs/``, or ``mmdet::...``.
         paper: The paper's figures, one list a line.
-        counted: Whether the model is built to count its parameters and FLOPs.
+        counted: Whether the FLOPs of the model's forward pass are counted; its parameters always are.
     """
 
     method: str
@@ -131,12 +131,16 @@ def known_cost(row: Row, costs: dict[str, dict[str, Any]]) -> dict[str, Any] | N
     return cost if cost and cost["digest"] == digest(row.config) else None
 
 
-def measure(config: str) -> dict[str, Any]:
+def measure(config: str, counted: bool = True) -> dict[str, Any]:
     """Build a config's model and count its parameters, and its FLOPs in one forward pass over one image.
 
+    Args:
+        config: As :attr:`Row.config`.
+        counted: As :attr:`Row.counted`.
+
     Returns:
-        ``digest``, ``shape``, ``parameters``, ``flops`` (multiply-adds), and ``uncounted``, the operators without a
-        count.
+        ``digest``, ``shape``, ``parameters``, ``flops`` (multiply-adds, None where they are not counted), and
+        ``uncounted``, the operators without a count.
 
     Raises:
         UsageError: The config or its model is unusable.
@@ -145,14 +149,14 @@ def measure(config: str) -> dict[str, Any]:
     from browse_model import count_model
 
     cfg = bare_models.read_config(config if "::" in config else str(CONFIGS / config))
-    shape = bare_models.image_shape(cfg)
-    found = count_model(cfg, bare_models.build_model(cfg), shape)
+    shape, model = bare_models.image_shape(cfg), bare_models.build_model(cfg)
+    found = count_model(cfg, model, shape) if counted else None
     return {
         "digest": digest(config),
         "shape": list(shape),
-        "parameters": found.parameters[""],
-        "flops": found.flops[""],
-        "uncounted": sorted(found.uncounted),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops": found.flops[""] if found else None,
+        "uncounted": sorted(found.uncounted) if found else [],
     }
 
 

@@ -34,6 +34,8 @@ from rich.table import Table as RichTable
 from carafe_plugin.openmmlab import engine
 
 NOT_RUN = "not run"
+TWO_DECIMALS = ("mIoU", "pixel accuracy", "top-1", "top-5")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "paper_tables.md"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,15 +61,23 @@ def cells(table: Table, costs: dict[str, dict[str, Any]], results: Path) -> Iter
     """The lines of a table as texts: method, the paper's figures, parameters, GFLOPs, our result, config."""
     for row, line, first in table.lines:
         cost = paper_rows.known_cost(row, costs) if first else None
-        unknown = "?" if row.counted else "-"
-        size = [f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops'] / 1e9:.1f}"] if cost else [unknown, unknown]
+        size = [f"{cost['parameters'] / 1e6:.2f}" if cost else "?", "-"]
+        if row.counted:
+            size[1] = f"{cost['flops'] / 1e9:.1f}" if cost else "?"
         yield [
             row.method if first else "",
-            *("" if figure is None else str(figure) for figure in line),
+            *(_figure(column, value) for column, value in zip(table.columns, line, strict=True)),
             *(size if first else ["", ""]),
             ours(table, row, line, results),
             row.path if first else "",
         ]
+
+
+def _figure(column: str, value: Any) -> str:
+    """A figure with the paper's digits: two decimals of mIoU, pixel accuracy and top-k, one of AP."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if column in TWO_DECIMALS and not isinstance(value, str) else str(value)
 
 
 def ours(table: Table, row: Row, line: list[Any], results: Path) -> str:
@@ -130,9 +140,9 @@ def _link(path: str) -> str:
 
 def measure(rows: list[Row], costs: dict[str, dict[str, Any]], path: Path) -> None:
     """Count the models that are not known yet; the file is written after each, so that nothing is lost."""
-    missing = dict.fromkeys(row.config for row in rows if row.counted and not paper_rows.known_cost(row, costs))
+    missing = {row.config: row.counted for row in rows if not paper_rows.known_cost(row, costs)}
     for config in track(missing, "Counting", transient=True, disable=not sys.stdout.isatty()):
-        costs[config] = paper_rows.measure(config)
+        costs[config] = paper_rows.measure(config, missing[config])
         write_json(path, dict(sorted(costs.items())))
 
 
@@ -179,6 +189,8 @@ def paper_tables(args: argparse.Namespace) -> None:
     chosen = [table for number, table in tables.items() if not args.table or number in args.table]
     if args.record:
         print(f"Written: {record(args.record[0], Path(args.record[1]), tables, args.results)}")
+    if args.markdown and args.table and args.markdown.resolve() == PAGE:
+        raise engine.UsageError(f"--markdown {args.markdown} is the page of all tables: leave out --table")
     costs = paper_rows.read_costs(args.costs)
     if args.measure:
         measure([row for table in chosen for row in table.rows], costs, args.costs)
@@ -186,7 +198,7 @@ def paper_tables(args: argparse.Namespace) -> None:
     filled = [(table, list(cells(table, costs, args.results))) for table in chosen]
     for table, lines in filled:
         show(table, lines, console)
-    if any(row.counted and not paper_rows.known_cost(row, costs) for table in chosen for row in table.rows):
+    if any(not paper_rows.known_cost(row, costs) for table in chosen for row in table.rows):
         console.print("?: not counted since its config changed; --measure counts it.")
     if args.markdown:
         args.markdown.write_text(markdown(filled), encoding="utf-8")

@@ -185,6 +185,7 @@ def results(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
                 metrics=dict(bbox_mAP=ap50 / 2, bbox_mAP_50=ap50),
                 parameters=1000 + row,
                 seconds_per_iteration=0.5,
+                threads=2,
                 recipe=run.recipe.config,
                 iterations=200,
                 scenes=dict(train=600, val=120, size=128),
@@ -238,9 +239,17 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], two_rows: 
     assert "was not written by this script" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_a_failed_training_is_said(tmp_path: Path, two_rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_training_is_said_and_the_others_go_on(
+    tmp_path: Path, two_rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = []
+
     def fails(demo: Any, model: Any) -> None:
+        tried.append(model.name)
         raise demo_steps.StepError("Train: failed with exit code 7")
 
     monkeypatch.setattr(ablation_runs, "train", fails)
-    assert call(tmp_path, "--table=4", *TINY) == 1
+    assert call(tmp_path, "--table=4", *TINY[:-1], "--seeds", "3", "4") == 1
+    assert [name[-6:] for name in tried] == ["seed-3", "seed-4"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("failed: Train: failed with exit code 7") == 2

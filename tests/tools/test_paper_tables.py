@@ -38,6 +38,17 @@ def test_prints_every_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert gum == ["GUM", "36.9", "58.9", "39.7", "21.5", "40.6", "48.1", "11.8", *gum[8:10], "not run", GUM]
 
 
+def test_figures_have_the_papers_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--table", 8, "--table", 11)
+    (upernet,) = lines_of(text, "UperNet, ResNet-50")
+    assert upernet[1:3] == ["40.44", "79.80"]
+    (psanet,) = lines_of(text, "PSANet, ResNet-50")
+    assert psanet[1:3] == ["41.92", "80.17"]
+    assert float(psanet[3]) > 50
+    assert psanet[4] == "-", "its FLOPs are not counted"
+    assert lines_of(text, "Cm = 64")[0][1] == "37.8"
+
+
 def test_one_table(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--table", 12)
     assert re.findall(r"^Table (\d+):", text, re.MULTILINE) == ["12"]
@@ -78,10 +89,15 @@ def test_measures_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file.write_text(json.dumps(kept | {wanted: kept[wanted] | {"digest": "another", "parameters": 1}}))
     measured = []
     measure = paper_rows.measure
-    monkeypatch.setattr(paper_rows, "measure", lambda config: measured.append(config) or measure(config))
+    monkeypatch.setattr(
+        paper_rows, "measure", lambda config, counted: measured.append(config) or measure(config, counted)
+    )
     assert call_tool("paper_tables", "--table", 2, "--measure", "--costs", file) == 0
     assert measured == [wanted]
     assert json.loads(file.read_text()) == kept
+    uncounted = paper_rows.measure("mmpretrain::resnet/resnet18_8xb32_in1k.py", counted=False)
+    assert uncounted["flops"] is None
+    assert uncounted["parameters"] == 11_689_512
 
 
 def test_digest_follows_the_files_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
