@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from .modules.kernel_prediction import KernelPrediction
 from .ops.logits import kernels_from_logits
 
-__all__ = ["Reassembly", "Sources", "check_chain", "compose", "record_reassemblies"]
+__all__ = ["Reassembly", "Sources", "chain_groups", "check_chain", "compose", "record_reassemblies"]
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,26 @@ def check_chain(chain: Sequence[Reassembly]) -> None:
             )
 
 
+def chain_groups(chain: Sequence[Reassembly]) -> list[tuple[int, ...]]:
+    """The groups of a chain's channels: for each, which group of every operator it belongs to.
+
+    Channels stay in order, so that operators with different numbers of groups divide them into as many as the least
+    common multiple of these. All of a chain's groups have equally many channels.
+
+    Args:
+        chain: consecutive reassemblies in the order in which they ran.
+
+    Example:
+        >>> import torch
+        >>> from carafe_plugin.analysis import Reassembly, chain_groups
+        >>> chain = [Reassembly("", torch.ones(1, groups, 1, 1, 4, 4), (4, 4), 1, 1) for groups in (1, 2, 4)]
+        >>> chain_groups(chain)
+        [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)]
+    """
+    count = math.lcm(*(reassembly.group_size for reassembly in chain))
+    return [tuple(group * reassembly.group_size // count for reassembly in chain) for group in range(count)]
+
+
 def compose(
     chain: Sequence[Reassembly], row: int, column: int, group: int | None = None, image: int = 0
 ) -> list[Sources]:
@@ -242,8 +262,8 @@ def compose(
         chain: consecutive reassemblies in the order in which they ran, such as an FPN's from the coarsest level down.
         row (int): of the last one's output map.
         column (int): of the last one's output map.
-        group (int | None): group of channels; None for the average over all channels. Where the operators have
-            different numbers of groups, the groups are those of their least common multiple: channels stay in order.
+        group (int | None): group of channels, of those of :func:`chain_groups`; None for the average over all channels,
+            which is the average of what each group is reassembled from.
         image (int): index in the batch.
 
     Returns:
@@ -264,14 +284,14 @@ def compose(
         [((12, 12), 9), ((6, 6), 16)]
     """
     check_chain(chain)
-    slots = math.lcm(*(reassembly.group_size for reassembly in chain))
-    if group is not None and not 0 <= group < slots:
-        raise ValueError(f"group must be from 0 to {slots - 1}, got {group}")
+    groups = chain_groups(chain)
+    if group is not None and not 0 <= group < len(groups):
+        raise ValueError(f"group must be from 0 to {len(groups) - 1}, got {group}")
     levels: list[list[Sources]] = [[] for _ in chain]
-    for slot in range(slots) if group is None else [group]:
+    for members in groups if group is None else [groups[group]]:
         reached = Sources.at(row, column, chain[-1].output_size)
-        for level, reassembly in zip(levels, reversed(chain), strict=True):
-            reached = reassembly.pull_back(reached, slot * reassembly.group_size // slots, image)
+        for level, reassembly, member in zip(levels, reversed(chain), reversed(members), strict=True):
+            reached = reassembly.pull_back(reached, member, image)
             level.append(reached)
     return [_average(level) for level in levels]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample, analysis
-from carafe_plugin.analysis import Reassembly, Sources, check_chain, compose, record_reassemblies
+from carafe_plugin.analysis import Reassembly, Sources, chain_groups, check_chain, compose, record_reassemblies
 from carafe_plugin.ops.carafe import reassemble
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,6 +143,13 @@ def test_a_composed_pyramid_is_its_gradient(pyramid: tuple) -> None:
     torch.testing.assert_close(compose(chain, 9, 12)[-1].to_map(), sum(everything) / 4)
     channels = torch.autograd.grad(output[0, :, 9, 12].sum(), laterals[0], retain_graph=True)[0]
     torch.testing.assert_close(compose(chain, 9, 12)[-1].to_map(), channels[0].mean(0))
+
+
+def test_groups_of_operators_with_different_numbers_of_them(pyramid: tuple) -> None:
+    chain, _, _ = pyramid
+    assert chain_groups(chain) == [(0, 0, 0), (0, 0, 1), (1, 0, 2), (1, 0, 3)], "of 2, 1 and 4"
+    two, three = (delta((4, 4), 1, 1, (1, 1), groups=groups) for groups in (2, 3))
+    assert chain_groups([two, three]) == [(0, 0), (0, 0), (0, 1), (1, 1), (1, 2), (1, 2)]
 
 
 def test_a_completed_row_has_the_sources_of_the_last_one(pyramid: tuple) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from reassembly_view import View
 from torch import Tensor
 
-from carafe_plugin.analysis import Reassembly
+from carafe_plugin.analysis import Reassembly, chain_groups
 from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend
 
 TEMPLATE = Path(__file__).with_name("reassembly_page.html")
@@ -27,22 +27,18 @@ def pack_kernels(kernels: Tensor) -> tuple[np.ndarray, bool]:
     """Kernels in a byte a weight.
 
     Args:
-        kernels (Tensor[k, k, H', W']): no weight is negative or greater than 1.
+        kernels (Tensor[G, k, k, H', W']): no weight is negative or greater than 1.
 
     Returns:
-        (H', W', k * k) uint8 and whether the kernels are normalised. Then each kernel is divided by its largest weight,
-        for precision, and a weight is its byte over the sum of its kernel's bytes; else a weight is its byte over 255.
+        (G, H', W', k * k) uint8 and whether the kernels are normalised. Then each kernel is divided by its largest
+        weight, for precision, and a weight is its byte over the sum of its kernel's bytes; else a weight is its byte
+        over 255.
     """
-    flat = kernels.flatten(0, 1).permute(1, 2, 0).double()
+    flat = kernels.flatten(1, 2).permute(0, 2, 3, 1).double()
     normalised = bool(torch.allclose(flat.sum(-1), torch.ones(()).double(), atol=0.02))  # half precision included
     if normalised:
         flat = flat / flat.amax(-1, keepdim=True)
     return (255 * flat).round().to(torch.uint8).numpy(), normalised
-
-
-def _kernels(reassembly: Reassembly, group: int | None) -> Tensor:
-    kernels = reassembly.kernels[0].double()
-    return kernels.mean(0) if group is None else kernels[group]
 
 
 def page_data(
@@ -56,15 +52,19 @@ def page_data(
         view: the run on the image that they come from.
         pixels: the image, (H, W, 3) uint8 RGB.
         start: row and column of the location that is shown first, on the last one's output.
-        group: group of channels; None for the average.
+        group: group of channels, as :func:`carafe_plugin.analysis.compose` takes it; None for the average: the page
+            then holds the kernels of all groups, and composes each before it averages, as that function does.
     """
     image = Image.fromarray(pixels)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)
     operators = []
-    for reassembly in chain:
-        packed, normalised = pack_kernels(_kernels(reassembly, group))
+    groups = chain_groups(chain)
+    chosen = [[0] * len(chain)] if group is not None else groups  # of those that the page holds
+    for index, reassembly in enumerate(chain):
+        kernels = reassembly.kernels[0]
+        packed, normalised = pack_kernels(kernels if group is None else kernels[[groups[group][index]]])
         operators.append(
             dict(
                 name=reassembly.name,
@@ -82,6 +82,9 @@ def page_data(
     about = f"{title}: {len(chain)} CARAFE++ in a row. Red squares are the locations that the green one is reassembled "
     about += "from, the deeper the more. What stands between two operators is left out, as if each location passed its "
     about += "value on."
+    if len(groups) > 1:
+        which = f"group {group} of" if group is not None else "the average over"
+        about += f" Channels have kernels by group: this is {which} {len(groups)}."
     return dict(
         title=title,
         about=about,
@@ -89,6 +92,7 @@ def page_data(
         image_size=view.image_size,
         shown_width=max(DRAWN_WIDTH, image.width),
         start=start,
+        groups=chosen,
         operators=operators,
     )
 

@@ -16,6 +16,7 @@ Exit code: 0, or 2 when something that was given does not fit.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def point(text: str) -> tuple[float, float]:
             return float(x), float(y)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"expected x,y in pixels of the image, such as 120,80; got {text}")
+    raise argparse.ArgumentTypeError(f"expected x,y in pixels of the image, such as 120,80; got {text.strip()}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,7 +59,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group", type=int, help="group of channels, from 0 (default: their average)")
     parser.add_argument("--html", action="store_true", help="write a page for each chain as well")
     engine.add_config_options(parser)
-    return parser.parse_args(argv)
+    # argparse takes -1,10 for an option, but nothing with a space in it; float() does not mind the space.
+    given = sys.argv[1:] if argv is None else argv
+    return parser.parse_args([f" {text}" if re.match(r"-[^-].*,", text) else text for text in given])
 
 
 def visualize_reassembly(args: argparse.Namespace) -> None:

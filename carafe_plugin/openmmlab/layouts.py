@@ -37,7 +37,7 @@ from carafe_plugin.openmmlab.plain_modules import (
 )
 
 __all__ = ["ACTIVATIONS", "LAYOUTS", "ORDERS", "Conversion", "Converted", "Fork", "Layout", "LayoutError"]
-__all__ += ["convert_layout", "find_modules"]
+__all__ += ["convert_layout", "find_modules", "find_sources", "norm_of_mmcv"]
 
 
 class LayoutError(ValueError):
@@ -137,6 +137,27 @@ def find_modules(state_dict: Mapping[str, Tensor], layouts: Sequence[str] = tupl
     return found
 
 
+def find_sources(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str] = ("",)) -> dict[str, str]:
+    """The modules that a conversion takes: prefix -> name of the layout.
+
+    Args:
+        state_dict: Parameters by name.
+        to: The layout to reach: ``"mmcv"`` takes every other layout, the others take it.
+        below: Only modules whose names start with one of these.
+    """
+    found = find_modules(state_dict, _sources(to))
+    return {prefix: name for prefix, name in found.items() if prefix.startswith(tuple(below))}
+
+
+def norm_of_mmcv(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether a module of MMCV's names has a norm behind its compressor, as only this package's with ``norm=`` has."""
+    return f"{prefix}{LAYOUTS['mmcv'].compressor_norm}.running_mean" in state_dict
+
+
+def _sources(to: str) -> list[str]:
+    return [name for name in LAYOUTS if name != "mmcv"] if to == "mmcv" else ["mmcv"]
+
+
 def convert_layout(
     state_dict: Mapping[str, Tensor],
     to: str,
@@ -149,7 +170,8 @@ def convert_layout(
     Args:
         state_dict: Parameters by name; nothing in it is changed.
         to: The layout to reach, a key of :data:`LAYOUTS`. ``"mmcv"`` takes every other layout, the others take it.
-        fork: What the names do not tell of the side that is not MMCV's.
+        fork: What the names do not tell of the side that is not MMCV's. None for ``Fork()``, which has no activation;
+            not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
         below: Only modules whose names start with one of these.
         rename: Old name of a module -> its new name, for example ``{"model.11": "neck.upsample_modules.0"}``.
 
@@ -168,18 +190,17 @@ def convert_layout(
         >>> list(convert_layout(state, "mmcv").state_dict)[:2]
         ['up.channel_compressor.weight', 'up.channel_compressor.bias']
     """
-    fork, rename = fork or Fork(), dict(rename or {})
+    rename = dict(rename or {})
     if to not in LAYOUTS:
         raise ValueError(f"the layout must be one of {', '.join(LAYOUTS)}, got {to!r}")
-    sources = [name for name in LAYOUTS if name != "mmcv"] if to == "mmcv" else ["mmcv"]
-    places = {
-        prefix: name
-        for prefix, name in find_modules(state_dict, sources).items()
-        if any(prefix.startswith(start) for start in below)
-    }
+    places = find_sources(state_dict, to, below)
     if not places:
-        raise LayoutError(_nothing_found(state_dict, to, sources, below))
+        raise LayoutError(_nothing_found(state_dict, to, below))
     _check_names(rename, places)
+    if fork is None:
+        if normed := [prefix.rstrip(".") or "the module" for prefix in places if norm_of_mmcv(state_dict, prefix)]:
+            raise LayoutError(f"{normed[0]} has a compressor_norm: fork must say which activation follows it")
+        fork = Fork()
 
     replaced: dict[str, dict[str, Tensor]] = {}
     owner: dict[str, str] = {}
@@ -205,14 +226,16 @@ def _check_names(rename: Mapping[str, str], places: Mapping[str, str]) -> None:
         raise LayoutError(f"no CARAFE module is called {', '.join(unknown)}; found {found}")
 
 
-def _nothing_found(state_dict: Mapping[str, Tensor], to: str, sources: Sequence[str], below: Sequence[str]) -> str:
+def _nothing_found(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str]) -> str:
     """The refusal of a checkpoint without a known module; keys that look like one's come first."""
     words = ("carafe", "comp", "enc", "mask", "kernel", "upsample")
     keys = sorted((key for key in state_dict if key.startswith(tuple(below))), key=lambda key: not _has(key, words))
     listed = ", ".join(keys[:40]) + (f" and {len(keys) - 40} more" if len(keys) > 40 else "")
-    if to != "mmcv" and find_modules(state_dict, [name for name in LAYOUTS if name != "mmcv"]):
+    if to != "mmcv" and find_modules(state_dict, _sources("mmcv")):
         return f"{to} is made from the layout mmcv alone: convert --to mmcv first"
-    return f"no CARAFE module of the layouts {', '.join(sources)}; keys that matched none: {listed or 'none at all'}"
+    return (
+        f"no CARAFE module of the layouts {', '.join(_sources(to))}; keys that matched none: {listed or 'none at all'}"
+    )
 
 
 def _has(key: str, words: Sequence[str]) -> bool:

@@ -56,7 +56,7 @@ class Fork:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if isinstance(self.scale, bool) or not isinstance(self.scale, int) or self.scale < 1:
             raise ValueError(f"scale must be a positive int, got {self.scale!r}")
-        if not self.eps > 0:
+        if not (isinstance(self.eps, int | float) and self.eps > 0):
             raise ValueError(f"eps must be positive, got {self.eps!r}")
 
 

@@ -17,6 +17,7 @@ from carafe_plugin.openmmlab.layouts import LAYOUTS, Fork, LayoutError, convert_
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 C, CM = 8, 6
+RECORD = "carafe_layout"
 
 
 class Block(nn.Module):
@@ -269,17 +270,107 @@ def test_tool(checkpoint: Path, tmp_path: Path, x: torch.Tensor, capsys: pytest.
     assert "conv-bn" in printed
     assert f"{converted}: 1 modules, 9 tensors" in printed
     content = torch.load(converted)
-    assert content["meta"]["carafe_layout"] == dict(to="mmcv", act="silu", eps=1e-3, order="taps", scale=2)
+    assert content["meta"][RECORD] == {
+        "neck.upsample_modules.0": dict(layout="mmcv", act="silu", eps=1e-3, order="taps", scale=2)
+    }
     state = {k.removeprefix("neck.upsample_modules.0."): v for k, v in content["state_dict"].items()}
     with torch.no_grad():
         expected = trained(FORKS["yolo"][0]())(x)
         torch.testing.assert_close(upsampler(state, "silu")(x), expected, atol=2e-5, rtol=1e-5)
-    # The file says which activation its weights belong to.
-    assert call_tool("convert_checkpoint", converted, back, "--to", "conv-bn", "--eps", "1e-3") == 0
+    # The file says what its weights belong to.
+    assert "act silu (given), eps 0.001 (given), order taps (default), scale 2 (default)" in printed
+    assert "left out: optimizer, epoch" in printed
+    assert call_tool("convert_checkpoint", converted, back, "--to", "conv-bn") == 0
+    assert "act silu (recorded in SRC), eps 0.001 (recorded in SRC)" in capsys.readouterr().out
     module = FORKS["yolo"][0]().eval()
     module.load_state_dict({k.split("0.", 1)[1]: v for k, v in torch.load(back)["state_dict"].items()}, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(module(x), expected, atol=5e-5, rtol=1e-5)
+
+
+def test_tool_reads_what_it_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Also where a given option says something else, and not for other modules than those that it is about."""
+
+    def run(source: str, destination: str, *options: object) -> str:
+        assert call_tool("convert_checkpoint", tmp_path / source, tmp_path / destination, *options, "--force") == 0
+        return capsys.readouterr().out
+
+    def weights(name: str) -> dict:
+        return torch.load(tmp_path / name)["state_dict"]
+
+    pack = trained(CARAFEUpsample(C, 3, 3, compressed_channels=CM)).state_dict()
+    torch.save({f"{up}.{key}": value for up in "ab" for key, value in pack.items()}, tmp_path / "mmcv.pth")
+    positions = ("--order", "positions", "--scale", 3)
+    run("mmcv.pth", "plain.pth", "--to", "comp-enc", *positions)
+    printed = run("plain.pth", "back.pth", "--to", "mmcv")
+    assert "order positions (recorded in SRC), scale 3 (recorded in SRC)" in printed
+    for key, value in weights("back.pth").items():
+        torch.testing.assert_close(value, pack[key[2:]])
+    printed = run("plain.pth", "other.pth", "--to", "mmcv", "--order", "taps")
+    assert "order taps (given, where SRC records positions)" in printed
+    assert not torch.equal(weights("other.pth")["a.content_encoder.weight"], pack["content_encoder.weight"])
+
+    # One module at a time: each has its own record, and they must agree where no option is given.
+    run("mmcv.pth", "one.pth", "--to", "comp-enc", *positions, "--below", "a", "--rename", "a=c")
+    printed = run("one.pth", "both.pth", "--to", "comp-enc", "--scale", 3)
+    assert "order taps (default)" in printed, "b has no record"
+    assert {
+        name: record["order"] for name, record in torch.load(tmp_path / "both.pth")["meta"][RECORD].items()
+    } == dict(c="positions", b="taps")
+    assert call_tool("convert_checkpoint", tmp_path / "both.pth", tmp_path / "no.pth", "--to", "mmcv") == 2
+    assert "SRC records more than one order (c positions, b taps): give --order" in one_line(capsys)
+    run("both.pth", "half.pth", "--to", "mmcv", "--below", "c", "--rename", "c=d")
+    half = torch.load(tmp_path / "half.pth")
+    assert set(half["meta"][RECORD]) == {"b", "d"}
+    half["meta"][RECORD]["b"].update(layout="conv-bn", order="positions")
+    torch.save(half, tmp_path / "stale.pth")
+    assert "order taps (default)" in run("stale.pth", "no.pth", "--to", "mmcv", "--scale", 3), "of another layout"
+    run("half.pth", "whole.pth", "--to", "mmcv", "--below", "b")
+    for key, value in weights("whole.pth").items():
+        torch.testing.assert_close(value, pack[key[2:]])
+
+
+def test_tool_drops_no_activation(tmp_path: Path, x: torch.Tensor, capsys: pytest.CaptureFixture) -> None:
+    """Not even in a layout of two convolutions: what follows a compressor's norm must be known."""
+    module = trained(CARAFEUpsample(C, compressed_channels=CM, norm=nn.BatchNorm2d, act=nn.ReLU))
+    source, out = tmp_path / "ours.pth", tmp_path / "out.pth"
+    torch.save({f"up.{key}": value for key, value in module.state_dict().items()}, source)
+    for layout in ("comp-enc", "down-encoder"):
+        assert call_tool("convert_checkpoint", source, out, "--to", layout) == 2
+        message = "up, with its compressor_norm, does not say which activation follows its compressor: give --act"
+        assert message in one_line(capsys)
+    with pytest.raises(LayoutError, match="up has a compressor_norm: fork must say which activation follows it"):
+        convert_layout(torch.load(source), "comp-enc")
+    assert call_tool("convert_checkpoint", source, out, "--to", "comp-enc", "--act", "relu") == 0
+    plain = ShuffleFirst(seq(conv(C, CM), nn.ReLU()), conv(CM, 100, 3))
+    state = {k.removeprefix("up.").replace("comp.", "comp.0."): v for k, v in torch.load(out)["state_dict"].items()}
+    plain.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), module(x), atol=2e-5, rtol=1e-5)
+
+
+def test_tool_converts_averaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """mmengine's EMAHook has them under the names of a wrapper, with a counter."""
+    pack = {f"up.{key}": value for key, value in trained(CARAFEUpsample(C)).state_dict().items()}
+    ema = {f"module.{key}": 2 * value for key, value in pack.items()} | {"steps": torch.tensor(7)}
+    source, out, back = tmp_path / "mmcv.pth", tmp_path / "out.pth", tmp_path / "back.pth"
+    torch.save(dict(state_dict=pack, ema_state_dict=ema, meta=dict(epoch=1), optimizer={}), source)
+    assert call_tool("convert_checkpoint", source, out, "--to", "comp-enc", "--rename", "up=m.3") == 0
+    printed = capsys.readouterr().out
+    assert "ema_state_dict: 1 modules likewise, largest difference" in printed
+    assert "left out: optimizer\n" in printed
+    converted = torch.load(out)
+    assert set(converted) == {"meta", "state_dict", "ema_state_dict"}
+    assert set(converted["ema_state_dict"]) == {"steps", *(f"module.{name}" for name in converted["state_dict"])}
+    assert call_tool("convert_checkpoint", out, back, "--to", "mmcv", "--rename", "m.3=up") == 0
+    again = torch.load(back)["ema_state_dict"]
+    assert again.keys() == ema.keys()
+    for name, value in ema.items():
+        torch.testing.assert_close(again[name], value)
+    del ema["module.up.channel_compressor.weight"]
+    torch.save(dict(state_dict=pack, ema_state_dict=ema), source)
+    assert call_tool("convert_checkpoint", source, out, "--to", "comp-enc", "--force") == 2
+    assert "ema_state_dict: no CARAFE module" in one_line(capsys)
 
 
 def test_tool_overwrites_on_request_alone(

@@ -155,14 +155,14 @@ def test_the_page_holds_the_kernels(seen: dict[str, Any]) -> None:
         assert np.ptp(expected) > 0.2, "kernels that differ"
         assert np.abs(weights - expected).max() < 0.01
         assert (operator["k"], operator["up"], operator["down"]) == (5, 2, 1)
-    flat = torch.rand(25, 4, 5).softmax(0).reshape(5, 5, 4, 5)
-    packed = reassembly_page.pack_kernels(flat)[0].reshape(4, 5, 5, 5)
-    weights = packed / packed.sum((2, 3), keepdims=True, dtype=int)
-    assert np.abs(weights - flat.permute(2, 3, 0, 1).numpy()).max() < 0.0003, "small weights keep their precision"
-    sigmoid = torch.rand(3, 3, 4, 5)
+    flat = torch.rand(2, 25, 4, 5).softmax(1).reshape(2, 5, 5, 4, 5)
+    packed = reassembly_page.pack_kernels(flat)[0].reshape(2, 4, 5, 5, 5)
+    weights = packed / packed.sum((3, 4), keepdims=True, dtype=int)
+    assert np.abs(weights - flat.permute(0, 3, 4, 1, 2).numpy()).max() < 0.0003, "small weights keep their precision"
+    sigmoid = torch.rand(1, 3, 3, 4, 5)
     packed, normalised = reassembly_page.pack_kernels(sigmoid)
     assert not normalised
-    assert np.abs(packed.reshape(4, 5, 3, 3) / 255 - sigmoid.permute(2, 3, 0, 1).numpy()).max() < 0.003
+    assert np.abs(packed.reshape(4, 5, 3, 3) / 255 - sigmoid[0].permute(2, 3, 0, 1).numpy()).max() < 0.003
 
 
 def test_data_cannot_end_the_script(seen: dict[str, Any], tmp_path: Path) -> None:
@@ -273,6 +273,8 @@ def test_mistakes_end_in_one_line(
         (dict(points=("96,10",)), "point 96,10 is outside the image, which is 96 x 64 pixels"),
         (dict(points=("nan,10",)), "point nan,10 is outside the image"),
         (dict(points=("5,-1",)), "point 5,-1 is outside the image"),
+        (dict(points=("-1,10",)), "point -1,10 is outside the image"),
+        (dict(points=("30,40", "-.5,-2")), "point -0.5,-2 is outside the image"),
         (dict(path=tmp_path / "none.png"), f"no such image: {tmp_path}/none.png"),
         (dict(path=broken), f"cannot read image {broken}"),
         (["--modules", "neck.fpn"], f"neck.fpn is no CARAFE++ of the model, which has {', '.join(BACKBONE[:1])}"),
@@ -291,8 +293,9 @@ def test_mistakes_end_in_one_line(
         given = arguments if isinstance(arguments, dict) else {}
         assert show("mmdet", *([] if given else arguments), **given) == 2, arguments
         assert message in one_line(capsys)
-    assert show("mmdet", points=("12",)) == 2
-    assert "expected x,y in pixels of the image, such as 120,80; got 12" in capsys.readouterr().err
+    for text in ("12", "-x,1"):
+        assert show("mmdet", points=(text,)) == 2
+        assert f"expected x,y in pixels of the image, such as 120,80; got {text}\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -331,6 +334,51 @@ def test_the_page_computes_what_the_library_does(browser: Browser, page: Path, s
         assert len(found) == output + 1
         for weights, sources in zip(found, expected, strict=True):
             assert np.abs(np.reshape(weights, sources.size) - sources.to_map().numpy()).max() < 0.01
+
+
+# Groups of two operators, and the group to show. The second chain's channels are divided into twice and once as many.
+GROUPS = [((2, 2), None), ((1, 2), None), ((1, 2), 1), ((2, 3), 4)]
+
+
+def grouped_chain(*groups: int) -> list[Reassembly]:
+    """Two upsamplings of 3 x 4 locations, with kernels that differ from group to group."""
+    generator, size, chain = torch.Generator().manual_seed(0), (3, 4), []
+    for name, count in zip(("coarse", "fine"), groups, strict=True):
+        out = 2 * size[0], 2 * size[1]
+        kernels = (3 * torch.randn(1, count, 9, *out, generator=generator)).softmax(2).unflatten(2, (3, 3))
+        chain.append(Reassembly(name, kernels, size, 2, 1))
+        size = out
+    return chain
+
+
+@pytest.mark.parametrize(("groups", "group"), GROUPS)
+def test_the_page_has_the_groups_of_the_library(
+    browser: Browser, tmp_path: Path, groups: tuple[int, int], group: int | None
+) -> None:
+    """Also the table of the last kernel. The picture draws what the library composes."""
+    chain = grouped_chain(*groups)
+    axis = reassembly_view.Axis(1, 0)
+    view = reassembly_view.View((48, 64), (48, 64), (48, 64), axis, axis, chain)
+    data = reassembly_page.page_data("two", chain, view, np.zeros((48, 64, 3), np.uint8), (5, 7), group)
+    reassembly_page.write_page(tmp_path / "page.html", data)
+    browser.open(tmp_path / "page.html")
+    for row, column in ((5, 7), (0, 15)):
+        found = browser.run(f"compose(1, {row}, {column}).map((level) => Array.from(level.weights))")
+        expected = compose(chain, row, column, group)
+        for weights, sources in zip(found, expected, strict=True):
+            assert np.abs(np.reshape(weights, sources.size) - sources.to_map().numpy()).max() < 0.004
+    cells = browser.run("Array.from(document.querySelectorAll('td'), (cell) => Number(cell.textContent))")
+    assert np.abs(np.reshape(cells, (3, 3)) - 100 * expected_kernel(chain, group, 5, 7)).max() < 0.4
+    coarse = browser.run("compose(0, 2, 3).map((level) => Array.from(level.weights))")[0]
+    if group is None:
+        assert np.abs(np.reshape(coarse, (3, 4)) - compose(chain[:1], 2, 3)[0].to_map().numpy()).max() < 0.004
+
+
+def expected_kernel(chain: list[Reassembly], group: int | None, row: int, column: int) -> np.ndarray:
+    """Of the last operator."""
+    kernels = chain[-1].kernels[0, ..., row, column]
+    slots = np.lcm.reduce([reassembly.group_size for reassembly in chain])
+    return (kernels.mean(0) if group is None else kernels[group * len(kernels) // slots]).numpy()
 
 
 def test_the_page_answers_mouse_and_keys(browser: Browser, page: Path) -> None:
