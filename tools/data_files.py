@@ -7,7 +7,7 @@ import tarfile
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -82,6 +82,41 @@ def write_file(place: Path, content: IO[bytes]) -> None:
         raise
 
 
+def whole_files(folder: Path, names: Iterable[str], archive: Path, inside: str) -> bool:
+    """Whether a folder holds JSON files whole: as they are in their .zip, or else, without it, not truncated."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            known = {info.filename: info for info in packed.infolist()}
+    except (OSError, zipfile.BadZipFile):  # nothing to compare with
+        known = {}
+    for name in names:
+        place, info = folder / name, known.get(f"{inside}/{name}")
+        if not place.is_file() or (info and not _is_unpacked(place, info.file_size, info.CRC)):
+            return False
+        if not info and not _ends_as_json(place):
+            return False
+    return True
+
+
+def _ends_as_json(place: Path) -> bool:
+    with place.open("rb") as file:  # half a gigabyte: whoever reads all of it checks the rest
+        file.seek(max(place.stat().st_size - 64, 0))
+        return file.read().rstrip().endswith(b"}")
+
+
+def _is_unpacked(place: Path, size: int, checksum: int | None) -> bool:
+    """Whether a file is as in its archive; of annotations, half a gigabyte at most, the content is compared too."""
+    if not place.is_file() or place.stat().st_size != size:
+        return False
+    if checksum is None or place.suffix != ".json":
+        return True
+    found = 0
+    with place.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found = zlib.crc32(chunk, found)
+    return found == checksum
+
+
 def unpack(archive: Path, inside: str, folder: Path, advance: Callable[[int], None]) -> None:
     """Unpack one folder of an archive. What is there already, in its full size, is not written again.
 
@@ -96,7 +131,7 @@ def unpack(archive: Path, inside: str, folder: Path, advance: Callable[[int], No
     """
     found = False
     try:
-        for name, size, done, open_member in _members(archive):
+        for name, size, checksum, done, open_member in _members(archive):
             parts = PurePosixPath(name).parts
             start = PurePosixPath(inside).parts
             if parts[: len(start)] != start or ".." in parts or PurePosixPath(name).is_absolute():
@@ -104,7 +139,7 @@ def unpack(archive: Path, inside: str, folder: Path, advance: Callable[[int], No
                 continue
             found = True
             place = folder.joinpath(*parts[len(start) :])
-            if not (place.is_file() and place.stat().st_size == size):
+            if not _is_unpacked(place, size, checksum):
                 with open_member() as content:
                     write_file(place, content)
                 if place.stat().st_size != size:
@@ -118,8 +153,9 @@ def unpack(archive: Path, inside: str, folder: Path, advance: Callable[[int], No
         raise DataError(f"{archive} holds no folder {inside or '/'}")
 
 
-#: A file in an archive: its name, its size, the bytes of the archive that end with it, and how to open it.
-Member = tuple[str, int, int, Callable[[], IO[bytes]]]
+#: A file in an archive: its name, size and CRC-32 (of a .tar none), the bytes of the archive that end with it, and how
+#: to open it.
+Member = tuple[str, int, int | None, int, Callable[[], IO[bytes]]]
 
 
 def _members(archive: Path) -> Iterator[Member]:
@@ -127,7 +163,8 @@ def _members(archive: Path) -> Iterator[Member]:
         with zipfile.ZipFile(archive) as packed:
             for info in packed.infolist():
                 if not info.is_dir():
-                    yield info.filename, info.file_size, info.compress_size, lambda info=info: packed.open(info)  # type: ignore[misc]
+                    open_part = lambda info=info: packed.open(info)  # noqa: E731
+                    yield info.filename, info.file_size, info.CRC, info.compress_size, open_part
         return
     with tarfile.open(archive) as packed:
         for member in packed:
@@ -137,9 +174,10 @@ def _members(archive: Path) -> Iterator[Member]:
                     for part in inner:
                         if part.isfile():
                             open_part = lambda part=part: _content(inner, part)  # noqa: E731
-                            yield f"{folder}/{part.name}", part.size, part.size, open_part
+                            yield f"{folder}/{part.name}", part.size, None, part.size, open_part
             elif member.isfile():
-                yield member.name, member.size, member.size, lambda member=member: _content(packed, member)  # type: ignore[misc]
+                open_part = lambda member=member: _content(packed, member)  # noqa: E731
+                yield member.name, member.size, None, member.size, open_part
 
 
 def _content(packed: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:

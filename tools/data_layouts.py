@@ -21,10 +21,11 @@ class Folder:
 
     Attributes:
         path: Where the configurations look for it, below the dataset's root.
-        images: How many images it holds; 0 for annotation files.
+        images: How many images it holds; 0 where ``files`` says what it must hold.
         places: Where a download may have it, below the folder that was downloaded into.
         archive: The file in which it is downloaded.
         inside: The folder in that file.
+        files: Annotation files that it must hold.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Folder:
     places: tuple[str, ...]
     archive: str
     inside: str
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def check_coco_copy(root: Path) -> list[str]:
             continue
         try:
             content = read_coco(file)
-            check_coco(content, file, empty_boxes=split == "train2017")
+            training = split == "train2017"
+            check_coco(content, file, empty_boxes=training, measured=not training, masks=True)
         except AnnotationError as error:
             faults.append(str(error))
             continue
@@ -99,6 +102,7 @@ COCO = Layout(
             ("annotations", "coco/annotations", "coco2017/annotations"),
             "annotations_trainval2017.zip",
             "annotations",
+            ("instances_train2017.json", "instances_val2017.json"),
         ),
     ),
     check_coco_copy,

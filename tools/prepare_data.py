@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from data_files import DataError, damaged_images, link, list_images, unpack
+from data_files import DataError, damaged_images, link, list_images, unpack, whole_files
 from data_layouts import IMAGENET, LAYOUTS, Folder, Layout, find_val_labels, some
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,11 +52,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def is_whole(folder: Folder, path: Path) -> bool:
-    """Whether an unpacked folder holds as many files as it should."""
-    if folder.images:
-        return len(list_images(path)[0]) >= folder.images
-    return len(list(path.glob("*.json"))) >= 2
+def is_whole(folder: Folder, path: Path, archive: Path) -> bool:
+    """Whether an unpacked folder holds as many images as it should, or its annotation files as the archive has them."""
+    if folder.files:
+        return whole_files(path, folder.files, archive, folder.inside)
+    return len(list_images(path)[0]) >= folder.images
 
 
 def place_folder(folder: Folder, root: Path, out: Path, console: Console) -> str | None:
@@ -66,10 +66,10 @@ def place_folder(folder: Folder, root: Path, out: Path, console: Console) -> str
         What is wrong, None where the folder is in its place (perhaps without all its files).
     """
     place, archive = out / folder.path, root / folder.archive
-    if place.is_dir() and is_whole(folder, place):
+    if place.is_dir() and is_whole(folder, place, archive):
         return None
     candidates = [root / path for path in folder.places if (root / path).is_dir()]
-    whole = [path for path in candidates if is_whole(folder, path)]
+    whole = [path for path in candidates if is_whole(folder, path, archive)]
     if whole or (candidates and not archive.is_file()):
         source = (whole or candidates)[0]
         if source.resolve() != place.resolve():
@@ -91,8 +91,8 @@ def count_folder(folder: Folder, layout: Layout, out: Path, args: argparse.Names
     place = out / folder.path
     if not place.is_dir():
         return "-", []  # reported as missing
-    if not folder.images:
-        return str(sum(1 for _ in place.glob("*.json"))), []
+    if folder.files:
+        return str(sum((place / name).is_file() for name in folder.files)), []  # what is in them: Layout.check
     names, empty = list_images(place)
     faults = [f"{len(empty)} files in {place} are empty: {some(empty)}"] if empty else []
     if len(names) != folder.images and not args.partial:
@@ -152,7 +152,7 @@ def prepare_data(args: argparse.Namespace) -> int:
             place = out / folder.path
             found, wrong = count_folder(folder, layout, out, args)
             faults += wrong
-            expected = f"{folder.images:,}" if folder.images else "2 or more"
+            expected = f"{len(folder.files) or folder.images:,}"
             where = (
                 f"linked to {place.resolve()}" if place.is_symlink() else str(place) if place.is_dir() else "missing"
             )

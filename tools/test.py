@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Test a checkpoint with a configuration of mmdet, mmseg or mmpretrain, with CARAFE++'s types registered.
+"""Test a checkpoint with a configuration of mmdet, mmseg, mmpretrain or mmengine alone, with CARAFE++ registered.
+
+Of mmengine alone are those of configs/inpainting.
 
 Example:
     $ python tools/test.py CONFIG CHECKPOINT --out predictions.pkl
@@ -23,7 +25,6 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.annotations import AnnotationError, check_annotations
 from carafe_plugin.openmmlab.checkpoint import find_mismatch, read_checkpoint, use_atomic_writes
 
 
@@ -146,18 +147,6 @@ def dump_predictions(runner: Runner, scope: str | None, path: str) -> None:
     runner.test_evaluator.metrics.append(DumpResults(out_file_path=path))
 
 
-def check_ground_truth(cfg: Config) -> None:
-    """Check what mmdet's datasets are to be evaluated against: annotations, and that their images are there."""
-    if cfg.get("default_scope") != "mmdet":
-        return
-    for dataset in engine.dataset_configs(cfg.test_dataloader.dataset):
-        if not dataset.get("backend_args"):
-            try:
-                check_annotations(dataset, cfg.get("test_evaluator"))
-            except AnnotationError as error:
-                raise engine.UsageError(str(error)) from error
-
-
 def check_weights(runner: Runner, weights: dict, args: argparse.Namespace) -> None:
     """Refuse a checkpoint of another model: mmengine would only warn, and test what is left of the random weights."""
     model = runner.model.module if hasattr(runner.model, "module") else runner.model
@@ -176,7 +165,6 @@ def test(args: argparse.Namespace) -> None:
     scope = cfg.get("default_scope")
     check_out(args, scope)
     engine.check_dataset_files(cfg, "test")
-    check_ground_truth(cfg)
     local = "://" not in args.checkpoint
     checkpoint = read_checkpoint(args.checkpoint) if local else {}
     weights = checkpoint.get("state_dict", checkpoint)

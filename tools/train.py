@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Train a model from a configuration of mmdet, mmseg or mmpretrain, with CARAFE++'s types registered.
+"""Train a model from a configuration of mmdet, mmseg, mmpretrain or mmengine alone, with CARAFE++ registered.
+
+Of mmengine alone are those of configs/inpainting.
 
 Example:
     $ python tools/train.py configs/mmdet/mask-rcnn_r50_carafe-fpn_1x_coco.py --work-dir work_dirs/carafe

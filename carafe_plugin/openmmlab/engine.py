@@ -21,9 +21,10 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
-from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.registry import MODEL_WRAPPERS, MODELS, RUNNERS
 from mmengine.runner import Runner
 
+from carafe_plugin.openmmlab.annotations import AnnotationError, check_annotations
 from carafe_plugin.openmmlab.checkpoint import CheckpointError, allow_checkpoint_types
 from carafe_plugin.openmmlab.label_maps import find_fault
 
@@ -124,7 +125,9 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every tool that is a run of mmengine's Runner."""
-    parser.add_argument("config", help="configuration file of mmdet, mmseg or mmpretrain")
+    parser.add_argument(
+        "config", help="configuration file of mmdet, mmseg or mmpretrain, or of mmengine alone (configs/inpainting)"
+    )
     parser.add_argument("--work-dir", help="folder for logs and results (default: work_dirs/<name of the config>)")
     add_config_options(parser)
     parser.add_argument(
@@ -140,23 +143,67 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     """Read a configuration and merge ``--cfg-options`` into it.
 
+    Modules of the user's own that it names (``custom_imports``, or the ``type`` of a ``carafe_cfg`` as
+    ``"my_upsample.MyUpsample"``) are found in the current folder too.
+
     Raises:
-        UsageError: the file, or one that it builds on, is missing or is no configuration; or an option does not fit.
+        UsageError: the file, or one that it builds on, is missing or is no configuration; a module that it names
+            cannot be imported; or an option does not fit.
     """
     file = Path(path).absolute()
     if not file.is_file():
         raise UsageError(f"no such configuration file: {file}")
+    if str(Path.cwd()) not in sys.path:  # as with python -m, but last, so that it hides nothing
+        sys.path.append(str(Path.cwd()))
     try:
         cfg = Config.fromfile(path)
     except FileNotFoundError as error:
         raise UsageError(f"configuration {path} builds on a file that is missing: {error}") from error
+    except ImportError as error:
+        # mmengine lists sys.path instead of a reason: that is two errors down.
+        reason = getattr(error.__cause__, "__context__", None) or error
+        raise UsageError(f"configuration {path} needs a module that cannot be imported: {reason}") from error
     except (SyntaxError, OSError) as error:
         raise UsageError(f"cannot read configuration {file}: {error}") from error
     try:
         cfg.merge_from_dict(dict(options or {}))
     except (KeyError, TypeError, IndexError) as error:
         raise UsageError(f"--cfg-options do not fit {path}: {error}") from error
+    _report_failed_imports(cfg)
+    _check_operators(cfg.get("model"), path)
     return cfg
+
+
+def _report_failed_imports(cfg: Config) -> None:
+    """Say why a module that ``custom_imports`` allows to fail did fail; mmengine says that it did."""
+    custom = cfg.get("custom_imports") or {}
+    if not custom.get("allow_failed_imports"):
+        return
+    names = custom.get("imports") or []
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            if _rank() == 0:
+                print(f"warning: custom_imports goes on without {name}: {error}", file=sys.stderr)
+
+
+def _check_operators(part: Any, path: str, inside: bool = False) -> None:
+    """Import the modules in which ``carafe_cfg`` says that operators are; the registry would call them unknown."""
+    if isinstance(part, (list, tuple)):
+        for value in part:
+            _check_operators(value, path, inside)
+    if not isinstance(part, Mapping):
+        return
+    kind = part.get("type")
+    module = kind.rpartition(".")[0] if inside and isinstance(kind, str) else ""
+    if module and module not in MODELS.children:  # a registry's scope, as in "mmdet.FPN"
+        try:
+            importlib.import_module(module)
+        except (ImportError, SyntaxError) as error:
+            raise UsageError(f"configuration {path}: cannot import {module} of carafe_cfg's {kind}: {error}") from error
+    for key, value in part.items():
+        _check_operators(value, path, inside or key == "carafe_cfg")
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -214,7 +261,12 @@ def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
 
 
 def dataset_configs(dataset: Any) -> Iterator[Any]:
-    """The datasets inside wrappers (``RepeatDataset``, ``ConcatDataset``, ...) of a dataset's configuration."""
+    """The datasets inside wrappers (``RepeatDataset``, ``ConcatDataset``, ...) of a dataset's configuration.
+
+    What is no configuration, as a dataset that is built already, is passed over.
+    """
+    if not isinstance(dataset, Mapping):
+        return
     inner = dataset.get("dataset") or dataset.get("datasets")
     if not inner:
         yield dataset
@@ -225,15 +277,16 @@ def dataset_configs(dataset: Any) -> Iterator[Any]:
 def check_dataset_files(cfg: Config, *splits: str) -> None:
     """Check that the annotation files and image folders that ``cfg`` names are there, before anything is built.
 
-    In mmseg also that every image has its annotation, of the same size.
+    In mmseg also that every image has its annotation, of the same size; in mmdet, what the annotations say, and that
+    their images are there (:func:`~carafe_plugin.openmmlab.annotations.check_annotations`).
 
     Args:
         cfg: the configuration.
         splits: which data loaders the run needs: 'train', 'val', 'test'. 'val' may be absent from ``cfg``.
 
     Raises:
-        UsageError: a file or folder is missing, an annotation has another size than its image, or a data loader is
-            missing.
+        UsageError: a file or folder is missing, an annotation has another size than its image or is at fault itself,
+            or a data loader is missing.
     """
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
@@ -246,9 +299,15 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
                 continue
             place = f"{split}_dataloader ({_name(dataset.get('type'))})"
             _check_dataset(dataset, place)
-            # One process reads the headers of all images; where it ends, its launcher ends the others.
+            # One process reads the headers of all images, or all annotations; where it ends, its launcher ends the
+            # others.
             if cfg.get("default_scope") == "mmseg" and _rank() == 0 and (fault := find_fault(dataset)):
                 raise UsageError(f"{place}: {fault}")
+            if cfg.get("default_scope") == "mmdet" and _rank() == 0:
+                try:
+                    check_annotations(dataset, cfg.get(f"{split}_evaluator"), training=split == "train")
+                except AnnotationError as error:
+                    raise UsageError(f"{place}: {error}") from error
 
 
 def _check_dataset(dataset: Any, place: str) -> None:

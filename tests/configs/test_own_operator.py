@@ -1,5 +1,6 @@
 """An operator that is not CARAFE++ in CARAFE++'s places: a user's own by one file and one line, and the peers."""
 
+import importlib
 import re
 import sys
 
@@ -10,12 +11,11 @@ from config_table import CONFIGS
 pytest.importorskip("mmengine", reason="MMEngine is not installed")
 pytest.importorskip("mmdet", reason="mmdet is not installed")
 
-from mmengine.config import Config
 from mmengine.model import BaseModule
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope, Registry
 
 from carafe_plugin.modules import peers
-from carafe_plugin.openmmlab import layers
+from carafe_plugin.openmmlab import engine, layers
 from carafe_plugin.openmmlab.mmdet import CARAFEFPN, CARAFEFCNMaskHead, CARAFEResNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,11 +24,13 @@ CHANNELS = [8, 16, 32]
 
 @pytest.fixture
 def operator_file(tmp_path, monkeypatch):
-    """The file of the example in configs/paper/README.md, where Python finds it."""
-    blocks = re.findall(r"```python\n(.*?)```", (CONFIGS / "paper" / "README.md").read_text(), re.DOTALL)
+    """The file of the example in CONTRIBUTING.md, in the current folder, which Python does not search by itself."""
+    blocks = re.findall(r"```python\n(.*?)```", (CONFIGS.parent / "CONTRIBUTING.md").read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "class MyUpsample" in block]
     (tmp_path / "my_upsample.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # "" is the current folder, too
+    importlib.invalidate_caches()
     yield tmp_path / "my_upsample.py", [block for block in blocks if "my_upsample" in block]
     sys.modules.pop("my_upsample", None)
 
@@ -53,12 +55,12 @@ def check(neck, kind):
 
 
 def test_one_file_and_one_line(operator_file, tmp_path):
-    """The README's example: the line names the file and the class."""
+    """The example: the line names the file and the class."""
     _, lines = operator_file
     (line,) = [block for block in lines if "class" not in block]
     config = tmp_path / "config.py"
     config.write_text(f'_base_ = "{CONFIGS}/mmdet/faster-rcnn_r50_carafe-fpn_1x_coco.py"\n{line}')
-    check(fpn_of(Config.fromfile(config)), "MyUpsample")
+    check(fpn_of(engine.load_config(str(config))), "MyUpsample")
 
 
 def test_by_a_registered_name(operator_file, tmp_path):
@@ -72,7 +74,45 @@ def test_by_a_registered_name(operator_file, tmp_path):
         'custom_imports = dict(imports=["my_upsample"])\n'
         'model = dict(neck=dict(carafe_cfg=dict(type="MyShortUpsample")))\n'
     )
-    check(fpn_of(Config.fromfile(config)), "MyShortUpsample")
+    check(fpn_of(engine.load_config(str(config))), "MyShortUpsample")
+
+
+@pytest.mark.parametrize(
+    ("first", "lines", "reason"),
+    [
+        ("import absent_a", 'custom_imports = dict(imports=["my_upsample"])', "No module named 'absent_a'"),
+        ("", 'custom_imports = dict(imports=["my_absent"])', "No module named 'my_absent'"),
+        ("import absent_b", "", "cannot import my_upsample of carafe_cfg's {}: No module named 'absent_b'"),
+        ("def", "", "cannot import my_upsample of carafe_cfg's {}: invalid syntax (my_upsample.py, line 1)"),
+    ],
+)
+def test_a_file_that_cannot_be_imported(operator_file, tmp_path, first, lines, reason):
+    path, _ = operator_file
+    path.write_text(f"{first}\n{path.read_text()}")
+    config = tmp_path / "config.py"
+    config.write_text(lines + '\nmodel = dict(necks=[dict(carafe_cfg=dict(type="my_upsample.MyUpsample"))])\n')
+    with pytest.raises(engine.UsageError) as error:
+        engine.load_config(str(config))
+    assert reason.format("my_upsample.MyUpsample") in str(error.value)
+
+
+def test_an_import_that_may_fail_says_why(operator_file, tmp_path, capsys):
+    operator_file[0].write_text("import absent_c\n")
+    config = tmp_path / "config.py"
+    config.write_text('custom_imports = dict(imports=["my_upsample", "re"], allow_failed_imports=True)\n')
+    with pytest.warns(UserWarning, match="my_upsample failed to import"):
+        engine.load_config(str(config))
+    expected = "warning: custom_imports goes on without my_upsample: No module named 'absent_c'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_types_with_a_scope_are_no_modules(operator_file, tmp_path, monkeypatch):
+    """And the current folder is the last to be searched, so that it hides nothing."""
+    config = tmp_path / "config.py"
+    monkeypatch.setitem(MODELS.children, "own_scope", Registry("model", scope="own_scope"))
+    config.write_text('model = dict(carafe_cfg=dict(type="own_scope.Operator", act_cfg=dict(type="ReLU")))\n')
+    assert engine.load_config(str(config)).model.carafe_cfg.type == "own_scope.Operator"
+    assert sys.path[-1] == str(tmp_path)
 
 
 @pytest.mark.parametrize("kind", peers.UPSAMPLERS)

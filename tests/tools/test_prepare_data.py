@@ -53,9 +53,19 @@ def coco(tmp_path: Path) -> Path:
             picture(root / split / name)
         box = [1, 1, 2, 0] if split == "train2017" else [1, 1, 2, 2]  # COCO's own training boxes have a few such
         content = dict(
-            images=[dict(id=first + index, file_name=name) for index, name in enumerate(names)],
+            images=[dict(id=first + index, file_name=name, width=6, height=4) for index, name in enumerate(names)],
             categories=[dict(id=1, name="person")],
-            annotations=[dict(id=1, image_id=first, category_id=1, bbox=box)],
+            annotations=[
+                dict(
+                    id=1,
+                    image_id=first,
+                    category_id=1,
+                    bbox=box,
+                    area=4,
+                    iscrowd=0,
+                    segmentation=[[1, 1, 3, 1, 3, 3]],
+                )
+            ],
         )
         (root / "annotations").mkdir(exist_ok=True)
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
@@ -187,6 +197,50 @@ def test_coco_that_is_not_whole(coco: Path, tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     assert f"missing: {tmp_path}/again/val2017; ROOT has neither val2017 nor images/val2017 nor val2017.zip" in printed
     assert "instances_val2017.json (40 bytes; truncated, or no JSON)" in printed
+
+
+@pytest.mark.parametrize("damage", ["captions alone", "truncated", "other content"])
+@pytest.mark.parametrize("inside", [False, True], ids=["linked", "in place"])
+def test_annotations_that_are_not_whole_are_unpacked(coco: Path, tmp_path: Path, damage: str, inside: bool) -> None:
+    """With their archive beside them, wherever they are; without it, they are linked and found at fault."""
+    (coco / "annotations" / "captions_train2017.json").write_text("{}")
+    (coco / "annotations" / "captions_val2017.json").write_text("{}")
+    shutil.copytree(coco / "annotations", tmp_path / "own")
+    zipped(coco, "annotations")
+    (tmp_path / "own").rename(coco / "annotations")
+    val = coco / "annotations" / "instances_val2017.json"
+    content = val.read_bytes()
+    if damage == "captions alone":
+        for path in (coco / "annotations").glob("instances_*"):
+            path.unlink()
+    else:
+        val.write_bytes(content[:30] if damage == "truncated" else b" " * (len(content) - 1) + b"}")
+    out = coco if inside else tmp_path / "out"
+    (coco / "annotations_trainval2017.zip").rename(tmp_path / "away.zip")
+    assert prepare("coco", coco, out) == 1
+    (tmp_path / "away.zip").rename(coco / "annotations_trainval2017.zip")
+    assert prepare("coco", coco, out) == 0
+    assert (out / "annotations" / val.name).read_bytes() == content
+    assert inside or val.is_file() == (damage != "captions alone"), "what was downloaded stays as it is"
+    (coco / "annotations_trainval2017.zip").write_bytes(b"PK")
+    assert prepare("coco", coco, out) == 0, "nothing to compare with"
+
+
+def test_of_several_copies_the_whole_one_is_linked(coco: Path, tmp_path: Path) -> None:
+    shutil.copytree(coco / "annotations", coco / "coco2017" / "annotations")
+    val = coco / "annotations" / "instances_val2017.json"
+    val.write_bytes(val.read_bytes()[:30])
+    assert prepare("coco", coco, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "annotations").resolve() == coco / "coco2017" / "annotations"
+
+
+def test_images_without_a_file_name(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    val = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(val.read_text())
+    del content["images"][1]["file_name"]
+    val.write_text(json.dumps(content))
+    assert prepare("coco", coco, tmp_path / "out") == 1
+    assert "instances_val2017.json: image 4 has no file_name: {" in capsys.readouterr().out
 
 
 def test_parts_of_a_dataset_on_request(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

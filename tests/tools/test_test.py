@@ -174,8 +174,11 @@ def _first(content: dict, **values: object) -> None:
         (lambda c: _first(c, bbox=[1, 2, float("nan"), 4]), "image 0 has a bbox that is not finite: [1, 2, nan, 4]"),
         (lambda c: _first(c, bbox=[1, 2, 3, 0]), "image 0 has an empty bbox (x, y, width, height): [1, 2, 3, 0]"),
         (lambda c: _first(c, bbox=[1, 2, 3]), "a bbox that is no list of four numbers: [1, 2, 3]"),
-        (lambda c: c["annotations"][0].pop("bbox"), "every annotation needs image_id, category_id and bbox, got {"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 has no bbox: {"),
         (lambda c: c["categories"][1].update(name="green"), "for 1 of the 2 classes of the configuration (blue)"),
+        (lambda c: _first(c, id=0), "must have as id a whole number from 1 on"),
+        (lambda c: c["annotations"][0].pop("iscrowd"), "annotation 1 has no iscrowd: {"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "has no segmentation of polygons or run lengths: None"),
         (lambda c: c["annotations"].clear(), "holds 7 images and no annotation: nothing to measure"),
         (lambda c: c.pop("annotations"), "holds 7 images and no annotation: nothing to measure"),
         (lambda c: c.pop("images"), "is no annotation file in COCO's format: it has no list of images"),
@@ -246,6 +249,8 @@ def test_datasets_half_copied(trained: Callable, data: Path, tmp_path: Path, cap
     other = json.loads(content)
     for image in other["images"]:
         image["id"] += 3
+    for annotation in other["annotations"]:
+        annotation["image_id"] += 3
     annotations.write_text(json.dumps(other))
     line = refusal(f"test_evaluator.ann_file={annotations}")
     assert (

@@ -140,17 +140,70 @@ def test_missing_dataset(what: str, data: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_missing_image_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Only the loading finds it, in a worker process, whose traceback torch puts into the error."""
+    """Where only the loading finds it, in a worker process, whose traceback torch puts into the error."""
+    from mmdet.datasets import CocoDataset
+    from mmdet.registry import DATASETS
+
+    class OwnDataset(CocoDataset):
+        """Reads its annotations in a way of its own, as far as our checks know."""
+
+        def load_data_list(self) -> list:
+            return super().load_data_list()
+
+    DATASETS.register_module(module=OwnDataset, force=True)
     annotations = json.loads((data / "instances.json").read_text())
     for image in annotations["images"]:
         image["file_name"] = f"gone_{image['file_name']}"
     (tmp_path / "gone.json").write_text(json.dumps(annotations))
     config = write_config(tmp_path / "gone.py", "mmdet", data)
     options = [f"train_dataloader.dataset.ann_file={tmp_path}/gone.json", "train_dataloader.num_workers=1"]
+    options += ["train_dataloader.dataset.type=OwnDataset"]
     assert call_tool("train", config, "--work-dir", tmp_path / "run", "--cfg-options", *options) == 2
     message = one_line(capsys)
     assert f"{data}/images/gone_0" in message
     assert "No such file" in message
+
+
+FAULTS = {
+    "missing": (lambda c: c["images"][3].update(file_name="gone.png"), "1 of the 7 images of {file} are missing"),
+    "category": (lambda c: c["annotations"][0].update(category_id=99), "annotation 1 is of the category 99"),
+    "box": (lambda c: c["annotations"][2].update(bbox=[1, 2, float("nan"), 4]), "a bbox that is not finite"),
+    "mask": (lambda c: c["annotations"][2].pop("segmentation"), "annotation 3 of the image 2 has no segmentation"),
+}
+WRAPPERS = {
+    "train_dataloader.dataset.dataset": ("missing", "train"),
+    "train_dataloader.dataset.datasets.1.dataset": ("box", "train"),
+    "train_dataloader.dataset": ("mask", "train"),
+    "val_dataloader.dataset": ("category", "val"),
+}
+
+
+@pytest.mark.parametrize("place", WRAPPERS)
+def test_annotations_are_looked_at_first(
+    place: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also inside wrappers: nothing is built, and no process group made."""
+    (fault, split) = WRAPPERS[place]
+    change, expected = FAULTS[fault]
+    content = json.loads((data / "instances.json").read_text())
+    change(content)
+    (tmp_path / "changed.json").write_text(json.dumps(content))
+    config = write_config(tmp_path / "faulty.py", "mmdet", data)
+    wrapped = dict(
+        dataset="dict(type='ClassBalancedDataset', oversample_thr=0.1, dataset={})",
+        datasets="dict(type='ConcatDataset', datasets=[{0}, dict(type='RepeatDataset', times=2, dataset={0})])",
+    )
+    kind = next((key for key in ("datasets", "dataset") if key in place.split(".")[2:]), "")
+    inner = "dict(train_dataloader['dataset'])"
+    with config.open("a") as file:
+        if kind:
+            file.write(f"train_dataloader['dataset'] = {wrapped[kind].format(inner)}\n")
+    monkeypatch.setattr(engine, "build_runner", lambda cfg: pytest.fail("a run was built"))
+    command = ("--work-dir", tmp_path / "run", "--cfg-options", f"{place}.ann_file={tmp_path}/changed.json")
+    assert call_tool("train", config, *command) == 2
+    message = one_line(capsys)
+    assert f"{split}_dataloader (CocoDataset): " in message
+    assert expected.format(file=tmp_path / "changed.json") in message
 
 
 def test_no_images_is_an_error(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
