@@ -151,7 +151,7 @@ def test_older_torch_gets_a_pure_package(version, tmp_path):
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("carafe_plugin", "configs", "csrc"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "model-index.yml"):
         shutil.copy(ROOT / name, source)
     environment = {**os.environ, "PYTHONPATH": str(shadow)}
     output = run([sys.executable, "setup.py", "bdist_wheel"], cwd=source, env=environment)

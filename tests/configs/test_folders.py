@@ -58,7 +58,7 @@ def test_readme_has_a_row_for_every_configuration(folder):
 @pytest.mark.parametrize("folder", [*TOOLBOX_FOLDERS, "demo", "paper"])
 def test_readme_links_and_commands_name_files_that_exist(folder):
     text = (CONFIGS / folder / "README.md").read_text()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert all((CONFIGS / folder / link).exists() for link in links), links
     paths = re.findall(r"(?:bash|python) (tools/\S+)", text) + re.findall(r"configs/\S+?\.py", text)
     assert all((ROOT / path).is_file() for path in paths), paths
