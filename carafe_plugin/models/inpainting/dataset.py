@@ -140,13 +140,13 @@ class InpaintingFolder(Dataset):
         resized = np.array([max(round(edge * scale), self.size) for edge in image.size])
         room = resized - self.size
         corner = room // 2 if self.test_mode else rng.integers(0, room, endpoint=True)
-        if scale != 1:  # of the crop alone: the whole of a long strip would take gigabytes
+        if scale == 1:
+            image = image.crop((*corner, *(corner + self.size)))
+        else:  # of the crop alone: the whole of a long strip would take gigabytes
             unit = np.array(image.size) / resized
-            (left, top), (right, bottom) = corner * unit, np.minimum((corner + self.size) * unit, image.size)
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-            corner = np.zeros(2, int)
-        x, y = corner
-        pixels = np.array(image)[y : y + self.size, x : x + self.size]
+            box = (*(corner * unit), *np.minimum((corner + self.size) * unit, image.size))
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        pixels = np.array(image)
         mirrored = not self.test_mode and rng.random() < self.flip
         return np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)
 
