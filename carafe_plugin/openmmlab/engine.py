@@ -8,6 +8,7 @@ What a user can get wrong ends in a :class:`UsageError`: :func:`run_tool` prints
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import shutil
@@ -78,6 +79,9 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            # The runner is a cycle of references and holds the distributed model, which holds the group: left to the
+            # interpreter's end, gloo's threads would outlive it, and a process that has done its work may abort.
+            gc.collect()
     if message:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

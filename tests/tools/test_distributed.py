@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +145,25 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(engine.UsageError, match=r"process 2 .* no GPU of its own \(2 found\)"):
         engine.prepare_processes(Config(dict(launcher="pytorch")))
+
+
+def test_the_group_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that outlived its run would keep gloo's threads until the interpreter's end, where they may abort."""
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(engine, "get_device", lambda: "cpu")
+    models = []
+
+    def main(args: argparse.Namespace) -> None:
+        engine.prepare_processes(Config(dict(launcher="pytorch")))
+        runner = [engine.CPUDistributedDataParallel(torch.nn.Linear(2, 2))]
+        runner.append(runner)  # as mmengine's runner, which its loops and hooks refer to
+        models.append(weakref.ref(runner[0]))
+
+    assert engine.run_tool(main, argparse.Namespace()) == 0
+    assert not torch.distributed.is_initialized()
+    assert models[0]() is None
 
 
 def test_a_wrapper_of_the_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
