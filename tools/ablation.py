@@ -20,20 +20,19 @@ something that was given does not fit; 130 when interrupted.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ablation_report
 from ablation_runs import RECIPES, RESULTS, Run, Setup, find_result, plan, train_and_evaluate
+from demo_run import supervise
 from demo_steps import ROOT, StepError, console, duration, shown
 from generate_scenes import add_dataset_options, generate, integer
 from paper_rows import read_tables
+from rich.console import Console
 
 from carafe_plugin.openmmlab import engine
 
@@ -96,6 +95,7 @@ def run_all(to_do: list[Run], setup: Setup) -> list[str]:
 def report(runs: list[Run], setup: Setup) -> list[str]:
     """Write each table's means and plot; returns a line for every baseline that has not learnt enough."""
     tables = read_tables()
+    wide = Console(width=None if console.is_terminal else 120)  # a table in a file need not fit 80 columns
     weak = []
     for number in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == number]
@@ -103,15 +103,11 @@ def report(runs: list[Run], setup: Setup) -> list[str]:
         if not found.rows:
             console.print(f"Table {number}: no results yet")
             continue
-        console.print(ablation_report.view(found))
+        wide.print(ablation_report.view(found))
         for path in ablation_report.write(found, setup.results):
             console.print(f"Written: {shown(path)}", markup=False)
         weak += ablation_report.weak_baseline(found)
     return weak
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def ablation(args: argparse.Namespace) -> int:
@@ -125,31 +121,21 @@ def ablation(args: argparse.Namespace) -> int:
     to_do = show_plan(runs, setup)
     if args.plan:
         return 0
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    faults = []
-    try:
-        if not args.report:
-            setup.work_dir.mkdir(parents=True, exist_ok=True)
-            with (setup.work_dir / ".lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise StepError(f"another ablation is running in {setup.work_dir}") from None
-                for request, folder in setup.datasets(to_do):
-                    generate(folder, request)
-                faults = run_all(to_do, setup)
-        faults += report(runs, setup)
-    except KeyboardInterrupt:
-        console.print("\n[yellow]Interrupted. The same command goes on from here.[/yellow]")
-        return 130
-    except (StepError, FileExistsError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    for line in faults:
-        console.print(f"error: {line}", style="red", markup=False)
-    return 1 if faults else 0
+
+    def train_all() -> list[str]:
+        for request, folder in setup.datasets(to_do):
+            generate(folder, request)
+        return run_all(to_do, setup)
+
+    def finish(failures: list[str]) -> int:
+        faults = failures + report(runs, setup)
+        for line in faults:
+            console.print(f"error: {line}", style="red", markup=False)
+        return 1 if faults else 0
+
+    if args.report:
+        return finish([])
+    return supervise(setup.work_dir, train_all, finish, name="ablation")
 
 
 if __name__ == "__main__":

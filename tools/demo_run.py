@@ -7,7 +7,7 @@ import fcntl
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from demo_steps import (
     ROOT,
@@ -148,9 +148,12 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 
 Summary = dict[str, dict[str, float]]  # each model's results
+Result = TypeVar("Result")
 
 
-def supervise(work_dir: Path, work: Callable[[], Summary], report: Callable[[Summary], int]) -> int:
+def supervise(
+    work_dir: Path, work: Callable[[], Result], report: Callable[[Result], int], *, name: str = "demo"
+) -> int:
     """Do a demo's work, alone in its folder; returns the exit code, that of the report unless the work fails."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -159,8 +162,8 @@ def supervise(work_dir: Path, work: Callable[[], Summary], report: Callable[[Sum
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StepError(f"another demo is running in {work_dir}") from None
-            summary = work()
+                raise StepError(f"another {name} is running in {work_dir}") from None
+            result = work()
     except KeyboardInterrupt:
         console.print("\n[yellow]Interrupted. The same command goes on from here.[/yellow]")
         return 130
@@ -169,7 +172,7 @@ def supervise(work_dir: Path, work: Callable[[], Summary], report: Callable[[Sum
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return report(summary)
+    return report(result)
 
 
 def main(comparison: Comparison, description: str | None, argv: Sequence[str] | None) -> int:
