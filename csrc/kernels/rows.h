@@ -164,7 +164,7 @@ void reassemble_tile(
   }
   auto x = scratch.take(kChunk, tile.row_end - tile.row_begin + 2 * shape.radius(), shape.down, tile.lanes, halo);
   auto y = scratch.take(kChunk, rows.count(), shape.up, tile.lanes, 0);
-  int64_t* const offsets = scratch.template list<int64_t>(shape.taps());
+  int64_t* const offsets = scratch.template list<int64_t>(most_offsets(shape));
   Window from = feature_window(shape, tile, tile.row_begin - shape.radius());
   Window to = output_window(shape, tile, rows.begin, channels);
   I::clear_outside(from, x);
@@ -268,7 +268,7 @@ void grad_features_tile(
   auto dy = scratch.take(chunk, rows.count(), shape.up, tile.lanes, halo);
   auto dx = scratch.take(chunk, tile.row_end - tile.row_begin, shape.down, tile.lanes, 0);
   const auto sums = scratch.take(kBlockChannels, by_columns(shape) ? shape.kernel : 0, 1, tile.lanes, halo);
-  int64_t* const offsets = scratch.template list<int64_t>(2 * most_contributions(shape));
+  int64_t* const offsets = scratch.template list<int64_t>(most_gradient_offsets(shape));
   Window cotangents = output_window(shape, tile, rows.begin, shape.group_channels());
   Window to = feature_window(shape, tile, tile.row_begin);
   I::clear_outside(cotangents, dy);

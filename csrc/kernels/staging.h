@@ -32,6 +32,15 @@ struct Vector {
   static CARAFE_INLINE void store(A* address, type value) { *reinterpret_cast<unaligned*>(address) = value; }
 };
 
+// Keeps a value that several products share in its register: GCC would rather load it again for each of two or three.
+template <class V>
+CARAFE_INLINE typename V::type shared(typename V::type value) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // Half 0 (or 1) of two vectors, their elements taking turns.
 template <class V, int Half, int64_t... I>
 CARAFE_INLINE typename V::type zip(
