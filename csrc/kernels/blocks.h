@@ -105,10 +105,14 @@ CARAFE_INLINE void reassemble_block(
     for (int64_t tap = 0; tap < taps; ++tap) {
       typename V::type weights[P];
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) weights[p] = V::load(masks + tap * tap_step + p * out_step + q);
+      for (int p = 0; p < P; ++p) {
+        weights[p] = V::load(masks + tap * tap_step + p * out_step + q);
+        if constexpr (C > 1) weights[p] = shared<V>(weights[p]);
+      }
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        const typename V::type value = V::load(features + c * channel_step + offsets[tap] + q);
+        typename V::type value = V::load(features + c * channel_step + offsets[tap] + q);
+        if constexpr (P > 1) value = shared<V>(value);
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) sum[c][p] += weights[p] * value;
       }

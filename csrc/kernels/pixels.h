@@ -14,11 +14,15 @@ bool by_pixels(const Shape& shape, const Map<T>& map) {
          shape.group_channels() * int64_t(sizeof(A)) >= I::bytes;
 }
 
-// Calls body(vectors, channel): `Most` vectors at a time, then one; the last steps back where it would pass the end.
+// Calls body(vectors, channel): `Most` vectors at a time, then four, then one; the last steps back where it would pass
+// the end.
 template <class V, int Most, class Body>
 CARAFE_INLINE void for_each_channel_block(int64_t channels, const Body& body) {
   int64_t c = 0;
   for (; c + Most * V::lanes <= channels; c += Most * V::lanes) body(Constant<Most>(), c);
+  if constexpr (Most > 4) {
+    for (; c + 4 * V::lanes <= channels; c += 4 * V::lanes) body(Constant<4>(), c);
+  }
   for (; c < channels; c += V::lanes) body(Constant<1>(), std::min(c, channels - V::lanes));
 }
 
@@ -48,6 +52,19 @@ struct Neighbours {
   }
 };
 
+// Pixels that rows share lie too far apart for the hardware's prefetcher: the ones that a row of taps will reach are
+// asked for this many lanes before their turn, and so is memory to write to.
+constexpr int64_t kPixelsAhead = 4;
+
+// Calls ask(pixel) for those that tap row u reaches then, and did not before.
+template <class T, class Ask>
+CARAFE_INLINE void ask_ahead(
+    const Shape& shape, const Neighbours<T>& near, int64_t u, int64_t q, int64_t lanes, const Ask& ask) {
+  if (q + kPixelsAhead >= lanes) return;
+  const T* const* const end = near.pointers + u * near.columns + (q + kPixelsAhead) * shape.down + shape.kernel;
+  for (int64_t fresh = std::min(shape.down, shape.kernel); fresh > 0; --fresh) ask(end[-fresh]);
+}
+
 // Calls visit(source row, output row, count, place) for every source row that has outputs: `count` at every lane, in
 // that output row and those below it; `place` counts the phases of the rows before.
 template <class Visit>
@@ -65,9 +82,6 @@ inline int64_t valid_lanes(const Shape& shape, const Tile& tile) {
 
 // ------------------------------------------------------------------------------------------------------ forward
 
-// Memory to write to is asked for this many lanes before its turn.
-constexpr int64_t kPixelsAhead = 4;
-
 template <class V, bool ManyRegisters, class T, class A>
 CARAFE_INLINE void reassemble_pixels(
     const Shape& shape, const Tile& tile, const Map<const T>& features, const Staged<A>& m, const Map<T>& output,
@@ -82,11 +96,18 @@ CARAFE_INLINE void reassemble_pixels(
         typename V::type sum[C][P] = {};
         for (int64_t u = 0; u < k; ++u) {
           const T* const* const pixels = near.pointers + u * near.columns + q * shape.down;
+          if (first == 0) {
+            ask_ahead(shape, near, u, q, lanes, [&](const T* pixel) CARAFE_ALWAYS_INLINE {
+#pragma GCC unroll 8
+              for (int i = 0; i < C; ++i) __builtin_prefetch(pixel + c + i * V::lanes, 0, 2);
+            });
+          }
           for (int64_t v = 0; v < k; ++v, weights += m.channel_stride()) {
             const T* const pixel = pixels[v] + c;
 #pragma GCC unroll 8
             for (int i = 0; i < C; ++i) {
-              const typename V::type value = load_widened<V>(pixel + i * V::lanes);
+              typename V::type value = load_widened<V>(pixel + i * V::lanes);
+              if constexpr (P > 1) value = shared<V>(value);
 #pragma GCC unroll 4
               for (int p = 0; p < P; ++p) sum[i][p] += value * weights[p * m.pitch];
             }
@@ -104,6 +125,11 @@ CARAFE_INLINE void reassemble_pixels(
           }
         }
       };
+      if (ManyRegisters && count == 1) {
+        for_each_channel_block<V, 8>(
+            channels, [&](auto vectors, int64_t c) CARAFE_ALWAYS_INLINE { block(Constant<1>(), vectors, 0, c); });
+        continue;
+      }
       for_each_channel_block<V, 4>(channels, [&](auto vectors, int64_t c) CARAFE_ALWAYS_INLINE {
         int64_t first = 0;
         if constexpr (ManyRegisters) {
@@ -161,6 +187,19 @@ CARAFE_INLINE void grad_weights_pixels(
         for (int u = 0; u < U; ++u) {
           pixels[u] = near.pointers[(tap + u) / k * near.columns + q * shape.down + (tap + u) % k];
         }
+        constexpr int64_t line = 64 / int64_t(sizeof(T));
+        if (tap == 0) {
+          for (int p = 0; p < P; ++p) {
+            const T* const ahead = cotangents[p] + kPixelsAhead * shape.up * grad_output.column_stride;
+            for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(ahead + c, 0, 2);
+          }
+        }
+        const int64_t tap_row = (tap + U - 1) / k;
+        if (first == 0 && (tap == 0 || tap_row != (tap - 1) / k)) {
+          ask_ahead(shape, near, tap_row, q, lanes, [&](const T* pixel) CARAFE_ALWAYS_INLINE {
+            for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(pixel + c, 0, 2);
+          });
+        }
         typename V::type total[U][P] = {};
         const auto add = [&](const auto& load) CARAFE_ALWAYS_INLINE {
           typename V::type cotangent[P];
@@ -168,7 +207,8 @@ CARAFE_INLINE void grad_weights_pixels(
           for (int p = 0; p < P; ++p) cotangent[p] = load(cotangents[p]);
 #pragma GCC unroll 5
           for (int u = 0; u < U; ++u) {
-            const typename V::type value = load(pixels[u]);
+            typename V::type value = load(pixels[u]);
+            if constexpr (P > 1) value = shared<V>(value);
 #pragma GCC unroll 4
             for (int p = 0; p < P; ++p) total[u][p] += cotangent[p] * value;
           }
@@ -236,10 +276,17 @@ CARAFE_INLINE void grad_features_pixels(
     typename V::type sum[J][C] = {};
     const OutputRows near(shape, i - radius, i + radius + 1);
     const auto [first_column, last_column] = columns(j - radius, j + J + radius);
+    const int64_t next = j + kPixelsAhead * shape.down;  // the pixel that cotangents are asked for now
+    const auto [first_ahead, last_ahead] = columns(next + radius, next + J + radius);
     for (int64_t row = near.begin; row < near.end; ++row) {
       const int64_t u = i - shape.source(row) + radius;
       const T* cotangents = grad_output.pointer(tile.n, tile.group * channels + c, row, first_column);
       const A* const weights = m.data + u * k * m.channel_stride() + (row - rows.begin) * m.row_stride();
+      for (int64_t column = first_ahead; column < last_ahead; ++column) {
+        const T* const ahead = grad_output.pointer(tile.n, tile.group * channels + c, row, column);
+#pragma GCC unroll 4
+        for (int each = 0; each < C; ++each) __builtin_prefetch(ahead + each * V::lanes, 0, 2);
+      }
       int64_t lane = first_column / shape.up, phase = first_column % shape.up;
       for (int64_t column = first_column; column < last_column; ++column, cotangents += grad_output.column_stride) {
         typename V::type cotangent[C];
@@ -261,7 +308,10 @@ CARAFE_INLINE void grad_features_pixels(
     for (int each = 0; each < J; ++each) {
       T* const to = grad.pointer(tile.n, tile.group * channels + c, i, j + each);
 #pragma GCC unroll 4
-      for (int x = 0; x < C; ++x) store_narrowed<V>(to + x * V::lanes, sum[each][x]);
+      for (int x = 0; x < C; ++x) {
+        store_narrowed<V>(to + x * V::lanes, sum[each][x]);
+        __builtin_prefetch(to + kPixelsAhead * shape.down * grad.column_stride + x * V::lanes, 1, 2);
+      }
     }
   };
   for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
