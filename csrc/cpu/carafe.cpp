@@ -62,11 +62,23 @@ constexpr int64_t kMaxPhases = 64;
 // then spends longer on its page faults than on our arithmetic. In huge pages there are 512 times fewer.
 constexpr int64_t kFreshBytes = 32 << 20;
 
+// CARAFE_HUGE_PAGES=0 does without: where a virtual machine hands free memory back to its host, huge pages that were
+// free for some seconds may cost more than they save.
+bool use_huge_pages() {
+  static const bool use = [] {
+    const char* const wanted = std::getenv("CARAFE_HUGE_PAGES");
+    if (wanted == nullptr || *wanted == 0 || std::strcmp(wanted, "1") == 0) return true;
+    STD_TORCH_CHECK(std::strcmp(wanted, "0") == 0, "CARAFE_HUGE_PAGES must be 0 or 1, got ", wanted);
+    return false;
+  }();
+  return use;
+}
+
 template <class T>
 void prepare(const Map<T>& fresh, int64_t elements) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t page = 2 << 20;
-  if (elements * int64_t(sizeof(T)) < kFreshBytes) return;
+  if (elements * int64_t(sizeof(T)) < kFreshBytes || !use_huge_pages()) return;
   char* const data = reinterpret_cast<char*>(fresh.data);
   const int64_t head = (page - reinterpret_cast<intptr_t>(data) % page) % page;
   // Advice: where the system does not take it, nothing is lost.
