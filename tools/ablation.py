@@ -28,7 +28,7 @@ from pathlib import Path
 
 import ablation_report
 from ablation_runs import RECIPES, RESULTS, Run, Setup, find_result, plan, train_and_evaluate
-from demo_run import supervise
+from demo_run import guarded, supervise
 from demo_steps import ROOT, StepError, console, duration, shown
 from generate_scenes import add_dataset_options, generate, integer
 from paper_rows import read_tables
@@ -134,7 +134,7 @@ def ablation(args: argparse.Namespace) -> int:
         return 1 if faults else 0
 
     if args.report:
-        return finish([])
+        return guarded(lambda: finish([]))
     return supervise(setup.work_dir, train_all, finish, name="ablation")
 
 

@@ -151,19 +151,11 @@ Summary = dict[str, dict[str, float]]  # each model's results
 Result = TypeVar("Result")
 
 
-def supervise(
-    work_dir: Path, work: Callable[[], Result], report: Callable[[Result], int], *, name: str = "demo"
-) -> int:
-    """Do a demo's work, alone in its folder; returns the exit code, that of the report unless the work fails."""
+def guarded(work: Callable[[], int]) -> int:
+    """Do what gives an exit code; an interrupt or what the user can put right is one line, not a traceback."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        with (work_dir / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StepError(f"another {name} is running in {work_dir}") from None
-            result = work()
+        return work()
     except KeyboardInterrupt:
         console.print("\n[yellow]Interrupted. The same command goes on from here.[/yellow]")
         return 130
@@ -172,7 +164,24 @@ def supervise(
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return report(result)
+
+
+def supervise(
+    work_dir: Path, work: Callable[[], Result], report: Callable[[Result], int], *, name: str = "demo"
+) -> int:
+    """Do a demo's work, alone in its folder; returns the exit code, that of the report unless the work fails."""
+
+    def alone() -> int:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        with (work_dir / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StepError(f"another {name} is running in {work_dir}") from None
+            result = work()
+        return report(result)
+
+    return guarded(alone)
 
 
 def main(comparison: Comparison, description: str | None, argv: Sequence[str] | None) -> int:

@@ -266,8 +266,8 @@ CARAFE_INLINE void reassemble_direct(
 
 // -------------------------------------------------------------------------------------------- gradient to weights
 
-// P outputs times U taps of one kernel row stay in registers while the channels pass by. Each output's cotangents lie
-// `out_step` after the last one's, its gradients `grad_step`.
+// P outputs times U taps stay in registers while the channels pass by. Each output's cotangents lie `out_step` after
+// the last one's, its gradients `grad_step`.
 template <class V, int P, int U, class A>
 CARAFE_INLINE void grad_masks_block(
     int64_t channels, const A* grad_output, int64_t grad_channel_step, int64_t out_step, const A* features,
@@ -328,16 +328,16 @@ CARAFE_INLINE void grad_weights_by_feature_rows(
     offsets[tap] = at.phase * x.pitch + at.lanes;
   }
   for (int64_t row = 0; row < x.rows; ++row) {
-    const int64_t below = tile.row_begin + row;  // the row's number, and the radius
-    const int64_t last = std::min(rows.end - 1, below / down);
+    const int64_t seen_by_first = tile.row_begin + row;  // the row of taps, perhaps past the last, of output row 0
+    const int64_t last = std::min(rows.end - 1, seen_by_first / down);
     const auto block = [&](auto outputs, int64_t o) CARAFE_ALWAYS_INLINE {
       const int64_t place = o - rows.begin;
       grad_masks_taps<V, outputs>(
           k, dy.channels, dy.data + place * dy.pitch, dy.channel_stride(), dy.pitch, x.data + row * x.row_stride(),
-          x.channel_stride(), offsets, sum.data + (below - o * down) * k * tap_step + place * sum.pitch, tap_step,
-          sum.pitch - down * k * tap_step, tile.lanes);
+          x.channel_stride(), offsets, sum.data + (seen_by_first - o * down) * k * tap_step + place * sum.pitch,
+          tap_step, sum.pitch - down * k * tap_step, tile.lanes);
     };
-    int64_t o = std::max(rows.begin, ceil_div(below - k + 1, down));
+    int64_t o = std::max(rows.begin, ceil_div(seen_by_first - k + 1, down));
     if constexpr (ManyRegisters) {
       for (; o + 2 <= last; o += 3) block(Constant<3>(), o);
     }
@@ -447,7 +447,7 @@ CARAFE_INLINE void grad_features_block(
 // that is loaded serves up to four of them. `mask_offsets` has a place for each of the four, kAbsent where it gets
 // nothing.
 constexpr int kSquare = 4;
-constexpr int64_t kAbsent = -1;
+constexpr int64_t kAbsent = -1;  // no offset: only tap 0 lies within a few lanes of the start, and it shifts upwards
 
 template <class V, int C, class A>
 CARAFE_INLINE void grad_features_square(
@@ -487,11 +487,12 @@ inline bool by_columns(const Shape& shape) { return shape.down == 1 && shape.up 
 
 constexpr int64_t kBlockChannels = 4;  // the most that grad_features_staged takes at a time
 
-// What one output row sends to one row of features, at most; and the offsets that the loops below list.
+// How many outputs' taps reach one row of features, or one tap column of it, at most.
 inline int64_t most_contributions(const Shape& shape) {
   return (by_columns(shape) ? shape.kernel : shape.taps()) * ceil_div(shape.up, shape.down) * shape.up;
 }
 
+// How many offsets the loops below list.
 inline int64_t most_gradient_offsets(const Shape& shape) {
   const int64_t outputs_a_side = (shape.kernel + 2) / 2;
   return std::max(2 * most_contributions(shape), (1 + kSquare) * outputs_a_side * outputs_a_side);

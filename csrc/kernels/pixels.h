@@ -125,10 +125,12 @@ CARAFE_INLINE void reassemble_pixels(
           }
         }
       };
-      if (ManyRegisters && count == 1) {
-        for_each_channel_block<V, 8>(
-            channels, [&](auto vectors, int64_t c) CARAFE_ALWAYS_INLINE { block(Constant<1>(), vectors, 0, c); });
-        continue;
+      if constexpr (ManyRegisters) {
+        if (count == 1) {
+          for_each_channel_block<V, 8>(
+              channels, [&](auto vectors, int64_t c) CARAFE_ALWAYS_INLINE { block(Constant<1>(), vectors, 0, c); });
+          continue;
+        }
       }
       for_each_channel_block<V, 4>(channels, [&](auto vectors, int64_t c) CARAFE_ALWAYS_INLINE {
         int64_t first = 0;
@@ -194,11 +196,12 @@ CARAFE_INLINE void grad_weights_pixels(
             for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(ahead + c, 0, 2);
           }
         }
-        const int64_t tap_row = (tap + U - 1) / k;
-        if (first == 0 && (tap == 0 || tap_row != (tap - 1) / k)) {
-          ask_ahead(shape, near, tap_row, q, lanes, [&](const T* pixel) CARAFE_ALWAYS_INLINE {
-            for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(pixel + c, 0, 2);
-          });
+        if (first == 0) {  // the rows that these taps are the first of
+          for (int64_t u = ceil_div(tap, k); u <= (tap + U - 1) / k; ++u) {
+            ask_ahead(shape, near, u, q, lanes, [&](const T* pixel) CARAFE_ALWAYS_INLINE {
+              for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(pixel + c, 0, 2);
+            });
+          }
         }
         typename V::type total[U][P] = {};
         const auto add = [&](const auto& load) CARAFE_ALWAYS_INLINE {

@@ -217,6 +217,15 @@ def test_weak_baseline_is_said(setup: Setup, results: list[Run], capsys: pytest.
     assert "Table 4, Nearest: the baseline's box AP50 is 0.2" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_report_interrupted_or_not_writable(
+    setup: Setup, results: list[Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code, said in ((KeyboardInterrupt(), 130, "Interrupted"), (OSError("disk full"), 1, "error: disk full")):
+        monkeypatch.setattr(ablation_report, "write", mock.Mock(side_effect=error))
+        assert call(setup.results.parent, "--table=4", "--report") == code
+        assert said in capsys.readouterr().out
+
+
 def test_plan_says_what_is_left(setup: Setup, results: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(setup.results.parent, "--table=4", "--table=6", "--plan") == 0
     out = capsys.readouterr().out
