@@ -78,7 +78,7 @@ template <class T>
 void prepare(const Map<T>& fresh, int64_t elements) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t page = 2 << 20;
-  if (elements * int64_t(sizeof(T)) < kFreshBytes || !use_huge_pages()) return;
+  if (!use_huge_pages() || elements * int64_t(sizeof(T)) < kFreshBytes) return;
   char* const data = reinterpret_cast<char*>(fresh.data);
   const int64_t head = (page - reinterpret_cast<intptr_t>(data) % page) % page;
   // Advice: where the system does not take it, nothing is lost.

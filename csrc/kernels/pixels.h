@@ -4,7 +4,7 @@
 // For up == 1 or down == 1, and groups of a vector of channels at least.
 #pragma once
 
-#include "blocks.h"
+#include "loops.h"
 
 namespace carafe {
 
@@ -76,10 +76,6 @@ CARAFE_INLINE void for_each_source_row(const Shape& shape, const Tile& tile, con
   }
 }
 
-inline int64_t valid_lanes(const Shape& shape, const Tile& tile) {
-  return std::min(tile.lanes, ceil_div(shape.out_width, shape.up) - tile.lane_begin);
-}
-
 // ------------------------------------------------------------------------------------------------------ forward
 
 template <class V, bool ManyRegisters, class T, class A>
@@ -133,12 +129,8 @@ CARAFE_INLINE void reassemble_pixels(
         }
       }
       for_each_channel_block<V, 4>(channels, [&](auto vectors, int64_t c) CARAFE_ALWAYS_INLINE {
-        int64_t first = 0;
-        if constexpr (ManyRegisters) {
-          for (; first + 4 <= count; first += 4) block(Constant<4>(), vectors, first, c);
-        }
-        for (; first + 2 <= count; first += 2) block(Constant<2>(), vectors, first, c);
-        for (; first < count; ++first) block(Constant<1>(), vectors, first, c);
+        for_each_block<ManyRegisters ? 4 : 0, 2, 1>(
+            count, [&](auto outputs, int64_t first) CARAFE_ALWAYS_INLINE { block(outputs, vectors, first, c); });
       });
     }
   });
@@ -227,18 +219,10 @@ CARAFE_INLINE void grad_weights_pixels(
           for (int p = 0; p < P; ++p) V::store(partial + ((tap + u) * count + first + p) * V::lanes, total[u][p]);
         }
       };
-      const auto all_taps = [&](auto outputs, int64_t first) CARAFE_ALWAYS_INLINE {
-        int64_t tap = 0;
-        for (; tap + 5 <= shape.taps(); tap += 5) block(outputs, Constant<5>(), first, tap);
-        for (; tap + 3 <= shape.taps(); tap += 3) block(outputs, Constant<3>(), first, tap);
-        for (; tap < shape.taps(); ++tap) block(outputs, Constant<1>(), first, tap);
-      };
-      int64_t first = 0;
-      if constexpr (ManyRegisters) {
-        for (; first + 4 <= count; first += 4) all_taps(Constant<4>(), first);
-      }
-      for (; first + 2 <= count; first += 2) all_taps(Constant<2>(), first);
-      for (; first < count; ++first) all_taps(Constant<1>(), first);
+      for_each_block<ManyRegisters ? 4 : 0, 2, 1>(count, [&](auto outputs, int64_t first) CARAFE_ALWAYS_INLINE {
+        for_each_block<5, 3, 1>(
+            shape.taps(), [&](auto taps, int64_t tap) CARAFE_ALWAYS_INLINE { block(outputs, taps, first, tap); });
+      });
 
       A* to = sum.data + place * sum.pitch + q;
       int64_t p = 0;

@@ -59,6 +59,11 @@ inline Tile make_tile(const Shape& shape, const Plan& plan, int64_t index) {
   return tile;
 }
 
+// How many lanes of outputs a tile has within the map.
+inline int64_t valid_lanes(const Shape& shape, const Tile& tile) {
+  return std::min(tile.lanes, ceil_div(shape.out_width, shape.up) - tile.lane_begin);
+}
+
 // Outputs [begin, end) of source rows [first, last), clipped to the map.
 struct OutputRows {
   int64_t begin, end;

@@ -4,9 +4,11 @@
 // class I (cpu/carafe.cpp has them with target attributes), and once for each dtype or accumulator.
 #pragma once
 
-#include "blocks.h"
+#include "grad_features.h"
+#include "grad_weights.h"
 #include "normalize.h"
 #include "pixels.h"
+#include "reassemble.h"
 
 namespace carafe {
 

@@ -26,7 +26,7 @@ struct Vector {
   typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> index __attribute__((vector_size(Bytes)));
   typedef uint32_t words __attribute__((vector_size(Bytes)));
   typedef uint16_t halves __attribute__((vector_size(Bytes / 2)));
-  static constexpr int64_t lanes = Bytes / sizeof(A);
+  static constexpr int64_t bytes = Bytes, lanes = Bytes / int64_t(sizeof(A));
 
   static CARAFE_INLINE type load(const A* address) { return *reinterpret_cast<const unaligned*>(address); }
   static CARAFE_INLINE void store(A* address, type value) { *reinterpret_cast<unaligned*>(address) = value; }

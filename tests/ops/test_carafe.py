@@ -96,6 +96,16 @@ def test_rows_longer_than_a_span(width, layout, device):
         compare(*map(LAYOUTS[layout], case), 5, 2, scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lanes", range(15, 34))
+def test_every_end_of_a_row(lanes, dtype, device):
+    # Rows end with a whole vector, a part of one, or half a one that holds the rest.
+    half = Fraction(1, 2)
+    for scale, width in ((1, lanes), (2, lanes), (3, lanes), (half, 2 * lanes), (half, 2 * lanes - 1)):
+        case = random_case((5, width), 9, 5, 1, scale, batch=1, dtype=dtype, device=device)
+        compare(*case, 5, 1, scale)
+
+
 def test_kernel_larger_than_the_map(device):
     compare(*random_case((2, 3), 4, 7, 1, 2, device=device), 7, 1, 2)
 
