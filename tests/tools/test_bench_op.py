@@ -108,6 +108,18 @@ def test_peak_of_ours_is_no_multiple_of_its_tensors_and_hides_nothing() -> None:
 # ------------------------------------------------------------------------------------------------ the record
 
 
+def test_settings_of_the_environment_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/somewhere/libjemalloc.so.2:/elsewhere/libomp.so")
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    monkeypatch.setenv("CARAFE_HUGE_PAGES", "0")
+    monkeypatch.setenv("OTHER_", "1")
+    settings = measure.machine("cpu")["environment"]
+    assert isinstance(settings, dict)
+    assert settings["LD_PRELOAD"] == "libjemalloc.so.2 libomp.so"
+    assert settings["MALLOC_MMAP_MAX_"] == settings["CARAFE_HUGE_PAGES"] == "0"
+    assert "OTHER_" not in settings
+
+
 def test_record_is_complete_and_names_no_place(tmp_path: Path) -> None:
     plot = tmp_path / "result.svg"
     names = [*EAGER, "steps-carafe", "bilinear"]

@@ -24,6 +24,9 @@ SAMPLE_SECONDS = 0.02
 # Calls that take longer are not repeated to warm the caches: filling them is then a small part of the call.
 WARM_CALL_SECONDS = 0.05
 
+# Variables of the environment that change what is measured.
+SETTINGS = re.compile(r"(MALLOC|CARAFE|OMP|KMP|GOMP|MKL|ATEN|PYTORCH|TORCH)_|(GLIBC_TUNABLES|LD_PRELOAD)$")
+
 Work = Callable[[], object]
 
 
@@ -212,6 +215,7 @@ def machine(device: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "environment": _settings(),
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -222,6 +226,12 @@ def machine(device: str) -> dict[str, object]:
             "cuda": torch.version.cuda,
         }
     return description
+
+
+def _settings() -> dict[str, str]:
+    # What the environment says to memory, threads and this package; of a preloaded allocator its file's name alone.
+    settings = {name: value for name, value in sorted(os.environ.items()) if SETTINGS.match(name)}
+    return {name: " ".join(Path(part).name for part in re.split("[ :]+", value)) for name, value in settings.items()}
 
 
 def cpu_path() -> str | None:

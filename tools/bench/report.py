@@ -28,6 +28,8 @@ def print_header(report: Record) -> None:
         f"{processor(report)}, torch {report['machine']['torch']}",
         highlight=False,
     )
+    if settings := report["machine"]["environment"]:
+        console.print("with " + " ".join(f"{name}={value}" for name, value in settings.items()), highlight=False)
     if report["quick"]:
         console.print("A quick run: few turns, and not every peer.", style="yellow")
 
