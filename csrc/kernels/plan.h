@@ -24,7 +24,7 @@ struct Tile {
 
 constexpr int64_t kMaxLanes = 192;          // of a span
 constexpr int64_t kMaskBytes = 384 * 1024;  // staged masks of a band: they should stay in the second-level cache
-constexpr int64_t kMaxRows = 8;             // of a band
+constexpr int64_t kMaxRows = 16;            // of a band
 constexpr int64_t kChunk = 16;              // channels staged at a time
 
 template <class A>
