@@ -25,9 +25,9 @@ struct ToBuffer {
 };
 
 // or straight to a map, where each row holds one phase, or two that take turns.
-template <class A, int Phases>
+template <class T, int Phases>
 struct ToMap {
-  A* data;
+  T* data;
   int64_t channel_step, row_step;
 
   CARAFE_INLINE ToMap next(int64_t channels) const { return {data + channels * channel_step, channel_step, row_step}; }
@@ -39,7 +39,7 @@ struct ToMap {
     for (int c = C; c < 2 * C; ++c) {
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        const A* const to = data + c * channel_step + p / Phases * row_step + Phases * q;
+        const T* const to = data + c * channel_step + p / Phases * row_step + Phases * q;
         __builtin_prefetch(to + p % Phases * V::lanes, 1, 2);
       }
     }
@@ -49,7 +49,7 @@ struct ToMap {
   CARAFE_INLINE void put(int64_t c, int64_t q, const typename V::type (&values)[P]) const {
 #pragma GCC unroll 4
     for (int p = 0; p < P; p += Phases) {
-      A* const to = data + c * channel_step + p / Phases * row_step + Phases * q;
+      T* const to = data + c * channel_step + p / Phases * row_step + Phases * q;
       if constexpr (Phases == 1) {
         store_narrowed<V>(to, values[p]);
       } else {
@@ -194,24 +194,24 @@ CARAFE_INLINE void reassemble_staged(
 
 // The same straight into rows of the output, `lanes` of them (a vector at least), for `channels` channels from x's
 // first on: where up is 2 and down 1, or where up is 1.
-template <class V, bool ManyRegisters, class A>
+template <class V, bool ManyRegisters, class T, class A>
 CARAFE_INLINE void reassemble_direct(
-    const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<A>& y, int64_t lanes,
+    const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<T>& y, int64_t lanes,
     int64_t* offsets) {
   if (by_two_rows(shape)) {
     const auto output_at = [&](int64_t row) CARAFE_ALWAYS_INLINE {
-      return ToMap<A, 1>{y.data + row * y.row_stride, y.channel_stride, y.row_stride};
+      return ToMap<T, 1>{y.data + row * y.row_stride, y.channel_stride, y.row_stride};
     };
     return reassemble_by_two_rows<V, ManyRegisters>(shape, tile, x, m, output_at, lanes, offsets);
   }
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
   for_each_run(shape, tile, rows, x, offsets, [&](const A* from, int64_t place, int64_t count) CARAFE_ALWAYS_INLINE {
     const auto block = [&](auto phases, auto outputs) CARAFE_ALWAYS_INLINE {
-      A* const to = y.data + place / phases * y.row_stride;
+      T* const to = y.data + place / phases * y.row_stride;
       with_half_tail<V>(0, lanes, [&](auto vector, int64_t begin, int64_t end) CARAFE_ALWAYS_INLINE {
         reassemble_channels<decltype(vector), outputs, channels_beside<ManyRegisters>(outputs)>(
             x.channels, from + begin, x.channel_stride(), offsets, shape.taps(), m.data + place * m.pitch + begin,
-            m.channel_stride(), m.pitch, ToMap<A, phases>{to + phases * begin, y.channel_stride, y.row_stride},
+            m.channel_stride(), m.pitch, ToMap<T, phases>{to + phases * begin, y.channel_stride, y.row_stride},
             end - begin);
       });
     };

@@ -58,9 +58,9 @@ struct Isa {
       int64_t* offsets) {                                                                                              \
     carafe::reassemble_staged<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, offsets);                        \
   }                                                                                                                    \
-  template <class A>                                                                                                   \
+  template <class T, class A>                                                                                          \
   Target static void reassemble_direct(                                                                                \
-      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<A>& y, int64_t lanes,    \
+      const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<T>& y, int64_t lanes,    \
       int64_t* offsets) {                                                                                              \
     carafe::reassemble_direct<Vector<A, bytes>, many_registers>(shape, tile, x, m, y, lanes, offsets);                 \
   }                                                                                                                    \
@@ -172,19 +172,17 @@ void reassemble_tile(
   I::clear_outside(from, x);
   // The common cases need no copy of the output.
   const int64_t lanes = valid_lanes(shape, tile);
-  const bool direct = std::is_same_v<T, A> && output.column_stride == 1 &&
-                      ((shape.up == 2 && shape.down == 1) || shape.up == 1) && lanes * int64_t(sizeof(A)) >= I::bytes;
+  const bool direct = output.column_stride == 1 && ((shape.up == 2 && shape.down == 1) || shape.up == 1) &&
+                      lanes * int64_t(sizeof(A)) >= I::bytes;
 
   for (; to.channel < to.last_channel; from.channel = to.channel += kChunk) {
     x.channels = y.channels = std::min(kChunk, to.last_channel - to.channel);
     I::stage(features, from, x);
-    if constexpr (std::is_same_v<T, A>) {
-      if (direct) {
-        Map<T> target = output;
-        target.data = output.pointer(tile.n, to.channel, rows.begin, tile.lane_begin * shape.up);
-        I::reassemble_direct(shape, tile, x, m, target, lanes, offsets);
-        continue;
-      }
+    if (direct) {
+      Map<T> target = output;
+      target.data = output.pointer(tile.n, to.channel, rows.begin, tile.lane_begin * shape.up);
+      I::reassemble_direct(shape, tile, x, m, target, lanes, offsets);
+      continue;
     }
     I::reassemble_staged(shape, tile, x, m, y, offsets);
     I::unstage(y, to, output);
