@@ -96,7 +96,7 @@ def test_rows_longer_than_a_span(width, layout, device):
         compare(*map(LAYOUTS[layout], case), 5, 2, scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("lanes", range(15, 34))
 def test_every_end_of_a_row(lanes, dtype, device):
     # Rows end with a whole vector, a part of one, or half a one that holds the rest.
