@@ -1,14 +1,27 @@
 """Options shared by all tests."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
 from toolkit import reason_for_no_cuda_half
 
+if importlib.util.find_spec("mmcv") is not None:
+    from carafe_plugin.openmmlab import mmcv_ops
+
+    mmcv_ops.install()  # where it has no compiled operators, torchvision's, in the processes that tests start too
+
 # Tests are many and small: two threads are enough, and where several processes run them, they share the cores.
 _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _processes)))
+
+
+def pytest_report_header():
+    if importlib.util.find_spec("mmcv") is None:
+        return "mmcv: not installed"
+    spec = importlib.util.find_spec("mmcv._ext")
+    return f"mmcv's operators: {'compiled' if spec is not None and spec.has_location else 'torchvision, by mmcv_ops'}"
 
 
 def device_params():

@@ -25,6 +25,7 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS, MODELS, RUNNERS
 from mmengine.runner import Runner
 
+from carafe_plugin.openmmlab import mmcv_ops
 from carafe_plugin.openmmlab.annotations import AnnotationError, check_annotations
 from carafe_plugin.openmmlab.checkpoint import CheckpointError, allow_checkpoint_types
 from carafe_plugin.openmmlab.label_maps import find_fault
@@ -59,18 +60,26 @@ class UsageError(Exception):
 def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run a tool's main function and turn what the user can put right into one line on stderr.
 
+    Where MMCV has no compiled operators, the tool and its processes have torchvision's (see ``mmcv_ops``).
+
     Args:
         main: called with ``args``; returns the exit code, None for 0.
         args: the parsed command line.
 
     Returns:
-        The exit code: 2 after a :class:`UsageError`, an unusable checkpoint or a missing file.
+        The exit code: 2 after a :class:`UsageError`, an unusable checkpoint, a missing file or an MMCV whose operators
+        do not load.
     """
     try:
+        mmcv_ops.install()
         return main(args) or 0
     except (UsageError, CheckpointError) as error:
         # Every process of a distributed run finds the same mistake: one of them says so.
         message = str(error) if _rank() == 0 else ""
+    except ImportError as error:
+        if error.name != mmcv_ops.EXTENSION:
+            raise
+        message = ""  # mmcv_ops has said it
     except FileNotFoundError as error:
         if error.filename:
             message = f"no such file or folder: {Path(error.filename).absolute()}"

@@ -157,6 +157,7 @@ def test_every_operator_has_every_registration(operator, key):
         ({"batch": 0}, False),
         ({"cuda": False}, False),
         ({"installed": False}, False),
+        ({"stand_in": True}, False),
     ],
     ids=lambda change: "-".join(change) if isinstance(change, dict) else str(change),
 )
@@ -180,8 +181,11 @@ def test_mmcv_takes_over_only_where_it_is_right(change, right, monkeypatch):
     module = types.ModuleType("mmcv.ops.carafe")
     if change.get("installed", True):
         module.CARAFEFunction = object
-    for name in ("mmcv", "mmcv.ops"):
+    for name in ("mmcv", "mmcv.ops", "mmcv._ext"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    if not change.get("stand_in"):
+        sys.modules["mmcv._ext"].__file__ = "_ext.so"
+    sys.modules["mmcv"]._ext = sys.modules["mmcv._ext"]
     monkeypatch.setitem(sys.modules, "mmcv.ops.carafe", module)
     arguments = (change.get("kernel_size", 5), change.get("group_size", 1), change.get("down", 1))
     assert _fallback._mmcv_is_right(Tensor(), Tensor(), *arguments) is right

@@ -100,8 +100,11 @@ def installed_operator() -> Operator:
     Raises:
         ImportError: mmcv or its compiled part is not there.
     """
+    from mmcv import _ext
     from mmcv.ops import carafe
 
+    if not hasattr(_ext, "__file__"):
+        raise ImportError("what stands in for mmcv's compiled operators runs carafe_plugin's own")
     return carafe
 
 

@@ -1,0 +1,100 @@
+"""How ``mmcv._ext`` is found where :mod:`carafe_plugin.openmmlab.mmcv_ops` was asked to stand in for it.
+
+Python imports a module of this name when it starts. ``mmcv_ops.install`` puts this folder on ``PYTHONPATH``, so that
+every process that a run starts (a data worker by spawn, torchrun and its ranks) finds ``mmcv._ext`` as the run itself
+does. Nothing is imported before a process asks for that module; a ``sitecustomize`` that this one hides runs as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+EXTENSION = "mmcv._ext"
+VARIABLE = "CARAFE_MMCV_OPS"
+FOLDER = Path(__file__).resolve().parent
+
+
+class ExtensionFinder:
+    """Finds MMCV's extension where it is; where it is not, the stand-in."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != EXTENSION:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return ModuleSpec(name, StandInLoader("mmcv has no compiled operators here"))
+        spec.loader = CompiledLoader(spec.loader)
+        return spec
+
+
+class StandInLoader(Loader):
+    """Makes the module of torchvision's operators, and says why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def exec_module(self, module: ModuleType) -> None:
+        _mmcv_ops().fill(module)
+        _say(f"{self.reason}: torchvision's take their place (carafe_plugin.openmmlab.mmcv_ops)")
+
+
+class CompiledLoader(Loader):
+    """Loads MMCV's compiled extension; where that fails, says what can be done about it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        try:
+            return self.loader.create_module(spec)
+        except ImportError as error:
+            reason = f"mmcv's compiled operators do not load here ({error})"
+            if os.environ.get(VARIABLE) == "torchvision":
+                self.loader = StandInLoader(f"{reason}, and {VARIABLE} asks for it")
+                return None
+            remedy = f"install an mmcv built for this torch, or set {VARIABLE}=torchvision to run on torchvision's"
+            _say(f"error: {reason}: {remedy}")  # toolboxes catch an ImportError and go on without operators
+            raise ImportError(f"{reason}: {remedy}", name=EXTENSION) from error
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+
+
+def _mmcv_ops() -> ModuleType:
+    try:
+        return importlib.import_module("carafe_plugin.openmmlab.mmcv_ops")
+    except ModuleNotFoundError as error:
+        if error.name != "carafe_plugin":
+            raise
+        sys.path.append(str(FOLDER.parents[2]))  # a checkout that is not installed, in a process of another folder
+        return importlib.import_module("carafe_plugin.openmmlab.mmcv_ops")
+
+
+def _say(line: str) -> None:
+    """Print a line, once for a run: not in its data workers, nor in its other ranks."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
+    if not any("from multiprocessing" in argument for argument in sys.orig_argv[:4]) and set(ranks) == {"0"}:
+        print(line, file=sys.stderr)
+
+
+def _run_hidden() -> None:
+    """Run the ``sitecustomize`` that Python would have imported without this folder."""
+    folders = [folder for folder in sys.path if Path(folder or ".").resolve() != FOLDER]
+    spec = PathFinder.find_spec("sitecustomize", folders)
+    if spec is not None and spec.loader is not None:
+        sys.modules["sitecustomize"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["sitecustomize"])
+
+
+if __name__ == "sitecustomize":
+    sys.meta_path.insert(0, ExtensionFinder)
+    _run_hidden()
