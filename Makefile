@@ -8,8 +8,9 @@ TEST_JOBS ?= 2
 
 .PHONY: env demo demo-all demo-seg demo-inpaint ablation test lint format bench gpu-check clean
 
+# MMCV=compiled also compiles mmcv's own operators, which takes 10 to 25 minutes on two cores.
 env:
-	@tools/setup_env.sh
+	@MMCV=$(MMCV) tools/setup_env.sh
 
 demo: env
 	$(PYTHON) tools/demo.py

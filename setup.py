@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from contextlib import contextmanager
 
@@ -125,8 +126,14 @@ def extensions() -> dict:
         found = "none" if version is None else ".".join(map(str, version))
         print(f"carafe_plugin: no extension, the PyTorch reference serves (needs torch >= 2.10, found {found})")
         return {"cmdclass": {"build_py": BuildPackage}}
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        print("carafe_plugin: no extension, the PyTorch reference serves (no C++ compiler; CXX names another one)")
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    missing = None
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        missing = "no C++ compiler; CXX names another one"
+    elif not os.path.exists(header):
+        missing = f"no {header}"
+    if missing is not None:
+        print(f"carafe_plugin: no extension, the PyTorch reference serves ({missing})")
         return {"cmdclass": {"build_py": BuildPackage}}
     with_cuda = wants_cuda()  # sets CUDA_HOME, which torch reads at import
     import torch
@@ -156,7 +163,7 @@ def extensions() -> dict:
         )
     ]
     if with_cuda:
-        nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", "-Xptxas=-v", STABLE_ABI, PYTHON_ABI]
+        nvcc = ["-O3", "-std=c++17", "-DUSE_CUDA", "-Xptxas=-v", "--threads=0", STABLE_ABI, PYTHON_ABI]
         nvcc += [f"-Xcompiler={prefix}" for prefix in prefixes]
         modules.append(
             CUDAExtension(

@@ -1,40 +1,62 @@
 #!/usr/bin/env bash
 # Builds the environment in .venv, or completes the active one with CARAFE_ENV=current. Steps that are done are skipped,
-# so it can be run again at any time.
+# so it can be run again at any time: it goes on from where it was interrupted.
+#   MMCV=compiled   compiles mmcv's own operators; without, torchvision's stand in for them (carafe_plugin's mmcv_ops)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+log=build/env.log
+mkdir -p build
 
-if ! command -v g++ >/dev/null; then
-  echo "env: g++ is needed to compile mmcv and the extension, and is not on the PATH" >&2
+# fail MESSAGE: one line, and the end.
+fail() {
+  echo "env: error: $1" >&2
   exit 1
-fi
+}
+
+case "${MMCV:-}" in
+  "" | compiled) ;;
+  *) fail "MMCV must be 'compiled' or unset, got '$MMCV'" ;;
+esac
 if command -v ldconfig >/dev/null && ! ldconfig -p | grep -q 'libGL\.so\.1'; then
   echo "env: warning: libGL.so.1 is not installed; OpenCV, which mmcv imports, needs it (Debian: libgl1)" >&2
 fi
+
+# supported PYTHON: whether its version is one that all packages are made for.
+supported() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
+}
 
 if [ "${CARAFE_ENV:-}" = current ]; then
   python=python3
 else
   python=.venv/bin/python
   if ! "$python" -m pip --version >/dev/null 2>&1; then  # none yet, or one whose making was interrupted
-    echo "env: creating .venv (a few seconds)"
     base=python3
-    for candidate in python3.11 python3.12 python3.10; do
-      if command -v "$candidate" >/dev/null && "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+    for candidate in python3.11 python3.12 python3.13 python3.10 python3; do
+      if command -v "$candidate" >/dev/null && supported "$candidate" &&
+        "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
         base=$candidate
         break
       fi
     done
-    "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
-      { echo "env: Python 3.10 to 3.13 is needed, found $("$base" --version)" >&2; exit 1; }
-    "$base" -m venv --clear .venv
+    command -v "$base" >/dev/null || fail "Python 3.10 to 3.13 is needed, and there is no python3"
+    supported "$base" || fail "Python 3.10 to 3.13 is needed, found $("$base" --version 2>&1) as $base"
+    echo "env: creating .venv (about 5 s)"
+    "$base" -m venv --clear .venv >"$log" 2>&1 ||
+      fail "$base -m venv does not work (Debian: python3-venv): $(tail -n 1 "$log")"
   fi
 fi
+supported "$python" || fail "Python 3.10 to 3.13 is needed, found $("$python" --version 2>&1) as $python"
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
-header=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h
-if [ ! -e "$header" ]; then
-  echo "env: $header is needed to compile mmcv and the extension (Debian: python3-dev)" >&2
-  exit 1
+# What an interrupted pip has left of a package looks like the package. pip writes INSTALLER when all files are there.
+if [ "${CARAFE_ENV:-}" != current ]; then
+  for information in .venv/lib/python3.*/site-packages/*.dist-info; do
+    if [ -d "$information" ] && [ ! -e "$information/INSTALLER" ]; then
+      echo "env: installing again what was interrupted: $(basename "$information" .dist-info)"
+      rm -rf "$information"
+    fi
+  done
 fi
 
 # have NAME==VERSION ...: whether all of these are installed (a bare NAME: in any version).
@@ -52,51 +74,101 @@ for requirement in sys.argv[1:]:
 PYTHON
 }
 
-# step DESCRIPTION REQUIREMENT ... [-- PIP-OPTION ...]
-step() {
-  local description=$1 requirements=() options=()
-  shift
-  while [ $# -gt 0 ] && [ "$1" != -- ]; do requirements+=("$1"); shift; done
-  [ $# -gt 0 ] && { shift; options=("$@"); }
-  if have "${requirements[@]}"; then
-    return
+# reason: why pip has failed, from its log, in a few words.
+reason() {
+  if grep -q 'No space left on device' "$log" || [ "$(df -Pk . "${TMPDIR:-/tmp}" | awk 'NR > 1 {print $4}' | sort -n | head -n 1)" -lt 10000 ]; then
+    echo "the disk is full (8 GB are needed here, 4 GB in ${TMPDIR:-/tmp} or TMPDIR)"
+  elif grep -qE 'Max retries|NewConnectionError|NameResolutionError|ProxyError|Connection (broken|reset|aborted|refused)|ConnectionResetError|RemoteDisconnected|IncompleteRead|[Tt]imed out|ConnectTimeout|SSLError' "$log"; then
+    echo "the package index cannot be reached, or the connection broke off"
+  else
+    grep -iE '(^|[^a-z])error' "$log" | tail -n 1
   fi
+}
+
+# install DESCRIPTION PIP-ARGUMENT ...
+install() {
+  local description=$1 start=$SECONDS
+  shift
   echo "env: installing $description"
-  local start=$SECONDS
-  "$python" -m pip install --quiet --disable-pip-version-check "${requirements[@]}" ${options[@]+"${options[@]}"}
+  "$python" -m pip install --progress-bar off "$@" >"$log" 2>&1 ||
+    fail "installing ${description%% (*} failed: $(reason); pip's output is in $log; make env goes on from here"
   echo "env: done in $((SECONDS - start)) s"
+}
+
+# step DESCRIPTION REQUIREMENT ...
+step() {
+  local description=$1
+  shift
+  have "$@" || install "$description" "$@"
+}
+
+# compiles: whether there is what a C++ extension takes; says what is missing.
+compiles() {
+  local compiler=${CXX:-c++} header
+  header=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h
+  if ! command -v "${compiler%% *}" >/dev/null; then
+    echo "no C++ compiler ($compiler) on the PATH (Debian: g++)"
+    return 1
+  elif [ ! -e "$header" ]; then
+    echo "no $header (Debian: python3-dev)"
+    return 1
+  fi
 }
 
 if ! "$python" -c 'import setuptools; v = int(setuptools.__version__.split(".")[0]); raise SystemExit(not 80 <= v < 82)' \
   2>/dev/null || ! have wheel ninja packaging; then
-  echo "env: installing the build tools (10 s)"
-  "$python" -m pip install --quiet --disable-pip-version-check 'setuptools>=80,<82' wheel ninja packaging
+  install "the build tools (about 10 s)" 'setuptools>=80,<82' wheel ninja packaging
 fi
 step "torch (about 2 minutes, 5 GB)" torch==2.11.0 torchvision==0.26.0
+
 # ninja and the compiler of this environment must be found although it need not be activated.
 bin=$(cd "$(dirname "$(command -v "$python")")" && pwd)
 export PATH="$bin:$PATH"
-MMCV_WITH_OPS=1 step "mmcv with its compiled operators (about 9 minutes on 2 cores, once)" \
-  onedl-mmcv==2.3.6 -- --no-build-isolation
-if ! "$python" -c 'from importlib.util import find_spec; raise SystemExit(find_spec("mmcv._ext") is None)' 2>/dev/null &&
-  "$python" -c 'import mmengine' 2>/dev/null; then
-  echo "env: the mmcv that pip had kept has no compiled operators: compiling it again"
-  MMCV_WITH_OPS=1 "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-cache-dir \
-    --no-deps --force-reinstall onedl-mmcv==2.3.6
+
+# mmcv compiles its operators wherever its build sees torch. pip builds a package apart from what is installed, so it
+# sees none there; and what pip has kept of an earlier build may be either, so it is not asked.
+mmcv=onedl-mmcv==2.3.6
+if ! have "$mmcv"; then
+  unset PIP_NO_BUILD_ISOLATION
+  install "mmcv, not compiled (about 30 s)" --no-cache-dir "$mmcv"
 fi
-step "mmengine, mmdet, mmsegmentation, mmpretrain (20 s)" \
+if [ "${MMCV:-}" = compiled ]; then
+  has_operators() { "$python" -c 'import torch, mmcv._ext' 2>/dev/null; }
+  if ! has_operators; then
+    missing=$(compiles) || fail "mmcv cannot be compiled: $missing"
+    again=(--no-deps --no-build-isolation --force-reinstall "$mmcv")
+    install "mmcv with its compiled operators (10 to 25 minutes on 2 cores, once)" "${again[@]}"
+    has_operators ||  # pip had kept one that was not compiled, or for another torch
+      install "mmcv with its compiled operators, again (10 to 25 minutes on 2 cores, once)" --no-cache-dir "${again[@]}"
+    has_operators || fail "mmcv was compiled and does not load: $("$python" -c 'import torch, mmcv._ext' 2>&1 | tail -n 1)"
+  fi
+fi
+step "mmengine, mmdet, mmsegmentation, mmpretrain (about 30 s)" \
   onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1 onedl-mmsegmentation==1.4.2 onedl-mmpretrain==1.3.6
-step "the tools for demos, tests and style (20 s)" \
+step "the tools for demos, tests and style (about 20 s)" \
   rich matplotlib pycocotools scikit-image build==1.6.1 clang-format==19.1.7 hypothesis==6.170.15 mypy==2.4.1 pytest==9.2.0 \
   pytest-xdist==3.8.0 ruff==0.17.6
 
-# The package itself, again whenever a source of the extension is newer than the extension.
-stale=$(find setup.py pyproject.toml csrc -newer carafe_plugin/_C.abi3.so -type f 2>/dev/null || echo missing)
-if [ ! -e carafe_plugin/_C.abi3.so ] || [ -n "$stale" ] || ! have carafe_plugin; then
-  echo "env: building carafe_plugin (about 90 s)"
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-  if [ -e carafe_plugin/_C.abi3.so ]; then
-    touch carafe_plugin/_C.abi3.so
-  fi
+# built: whether the environment has this package from this folder, built after its sources; pip writes RECORD last.
+built() {
+  local record
+  record=$("$python" - <<'PYTHON'
+import importlib.metadata as metadata, json, pathlib, sys
+try:
+    package = metadata.distribution("carafe_plugin")
+    url = json.loads(package.read_text("direct_url.json") or "{}").get("url")
+    assert url == pathlib.Path.cwd().as_uri()
+except (metadata.PackageNotFoundError, AssertionError):
+    sys.exit(1)
+print(next(path.locate() for path in package.files if path.name == "RECORD"))
+PYTHON
+  ) && [ -z "$(find setup.py pyproject.toml csrc -newer "$record" -type f)" ] &&
+    { [ -e carafe_plugin/_C.abi3.so ] || ! compiles >/dev/null; }
+}
+
+if ! built; then
+  what="carafe_plugin (about 2 minutes)"
+  missing=$(compiles) || what="carafe_plugin, not compiled: it runs on its slower PyTorch reference ($missing)"
+  install "$what" --no-deps --no-build-isolation -e .
 fi
 echo "env: ready ($("$python" --version), $("$python" -c 'import sys; print(sys.prefix)'))"

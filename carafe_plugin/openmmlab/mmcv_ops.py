@@ -33,7 +33,8 @@ carafe, carafe_naive                        this package's operator
 Every other operator raises a NotImplementedError when it is called.
 
 They agree with MMCV's on a CPU to the rounding of float32, and what nms and softnms keep is the same. Beyond that, all
-take float64, float16 and bfloat16, and RoIPool, masked convolution, focal losses and CARAFE run on a CPU. The sigmoid's focal loss keeps its logarithm where MMCV cuts it off at the smallest float's.
+take float64, float16 and bfloat16, and RoIPool, masked convolution, the focal losses and CARAFE run on a CPU. The focal
+loss of the sigmoid keeps its logarithm where MMCV cuts it off at that of the smallest float.
 """
 
 from __future__ import annotations
