@@ -71,7 +71,7 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
         do not load.
     """
     try:
-        mmcv_ops.install()
+        _use_mmcv_ops()
         return main(args) or 0
     except (UsageError, CheckpointError) as error:
         # Every process of a distributed run finds the same mistake: one of them says so.
@@ -94,6 +94,13 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
     if message:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _use_mmcv_ops() -> None:
+    try:
+        mmcv_ops.install()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _rank() -> int:

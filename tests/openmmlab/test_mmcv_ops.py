@@ -4,6 +4,7 @@ What a compiled MMCV computes is compared in ``test_mmcv_ops_compiled.py``.
 """
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -354,6 +355,33 @@ def test_carafe():
     torch.testing.assert_close(CARAFENaiveFunction.apply(features, masks, 3, 2, 2), expected[0])
 
 
+def test_zoo_config_trains_on_mmcvs_own_class(monkeypatch):
+    """MMDetection's CARAFE configuration without the drop-in, on a CPU, where MMCV's own operator does not run."""
+    pytest.importorskip("mmdet", reason="MMDetection is not installed")
+    from mmcv.ops import CARAFEPack
+    from mmdet.registry import MODELS
+    from mmdet.testing import demo_mm_inputs
+    from mmdet.utils import register_all_modules
+    from mmengine.registry import DefaultScope
+    from zoo_models import textbook, zoo_config
+
+    register_all_modules(init_default_scope=False)
+    torch.manual_seed(0)
+    monkeypatch.delitem(MODELS.module_dict, "carafe", raising=False)  # the drop-in's
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        detector = MODELS.build(zoo_config("faster-rcnn_r50_fpn-carafe_1x_coco.py").model)
+    packs = [part for part in detector.modules() if type(part) is CARAFEPack]
+    assert len(packs) == 4
+    torch.nn.init.normal_(packs[0].content_encoder.weight, std=0.5)
+    features = torch.randn(1, 256, 4, 5)
+    torch.testing.assert_close(packs[0](features), textbook(packs[0], features), rtol=1e-5, atol=1e-5)
+    data = detector.data_preprocessor(demo_mm_inputs(1, [(3, 96, 130)], num_items=[3]), True)
+    losses, _ = detector.parse_losses(detector.loss(data["inputs"], data["data_samples"]))
+    losses.backward()
+    assert torch.isfinite(losses)
+    assert all(parameter.grad.abs().max() > 0 for pack in packs for parameter in pack.parameters())
+
+
 # ---------------------------------------------------------------------------------------- what torchvision has not
 
 
@@ -374,6 +402,6 @@ def test_every_name_that_mmcv_asks_for_is_there(extension):
 
     assert "torchvision" in get_compiler_version()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "mmcv._ext", extension)
+        patch.setitem(sys.modules, "mmcv._ext", extension)
         assert ext_loader.load_ext("_ext", ["nms", "anything"]) is extension
     assert not hasattr(extension, "__file__")

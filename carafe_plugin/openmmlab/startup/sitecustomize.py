@@ -7,6 +7,7 @@ does. Nothing is imported before a process asks for that module; a ``sitecustomi
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -79,8 +80,9 @@ def _mmcv_ops() -> ModuleType:
         return importlib.import_module("carafe_plugin.openmmlab.mmcv_ops")
 
 
+@functools.cache
 def _say(line: str) -> None:
-    """Print a line, once for a run: not in its data workers, nor in its other ranks."""
+    """Print a line, once for a run: not at every import, in its data workers, or in its other ranks."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
     if not any("from multiprocessing" in argument for argument in sys.orig_argv[:4]) and set(ranks) == {"0"}:
         print(line, file=sys.stderr)
