@@ -1,0 +1,235 @@
+"""tools/setup_env.sh with a pip that only says what it is asked for: its steps, and what it says where one fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = (
+    "awk",
+    "basename",
+    "bash",
+    "cat",
+    "df",
+    "dirname",
+    "env",
+    "find",
+    "grep",
+    "head",
+    "mkdir",
+    "rm",
+    "sort",
+    "tail",
+)
+ORDER = ["setuptools", "torch", "onedl-mmcv", "onedl-mmengine", "rich", "-e"]
+
+
+class Checkout:
+    """A folder with the script, an environment in it, and a PATH of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls = folder / "calls.txt"
+        for name in ("tools", "csrc", "bin"):
+            (folder / name).mkdir()
+        for name in ("tools/setup_env.sh", "setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, folder / name)
+        for name in PROGRAMS:
+            program = shutil.which(name)
+            assert program, f"{name} is not installed"
+            (folder / "bin" / name).symlink_to(program)
+        self.program("c++", "exit 0")
+
+    def program(self, name: str, text: str) -> None:
+        path = self.folder / name if "/" in name else self.folder / "bin" / name
+        path.unlink(missing_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+
+    def environment(self, pip: str = "exit 0") -> Path:
+        """An environment without any package, whose pip does what ``pip`` says; returns its folder of packages."""
+        venv.create(self.folder / ".venv", symlinks=True)
+        python = self.folder / ".venv" / "bin" / "python"
+        python.rename(python.with_name("real"))
+        note = f'echo "${{PIP_NO_BUILD_ISOLATION-unset}} $*" >> {self.calls}'
+        self.program(
+            ".venv/bin/python",
+            f"""case "$*" in
+            "-m pip --version") exit 0 ;;
+            "-m pip install"*) {note}; {pip} ;;
+            *) exec {python.with_name("real")} "$@" ;;
+            esac""",
+        )
+        (packages,) = (self.folder / ".venv").glob("lib/python3.*/site-packages")
+        return packages
+
+    def run(self, **variables: str) -> subprocess.CompletedProcess:
+        environment = dict(PATH=str(self.folder / "bin"), HOME=str(self.folder), TMPDIR=str(self.folder))
+        script = self.folder / "tools" / "setup_env.sh"
+        command = ["bash", str(script)]
+        return subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=120)
+
+    def installed(self) -> list[str]:
+        return self.calls.read_text().splitlines() if self.calls.exists() else []
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def error(result: subprocess.CompletedProcess) -> str:
+    """The only line on stderr, of a script that has failed."""
+    assert result.returncode == 1, result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if "libGL" not in line]
+    assert line.startswith("env: error: "), line
+    return line.removeprefix("env: error: ")
+
+
+def test_steps_and_their_order(checkout: Checkout) -> None:
+    checkout.environment()
+    result = checkout.run(PIP_NO_BUILD_ISOLATION="1")
+    assert result.returncode == 0, result.stderr
+    calls = checkout.installed()
+    assert len(calls) == len(ORDER)
+    assert all(name in call for name, call in zip(ORDER, calls, strict=True)), calls
+    assert all("(about" in line for line in result.stdout.splitlines() if "installing" in line), result.stdout
+    mmcv = calls[ORDER.index("onedl-mmcv")].split()
+    # Where its build sees torch it compiles, and what pip has kept may be compiled for another torch.
+    assert mmcv[0] == "unset"
+    assert "--no-build-isolation" not in mmcv
+    assert "--no-cache-dir" in mmcv
+    assert result.stdout.splitlines()[-1].startswith("env: ready (Python 3.")
+
+
+def test_compiled_mmcv_is_built_beside_torch_and_checked(checkout: Checkout) -> None:
+    packages = checkout.environment()
+    message = error(checkout.run(MMCV="compiled"))
+    assert message == "mmcv was compiled and does not load: ModuleNotFoundError: No module named 'torch'"
+    calls = [call for call in checkout.installed() if "onedl-mmcv" in call]
+    assert ["--no-build-isolation" in call for call in calls] == [False, True, True]
+    assert ["--no-cache-dir" in call for call in calls] == [True, False, True]
+
+    checkout.calls.unlink()
+    (packages / "torch.py").touch()
+    (packages / "mmcv").mkdir()
+    for name in ("__init__", "_ext"):
+        (packages / "mmcv" / f"{name}.py").touch()
+    assert checkout.run(MMCV="compiled").returncode == 0
+    assert not [call for call in checkout.installed() if "onedl-mmcv" in call and "--no-build-isolation" in call]
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "the disk is full (",
+        ),
+        (
+            "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': /simple/torch/\n"
+            "ERROR: No matching distribution found for setuptools<82,>=80",
+            "the package index cannot be reached, or the connection broke off",
+        ),
+        (
+            "pip._vendor.urllib3.exceptions.ProtocolError: IncompleteRead(5 read, 9 expected)",
+            "the package index cannot",
+        ),
+        (
+            "note\nERROR: No matching distribution found for torch\nhint",
+            "ERROR: No matching distribution found for torch",
+        ),
+    ],
+)
+def test_what_pip_cannot_do_is_one_line(checkout: Checkout, says: str, reason: str) -> None:
+    (checkout.folder / "says.txt").write_text(f"{says}\n")
+    checkout.environment(pip=f"cat {checkout.folder / 'says.txt'}; exit 1")
+    message = error(checkout.run())
+    assert message.startswith(f"installing the build tools failed: {reason}")
+    assert message.endswith("; pip's output is in build/env.log; make env goes on from here")
+    assert (checkout.folder / "build" / "env.log").read_text() == f"{says}\n"
+
+
+@pytest.mark.parametrize("version", ["3.9.2", "3.15.0"])
+def test_other_pythons_are_refused(checkout: Checkout, version: str) -> None:
+    major, minor, _ = version.split(".")
+    # What the script asks, answered for that version.
+    real = f'exec {sys.executable} -c "import sys; sys.version_info = ({major}, {minor}, 0); $2"'
+    checkout.program("python3", f'case "$1" in --version) echo "Python {version}" ;; -c) {real} ;; *) exit 1 ;; esac')
+    expected = f"Python 3.10 to 3.13 is needed, found Python {version} as python3"
+    assert error(checkout.run()) == expected
+    assert error(checkout.run(CARAFE_ENV="current")) == expected
+    assert not (checkout.folder / ".venv").exists()
+
+
+def test_no_python_at_all(checkout: Checkout) -> None:
+    assert error(checkout.run()) == "Python 3.10 to 3.13 is needed, and there is no python3"
+
+
+def test_without_a_compiler_the_reference_serves(checkout: Checkout) -> None:
+    checkout.environment()
+    (checkout.folder / "bin" / "c++").unlink()
+    result = checkout.run()
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "reference" in line]
+    assert line.endswith("it runs on its slower PyTorch reference (no C++ compiler (c++) on the PATH (Debian: g++))")
+    assert checkout.installed()[-1].endswith("-e .")
+    message = error(checkout.run(MMCV="compiled"))
+    assert message == "mmcv cannot be compiled: no C++ compiler (c++) on the PATH (Debian: g++)"
+
+
+def test_what_was_interrupted_is_installed_again(checkout: Checkout) -> None:
+    packages = checkout.environment()
+    for name, files in (("torch-2.11.0", ["METADATA"]), ("onedl_mmcv-2.3.6", ["METADATA", "INSTALLER"])):
+        folder = packages / f"{name}.dist-info"
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_text("Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*name.split("-")))
+    result = checkout.run()
+    assert "env: installing again what was interrupted: torch-2.11.0" in result.stdout
+    calls = "\n".join(checkout.installed())
+    assert "torch==2.11.0" in calls
+    assert "onedl-mmcv" not in calls
+
+
+def test_wrong_wish(checkout: Checkout) -> None:
+    checkout.environment()
+    assert error(checkout.run(MMCV="yes")) == "MMCV must be 'compiled' or unset, got 'yes'"
+    assert checkout.installed() == []
+
+
+def test_a_package_built_from_here_is_not_built_again(checkout: Checkout) -> None:
+    packages = checkout.environment()
+    information = packages / "carafe_plugin-0.1.dist-info"
+    information.mkdir()
+    files = dict(
+        METADATA="Metadata-Version: 2.1\nName: carafe_plugin\nVersion: 0.1\n",
+        INSTALLER="pip",
+        RECORD="carafe_plugin-0.1.dist-info/RECORD,,\n",
+    )
+    for name, text in files.items():
+        (information / name).write_text(text)
+    (checkout.folder / "carafe_plugin").mkdir()
+    (checkout.folder / "carafe_plugin" / "_C.abi3.so").touch()
+    url = information / "direct_url.json"
+
+    def builds() -> bool:
+        checkout.calls.unlink(missing_ok=True)
+        assert checkout.run().returncode == 0
+        return any(call.endswith("-e .") for call in checkout.installed())
+
+    url.write_text('{"url": "file:///another/checkout"}')
+    assert builds()
+    url.write_text(f'{{"url": "{checkout.folder.resolve().as_uri()}"}}')
+    assert not builds()
+    source = checkout.folder / "csrc" / "new.h"
+    source.touch()
+    os.utime(source, (information.stat().st_mtime + 9,) * 2)
+    assert builds()
