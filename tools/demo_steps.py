@@ -292,6 +292,9 @@ def count_parameters(demo: Demo, model: Model) -> int:
     """Build the model and count what it learns."""
     from mmengine.registry import init_default_scope
 
+    from carafe_plugin.openmmlab import mmcv_ops
+
+    mmcv_ops.install()
     config = load_config(demo, model)
     registry = importlib.import_module(f"{config.default_scope}.registry")
     init_default_scope(config.default_scope)

@@ -1,4 +1,7 @@
-"""MMDetection's own tools/train.py trains our types: by full path as they stand, by short name with custom_imports."""
+"""MMDetection's own tools/train.py trains our types: by full path as they stand, by short name with custom_imports.
+
+It runs on MMCV's compiled operators, or on torchvision's where there are none (``mmcv_ops``).
+"""
 
 import json
 import os
@@ -97,7 +100,8 @@ def test_stock_train_tool(dataset, prefix, custom_imports):
         )
     )
     work_dir = dataset / "work_dir"
-    command = [sys.executable, str(TRAIN_TOOL), str(config), "--work-dir", str(work_dir)]
+    command = [sys.executable, "-m", "carafe_plugin.openmmlab.mmcv_ops"]
+    command += [str(TRAIN_TOOL), str(config), "--work-dir", str(work_dir)]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), CUDA_VISIBLE_DEVICES="")
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=dataset)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -41,7 +41,7 @@ class Checkout:
             (folder / name).mkdir()
         for name in ("tools/setup_env.sh", "setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, folder / name)
-        for name in PROGRAMS:
+        for name in PROGRAMS.split():
             program = shutil.which(name)
             assert program, f"{name} is not installed"
             (folder / "bin" / name).symlink_to(program)
