@@ -77,9 +77,9 @@ PYTHON
 # reason: why pip has failed, from its log, in a few words.
 reason() {
   if grep -q 'No space left on device' "$log" || [ "$(df -Pk . "${TMPDIR:-/tmp}" | awk 'NR > 1 {print $4}' | sort -n | head -n 1)" -lt 10000 ]; then
-    echo "the disk is full (8 GB are needed here, 4 GB in ${TMPDIR:-/tmp} or TMPDIR)"
-  elif grep -qE 'Max retries|NewConnectionError|NameResolutionError|ProxyError|Connection (broken|reset|aborted|refused)|ConnectionResetError|RemoteDisconnected|IncompleteRead|[Tt]imed out|ConnectTimeout|SSLError' "$log"; then
-    echo "the package index cannot be reached, or the connection broke off"
+    echo "the disk is full (6 GB are needed here, 3 GB in ${TMPDIR:-/tmp} or TMPDIR)"
+  elif grep -qE 'Max retries|NewConnectionError|NameResolutionError|ProxyError|Connection (broken|reset|aborted|refused)|ConnectionResetError|RemoteDisconnected|IncompleteRead|[Tt]imed out|ConnectTimeout|SSLError|DO NOT MATCH THE HASHES' "$log"; then
+    echo "the package index cannot be reached, or a download broke off"
   else
     grep -iE '(^|[^a-z])error' "$log" | tail -n 1
   fi
@@ -167,8 +167,9 @@ PYTHON
 }
 
 if ! built; then
-  what="carafe_plugin (about 2 minutes)"
-  missing=$(compiles) || what="carafe_plugin, not compiled: it runs on its slower PyTorch reference ($missing)"
-  install "$what" --no-deps --no-build-isolation -e .
+  install "carafe_plugin (about 2 minutes)" --no-deps --no-build-isolation -e .
+fi
+if [ ! -e carafe_plugin/_C.abi3.so ]; then
+  echo "env: carafe_plugin is not compiled and runs on its slower PyTorch reference: $(compiles)"
 fi
 echo "env: ready ($("$python" --version), $("$python" -c 'import sys; print(sys.prefix)'))"

@@ -12,22 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = (
-    "awk",
-    "basename",
-    "bash",
-    "cat",
-    "df",
-    "dirname",
-    "env",
-    "find",
-    "grep",
-    "head",
-    "mkdir",
-    "rm",
-    "sort",
-    "tail",
-)
+PROGRAMS = "awk basename bash cat df dirname env find grep head mkdir rm sort tail"
 ORDER = ["setuptools", "torch", "onedl-mmcv", "onedl-mmengine", "rich", "-e"]
 
 
@@ -131,13 +116,15 @@ def test_compiled_mmcv_is_built_beside_torch_and_checked(checkout: Checkout) -> 
     [
         (
             "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
-            "the disk is full (",
+            "the disk is full",
         ),
         (
             "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': /simple/torch/\n"
             "ERROR: No matching distribution found for setuptools<82,>=80",
-            "the package index cannot be reached, or the connection broke off",
+            "the package index cannot be reached, or a download broke off",
         ),
+        # what pip makes of half a file
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "the package index cannot be"),
         (
             "pip._vendor.urllib3.exceptions.ProtocolError: IncompleteRead(5 read, 9 expected)",
             "the package index cannot",
@@ -179,7 +166,10 @@ def test_without_a_compiler_the_reference_serves(checkout: Checkout) -> None:
     result = checkout.run()
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in result.stdout.splitlines() if "reference" in line]
-    assert line.endswith("it runs on its slower PyTorch reference (no C++ compiler (c++) on the PATH (Debian: g++))")
+    assert line == (
+        "env: carafe_plugin is not compiled and runs on its slower PyTorch reference: "
+        "no C++ compiler (c++) on the PATH (Debian: g++)"
+    )
     assert checkout.installed()[-1].endswith("-e .")
     message = error(checkout.run(MMCV="compiled"))
     assert message == "mmcv cannot be compiled: no C++ compiler (c++) on the PATH (Debian: g++)"
