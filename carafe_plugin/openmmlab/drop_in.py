@@ -13,7 +13,8 @@ It changes two things in the running process, and nothing on disk:
    registered in *their* registries, which are searched first; the root registry keeps MMCV's class, which runs on this
    package's operator by the first point.
 
-Where MMCV has no compiled operators there is nothing to replace, and the second point alone applies.
+Where MMCV has no compiled operators, and :mod:`~carafe_plugin.openmmlab.mmcv_ops` puts none in their place, there is
+nothing to replace, and the second point alone applies.
 
 Parameter names, shapes and values are MMCV's: its checkpoints load with ``strict=True`` and give the same numbers. What
 changes is where it runs: CPU, half precision, any memory layout, empty batches, second derivatives.

@@ -56,5 +56,5 @@ def values_and_gradients(function, inputs):
     leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in inputs]
     output = function(*leaves)
     cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
-    output.backward(cotangent)
+    output.backward(cotangent.to(output.device))
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad and leaf.grad is not None)]

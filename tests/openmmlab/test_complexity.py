@@ -116,7 +116,7 @@ def test_the_model_is_restored_when_it_fails():
 
 
 def test_modulated_deformable_convolution_counts_as_a_convolution():
-    ops = pytest.importorskip("mmcv.ops", reason="mmcv is installed without its compiled operators")
+    ops = pytest.importorskip("mmcv.ops", reason="mmcv is not installed")
     conv = ops.ModulatedDeformConv2dPack(8, 6, 3, padding=1, groups=2, bias=False)
     found = count(conv, torch.rand(2, 8, 4, 5))
     # Half the input channels, in groups; beside it the convolution that predicts 2 offsets and a weight for each tap.

@@ -382,6 +382,56 @@ def test_zoo_config_trains_on_mmcvs_own_class(monkeypatch):
     assert all(parameter.grad.abs().max() > 0 for pack in packs for parameter in pack.parameters())
 
 
+# -------------------------------------------------------------------------------------------------------- on a GPU
+
+SHAPES, STARTS = torch.tensor([[4, 5], [2, 3]]), torch.tensor([0, 20])
+ON_A_GPU = {
+    "nms": lambda b, s: mmcv.ops.nms(b, s, 0.5)[0],
+    "soft_nms": lambda b, s: mmcv.ops.soft_nms(b, s, 0.5)[0],
+    "bbox_overlaps": lambda b, s: mmcv.ops.bbox_overlaps(b, b),
+    "roi_align": lambda x, r: mmcv.ops.roi_align(x, r, 7, 0.5, 0, "avg", True),
+    "roi_align_max": lambda x, r: mmcv.ops.roi_align(x, r, 7, 0.5, 0, "max", True),
+    "roi_pool": lambda x, r: mmcv.ops.roi_pool(x, r, 7, 0.5),
+    "deform_conv": lambda x, o, m, w: mmcv.ops.deform_conv2d(x, o, w, 1, 1),
+    "modulated_deform_conv": lambda x, o, m, w: mmcv.ops.modulated_deform_conv2d(x, o, m, w, None, 1, 1),
+    "ms_deform_attn": lambda v, x, w: MultiScaleDeformableAttnFunction.apply(
+        v, SHAPES.to(v.device), STARTS.to(v.device), x, w, 64
+    ),
+    "sigmoid_focal_loss": lambda x, t: mmcv.ops.sigmoid_focal_loss(x, t),
+    "softmax_focal_loss": lambda x, t: mmcv.ops.softmax_focal_loss(x, t),
+}
+
+
+def inputs_of(name):
+    torch.manual_seed(0)
+    if name in ("nms", "soft_nms", "bbox_overlaps"):
+        return boxes(80, 30.0)
+    if name.startswith("roi"):
+        return torch.randn(2, 3, 20, 24), rois("usual")
+    if name.endswith("deform_conv"):
+        return torch.randn(2, 4, 6, 7), torch.randn(2, 18, 6, 7), torch.rand(2, 9, 6, 7), torch.randn(5, 4, 3, 3)
+    if name == "ms_deform_attn":
+        return torch.randn(2, 26, 2, 4), torch.rand(2, 3, 2, 2, 3, 2), torch.rand(2, 3, 2, 2, 3)
+    return torch.randn(9, 4), torch.arange(9) % 4
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_every_device_computes_the_same(name, device):
+    """On the CPU it shows that the cases themselves run, forward and backward."""
+    inputs = inputs_of(name)
+
+    def results(device):
+        leaves = [tensor.to(device) for tensor in inputs]
+        if name in ("nms", "soft_nms", "bbox_overlaps"):
+            return [ON_A_GPU[name](*leaves).cpu()]
+        return [tensor.cpu() for tensor in values_and_gradients(ON_A_GPU[name], leaves)]
+
+    found, expected = results(device), results("cpu")
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # sums in another order, and fused
+
+
 # ---------------------------------------------------------------------------------------- what torchvision has not
 
 

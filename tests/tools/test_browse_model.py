@@ -94,7 +94,7 @@ def test_default_sizes(tmp_path: Path, data: Path) -> None:
 
 
 def test_layers_of_mmcv_are_refused() -> None:
-    ops = pytest.importorskip("mmcv.ops", reason="mmcv is installed without its compiled operators")
+    ops = pytest.importorskip("mmcv.ops", reason="mmcv is not installed")
     model = torch.nn.Sequential(torch.nn.ReLU(), ops.CARAFEPack(8, 2))
     cfg = bare_models.read_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py")
     with pytest.raises(engine.UsageError, match="1 are mmcv's own layers, which are not counted: add --drop-in"):
