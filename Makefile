@@ -10,7 +10,7 @@ TEST_JOBS ?= 2
 
 # MMCV=compiled also compiles mmcv's own operators, which takes 10 to 25 minutes on two cores.
 env:
-	@MMCV=$(MMCV) tools/setup_env.sh
+	@tools/setup_env.sh
 
 demo: env
 	$(PYTHON) tools/demo.py

@@ -128,7 +128,7 @@ def extensions() -> dict:
         return {"cmdclass": {"build_py": BuildPackage}}
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
     missing = None
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+    if shutil.which((os.environ.get("CXX") or "c++").split()[0]) is None:
         missing = "no C++ compiler; CXX names another one"
     elif not os.path.exists(header):
         missing = f"no {header}"

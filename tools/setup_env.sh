@@ -28,9 +28,11 @@ supported() {
 
 if [ "${CARAFE_ENV:-}" = current ]; then
   python=python3
+  command -v "$python" >/dev/null || fail "CARAFE_ENV=current: there is no python3 on the PATH"
 else
   python=.venv/bin/python
-  if ! "$python" -m pip --version >/dev/null 2>&1; then  # none yet, or one whose making was interrupted
+  # None yet, or one that was interrupted before it had pip, or was made without.
+  if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip >/dev/null 2>&1; then
     base=python3
     for candidate in python3.11 python3.12 python3.13 python3.10 python3; do
       if command -v "$candidate" >/dev/null && supported "$candidate" &&
@@ -76,12 +78,16 @@ PYTHON
 
 # reason: why pip has failed, from its log, in a few words.
 reason() {
-  if grep -q 'No space left on device' "$log" || [ "$(df -Pk . "${TMPDIR:-/tmp}" | awk 'NR > 1 {print $4}' | sort -n | head -n 1)" -lt 10000 ]; then
+  local left
+  left=$(df -Pk . "${TMPDIR:-/tmp}" 2>/dev/null | awk 'NR > 1 {print $4}' | sort -n | head -n 1)
+  if grep -q 'No space left on device' "$log" || [ "${left:-999999}" -lt 10000 ]; then
     echo "the disk is full (6 GB are needed here, 3 GB in ${TMPDIR:-/tmp} or TMPDIR)"
-  elif grep -qE 'Max retries|NewConnectionError|NameResolutionError|ProxyError|Connection (broken|reset|aborted|refused)|ConnectionResetError|RemoteDisconnected|IncompleteRead|[Tt]imed out|ConnectTimeout|SSLError|DO NOT MATCH THE HASHES' "$log"; then
+  elif grep -qE 'Failed (building|to build)' "$log"; then  # whatever the network did before
+    grep -iE '(^|[^a-z])error' "$log" | head -n 1
+  elif grep -qE 'from versions: none|Max retries|NewConnectionError|NameResolutionError|ProxyError|Connection (broken|reset|aborted|refused)|ConnectionResetError|RemoteDisconnected|IncompleteRead|[Tt]imed out|ConnectTimeout|SSLError|DO NOT MATCH THE HASHES' "$log"; then
     echo "the package index cannot be reached, or a download broke off"
   else
-    grep -iE '(^|[^a-z])error' "$log" | tail -n 1
+    grep -iE '(^|[^a-z])error' "$log" | tail -n 1 | grep . || tail -n 1 "$log"
   fi
 }
 
@@ -128,19 +134,34 @@ export PATH="$bin:$PATH"
 # mmcv compiles its operators wherever its build sees torch. pip builds a package apart from what is installed, so it
 # sees none there; and what pip has kept of an earlier build may be either, so it is not asked.
 mmcv=onedl-mmcv==2.3.6
+# Whether there are compiled operators, and whether they load; -E: without what stands in for them.
+is_compiled() {
+  "$python" -E - <<'PYTHON'
+import importlib.machinery as machinery, importlib.util as util, sys
+mmcv = util.find_spec("mmcv")
+found = mmcv and machinery.PathFinder.find_spec("mmcv._ext", mmcv.submodule_search_locations)
+sys.exit(not found)
+PYTHON
+}
+has_operators() {
+  is_compiled && "$python" -E -c 'import torch, mmcv._ext' >"$log" 2>&1
+}
 if ! have "$mmcv"; then
+  if is_compiled && [ "${MMCV:-}" != compiled ]; then
+    fail "another mmcv is installed here, with its operators, and $mmcv would replace it: MMCV=compiled compiles that one"
+  fi
   unset PIP_NO_BUILD_ISOLATION
   install "mmcv, not compiled (about 30 s)" --no-cache-dir "$mmcv"
 fi
 if [ "${MMCV:-}" = compiled ]; then
-  has_operators() { "$python" -c 'import torch, mmcv._ext' 2>/dev/null; }
   if ! has_operators; then
     missing=$(compiles) || fail "mmcv cannot be compiled: $missing"
+    "$python" -E -c 'import mmcv' >"$log" 2>&1 || fail "mmcv does not import: $(tail -n 1 "$log")"
     again=(--no-deps --no-build-isolation --force-reinstall "$mmcv")
     install "mmcv with its compiled operators (10 to 25 minutes on 2 cores, once)" "${again[@]}"
     has_operators ||  # pip had kept one that was not compiled, or for another torch
       install "mmcv with its compiled operators, again (10 to 25 minutes on 2 cores, once)" --no-cache-dir "${again[@]}"
-    has_operators || fail "mmcv was compiled and does not load: $("$python" -c 'import torch, mmcv._ext' 2>&1 | tail -n 1)"
+    has_operators || fail "mmcv was compiled, and its operators do not load: $(tail -n 1 "$log")"
   fi
 fi
 step "mmengine, mmdet, mmsegmentation, mmpretrain (about 30 s)" \
@@ -157,10 +178,12 @@ import importlib.metadata as metadata, json, pathlib, sys
 try:
     package = metadata.distribution("carafe_plugin")
     url = json.loads(package.read_text("direct_url.json") or "{}").get("url")
-    assert url == pathlib.Path.cwd().as_uri()
-except (metadata.PackageNotFoundError, AssertionError):
+    record = [path.locate() for path in package.files or () if path.name == "RECORD"]
+except metadata.PackageNotFoundError:
     sys.exit(1)
-print(next(path.locate() for path in package.files if path.name == "RECORD"))
+if url != pathlib.Path.cwd().as_uri() or not record:
+    sys.exit(1)
+print(record[0])
 PYTHON
   ) && [ -z "$(find setup.py pyproject.toml csrc -newer "$record" -type f)" ] &&
     { [ -e carafe_plugin/_C.abi3.so ] || ! compiles >/dev/null; }

@@ -22,19 +22,20 @@ Only the functions of MMCV's extension are here; what MMCV's Python code around 
 
 ==========================================  =========================================================================
 nms, roi_align (average), deform_conv,      torchvision's operators
-modulated_deform_conv, sigmoid_focal_loss
+modulated_deform_conv
 roi_align (maximum), roi_pool               torchvision's operators, one sample or one bin each
 ms_deform_attn, bbox_overlaps               MMCV's own PyTorch functions
-softnms, softmax_focal_loss,                NumPy and PyTorch
-masked_im2col, masked_col2im
+softnms, masked_im2col, masked_col2im,      NumPy and PyTorch
+sigmoid_focal_loss, softmax_focal_loss
 carafe, carafe_naive                        this package's operator
 ==========================================  =========================================================================
 
 Every other operator raises a NotImplementedError when it is called.
 
-They agree with MMCV's on a CPU to the rounding of float32, and what nms and softnms keep is the same. Beyond that, all
-take float64, float16 and bfloat16, and RoIPool, masked convolution, the focal losses and CARAFE run on a CPU. The focal
-loss of the sigmoid keeps its logarithm where MMCV cuts it off at that of the smallest float.
+They agree with MMCV's on a CPU to the rounding of float32, and what nms and softnms keep is the same (with ``offset=1``
+but for overlaps that rounding takes across the threshold). Beyond that, all take float64, float16 and bfloat16, and
+RoIPool, masked convolution, the focal losses and CARAFE run on a CPU. There half precision is computed in float32, as
+everywhere in the focal losses; the sigmoid's keeps its logarithm where MMCV cuts it off at the smallest float's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -52,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from carafe_plugin.openmmlab.startup.sitecustomize import EXTENSION, FOLDER, VARIABLE, ExtensionFinder
+from carafe_plugin.openmmlab.startup.sitecustomize import EXTENSION, FOLDER, VARIABLE, ExtensionFinder, is_ours
 from carafe_plugin.ops import carafe
 
 __all__ = ["fill", "install"]
@@ -63,7 +65,8 @@ USAGE = "usage: python -m carafe_plugin.openmmlab.mmcv_ops SCRIPT [ARGUMENT ...]
 def install() -> None:
     """Let ``mmcv._ext`` be torchvision's operators where it is absent, here and in processes started from here.
 
-    Nothing is imported; the environment variable ``PYTHONPATH`` gets one more folder. Calling it again changes nothing.
+    No toolbox is imported; the environment variable ``PYTHONPATH`` gets one more folder. Calling it again changes
+    nothing.
 
     Raises:
         ValueError: the environment variable ``CARAFE_MMCV_OPS`` is set, and not to ``torchvision``.
@@ -72,10 +75,10 @@ def install() -> None:
         >>> install()
         >>> from mmcv.ops import nms
     """
-    choice = os.environ.get(VARIABLE, "torchvision")
+    choice = os.environ.get(VARIABLE) or "torchvision"
     if choice != "torchvision":
         raise ValueError(f"the environment variable {VARIABLE} must be 'torchvision' or unset, got {choice!r}")
-    if any(getattr(finder, "__name__", "") == ExtensionFinder.__name__ for finder in sys.meta_path):
+    if any(map(is_ours, sys.meta_path)):
         return
     early = [name for name in ("mmdet", "mmseg", "mmpretrain") if name in sys.modules]
     if early and importlib.util.find_spec(EXTENSION) is None:
@@ -85,15 +88,16 @@ def install() -> None:
             stacklevel=2,
         )
     sys.meta_path.insert(0, ExtensionFinder)
-    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, folders)])
+    folders = os.environ.get("PYTHONPATH")  # an empty one among them is the current folder
+    os.environ["PYTHONPATH"] = f"{FOLDER}{os.pathsep}{folders}" if folders else str(FOLDER)
 
 
 def fill(module: ModuleType) -> None:
     """Put the operators into a module that is to be ``mmcv._ext``.
 
     Args:
-        module: Gets the functions below, and, for every other name that is asked of it, one that raises.
+        module: Gets the functions below, ``is_stand_in`` and, for every other name that is asked of it, a function
+            that raises.
 
     Raises:
         ImportError: torchvision is not installed, or does not load beside this torch.
@@ -108,6 +112,8 @@ def fill(module: ModuleType) -> None:
         ) from error
     for function in _OPERATORS:
         setattr(module, function.__name__, function)
+    module.is_stand_in = True  # type: ignore[attr-defined]
+    module.__dict__.pop("__file__", None)  # that of an extension which does not load
 
     def missing(name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
@@ -134,8 +140,24 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) and not cuda_half else tensor
 
 
+def _single(tensor: Tensor) -> Tensor:
+    """The tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def _order_does_not_matter() -> Iterator[None]:
+    """Where torch is to be deterministic, a warning instead of an error: MMCV's kernels sum in any order, too."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(min(mode, 1))
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
 def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
+    with torch.enable_grad(), _order_does_not_matter():
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         return torch.autograd.grad(function(*leaves), leaves, grad_output)
 
@@ -144,7 +166,7 @@ def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_o
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    boxes = _single(boxes)
     if offset:  # a box that ends in a pixel takes all of it
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1)
     # MMCV compares in float32, where a threshold of 0.3 is the ratio 3 / 10 and suppresses nothing of that overlap.
@@ -202,12 +224,11 @@ def bbox_overlaps(
 ) -> None:
     from mmcv.ops.bbox import _bbox_overlaps_cpu
 
-    ious.copy_(_bbox_overlaps_cpu(bboxes1, bboxes2, ("iou", "iof")[mode], aligned, offset))
+    ious.copy_(_bbox_overlaps_cpu(_single(bboxes1), _single(bboxes2), ("iou", "iof")[mode], aligned, offset))
 
 
 # ------------------------------------------------------------------------------------------- regions of interest
 _MAXIMUM = 0  # pool_mode
-_NOTHING = -10000.0  # MMCV's maximum over no sample
 
 
 def roi_align_forward(
@@ -235,8 +256,8 @@ def roi_align_forward(
         output.copy_(sample(rois, height, width, sampling_ratio))
         return
     for some, rows, columns in _sample_grids(rois, (height, width), spatial_scale, sampling_ratio, aligned):
-        if rows * columns == 0:
-            output[some], argmax_y[some], argmax_x[some] = _NOTHING, -1, -1
+        if rows <= 0 or columns <= 0:  # no sample: MMCV's maxima of nothing
+            output[some] = torch.finfo(output.dtype).min if output.is_cuda else -10000
             continue
         # As many bins as samples, with one sample in each.
         values, index = _bins(sample(rois[some], height * rows, width * columns, 1), rows, columns).max(dim=-1)
@@ -260,18 +281,20 @@ def roi_align_backward(
 ) -> None:
     def spread(grad: Tensor, rois: Tensor, ratio: int) -> Tensor:
         wide, size = (_wide(grad), _wide(rois)), grad.shape[2:]
-        return torch.ops.torchvision._roi_align_backward(
-            *wide, spatial_scale, *size, *grad_input.shape, ratio, aligned
-        ).to(grad_input.dtype)
+        with _order_does_not_matter():
+            spread_out = torch.ops.torchvision._roi_align_backward(
+                *wide, spatial_scale, *size, *grad_input.shape, ratio, aligned
+            )
+        return spread_out.to(grad_input.dtype)
 
     height, width = aligned_height, aligned_width
     if pool_mode != _MAXIMUM:
         grad_input.copy_(spread(grad_output, rois, sampling_ratio))
         return
     for some, rows, columns in _sample_grids(rois, (height, width), spatial_scale, sampling_ratio, aligned):
-        if rows * columns == 0:
+        if rows <= 0 or columns <= 0:
             continue
-        grad, index = grad_output[some], (argmax_y[some] * columns + argmax_x[some]).long()
+        grad, index = grad_output[some], argmax_y[some].long() * columns + argmax_x[some].long()
         bins = grad.new_zeros(*grad.shape, rows * columns).scatter_(-1, index[..., None], grad[..., None])
         split = bins.reshape(*grad.shape, rows, columns).transpose(3, 4)
         grad_input += spread(split.reshape(*grad.shape[:2], height * rows, width * columns), rois[some], 1)
@@ -316,7 +339,7 @@ def roi_pool_forward(
     torchvision rounds RoIs to whole locations and MMCV does not, so each bin goes to torchvision as a RoI of its own.
     """
     height, width = input.shape[2:]
-    input, rois = (tensor.to(torch.promote_types(input.dtype, torch.float32)) for tensor in (input, rois))
+    input, rois = _single(input), _single(rois)
     corners = torch.cat([rois[:, 1:3], rois[:, 3:] + 1], dim=1) * spatial_scale
     sizes = corners[:, 2:] - corners[:, :2]
     edges = []
@@ -345,7 +368,7 @@ def roi_pool_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    channels, locations = grad_input.shape[1], grad_input[0, 0].numel()
+    channels, locations = grad_input.shape[1], grad_input.shape[2] * grad_input.shape[3]
     planes = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)
     index = planes[:, :, None, None] * locations + argmax
     chosen = argmax >= 0
@@ -434,7 +457,8 @@ def _deform_conv(*arguments: Any) -> Tensor:
 
 
 def _deform_conv_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.torchvision._deform_conv2d_backward(_wide(grad_output), *_deform_conv_arguments(*arguments))
+    with _order_does_not_matter():
+        return torch.ops.torchvision._deform_conv2d_backward(_wide(grad_output), *_deform_conv_arguments(*arguments))
 
 
 def _deform_conv_arguments(
@@ -509,54 +533,56 @@ def ms_deform_attn_backward(
         target.copy_(grad)
 
 
-def _sigmoid_focal_loss(input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
-    from torchvision.ops import sigmoid_focal_loss
-
-    # A label that is no class, such as the background's, is 0 for every class.
-    labels = (target[:, None] == torch.arange(input.shape[1], device=input.device)).to(input.dtype)
-    loss = sigmoid_focal_loss(input, labels, alpha, gamma, reduction="none")
-    return loss * weight[target][:, None] if weight.numel() else loss
+def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, ...]:
+    """Signs (+1 at the label's class, -1 elsewhere, the background being no class) and weights (N, C) of the terms, the
+    probability of each to be wrong, and the logarithm of that to be right.
+    """
+    chosen = target[:, None] == torch.arange(input.shape[1], device=input.device)
+    sign = chosen.to(_single(input).dtype) * 2 - 1
+    share = torch.where(chosen, alpha, 1 - alpha).to(sign)
+    if weight.numel():
+        share = share * _single(weight)[target][:, None]
+    logits = sign * _single(input)
+    return sign, share, (-logits).sigmoid(), F.logsigmoid(logits)
 
 
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    output.copy_(_sigmoid_focal_loss(input, target, weight, gamma, alpha))
+    _, share, wrong, log = _focal_terms(input, target, weight, alpha)
+    output.copy_(-share * wrong**gamma * log)
 
 
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    def loss(input: Tensor) -> Tensor:
-        return _sigmoid_focal_loss(input, target, weight, gamma, alpha)
-
-    (grad,) = _gradients(loss, (input,), torch.ones_like(input))
-    grad_input.copy_(grad)
+    # Not autograd's, whose derivative of wrong**gamma is infinite at 0 for gamma < 1.
+    sign, share, wrong, log = _focal_terms(input, target, weight, alpha)
+    grad_input.copy_(sign * share * wrong**gamma * (gamma * (1 - wrong) * log - wrong))
 
 
-def _label_scores(softmax: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The label of every row (0 where it is to be ignored), its score, and the logarithm of that."""
+def _label_scores(softmax: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight of every row (0 where it is to be ignored), its label's score, and the logarithm of that."""
     label = target.clamp(min=0)
-    chosen = softmax.gather(1, label[:, None])[:, 0]
-    return label, chosen, chosen.clamp(min=torch.finfo(torch.float32).tiny).log()
+    chosen = _single(softmax).gather(1, label[:, None])[:, 0]
+    share = (_single(weight)[label] if weight.numel() else torch.ones_like(chosen)).masked_fill(target < 0, 0)
+    return share, chosen, chosen.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def softmax_focal_loss_forward(
     softmax: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    label, chosen, log = _label_scores(softmax, target)
-    loss = -alpha * (1 - chosen) ** gamma * log
-    output.copy_((loss * weight[label] if weight.numel() else loss).masked_fill(target < 0, 0))
+    share, chosen, log = _label_scores(softmax, target, weight)
+    output.copy_(-alpha * share * (1 - chosen) ** gamma * log)
 
 
 def softmax_focal_loss_backward(
     softmax: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Fills ``grad_input`` with the gradient to the logits behind ``softmax``."""
-    label, chosen, log = _label_scores(softmax, target)
-    slope = alpha * (gamma * (1 - chosen) ** (gamma - 1) * chosen * log - (1 - chosen) ** gamma)
-    buff.copy_((slope * weight[label] if weight.numel() else slope).masked_fill(target < 0, 0))
-    grad_input.copy_(buff[:, None] * (F.one_hot(label, softmax.shape[1]) - softmax))
+    share, chosen, log = _label_scores(softmax, target, weight)
+    slope = alpha * share * (gamma * (1 - chosen) ** (gamma - 1) * chosen * log - (1 - chosen) ** gamma)
+    grad_input.copy_(slope[:, None] * (F.one_hot(target.clamp(min=0), softmax.shape[1]) - _single(softmax)))
 
 
 # --------------------------------------------------------------------------------------------------------- CARAFE
@@ -660,7 +686,7 @@ _OPERATORS = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Go on as ``python ARGUMENTS``, with the operators at hand; comes back only where there are none."""
+    """Go on as ``python ARGUMENTS``, with the operators at hand; returns for ``--help`` or a usage error."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -670,7 +696,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *arguments])
+    options = sys.orig_argv[1 : sys.orig_argv.index("-m")] if "-m" in sys.orig_argv else []  # such as -u
+    os.execv(sys.executable, [sys.executable, *options, *arguments])
 
 
 if __name__ == "__main__":

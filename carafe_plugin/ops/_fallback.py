@@ -141,7 +141,7 @@ def _mmcv_is_right(features: Tensor, masks: Tensor, kernel_size: int, group_size
         from mmcv.ops.carafe import CARAFEFunction  # noqa: F401
     except Exception:  # mmcv is absent, or its compiled part does not load: either way it cannot serve
         return False
-    return hasattr(_ext, "__file__")  # what stands in for the compiled part has no kernel, and calls this operator
+    return not hasattr(_ext, "is_stand_in")  # that of mmcv_ops has no kernel: it calls this operator
 
 
 class _MMCVReassemble(_Reassemble):

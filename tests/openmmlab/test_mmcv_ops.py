@@ -177,11 +177,20 @@ def test_roi_align(pool_mode, aligned, ratio, kind):
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_roi_align_in_half_precision(dtype, pool_mode):
+    """Also where a bin has more samples than half precision counts."""
     torch.manual_seed(0)
-    features, places = torch.randn(2, 3, 20, 24).to(dtype), rois("usual").to(dtype)
-    found = mmcv.ops.roi_align(features, places, (7, 5), 0.5, 2, pool_mode, True)
-    expected = mmcv.ops.roi_align(features.float(), places.float(), (7, 5), 0.5, 2, pool_mode, True)
-    assert torch.equal(found, expected.to(dtype))
+    features = torch.randn(2, 1, 20, 300).to(dtype)
+    places = torch.cat([rois("usual"), torch.tensor([[0.0, 0, 0, 299, 19]])]).to(dtype)
+
+    def pool(features, places):
+        return mmcv.ops.roi_align(features, places, (1, 1), 1.0, 0, pool_mode, True)
+
+    found = values_and_gradients(lambda x: pool(x, places), [features])
+    values = pool(features.float(), places.float())
+    assert torch.equal(found[0], values.to(dtype))
+    grads = values_and_gradients(lambda x: pool(x, places.float()), [features.float()])[1]
+    assert torch.equal(found[1] == 0, grads.to(dtype) == 0)
+    torch.testing.assert_close(found[1].float(), grads, rtol=0.02, atol=0.02)  # the cotangents differ by a rounding
 
 
 def naive_roi_pool(features, places, size, scale):
@@ -223,6 +232,9 @@ def test_roi_pool(kind):
     for ours, naive in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, naive)
     assert mmcv.ops.roi_pool(features, places[:0], 7, 0.5).shape == (0, 3, 7, 7)
+    nothing = features[:0].clone().requires_grad_()
+    mmcv.ops.roi_pool(nothing, places[:0], 7, 0.5).sum().backward()
+    assert nothing.grad.shape == (0, 3, 20, 24)
     half = mmcv.ops.roi_pool(features.half(), places, (7, 5), 0.5)
     assert torch.equal(half, mmcv.ops.roi_pool(features.half().float(), places, (7, 5), 0.5).half())
 
@@ -301,6 +313,18 @@ def test_multi_scale_deformable_attention():
 
     for found, expected in zip(*(values_and_gradients(f, inputs) for f in (ours, theirs)), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_losses_of_sure_predictions_are_finite(gamma):
+    target = torch.tensor([0, 0, 3])
+    for dtype in (torch.float32, torch.float16):
+        logits = torch.tensor([[-20.0, 2, 20], [40, -40, 0], [0, 0, 0]], dtype=dtype)
+        for result in values_and_gradients(lambda x: mmcv.ops.sigmoid_focal_loss(x, target, gamma), [logits]):
+            assert torch.isfinite(result).all()
+    if gamma >= 1:  # MMCV's own formula of the other has a slope without bound there
+        for result in values_and_gradients(lambda x: mmcv.ops.softmax_focal_loss(x, target[:2], gamma), [logits[:2]]):
+            assert torch.isfinite(result).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])

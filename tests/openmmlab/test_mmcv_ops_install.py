@@ -6,6 +6,7 @@ Each test has an MMCV of its own: the installed one without its extension, or wi
 import importlib.machinery
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,7 +126,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("order", ["torchrun starts it", "it starts torchrun"])
 def test_every_rank_has_it_and_one_says_so(site, order):
     path = write(site, f"{USES_NMS}\nimport os\nprint(os.environ['RANK'], kept(), flush=True)")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", MODULE, path] if order == "torchrun starts it" else ["-m", MODULE, *torchrun, path]
     result = python(site, *command)
     assert result.returncode == 0, result.stderr
@@ -150,10 +151,41 @@ def test_a_hidden_sitecustomize_runs_as_well(site):
     assert (result.returncode, result.stdout.splitlines()) == (0, ["the other one"] * 2 + ["[0]"]), result.stderr
 
 
-def test_a_compiled_extension_is_never_replaced(site):
+def test_python_runs_on_as_it_was_asked_to(site):
+    """Its options, and the current folder that an empty entry of PYTHONPATH means (OpenMMLab's launchers leave one)."""
+    write(site, "", "mine.py")
+    (site.parent / "elsewhere").mkdir()
+    path = write(site, "import sys, mine; print(sys.flags.optimize, sys.flags.utf8_mode)", "elsewhere/script.py")
+    variables = dict(PYTHONPATH=f"{site}{os.pathsep}{ROOT}{os.pathsep}")
+    result = python(site, "-O", "-X", "utf8", "-m", MODULE, path, **variables)
+    assert (result.returncode, result.stdout) == (0, "1 1\n"), result.stderr
+
+
+def test_two_copies_of_the_startup_folder_do_not_run_each_other(site):
+    second = site.parent / "second"
+    shutil.copytree(mmcv_ops.FOLDER, second)
+    code = f"{USES_NMS}import sys\nprint(kept(), len([f for f in sys.meta_path if 'Extension' in str(f)]))"
+    variables = dict(PYTHONPATH=os.pathsep.join([str(mmcv_ops.FOLDER), str(second), str(site), str(ROOT)]))
+    result = python(site, "-c", code, **variables)
+    assert (result.returncode, result.stdout) == (0, "[0] 1\n"), result.stderr
+    assert "sitecustomize" not in result.stderr
+
+
+@pytest.mark.parametrize("found_by", ["path", "finder"])
+def test_a_compiled_extension_is_never_replaced(site, found_by):
     """Nor where the variable asks for torchvision's: a module that stands for the compiled one tells them apart."""
-    (site / "mmcv" / "_ext.py").write_text("def __getattr__(name):\n    return 'compiled'\n")
+    compiled = site / "mmcv" / "_ext.py" if found_by == "path" else site.parent / "built.py"
+    compiled.write_text("def __getattr__(name):\n    return 'compiled'\n")
     code = "from mmcv.ops.nms import ext_module; print(ext_module.softnms)"
+    if found_by == "finder":  # as editable installations have it
+        code = f"""
+import importlib.util, sys
+class Editable:
+    def find_spec(name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, {str(compiled)!r}) if name == "mmcv._ext" else None
+sys.meta_path.append(Editable)
+{code}
+"""
     for variables in ({}, {mmcv_ops.VARIABLE: "torchvision"}):
         result = python(site, "-m", MODULE, "-c", code, **variables)
         assert (result.returncode, result.stdout, said(result)) == (0, "compiled\n", []), result.stderr
@@ -173,6 +205,21 @@ def test_an_extension_that_does_not_load_is_an_offer(site):
     assert (result.returncode, result.stdout) == (0, "[0]\n"), result.stderr
     (line,) = said(result)
     assert line.endswith(f", and CARAFE_MMCV_OPS asks for it: torchvision's take their place ({MODULE})")
+
+
+def test_an_extension_that_does_not_load_is_not_taken_for_one_that_does(site):
+    """What stands in for it calls this package's operator, which must not take it for MMCV's and call it back."""
+    (site / "mmcv" / f"_ext{SUFFIX}").write_bytes(b"built for another torch")
+    code = "from mmcv import _ext; print(_ext.is_stand_in, hasattr(_ext, '__file__'))"
+    result = python(site, "-m", MODULE, "-c", code, CARAFE_MMCV_OPS="torchvision")
+    assert (result.returncode, result.stdout) == (0, "True False\n"), result.stderr
+
+
+def test_an_extension_for_another_python_is_not_replaced_unasked(site):
+    (site / "mmcv" / "_ext.cpython-38-x86_64-linux-gnu.so").write_bytes(b"built for another Python")
+    result = python(site, "-m", MODULE, "-c", "import mmcv.ops")
+    assert result.returncode == 1
+    assert said(result)[0].startswith("error: mmcv's compiled operators do not load here (")
 
 
 TOOLS = ["browse_model.py", "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "--shape", "64", "64"]
@@ -202,6 +249,11 @@ def test_no_torchvision_is_an_error_that_says_so(site):
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ImportError: mmcv has no compiled operators, and torchvision, whose operators would take")
     assert last.endswith("cannot be imported: no torchvision here")
+    pytest.importorskip("mmdet", reason="MMDetection is not installed")
+    result = python(site, ROOT / "tools" / TOOLS[0], *TOOLS[1:])
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line == last.replace("ImportError", "error")
 
 
 def test_too_late_is_a_warning(site):

@@ -94,21 +94,47 @@ def test_steps_and_their_order(checkout: Checkout) -> None:
     assert result.stdout.splitlines()[-1].startswith("env: ready (Python 3.")
 
 
+def package(folder: Path, name: str, **modules: str) -> None:
+    """Write a package of modules with these texts."""
+    (folder / name).mkdir(exist_ok=True)
+    for module, text in (("__init__", ""), *modules.items()):
+        (folder / name / f"{module}.py").write_text(text)
+
+
 def test_compiled_mmcv_is_built_beside_torch_and_checked(checkout: Checkout) -> None:
     packages = checkout.environment()
+    assert error(checkout.run(MMCV="compiled")) == "mmcv does not import: ModuleNotFoundError: No module named 'mmcv'"
+    checkout.calls.unlink()
+
+    package(packages, "mmcv", _ext="raise ImportError('undefined symbol')")
+    package(packages, "torch")
     message = error(checkout.run(MMCV="compiled"))
-    assert message == "mmcv was compiled and does not load: ModuleNotFoundError: No module named 'torch'"
+    assert message == "mmcv was compiled, and its operators do not load: ImportError: undefined symbol"
     calls = [call for call in checkout.installed() if "onedl-mmcv" in call]
     assert ["--no-build-isolation" in call for call in calls] == [False, True, True]
     assert ["--no-cache-dir" in call for call in calls] == [True, False, True]
-
     checkout.calls.unlink()
-    (packages / "torch.py").touch()
-    (packages / "mmcv").mkdir()
-    for name in ("__init__", "_ext"):
-        (packages / "mmcv" / f"{name}.py").touch()
+
+    package(packages, "mmcv", _ext="")
     assert checkout.run(MMCV="compiled").returncode == 0
     assert not [call for call in checkout.installed() if "onedl-mmcv" in call and "--no-build-isolation" in call]
+
+
+def test_another_compiled_mmcv_is_not_replaced(checkout: Checkout) -> None:
+    package(checkout.environment(), "mmcv", _ext="")
+    message = error(checkout.run())
+    assert message.startswith("another mmcv is installed here, with its operators, and onedl-mmcv==2.3.6 would replace")
+    assert not [call for call in checkout.installed() if "mmcv" in call]
+
+
+def test_an_environment_without_pip_is_kept(checkout: Checkout) -> None:
+    packages = checkout.environment()
+    (packages / "precious.py").touch()
+    python = checkout.folder / ".venv" / "bin" / "python"
+    python.write_text(python.read_text().replace('"-m pip --version") exit 0', '"-m pip --version") exit 1'))
+    python.write_text(python.read_text().replace("*) exec", '"-m ensurepip") exit 0 ;;\n*) exec'))
+    assert checkout.run().returncode == 0
+    assert (packages / "precious.py").exists()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +184,7 @@ def test_other_pythons_are_refused(checkout: Checkout, version: str) -> None:
 
 def test_no_python_at_all(checkout: Checkout) -> None:
     assert error(checkout.run()) == "Python 3.10 to 3.13 is needed, and there is no python3"
+    assert error(checkout.run(CARAFE_ENV="current")) == "CARAFE_ENV=current: there is no python3 on the PATH"
 
 
 def test_without_a_compiler_the_reference_serves(checkout: Checkout) -> None:

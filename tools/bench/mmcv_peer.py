@@ -103,7 +103,7 @@ def installed_operator() -> Operator:
     from mmcv import _ext
     from mmcv.ops import carafe
 
-    if not hasattr(_ext, "__file__"):
+    if hasattr(_ext, "is_stand_in"):
         raise ImportError("what stands in for mmcv's compiled operators runs carafe_plugin's own")
     return carafe
 

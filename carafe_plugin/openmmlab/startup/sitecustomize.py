@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ExtensionFileLoader, ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -30,11 +30,20 @@ class ExtensionFinder:
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != EXTENSION:
             return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return ModuleSpec(name, StandInLoader("mmcv has no compiled operators here"))
-        spec.loader = CompiledLoader(spec.loader)
-        return spec
+        others = (finder for finder in sys.meta_path if not is_ours(finder))
+        for finder in others:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = CompiledLoader(spec.loader)
+                return spec
+        for file in (file for folder in path or () for file in Path(folder).glob("_ext.*.so")):  # for another Python
+            return ModuleSpec(name, CompiledLoader(ExtensionFileLoader(name, str(file))), origin=str(file))
+        return ModuleSpec(name, StandInLoader("mmcv has no compiled operators here"))
+
+
+def is_ours(finder: object) -> bool:
+    """Whether a finder is the one above; this module is imported under two names."""
+    return getattr(finder, "__name__", None) == ExtensionFinder.__name__
 
 
 class StandInLoader(Loader):
@@ -44,7 +53,11 @@ class StandInLoader(Loader):
         self.reason = reason
 
     def exec_module(self, module: ModuleType) -> None:
-        _mmcv_ops().fill(module)
+        try:
+            _mmcv_ops().fill(module)
+        except ImportError as error:
+            _say(f"error: {error}")
+            raise
         _say(f"{self.reason}: torchvision's take their place (carafe_plugin.openmmlab.mmcv_ops)")
 
 
@@ -80,11 +93,12 @@ def _mmcv_ops() -> ModuleType:
         return importlib.import_module("carafe_plugin.openmmlab.mmcv_ops")
 
 
-@functools.cache
+@functools.lru_cache(None)  # older Pythons that a run may start read this file too
 def _say(line: str) -> None:
     """Print a line, once for a run: not at every import, in its data workers, or in its other ranks."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
-    if not any("from multiprocessing" in argument for argument in sys.orig_argv[:4]) and set(ranks) == {"0"}:
+    spawned = any(argument.startswith("from multiprocessing") for argument in sys.orig_argv)
+    if not spawned and set(ranks) == {"0"}:
         print(line, file=sys.stderr)
 
 
@@ -97,6 +111,6 @@ def _run_hidden() -> None:
         spec.loader.exec_module(sys.modules["sitecustomize"])
 
 
-if __name__ == "sitecustomize":
+if __name__ == "sitecustomize" and not any(map(is_ours, sys.meta_path)):  # else another copy of this folder's
     sys.meta_path.insert(0, ExtensionFinder)
     _run_hidden()
