@@ -275,6 +275,9 @@ def model_of(toolbox, name):
     with DefaultScope.overwrite_default_scope(toolbox):
         model = registry.MODELS.build(config)
         model.init_weights()
+    for name, parameter in model.named_parameters():
+        if "conv_offset" in name:  # zero at first: an ordinary convolution
+            torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
