@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from importlib.machinery import PathFinder
 
 import pytest
 import torch
@@ -18,13 +19,11 @@ torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _processes)))
 
 
 def pytest_report_header():
-    if importlib.util.find_spec("mmcv") is None:
+    mmcv = importlib.util.find_spec("mmcv")
+    if mmcv is None:
         return "mmcv: not installed"
-    try:
-        from mmcv import _ext
-    except Exception as error:  # the tests of the operator do without
-        return f"mmcv: does not import ({error})"
-    return f"mmcv's operators: {'torchvision, by mmcv_ops' if hasattr(_ext, 'is_stand_in') else 'compiled'}"
+    compiled = PathFinder.find_spec("mmcv._ext", mmcv.submodule_search_locations)
+    return f"mmcv's operators: {'compiled' if compiled else 'torchvision, by mmcv_ops'}"
 
 
 def device_params():

@@ -247,9 +247,10 @@ def roi_align_forward(
     if aligned and not rois.is_cuda and bool((rois[:, 3:] < rois[:, 1:3]).any()):
         raise RuntimeError("RoIAlign: rois must have x1 <= x2 and y1 <= y2, got one of negative size")
 
+    features = _wide(input)
+
     def sample(rois: Tensor, height: int, width: int, ratio: int) -> Tensor:
-        wide = (_wide(input), _wide(rois))
-        return torch.ops.torchvision.roi_align(*wide, spatial_scale, height, width, ratio, aligned)
+        return torch.ops.torchvision.roi_align(features, _wide(rois), spatial_scale, height, width, ratio, aligned)
 
     height, width = aligned_height, aligned_width
     if pool_mode != _MAXIMUM:
@@ -599,7 +600,7 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    output.copy_(carafe(features, masks, kernel_size, group_size, scale_factor))
+    carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
     rfeatures.copy_(features)  # all that MMCV hands to the backward pass
 
 

@@ -30,14 +30,16 @@ class ExtensionFinder:
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != EXTENSION:
             return None
-        others = (finder for finder in sys.meta_path if not is_ours(finder))
-        for finder in others:
+        for finder in sys.meta_path:
+            if is_ours(finder):
+                continue
             spec = finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = CompiledLoader(spec.loader)
                 return spec
-        for file in (file for folder in path or () for file in Path(folder).glob("_ext.*.so")):  # for another Python
-            return ModuleSpec(name, CompiledLoader(ExtensionFileLoader(name, str(file))), origin=str(file))
+        foreign = [str(file) for folder in path or () for file in Path(folder).glob("_ext.*.so")]  # for another Python
+        if foreign:
+            return ModuleSpec(name, CompiledLoader(ExtensionFileLoader(name, foreign[0])), origin=foreign[0])
         return ModuleSpec(name, StandInLoader("mmcv has no compiled operators here"))
 
 
