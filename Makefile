@@ -1,7 +1,7 @@
 # CARAFE_ENV=current uses the active Python environment instead of .venv.
 BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv/bin/)
 PYTHON := $(if $(BIN),$(BIN)python,python3)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp tools/bench/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp benchmarks/*.cpp)
 BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2
@@ -13,20 +13,20 @@ env:
 	@tools/setup_env.sh
 
 demo: env
-	$(PYTHON) tools/demo.py
+	$(PYTHON) -m studies.demo.detection
 
 demo-all: env
-	$(PYTHON) tools/demo.py --all
+	$(PYTHON) -m studies.demo.detection --all
 
 demo-seg: env
-	$(PYTHON) tools/demo_seg.py
+	$(PYTHON) -m studies.demo.segmentation
 
 demo-inpaint: env
-	$(PYTHON) tools/demo_inpaint.py
+	$(PYTHON) -m studies.demo.inpainting
 
 # The operators of Tables 4 and 6 on generated scenes, three seeds each; TABLE=3 and others, another table.
 ablation: env
-	$(PYTHON) tools/ablation.py $(if $(TABLE),--table $(TABLE))
+	$(PYTHON) -m studies.ablation $(if $(TABLE),--table $(TABLE))
 
 test: env
 	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
@@ -40,11 +40,11 @@ format: env
 	$(BIN)clang-format -i $(CXX_SOURCES)
 
 bench: env
-	$(PYTHON) tools/bench_op.py $(BENCH_FLAGS)
+	$(PYTHON) -m benchmarks.op $(BENCH_FLAGS)
 
 # On a machine with a GPU; needs torch, pytest and hypothesis alone.
 gpu-check:
-	$(or $(wildcard $(PYTHON)),python3) tools/gpu_check.py $(GPU_CHECK_FLAGS)
+	$(or $(wildcard $(PYTHON)),python3) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
 
 # What can be made again; work_dirs/ and data/ may hold somebody's training.
 clean:

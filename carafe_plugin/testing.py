@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.carafe import scale_ratio
+from .ops.functional import scale_ratio
 from .ops.reference import output_size
 
 SCALES: tuple[int | Fraction, ...] = (2, 3, 4, 1, Fraction(1, 2), Fraction(1, 3), Fraction(3, 2), Fraction(2, 3))

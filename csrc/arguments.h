@@ -9,8 +9,8 @@
 
 #include <algorithm>
 
-#include "kernels/scalar.h"
-#include "kernels/shape.h"
+#include "common/scalar.h"
+#include "common/shape.h"
 
 namespace carafe {
 

@@ -1,12 +1,12 @@
 // From tensors to a Shape and Maps, as arguments.h does it, for the operators that start at the content encoder's raw
-// output (kernels/normalize.h says how that lies in memory).
+// output (cpu/normalize.h says how that lies in memory).
 #pragma once
 
 #include "arguments.h"
 
 namespace carafe {
 
-enum class Normalizer;  // kernels/normalize.h has their names, kernels/gpu/weights.h those of the GPU
+enum class Normalizer;  // cpu/normalize.h has their names, cuda/weights.h those of the GPU
 
 inline Normalizer make_normalizer(int64_t normalizer) {
   STD_TORCH_CHECK(normalizer >= 0 && normalizer <= 2, "normalizer must be 0, 1 or 2, got ", normalizer);

@@ -50,3 +50,31 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Seven images (odd, so that two processes get unequal shares) in all three layouts."""
+    from tiny_runs import write_scenes
+
+    return write_scenes(tmp_path_factory.mktemp("data"), 7)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data):
+    """Train the tiny model of a toolbox, once per session, in this process: ``trained('mmdet')``."""
+    from tiny_runs import Trained, call_tool, write_config
+
+    done = {}
+
+    def train(scope):
+        if scope not in done:
+            folder = tmp_path_factory.mktemp(scope)
+            epochs = dict(mmdet=16, mmseg=8, mmpretrain=6)[scope]
+            config = write_config(folder / f"tiny_{scope}.py", scope, data, epochs=epochs)
+            work_dir = folder / "run"
+            assert call_tool("train", config, "--work-dir", work_dir) == 0
+            done[scope] = Trained(scope, config, work_dir)
+        return done[scope]
+
+    return train

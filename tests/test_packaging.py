@@ -125,7 +125,19 @@ def test_wheel_passes_the_operator_tests_without_openmmlab(installed, tmp_path):
     files = [TESTS / "ops" / name for name in OPERATOR_TESTS]
     files.append(TESTS / "modules" / "test_modules.py")
     output = run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "hide_openmmlab", "-p", "no:cacheprovider", *files],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "hide_openmmlab",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "pythonpath=",
+            *files,
+        ],
         cwd=tmp_path,
         env=environment,
     )

@@ -22,14 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import bare_models
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.complexity import Complexity, carafe_sites, count
+from carafe_plugin.analysis.complexity import carafe_sites
+from carafe_plugin.engine import bare_models
+from carafe_plugin.engine import run as engine
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,28 +48,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Complexity:
-    """Count a forward pass of ``model`` over one image of ``shape``."""
-    mmcv_layers = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
-    if mmcv_layers:
-        raise engine.UsageError(
-            f"{cfg.filename}: {', '.join(mmcv_layers)} are mmcv's own layers, which are not counted: add --drop-in"
-        )
-    bare_models.fix_boxes(model, shape)
-    preprocess: Any = model.data_preprocessor
-    data = preprocess(bare_models.one_image(cfg, shape), False)
-    inputs = data.pop("inputs")
-    try:
-        return count(model, inputs, **data, mode="tensor")
-    except (RuntimeError, ValueError) as error:
-        raise engine.UsageError(
-            f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}"
-        ) from error
-
-
 def describe(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
     """Everything that the tool shows, as plain values."""
-    found = count_model(cfg, model, shape)
+    found = bare_models.count_model(cfg, model, shape)
     sites = list(carafe_sites(model, found))
     flops, parameters = (sum(getattr(site, name) for site in sites) for name in ("flops", "parameters"))
     return {
@@ -136,5 +117,10 @@ def browse_model(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(browse_model, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(engine.run_tool(browse_model, parse_args()))
+    sys.exit(main())

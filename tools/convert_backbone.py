@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
-from carafe_plugin.openmmlab.convert import (
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.backbones import (
     ARCHITECTURES,
     backbone_type,
     count_carafe,
     extract_backbone,
     matching_depths,
 )
+from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -93,5 +93,10 @@ def _listed(depths: Sequence[int] | dict) -> str:
     return ", ".join(map(str, depths))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(convert_backbone, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(engine.run_tool(convert_backbone, parse_args()))
+    sys.exit(main())

@@ -49,9 +49,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
-from carafe_plugin.openmmlab.layouts import (
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine.layouts import (
     ACTIVATIONS,
     LAYOUTS,
     ORDERS,
@@ -288,5 +288,10 @@ def report(conversion: Conversion, to: str, destination: Path, origins: str) -> 
     )
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(convert_checkpoint, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(engine.run_tool(convert_checkpoint, parse_args()))
+    sys.exit(main())

@@ -29,8 +29,9 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine.images import read_image
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -66,26 +67,6 @@ def find_images(path: Path) -> list[Path]:
     if not images:
         raise engine.UsageError(f"no images ({', '.join(IMAGE_ENDINGS)}) in folder {path.absolute()}")
     return images
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 RGB.
-
-    Raises:
-        ValueError: the file is truncated, damaged or no image.
-    """
-    import mmcv
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()  # OpenCV fills the missing part of a truncated file with grey; Pillow refuses it
-    except Exception as error:  # Pillow's decoders raise anything, down to struct.error
-        raise ValueError(str(error) or type(error).__name__) from error
-    pixels = mmcv.imread(str(path), channel_order="rgb")
-    if pixels is None:
-        raise ValueError("OpenCV cannot read it")
-    return pixels
 
 
 def load_detector(args: argparse.Namespace) -> Any:
@@ -215,6 +196,11 @@ def _pipeline(cfg: Config) -> Any:
     return Compose([step for step in get_test_pipeline_cfg(cfg) if "LoadAnnotations" not in str(step.get("type"))])
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # drawing into files needs no display
-    sys.exit(engine.run_tool(infer, parse_args()))
+    return engine.run_tool(infer, parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

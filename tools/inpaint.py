@@ -29,11 +29,11 @@ from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
-from carafe_plugin.models.inpainting import InpaintingGAN
-from carafe_plugin.models.inpainting.generator import STRIDE
-from carafe_plugin.models.inpainting.images import read_upright
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.inpainting import InpaintingGAN
+from carafe_plugin.inpainting.generator import STRIDE
+from carafe_plugin.inpainting.images import read_upright
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -194,5 +194,10 @@ def inpaint(args: argparse.Namespace) -> None:
     print(f"{args.out}: {holes.sum():,} of {pixels.shape[1]} x {pixels.shape[0]} pixels filled")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(inpaint, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(engine.run_tool(inpaint, parse_args()))
+    sys.exit(main())

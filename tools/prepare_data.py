@@ -26,14 +26,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from data_files import DataError, damaged_images, link, list_images, unpack, whole_files
-from data_layouts import IMAGENET, LAYOUTS, Folder, Layout, find_val_labels, some
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import AtomicLocalBackend
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.checkpoint import AtomicLocalBackend
+from carafe_plugin.engine.data_files import DataError, damaged_images, link, list_images, unpack, whole_files
+from carafe_plugin.engine.data_layouts import IMAGENET, LAYOUTS, Folder, Layout, find_val_labels, some
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -172,5 +172,10 @@ def prepare_data(args: argparse.Namespace) -> int:
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(prepare_data, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(engine.run_tool(prepare_data, parse_args()))
+    sys.exit(main())

@@ -24,8 +24,8 @@ from mmengine.dist import is_main_process
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import find_mismatch, read_checkpoint, use_atomic_writes
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.checkpoint import find_mismatch, read_checkpoint, use_atomic_writes
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -190,5 +190,10 @@ def test(args: argparse.Namespace) -> None:
         mmengine.dump(metrics, args.out)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(test, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(engine.run_tool(test, parse_args()))
+    sys.exit(main())

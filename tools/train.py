@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import (
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.checkpoint import (
     checkpoint_folder,
     newest_checkpoint,
     read_checkpoint,
@@ -99,5 +99,10 @@ def train(args: argparse.Namespace) -> None:
     runner.train()
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(train, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(engine.run_tool(train, parse_args()))
+    sys.exit(main())

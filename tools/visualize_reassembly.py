@@ -21,15 +21,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import bare_models
-import reassembly_page
-import reassembly_view
-from infer import read_image
-from reassembly_pictures import Shown, draw_reassembly
-from reassembly_view import CHAINS
-
 from carafe_plugin.analysis import compose
-from carafe_plugin.openmmlab import engine
+from carafe_plugin.engine import bare_models, reassembly_page, reassembly_view
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.images import read_image
+from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly
+from carafe_plugin.engine.reassembly_view import CHAINS
 
 
 def point(text: str) -> tuple[float, float]:
@@ -105,5 +102,10 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(visualize_reassembly, parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(engine.run_tool(visualize_reassembly, parse_args()))
+    sys.exit(main())

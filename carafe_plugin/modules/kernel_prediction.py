@@ -7,8 +7,8 @@ from fractions import Fraction
 
 from torch import Tensor, nn
 
-from ..ops.carafe import scale_ratio
-from ..ops.logits import NORMALIZERS, kernels_from_logits, normalize_kernels, reassemble_logits
+from ..ops.functional import scale_ratio
+from ..ops.fused import NORMALIZERS, kernels_from_logits, normalize_kernels, reassemble_logits
 
 __all__ = ["NORMALIZERS", "KernelPrediction", "normalize_kernels", "resize_ratio"]
 

@@ -2,6 +2,6 @@
 
 from . import flops
 from ._registration import is_compiled
-from .carafe import carafe
+from .functional import carafe
 
 __all__ = ["carafe", "flops", "is_compiled"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import flop_counter
 
-from . import logits
+from . import fused as logits
 from ._registration import OPERATORS, is_compiled
 
 __all__ = ["announce", "multiply_adds"]

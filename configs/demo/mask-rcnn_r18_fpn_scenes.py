@@ -1,5 +1,5 @@
 # Mask R-CNN small enough to be trained from scratch on two CPU cores in about five minutes.
-# The data come from tools/generate_scenes.py (160 x 160 images, six categories).
+# The data come from studies.demo.generate_scenes (160 x 160 images, six categories).
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 
 channels = 64  # of the pyramid and of every head

@@ -1,5 +1,5 @@
 # UperNet small enough to be trained from scratch on two CPU cores in a few minutes.
-# The data come from tools/generate_scenes.py --format ade20k (160 x 160 images, six categories and the background).
+# The data come from studies.demo.generate_scenes --format ade20k (160 x 160 images, six categories and the background).
 default_scope = "mmseg"
 channels = 64  # of the decode head
 norm_cfg = dict(type="BN", requires_grad=True)  # one process: nothing to synchronise

@@ -1,4 +1,4 @@
-"""Global&Local at a size that two CPU cores train in minutes, on the generated scenes of ``tools/demo_inpaint.py``."""
+"""Global&Local at a size that two CPU cores train in minutes, on the scenes of ``make demo-inpaint``."""
 
 _base_ = "_base_/inpainting.py"
 

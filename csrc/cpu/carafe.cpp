@@ -1,5 +1,5 @@
-// The CPU operators: the row kernels (kernels/rows.h) compiled for several instruction sets, chosen at run time, and
-// the element loop (kernels/element.h), through torch's own thread pool.
+// The CPU operators: the row kernels (cpu/rows.h) compiled for several instruction sets, chosen at run time, and
+// the element loop (common/element.h), through torch's own thread pool.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
@@ -10,9 +10,9 @@
 #endif
 
 #include "../arguments.h"
-#include "../kernels/element.h"
-#include "../kernels/rows.h"
+#include "../common/element.h"
 #include "../logits.h"
+#include "rows.h"
 
 namespace carafe {
 namespace {

@@ -1,9 +1,9 @@
-// The CUDA operators: block kernels (kernels/gpu) where one fits the call, otherwise a thread computes one output
-// element with the functions of kernels/element.h.
+// The CUDA operators: block kernels (here) where one fits the call, otherwise a thread computes one output
+// element with the functions of common/element.h.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../kernels/element.h"
+#include "../common/element.h"
 #include "../logits.h"
 #include "launch.h"
 

@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "../arguments.h"
-#include "../kernels/gpu/calls.h"
+#include "calls.h"
 
 namespace carafe {
 
@@ -29,7 +29,7 @@ inline cudaStream_t current_stream() {
   return static_cast<cudaStream_t>(stream);
 }
 
-// The CUDA side of a block kernel (kernels/gpu/sites.h): its steps, and a barrier after each.
+// The CUDA side of a block kernel (sites.h): its steps, and a barrier after each.
 template <class Block>
 __global__ void __launch_bounds__(Block::kThreads, Block::kResident) run_block(const __grid_constant__ Block block) {
   extern __shared__ __align__(16) unsigned char shared[];

@@ -14,8 +14,9 @@ pytest.importorskip("mmdet", reason="mmdet is not installed")
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope, Registry
 
+from carafe_plugin.engine import run as engine
 from carafe_plugin.modules import peers
-from carafe_plugin.openmmlab import engine, layers
+from carafe_plugin.openmmlab import layers
 from carafe_plugin.openmmlab.mmdet import CARAFEFPN, CARAFEFCNMaskHead, CARAFEResNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,7 +2,6 @@
 
 import functools
 import re
-import sys
 from unittest import mock
 
 import pytest
@@ -15,16 +14,15 @@ pytest.importorskip("mmdet", reason="mmdet is not installed")
 pytest.importorskip("mmseg", reason="mmseg is not installed")
 pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
 
-sys.path.append(str(CONFIGS.parent / "tools"))
 
 from config_models import build, parse
-from paper_rows import read_tables
 from test_bases import differences
 
+from carafe_plugin.engine.backbones import extract_backbone
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample, peers
-from carafe_plugin.openmmlab.convert import extract_backbone
 from carafe_plugin.openmmlab.layers import Interpolation
 from carafe_plugin.openmmlab.resnet import DownsampledConv2d
+from studies.paper_tables.rows import read_tables
 
 PAPER = CONFIGS / "paper"
 FILES = sorted(str(path.relative_to(PAPER).with_suffix("")) for path in PAPER.rglob("*.py"))

@@ -3,7 +3,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/kernels/gpu/calls.h"
+#include "../../csrc/cuda/calls.h"
 
 using namespace carafe;
 

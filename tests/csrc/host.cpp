@@ -1,7 +1,7 @@
 // The torch-free kernel headers behind C functions, for ctypes. Compiled by test_kernels.py with g++ alone, once plain
 // and once with the address and undefined-behaviour sanitizers.
-#include "../../csrc/kernels/element.h"
-#include "../../csrc/kernels/rows.h"
+#include "../../csrc/common/element.h"
+#include "../../csrc/cpu/rows.h"
 
 using namespace carafe;
 

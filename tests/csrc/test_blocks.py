@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from carafe_plugin.ops import logits as fused
-from carafe_plugin.ops import reference
-from carafe_plugin.ops.logits import NORMALIZERS, kernels_from_logits
+from carafe_plugin.ops import fused, reference
+from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits
 from carafe_plugin.testing import TOLERANCES, assert_close, dtypes, pairwise
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from carafe_plugin.ops import reference
-from carafe_plugin.ops.carafe import scale_ratio
+from carafe_plugin.ops.functional import scale_ratio
 from carafe_plugin.testing import SCALES, assert_close, dtypes, pairwise, random_case
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script

@@ -1,7 +1,6 @@
 """The ResNets with CARAFE++: their parents bit for bit without it, and where it stands and what it computes with it."""
 
 import copy
-import doctest
 import importlib
 import io
 import pickle
@@ -447,15 +446,6 @@ def test_copies_and_files(toolbox):
 def test_bad_arguments_are_named(toolbox, changes, error, message):
     with pytest.raises(error, match=message):
         ours(toolbox, **changes)
-
-
-@pytest.mark.parametrize("name", ["resnet", "convert", *(f"{toolbox}.backbones" for toolbox in TOOLBOXES)])
-def test_examples_in_docstrings(name):
-    toolbox = name.partition(".")[0] if "." in name else "mmdet"
-    pytest.importorskip(toolbox, reason=f"{toolbox} is not installed")
-    failed, attempted = doctest.testmod(importlib.import_module(f"carafe_plugin.openmmlab.{name}"))
-    assert attempted > 0
-    assert failed == 0
 
 
 @pytest.mark.parametrize("toolbox", TOOLBOXES)

@@ -23,13 +23,11 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.registry import DefaultScope
 from pycocotools import mask as coco_mask
+from tiny_runs import last_metrics, run
 from zoo_models import ZOO, carafe_keys, stock_model, textbook, zoo_config
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from tiny_runs import last_metrics, run  # isort: skip (it brings the folder of the tools)
-import generate_scenes
-
-from carafe_plugin.openmmlab.checkpoint import read_checkpoint
+from carafe_plugin.engine.checkpoint import read_checkpoint
+from studies.demo import generate_scenes
 
 MMCV_CARAFE = sys.modules["mmcv.ops.carafe"]
 FASTER, MASK = "faster-rcnn_r50_fpn-carafe_1x_coco.py", "mask-rcnn_r50_fpn-carafe_1x_coco.py"

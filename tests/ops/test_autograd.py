@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from carafe_plugin.ops import carafe
-from carafe_plugin.ops.carafe import scale_ratio
+from carafe_plugin.ops.functional import scale_ratio
 from carafe_plugin.testing import SCALES, random_case
 
 

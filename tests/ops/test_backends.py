@@ -16,9 +16,9 @@ CHECK = """
 import ctypes, torch, carafe_plugin._C
 from fractions import Fraction
 from carafe_plugin.ops import carafe, reference
-from carafe_plugin.ops.logits import NORMALIZERS, kernels_from_logits
+from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits
 from carafe_plugin.testing import TOLERANCES, assert_close, random_case, dtypes
-from carafe_plugin.ops.carafe import scale_ratio
+from carafe_plugin.ops.functional import scale_ratio
 library = ctypes.CDLL(carafe_plugin._C.__file__)
 library.carafe_cpu_path.restype = ctypes.c_char_p
 ops = torch.ops.carafe_plugin

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carafe_plugin.ops import carafe, is_compiled, reference
-from carafe_plugin.ops.carafe import scale_ratio
+from carafe_plugin.ops.functional import scale_ratio
 from carafe_plugin.testing import LAYOUTS, SCALES, SHAPES, assert_close, dtypes, pairwise, random_case
 
 CASES = list(

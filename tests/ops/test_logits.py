@@ -7,7 +7,7 @@ import torch
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.ops import is_compiled, reference
-from carafe_plugin.ops.logits import NORMALIZERS, kernels_from_logits, reassemble_logits
+from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits, reassemble_logits
 from carafe_plugin.testing import LAYOUTS, SHAPES, TOLERANCES, assert_close, dtypes, pairwise, relative_error
 
 pytestmark = pytest.mark.skipif(not is_compiled("cpu"), reason="the extension is not built: the definition serves")

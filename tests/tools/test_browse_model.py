@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ROOT, call_tool, load_tool, one_line, run, write_config
+from tiny_runs import ROOT, call_tool, one_line, run, write_config
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 
-import bare_models
-
-from carafe_plugin.openmmlab import engine
+from carafe_plugin.engine import bare_models
+from carafe_plugin.engine import run as engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What upsampling by 2 takes at one location of 256 channels: compressor, encoder, reassembly.
@@ -98,7 +97,7 @@ def test_layers_of_mmcv_are_refused() -> None:
     model = torch.nn.Sequential(torch.nn.ReLU(), ops.CARAFEPack(8, 2))
     cfg = bare_models.read_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py")
     with pytest.raises(engine.UsageError, match="1 are mmcv's own layers, which are not counted: add --drop-in"):
-        load_tool("browse_model").count_model(cfg, model, (64, 64))
+        bare_models.count_model(cfg, model, (64, 64))
 
 
 def test_drop_in_counts_them(tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_runs import call_tool, one_line
 
-from tiny_runs import call_tool, one_line  # isort: skip (it brings the folder of the tools)
-import data_files
-import data_layouts
+from carafe_plugin.engine import data_files, data_layouts
 
 SIZES = {
     "coco": dict(train2017=3, val2017=2),

@@ -208,7 +208,7 @@ def test_annotations_that_cannot_be_evaluated(
 
 def test_what_is_not_measured_needs_no_annotations(trained: Callable, data: Path, tmp_path: Path) -> None:
     """Test images, as COCO's test-dev: predictions to submit. The classes' names may be in a file."""
-    from carafe_plugin.openmmlab.annotations import AnnotationError, check_annotations
+    from carafe_plugin.engine.annotations import AnnotationError, check_annotations
 
     cfg = Config.fromfile(trained("mmdet").config)
     content = json.loads((data / "instances.json").read_text())

@@ -11,8 +11,8 @@ import torch
 from mmengine.config import Config
 from tiny_runs import call_tool, one_line, run, write_config, write_toy
 
-from carafe_plugin.openmmlab import engine
-from carafe_plugin.openmmlab.checkpoint import AtomicCheckpointHook
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.checkpoint import AtomicCheckpointHook
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmseg", reason="tools: mmseg is not installed")
@@ -42,16 +42,14 @@ def test_checkpoints_of_training_load_with_torchs_default(trained: Callable) -> 
 
 
 def test_our_hook_replaces_only_mmengines() -> None:
-    from carafe_plugin.openmmlab.checkpoint import use_atomic_checkpoints
+    from carafe_plugin.engine.checkpoint import use_atomic_checkpoints
 
     cfg = Config(dict(default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=3))))
     use_atomic_checkpoints(cfg)
-    assert cfg.default_hooks.checkpoint == dict(
-        type="carafe_plugin.openmmlab.checkpoint.AtomicCheckpointHook", interval=3
-    )
+    assert cfg.default_hooks.checkpoint == dict(type="carafe_plugin.engine.checkpoint.AtomicCheckpointHook", interval=3)
     cfg = Config({})
     use_atomic_checkpoints(cfg)
-    assert cfg.default_hooks.checkpoint.type == "carafe_plugin.openmmlab.checkpoint.AtomicCheckpointHook"
+    assert cfg.default_hooks.checkpoint.type == "carafe_plugin.engine.checkpoint.AtomicCheckpointHook"
     for own in (dict(checkpoint=None), dict(checkpoint=dict(type="EMAHook"))):
         cfg = Config(dict(default_hooks=own))
         use_atomic_checkpoints(cfg)

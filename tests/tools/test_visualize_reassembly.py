@@ -19,13 +19,9 @@ from tiny_runs import call_tool, one_line, scene, write_config
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 
-import bare_models
-import reassembly_page
-import reassembly_pictures
-import reassembly_view
-from reassembly_pictures import Shown
-
 from carafe_plugin.analysis import Reassembly, compose
+from carafe_plugin.engine import bare_models, reassembly_page, reassembly_pictures, reassembly_view
+from carafe_plugin.engine.reassembly_pictures import Shown
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")

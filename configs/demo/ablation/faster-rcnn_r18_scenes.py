@@ -1,4 +1,4 @@
-# The recipe of tools/ablation.py for the tables of boxes: the same without the mask head.
+# The recipe of studies.ablation for the tables of boxes: the same without the mask head.
 _base_ = "./mask-rcnn_r18_scenes.py"
 
 model = dict(type="FasterRCNN", roi_head=dict(mask_roi_extractor=None, mask_head=None))

@@ -1,5 +1,5 @@
-# The recipe of tools/ablation.py for the tables with a mask head: the demo's Mask R-CNN on smaller scenes, for about
-# three minutes on two CPU cores. tools/ablation.py puts each row's operators in, and the seed.
+# The recipe of studies.ablation for the tables with a mask head: the demo's Mask R-CNN on smaller scenes, for about
+# three minutes on two CPU cores. studies.ablation puts each row's operators in, and the seed.
 _base_ = "../mask-rcnn_r18_fpn_scenes.py"
 
 data_root = "data/scenes-128/"

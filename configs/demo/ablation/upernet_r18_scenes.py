@@ -1,4 +1,4 @@
-# The recipe of tools/ablation.py for the components of UperNet (Table 9): the demo's, shorter.
+# The recipe of studies.ablation for the components of UperNet (Table 9): the demo's, shorter.
 _base_ = "../upernet_r18_scenes.py"
 
 max_iters = 200

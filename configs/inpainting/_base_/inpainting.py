@@ -1,7 +1,7 @@
 """What all four rows of Table 10 share: data, optimisers and schedule (Sec. 5.1)."""
 
 default_scope = "mmengine"
-custom_imports = dict(imports=["carafe_plugin.models.inpainting"], allow_failed_imports=False)
+custom_imports = dict(imports=["carafe_plugin.inpainting"], allow_failed_imports=False)
 
 model = dict(
     type="InpaintingGAN",

@@ -1,0 +1,208 @@
+"""The single checks of `gpu_check.py` that are no tool or test of their own; each runs in a process of its own.
+
+    python -m benchmarks.gpu_probes NAME [--json FILE]
+
+Exit code: 0, or 1 when the check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import carafe_plugin
+from benchmarks import measure
+from carafe_plugin import CARAFEUpsample
+from carafe_plugin.ops import carafe, reference
+from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits, reassemble_logits
+from carafe_plugin.testing import TOLERANCES, random_case, relative_error
+
+Result = dict[str, Any]  # 'ok', and what was found
+SMALL_SCALES: tuple[Fraction, ...] = (Fraction(2), Fraction(3), Fraction(1, 2), Fraction(3, 2))
+MOST_SLOWER = 1.02  # of a detector with our upsampler, against nearest
+
+
+def environment(device: str) -> Result:
+    """What runs here."""
+    found: Result = {"machine": measure.machine(device), "revision": measure.revision()}
+    found["version"] = carafe_plugin.__version__
+    for package in ("torchvision", "triton", "mmcv", "hypothesis", "pytest"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return {"ok": True, **found}
+
+
+def compiled(device: str) -> Result:
+    """Whether the compiled operators serve the device."""
+    types = [kind for kind in ("cpu", "cuda") if carafe_plugin.is_compiled(kind)]
+    return {"ok": torch.device(device).type in types, "compiled for": types}
+
+
+def errors(device: str, dtype: torch.dtype, size: tuple[int, int], channels: int, k: int, g: int) -> dict[str, float]:
+    """Relative errors of the output and both gradients, upsampling by 2, against the reference in float64.
+
+    Args:
+        device: where both are computed.
+        dtype: of the operator's tensors.
+        size: height and width of the features.
+        channels: their channels.
+        k: size of the kernels.
+        g: groups.
+    """
+    features, masks, grad_output = random_case(size, channels, k, g, 2, batch=1, dtype=dtype, device=device)
+    features.requires_grad_()
+    masks.requires_grad_()
+    output = carafe(features, masks, k, g, 2)
+    grads = torch.autograd.grad(output, (features, masks), grad_output)
+    got = {"output": output.detach(), "gradient to features": grads[0], "gradient to masks": grads[1]}
+    x, m, z = (tensor.detach().double() for tensor in (features, masks, grad_output))
+    expected: Mapping[str, Callable[[], Tensor]] = {
+        "output": lambda: reference.reassemble(x, m, k, g, 2, 1),
+        "gradient to features": lambda: reference.grad_features(z, m, *size, k, g, 2, 1),
+        "gradient to masks": lambda: reference.grad_masks(z, x, k, g, 2, 1),
+    }
+    return {name: _error_on_device(got[name], compute()) for name, compute in expected.items()}
+
+
+def _error_on_device(got: Tensor, expected: Tensor) -> float:
+    """`carafe_plugin.testing.relative_error` without bringing gigabytes to the host."""
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def _compare(device: str, size: tuple[int, int], channels: int, k: int, g: int) -> Result:
+    result: Result = {"ok": True, "features": [1, channels, *size], "kernel_size": k, "group_size": g, "errors": {}}
+    for dtype in (torch.float32, torch.float16):
+        found = errors(device, dtype, size, channels, k, g)
+        result["errors"][str(dtype)] = found
+        result["ok"] &= all(error <= TOLERANCES[dtype] for error in found.values())
+    return result
+
+
+def large(device: str) -> Result:
+    """An output of 1 x 64 x 1640 x 1640: 32 threads for each weight would exceed 2^31 of them."""
+    return _compare(device, (820, 820), 64, 5, 1)
+
+
+def groups(device: str) -> Result:
+    """Kernels of 7 x 7 and 8 groups: 392 weights a location exceed mmcv's 48 KB of shared memory."""
+    return _compare(device, (40, 56), 64, 7, 8)
+
+
+def small(device: str) -> Result:
+    """Every operator on small odd sizes, forward and backward, for the sanitizer to watch."""
+    worst: dict[str, float] = {}
+    kernels = ((5, 1, torch.contiguous_format), (3, 2, torch.channels_last), (7, 8, torch.contiguous_format))
+    dtypes = (torch.float32, torch.float16)
+    for dtype, scale, (k, g, layout) in itertools.product(dtypes, SMALL_SCALES, kernels):
+        tensors = random_case((9, 13), 16, k, g, scale, dtype=dtype, device=device)
+        features, masks, grad_output = (tensor.contiguous(memory_format=layout) for tensor in tensors)
+        output = carafe(features.requires_grad_(), masks.requires_grad_(), k, g, scale)
+        output.backward(grad_output)
+        expected = carafe(_on_host(features), _on_host(masks), k, g, scale)
+        worst[f"{dtype}, {scale}, k {k}, {g} groups"] = relative_error(output, expected) / TOLERANCES[dtype]
+    for dtype, (up, down), normalizer in itertools.product(dtypes, ((2, 1), (1, 2)), NORMALIZERS):
+        features = torch.randn(2, 16, 9, 13, device=device, dtype=dtype, requires_grad=True)
+        logits = torch.randn(2, 25 * up**2, -(-9 // down), -(-13 // down), device=device, dtype=dtype)
+        output = reassemble_logits(features, logits.requires_grad_(), 5, 1, up, down, normalizer)
+        output.backward(torch.ones_like(output))
+        masks = kernels_from_logits(_on_host(logits), 5, 1, up, down, normalizer)
+        expected = carafe(_on_host(features), masks, 5, 1, Fraction(up, down))
+        # Where it is done in steps, the kernels are rounded to the dtype too: twice the tolerance.
+        error = relative_error(output, expected) / (2 * TOLERANCES[dtype])
+        worst[f"{dtype}, fused, {up}/{down}, {normalizer}"] = error
+    return {"ok": all(error <= 1 for error in worst.values()), "errors over tolerance": worst}
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().cpu()
+
+
+class UpsamplingFPN(nn.Module):
+    """torchvision's FPN with an upsampler of ours in place of nearest interpolation.
+
+    Args:
+        fpn: ``torchvision.ops.FeaturePyramidNetwork``; its convolutions are shared.
+        channels: of its outputs.
+    """
+
+    def __init__(self, fpn: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.fpn = fpn
+        self.upsamplers = nn.ModuleList(CARAFEUpsample(channels) for _ in range(len(fpn.inner_blocks) - 1))  # type: ignore[arg-type]
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the FPN's: named maps, largest first."""
+        names = list(maps)
+        laterals = [block(each) for block, each in zip(self.fpn.inner_blocks, maps.values(), strict=True)]  # type: ignore[arg-type]
+        for level in range(len(laterals) - 1, 0, -1):
+            height, width = laterals[level - 1].shape[-2:]
+            # Twice an odd size rounded up is one too many: cropped at the bottom and right.
+            upsampled = self.upsamplers[level - 1](laterals[level])[..., :height, :width]
+            laterals[level - 1] = laterals[level - 1] + upsampled
+        outputs = [block(each) for block, each in zip(self.fpn.layer_blocks, laterals, strict=True)]  # type: ignore[arg-type]
+        if self.fpn.extra_blocks is not None:
+            outputs, names = self.fpn.extra_blocks(outputs, list(maps.values()), names)  # type: ignore[operator]
+        return OrderedDict(zip(names, outputs, strict=True))
+
+
+def detector(device: str) -> Result:
+    """Torchvision's Faster R-CNN R50 at 800 x 1333, inference, with our upsampler in its FPN beside nearest."""
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+    torch.manual_seed(0)
+    # Random weights score every box alike: a threshold of 0 lets the same number through to the end in both.
+    build = dict(weights=None, weights_backbone=None, min_size=800, max_size=1333, box_score_thresh=0.0)
+    nearest, ours = (fasterrcnn_resnet50_fpn(**build).eval().to(device) for _ in range(2))
+    ours.load_state_dict(nearest.state_dict())
+    ours.backbone.fpn = UpsamplingFPN(ours.backbone.fpn, 256).to(device)
+    image = [torch.rand(3, 800, 1333, device=device)]
+
+    def predict(model: nn.Module) -> object:
+        with torch.inference_mode():
+            return model(image)
+
+    timings = []
+    for model in (nearest, ours):
+        work = lambda model=model: predict(model)  # noqa: E731
+        estimate = min(measure.seconds(work, device) for _ in range(5))
+        timings.append(measure.Timing(work, max(estimate, measure.SAMPLE_SECONDS), repeats=30))
+    measure.interleave(timings, device)
+    ratios = sorted(ours / nearest for nearest, ours in zip(*(timing.samples for timing in timings), strict=True))
+    ratio = ratios[len(ratios) // 2]
+    summaries = {name: timing.summary() for name, timing in zip(("nearest", "ours"), timings, strict=True)}
+    return {"ok": ratio <= MOST_SLOWER, "times nearest": round(ratio, 4), "allowed": MOST_SLOWER, **summaries}
+
+
+PROBES = {probe.__name__: probe for probe in (environment, compiled, large, groups, small, detector)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one probe and says what it found."""
+    parser = argparse.ArgumentParser(prog="bench.gpu_probes")
+    parser.add_argument("name", choices=PROBES)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    result = PROBES[options.name](options.device)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The CUDA operator of mmcv as a peer: the installed one, or its source alone, compiled against the torch at hand.
+
+Of mmcv's source two files matter, ``pytorch/cuda/carafe_cuda.cu`` and ``common/cuda/carafe_cuda_kernel.cuh``: a minute
+of compiling, where all of mmcv takes many.
+
+    python -m benchmarks.mmcv_peer DIR    only compiles, and says where the result lies; no GPU is needed
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAUNCHERS = Path("pytorch/cuda/carafe_cuda.cu")
+Operator = Callable[[Tensor, Tensor, int, int, int], Tensor]
+
+
+def find_source(folder: Path | None = None) -> Path | None:
+    """The folder ``csrc`` that holds mmcv's launchers.
+
+    Args:
+        folder: mmcv's repository or package, or a folder below it; None looks at the installed mmcv, without importing
+            it.
+
+    Returns:
+        None where there is none.
+    """
+    if folder is None:
+        spec = importlib.util.find_spec("mmcv")
+        if spec is None or spec.origin is None:
+            return None
+        folder = Path(spec.origin).parent
+    places = ("", "csrc", "ops/csrc", "mmcv/ops/csrc")
+    return next((folder / place for place in places if (folder / place / LAUNCHERS).is_file()), None)
+
+
+@functools.cache
+def compile_source(csrc: Path, verbose: bool = False) -> Any:
+    """Compiles mmcv's launchers with a binding of ours, or loads what an earlier call compiled.
+
+    Args:
+        csrc: what `find_source` returned.
+        verbose: show the compiler's commands.
+
+    Returns:
+        The module, with ``forward`` and ``backward``.
+
+    Raises:
+        RuntimeError, OSError: there is no CUDA compiler, or it fails.
+    """
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architecture())
+    from torch.utils import cpp_extension
+
+    if toolkit := cuda_home():  # torch takes the folder above nvcc, which may be a link's
+        cpp_extension.CUDA_HOME = toolkit
+    include = [csrc / "common", csrc / "common" / "cuda"]
+    # A toolkit may lack the headers of cuBLAS, cuSPARSE and others, which torch's own headers ask for; the wheels that
+    # torch brings hold them.
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    include += sorted(path.parent for path in wheels.glob("*/include/cusparse.h"))
+    return cpp_extension.load(
+        "carafe_mmcv_peer",
+        [str(Path(__file__).with_name("mmcv_binding.cpp")), str(csrc / LAUNCHERS)],
+        extra_include_paths=[str(path) for path in include],
+        extra_cuda_cflags=["-O3"],
+        verbose=verbose,
+        with_cuda=True,
+    )
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit that CUDA_HOME names, else one that has the libraries to link with; None where there is none."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    found = [Path(path).parents[1] for path in (os.path.realpath(nvcc), nvcc)] if nvcc else []
+    for root in (*found, Path("/usr/local/cuda")):
+        if named is None and (root / "bin" / "nvcc").exists() and any(root.glob("lib*/libcudart.so")):
+            return str(root)
+    return named
+
+
+def architecture() -> str:
+    """The architecture of this machine's GPU; Hopper's where there is none (then the result is only compiled)."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return f"{major}.{minor}"
+
+
+def installed_operator() -> Operator:
+    """``mmcv.ops.carafe``.
+
+    Raises:
+        ImportError: mmcv or its compiled part is not there.
+    """
+    from mmcv import _ext
+    from mmcv.ops import carafe
+
+    if hasattr(_ext, "is_stand_in"):
+        raise ImportError("what stands in for mmcv's compiled operators runs carafe_plugin's own")
+    return carafe
+
+
+def compiled_operator(csrc: Path) -> Operator:
+    """The operator from its source alone, with what mmcv's Python does around its launchers."""
+    compile_source(csrc)  # fails here, not inside the first call
+    return functools.partial(_apply, csrc)
+
+
+def _apply(csrc: Path, features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int) -> Tensor:
+    return _Carafe.apply(features, masks, csrc, (kernel_size, group_size, up))
+
+
+class _Carafe(torch.autograd.Function):
+    """Scratch tensors are as many and as large as mmcv's own Function allocates, since they are part of its cost."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, masks: Tensor, csrc: Path, geometry: tuple[int, int, int]) -> Tensor:
+        n, c, h, w = features.shape
+        output = features.new_zeros(n, c, h * geometry[2], w * geometry[2])
+        rearranged = torch.zeros_like(features)
+        scratch = torch.zeros_like(output), torch.zeros_like(masks)
+        compile_source(csrc).forward(features, masks, rearranged, *scratch, output, *geometry)
+        ctx.save_for_backward(features, masks, rearranged)
+        ctx.csrc, ctx.geometry = csrc, geometry
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        features, masks, rearranged = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        likes = (grad_output, grad_output, features, masks, features, masks)
+        scratch = [torch.zeros_like(like, memory_format=torch.contiguous_format) for like in likes]
+        compile_source(ctx.csrc).backward(grad_output, rearranged, masks, *scratch, *ctx.geometry)
+        return scratch[-2], scratch[-1], None, None
+
+
+if __name__ == "__main__":
+    found = find_source(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    if found is None:
+        sys.exit(f"no {LAUNCHERS} below {' '.join(sys.argv[1:]) or 'an installed mmcv'}")
+    print(compile_source(found, verbose=True).__file__)

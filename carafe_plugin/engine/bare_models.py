@@ -1,0 +1,188 @@
+"""Models from configurations without checkpoints, and one image for them: for tools that count or time."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from carafe_plugin.analysis.complexity import Complexity, count
+from carafe_plugin.engine import run as engine
+
+# By scope. MMEngine's own is that of our inpainting networks.
+SHAPES = {"mmdet": (800, 1333), "mmseg": (512, 512), "mmpretrain": (224, 224), "mmengine": (256, 256)}
+PROPOSALS, DETECTIONS = 1000, 100  # where a model's own settings do not say
+
+
+def read_config(name: str, options: Mapping[str, Any] | None = None, drop_in: bool = False) -> Config:
+    """Read the configuration of a model and import the adapters that it needs.
+
+    Args:
+        name: a file, or ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py`` for one that a toolbox brings.
+        options: settings to change.
+        drop_in: make mmcv's layer 'carafe' ours.
+
+    Raises:
+        UsageError: there is no such configuration, it has no model, or it is of a toolbox that these tools do not know.
+    """
+    toolbox, separator, path = name.partition("::")
+    if separator:
+        spec = importlib.util.find_spec(toolbox) if toolbox in SHAPES else None
+        if spec is None or spec.origin is None:
+            raise engine.UsageError(f"{name}: {toolbox!r} is not one of {', '.join(SHAPES)}, or not installed")
+        path = str(Path(spec.origin).parent / ".mim" / "configs" / path)
+    cfg = engine.load_config(path if separator else name, options)
+    scope = cfg.get("default_scope")
+    if scope not in SHAPES:
+        raise engine.UsageError(f"{name}: default_scope must be one of {', '.join(SHAPES)}, got {scope!r}")
+    if "model" not in cfg:
+        raise engine.UsageError(f"{name} describes no model")
+    engine.import_adapters(scope, drop_in=drop_in)
+    return cfg
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of a configuration, in evaluation mode, with the values that its constructors draw.
+
+    No ``init_cfg`` is executed, so no checkpoint is looked for. SyncBN becomes BN, which it is outside training.
+    """
+    init_default_scope(cfg.default_scope)
+    settings = dict(cfg.model)
+    if cfg.get("data_preprocessor"):
+        settings.setdefault("data_preprocessor", cfg.data_preprocessor)
+    try:
+        return revert_sync_batchnorm(MODELS.build(settings)).eval()
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise engine.UsageError(f"cannot build the model of {cfg.filename}: {error}") from error
+
+
+def image_shape(cfg: Config) -> tuple[int, int]:
+    """Height and width that a configuration's models see in tests, as far as it says so plainly; else the usual."""
+    if cfg.default_scope == "mmengine" and (size := cfg.get("test_dataloader", {}).get("dataset", {}).get("size")):
+        return size, size
+    for step in cfg.get("test_pipeline") or ():
+        size = step.get("scale") if cfg.default_scope == "mmdet" else step.get("crop_size")
+        if step.get("type") in ("Resize", "CenterCrop") and size:
+            # A scale of mmdet bounds the sides of an image that may lie or stand: it lies here.
+            return (size, size) if isinstance(size, int) else (min(size), max(size))
+    return SHAPES[cfg.default_scope]
+
+
+def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
+    """A batch as a data loader makes it: one image of random pixels, the same for every model, and what goes with it.
+
+    That is its sample; for an inpainting network, a hole over the middle quarter.
+
+    Args:
+        cfg: the model's configuration.
+        shape: height and width.
+    """
+    image = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if cfg.default_scope == "mmengine":
+        hole = torch.zeros(1, *shape)
+        hole[:, shape[0] // 4 : shape[0] * 3 // 4, shape[1] // 4 : shape[1] * 3 // 4] = 1
+        return dict(inputs=[image], holes=[hole])
+    meta = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
+    sample: Any
+    if cfg.default_scope == "mmdet":
+        from mmdet.structures import DetDataSample as Sample
+    elif cfg.default_scope == "mmseg":
+        from mmseg.structures import SegDataSample as Sample
+    else:
+        from mmpretrain.structures import DataSample as Sample
+    sample = Sample(metainfo=meta)
+    return dict(inputs=[image], data_samples=[sample])
+
+
+def fix_boxes(model: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
+    """Let every two-stage detector go on with the same boxes, whatever its random weights propose.
+
+    The region proposal network and the box head run and suppress as always; what they keep is counted, and replaced
+    by as many random boxes as the settings allow at most. So the heads behind them have the same work in every model.
+
+    Args:
+        model: any model; one that is no two-stage detector stays as it is.
+        shape: height and width of the image.
+
+    Returns:
+        What the model itself kept in its last forward pass, under 'proposals' and 'detections'; filled as it runs.
+    """
+    kept: dict[str, int] = {}
+    rpn, heads = getattr(model, "rpn_head", None), getattr(model, "roi_head", None)
+    if rpn is not None and heads is not None:
+        _replace(rpn, "predict", kept, "proposals", _limit(rpn, PROPOSALS), shape)
+        if hasattr(heads, "predict_bbox"):
+            _replace(heads, "predict_bbox", kept, "detections", _limit(heads, DETECTIONS), shape)
+    return kept
+
+
+def _limit(head: nn.Module, usual: int) -> int:
+    settings = getattr(head, "test_cfg", None) or {}
+    return (settings.get("rcnn") or settings).get("max_per_img", usual)
+
+
+def _replace(
+    head: nn.Module, method: str, kept: dict[str, int], name: str, number: int, shape: tuple[int, int]
+) -> None:
+    predict: Callable = getattr(head, method)
+
+    def same_boxes(*arguments: Any, **settings: Any) -> list:
+        results = predict(*arguments, **settings)
+        kept[name] = sum(len(result) for result in results)
+        return [_random_boxes(result, number, shape) for result in results]
+
+    setattr(head, method, same_boxes)
+
+
+def _random_boxes(like: Any, number: int, shape: tuple[int, int]) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    height, width = shape
+    # Sizes from 1/32 of the image to all of it, evenly on a logarithmic scale: every level of a pyramid gets some.
+    sizes = 2 ** (-5 * torch.rand(number, 2, generator=generator)) * torch.tensor([width, height])
+    corners = torch.rand(number, 2, generator=generator) * (torch.tensor([width, height]) - sizes)
+    boxes = torch.cat([corners, corners + sizes], dim=1).to(like.bboxes)
+    return type(like)(
+        bboxes=boxes,
+        scores=torch.linspace(1, 0.5, number).to(boxes),
+        labels=torch.zeros(number, dtype=torch.long, device=boxes.device),
+    )
+
+
+def share_parameters(models: Iterator[nn.Module] | list[nn.Module]) -> None:
+    """Give parameters and buffers of the same name and shape the values of the first model that has them."""
+    values: dict[str, torch.Tensor] = {}
+    for model in models:
+        own = model.state_dict()
+        model.load_state_dict({name: values[name] for name in own if _fits(values.get(name), own[name])}, strict=False)
+        for name, value in own.items():
+            values.setdefault(name, value)
+
+
+def _fits(value: torch.Tensor | None, own: torch.Tensor) -> bool:
+    return value is not None and value.shape == own.shape
+
+
+def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Complexity:
+    """Count a forward pass of ``model`` over one image of ``shape``."""
+    mmcv_layers = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
+    if mmcv_layers:
+        raise engine.UsageError(
+            f"{cfg.filename}: {', '.join(mmcv_layers)} are mmcv's own layers, which are not counted: add --drop-in"
+        )
+    fix_boxes(model, shape)
+    preprocess: Any = model.data_preprocessor
+    data = preprocess(one_image(cfg, shape), False)
+    inputs = data.pop("inputs")
+    try:
+        return count(model, inputs, **data, mode="tensor")
+    except (RuntimeError, ValueError) as error:
+        raise engine.UsageError(
+            f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}"
+        ) from error

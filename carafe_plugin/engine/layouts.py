@@ -1,0 +1,365 @@
+"""Checkpoints of plain-PyTorch CARAFE modules that many projects carry, to and from MMCV's names.
+
+They compute what ``mmcv.ops.CARAFEPack`` and :class:`carafe_plugin.CARAFEUpsample` compute: a channel compressor (1x1),
+a content encoder, a softmax over the k^2 taps of ``F.unfold`` (row by row, as here), and a nearest interpolation before
+a dilated unfold instead of a gather. Their parameters have other names (:data:`LAYOUTS`), and four things differ that
+no name tells:
+
+* a BatchNorm behind the encoder: an affine map before the softmax, folded into the convolution;
+* a BatchNorm behind the compressor: folded as well, unless an activation follows (``act``); then it stays a module of
+  its own, ``compressor_norm``, for ``CARAFEUpsample(..., norm=nn.BatchNorm2d, act=...)``. MMCV's class has neither;
+* the norms' ``eps``: 1e-5 in PyTorch, 1e-3 in the YOLO family. What stays a norm is rescaled to 1e-5;
+* the order of the encoder's k^2 * s^2 channels. ``"taps"``: tap by tap with the s^2 positions inside, which is what a
+  pixel shuffle before the softmax reads, and MMCV. ``"positions"``: position by position with the k^2 taps inside,
+  where the logits are viewed as (s^2, k^2), normalised and applied, and the result is pixel-shuffled.
+
+Every conversion is checked by numbers: both sides are run on the same input (:func:`convert_layout`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from carafe_plugin.engine.plain_modules import (
+    ACTIVATIONS,
+    NORM_PARTS,
+    ORDERS,
+    Fork,
+    Parts,
+    difference,
+    from_mmcv,
+    to_mmcv,
+)
+
+__all__ = ["ACTIVATIONS", "LAYOUTS", "ORDERS", "Conversion", "Converted", "Fork", "Layout", "LayoutError"]
+__all__ += ["convert_layout", "find_modules", "find_sources", "norm_of_mmcv"]
+
+
+class LayoutError(ValueError):
+    """Parameters fit no layout, or one layout cannot express what another holds; the message lists the keys."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of a module's parts below the module's own name.
+
+    Attributes:
+        compressor: The channel compressor's convolution.
+        encoder: The content encoder's convolution.
+        compressor_norm: The BatchNorm behind the compressor; None where there never is one.
+        encoder_norm: The BatchNorm behind the encoder.
+        behind: A convolution after the reassembly, which keeps its name: it is no part of the operator.
+    """
+
+    compressor: str
+    encoder: str
+    compressor_norm: str | None = None
+    encoder_norm: str | None = None
+    behind: str | None = None
+
+    def parts(self) -> list[str]:
+        """All names."""
+        names = (self.compressor, self.compressor_norm, self.encoder, self.encoder_norm, self.behind)
+        return [name for name in names if name is not None]
+
+
+#: A norm may be absent from a checkpoint of any layout: exported models have theirs folded. So may a bias.
+LAYOUTS = {
+    # mmcv.ops.CARAFEPack, mmdet 1.x's CARAFEPack, and CARAFEUpsample of this package (alone with compressor_norm)
+    "mmcv": Layout("channel_compressor", "content_encoder", compressor_norm="compressor_norm"),
+    # comp and enc are blocks of conv, bn and act; the usual one, also in the YOLO family
+    "conv-bn": Layout("comp.conv", "enc.conv", "comp.bn", "enc.bn"),
+    # comp is such a block, enc a convolution with a BatchNorm beside it
+    "conv-bn-split": Layout("comp.conv", "enc", "comp.bn", "bn"),
+    # comp and enc are nn.Sequential(convolution, BatchNorm, ...)
+    "sequential": Layout("comp.0", "enc.0", "comp.1", "enc.1"),
+    # comp is such a Sequential, enc a convolution
+    "sequential-conv": Layout("comp.0", "enc", "comp.1"),
+    # two convolutions
+    "comp-enc": Layout("comp", "enc"),
+    # two convolutions, and a third that changes the channels afterwards
+    "down-encoder": Layout("down", "encoder", behind="out"),
+}
+
+#: How far the two sides of a conversion may differ, by the checkpoint's dtype: folding rounds the parameters once.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-1}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One converted module: where, which, and by how much the two sides' outputs differ at most."""
+
+    source: str
+    destination: str
+    layout: str
+    channels: int
+    compressed_channels: int
+    kernel_size: int
+    difference: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted checkpoint: all its parameters, those of no CARAFE untouched, and what was converted."""
+
+    state_dict: dict[str, Tensor]
+    modules: list[Converted]
+
+
+def find_modules(state_dict: Mapping[str, Tensor], layouts: Sequence[str] = tuple(LAYOUTS)) -> dict[str, str]:
+    """The CARAFE modules of a checkpoint: prefix (``"neck.up.0."`` or ``""``) -> name of the layout.
+
+    A module is where a layout's encoder and compressor stand side by side.
+
+    Args:
+        state_dict: Parameters by name.
+        layouts: Names of those to look for.
+
+    Example:
+        >>> import torch
+        >>> names = ["model.11.comp.conv.weight", "model.11.enc.conv.weight", "model.12.conv.weight"]
+        >>> find_modules(dict.fromkeys(names, torch.zeros(())))
+        {'model.11.': 'conv-bn'}
+    """
+    found = {}
+    for key in state_dict:
+        for name in layouts:
+            ending = f"{LAYOUTS[name].encoder}.weight"
+            prefix = key.removesuffix(ending)
+            whole_name = key.endswith(ending) and (not prefix or prefix.endswith("."))
+            if whole_name and f"{prefix}{LAYOUTS[name].compressor}.weight" in state_dict:
+                found[prefix] = name
+    return found
+
+
+def find_sources(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str] = ("",)) -> dict[str, str]:
+    """The modules that a conversion takes: prefix -> name of the layout.
+
+    Args:
+        state_dict: Parameters by name.
+        to: The layout to reach: ``"mmcv"`` takes every other layout, the others take it.
+        below: Only modules whose names start with one of these.
+    """
+    found = find_modules(state_dict, _sources(to))
+    return {prefix: name for prefix, name in found.items() if prefix.startswith(tuple(below))}
+
+
+def norm_of_mmcv(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether a module of MMCV's names has a norm behind its compressor, as only this package's with ``norm=`` has."""
+    return f"{prefix}{LAYOUTS['mmcv'].compressor_norm}.running_mean" in state_dict
+
+
+def _sources(to: str) -> list[str]:
+    return [name for name in LAYOUTS if name != "mmcv"] if to == "mmcv" else ["mmcv"]
+
+
+def convert_layout(
+    state_dict: Mapping[str, Tensor],
+    to: str,
+    fork: Fork | None = None,
+    below: Sequence[str] = ("",),
+    rename: Mapping[str, str] | None = None,
+) -> Conversion:
+    """Convert every CARAFE module of a checkpoint from MMCV's layout to another or from another to MMCV's.
+
+    Args:
+        state_dict: Parameters by name; nothing in it is changed.
+        to: The layout to reach, a key of :data:`LAYOUTS`. ``"mmcv"`` takes every other layout, the others take it.
+        fork: What the names do not tell of the side that is not MMCV's. None for ``Fork()``, which has no activation;
+            not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
+        below: Only modules whose names start with one of these.
+        rename: Old name of a module -> its new name, for example ``{"model.11": "neck.upsample_modules.0"}``.
+
+    Returns:
+        All parameters under their new names, in the old order, and the converted modules.
+
+    Raises:
+        LayoutError: No module is found, keys beside a module's are of no known part, shapes do not fit, the target
+            cannot express the source, or the two sides' outputs differ.
+        ValueError: ``to`` is no layout.
+
+    Example:
+        >>> import torch
+        >>> from carafe_plugin.engine.layouts import Fork, convert_layout
+        >>> state = {"up.comp.weight": torch.rand(4, 8, 1, 1), "up.enc.weight": torch.rand(100, 4, 3, 3)}
+        >>> list(convert_layout(state, "mmcv").state_dict)[:2]
+        ['up.channel_compressor.weight', 'up.channel_compressor.bias']
+    """
+    rename = dict(rename or {})
+    if to not in LAYOUTS:
+        raise ValueError(f"the layout must be one of {', '.join(LAYOUTS)}, got {to!r}")
+    places = find_sources(state_dict, to, below)
+    if not places:
+        raise LayoutError(_nothing_found(state_dict, to, below))
+    _check_names(rename, places)
+    if fork is None:
+        if normed := [prefix.rstrip(".") or "the module" for prefix in places if norm_of_mmcv(state_dict, prefix)]:
+            raise LayoutError(f"{normed[0]} has a compressor_norm: fork must say which activation follows it")
+        fork = Fork()
+
+    replaced: dict[str, dict[str, Tensor]] = {}
+    owner: dict[str, str] = {}
+    modules = []
+    for prefix, name in places.items():
+        new_prefix = f"{rename.get(prefix.rstrip('.'), prefix.rstrip('.'))}." if prefix else ""
+        parameters, info = _convert_module(state_dict, prefix, name, to, fork)
+        replaced[prefix] = {new_prefix + key: value for key, value in parameters.items()}
+        owner |= dict.fromkeys(_keys_of(state_dict, prefix, name, to), prefix)
+        modules.append(replace(info, source=prefix.rstrip("."), destination=new_prefix.rstrip(".")))
+    result: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        new = replaced.pop(owner[key], {}) if key in owner else {key: value}  # all of a module, where its first was
+        if doubled := sorted(result.keys() & new.keys()):
+            raise LayoutError(f"the converted checkpoint would hold {', '.join(doubled)} twice")
+        result |= new
+    return Conversion(result, modules)
+
+
+def _check_names(rename: Mapping[str, str], places: Mapping[str, str]) -> None:
+    if unknown := [name for name in rename if f"{name}." not in places]:
+        found = ", ".join(prefix.rstrip(".") for prefix in places)
+        raise LayoutError(f"no CARAFE module is called {', '.join(unknown)}; found {found}")
+
+
+def _nothing_found(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str]) -> str:
+    """The refusal of a checkpoint without a known module; keys that look like one's come first."""
+    words = ("carafe", "comp", "enc", "mask", "kernel", "upsample")
+    keys = sorted((key for key in state_dict if key.startswith(tuple(below))), key=lambda key: not _has(key, words))
+    listed = ", ".join(keys[:40]) + (f" and {len(keys) - 40} more" if len(keys) > 40 else "")
+    if to != "mmcv" and find_modules(state_dict, _sources("mmcv")):
+        return f"{to} is made from the layout mmcv alone: convert --to mmcv first"
+    return (
+        f"no CARAFE module of the layouts {', '.join(_sources(to))}; keys that matched none: {listed or 'none at all'}"
+    )
+
+
+def _has(key: str, words: Sequence[str]) -> bool:
+    return any(word in key.lower() for word in words)
+
+
+def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) -> list[str]:
+    """The keys of a module.
+
+    Raises:
+        LayoutError: some are of no known part.
+    """
+    layout = LAYOUTS[name]
+    tails = {f"{part}.{kind}" for part in (layout.compressor, layout.encoder) for kind in ("weight", "bias")}
+    for norm in (layout.compressor_norm, layout.encoder_norm):
+        if norm is not None and f"{prefix}{norm}.running_mean" in state_dict:
+            tails |= {f"{norm}.{kind}" for kind in (*NORM_PARTS, "num_batches_tracked")}
+    if behind := layout.behind or LAYOUTS[to].behind:
+        tails |= {f"{behind}.{kind}" for kind in ("weight", "bias")}
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    if strange := [key for key in keys if key[len(prefix) :] not in tails]:
+        place = prefix.rstrip(".") or "the checkpoint"
+        raise LayoutError(f"{place} looks like the layout {name}, but these keys do not match: {', '.join(strange)}")
+    return keys
+
+
+# ------------------------------------------------------------------------------------------------ one module
+
+
+def _convert_module(
+    state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str, fork: Fork
+) -> tuple[dict[str, Tensor], Converted]:
+    keys = _keys_of(state_dict, prefix, name, to)
+    dtype = state_dict[f"{prefix}{LAYOUTS[name].encoder}.weight"].dtype
+    if dtype not in TOLERANCE:
+        raise LayoutError(f"{prefix}{LAYOUTS[name].encoder}.weight must be of a floating-point dtype, got {dtype}")
+    source = _read(state_dict, prefix, name)
+    kernel_size = _kernel_size(source, prefix, name, fork.scale)
+    result = to_mmcv(source, fork) if to == "mmcv" else from_mmcv(source, fork, *_norms(LAYOUTS[to]))
+    parameters = {key: value.to(dtype) for key, value in _write(result, LAYOUTS[to]).items()}
+    counters = [state_dict[key] for key in keys if key.endswith("num_batches_tracked")]
+    for norm in [key.removesuffix("running_mean") for key in list(parameters) if key.endswith("running_mean")]:
+        parameters[f"{norm}num_batches_tracked"] = counters[0] if counters else torch.zeros((), dtype=torch.int64)
+
+    if behind := LAYOUTS[name].behind or LAYOUTS[to].behind:
+        parameters |= {key[len(prefix) :]: state_dict[key] for key in keys if key.startswith(f"{prefix}{behind}.")}
+
+    # What was written, in its dtype, against what was read: rounding and naming are part of the check.
+    written = _read(parameters, "", to)
+    distance = difference(*((written, source) if to == "mmcv" else (source, written)), kernel_size, fork)
+    if not distance <= TOLERANCE[dtype]:
+        raise LayoutError(
+            f"{prefix.rstrip('.') or 'the module'}: the outputs differ by {distance:.3g} after the conversion from "
+            f"{name} to {to} (tolerance {TOLERANCE[dtype]:g}); nothing was written"
+        )
+    compressed, channels = source.compressor[0].shape[:2]
+    return parameters, Converted("", "", name, channels, compressed, kernel_size, distance)
+
+
+def _norms(layout: Layout) -> tuple[bool, bool]:
+    return layout.compressor_norm is not None, layout.encoder_norm is not None
+
+
+def _read(state_dict: Mapping[str, Tensor], prefix: str, name: str) -> Parts:
+    """A module's parameters as float64."""
+    layout = LAYOUTS[name]
+
+    def convolution(part: str) -> tuple[Tensor, Tensor]:
+        weight = state_dict[f"{prefix}{part}.weight"].double()
+        if weight.dim() != 4:
+            raise LayoutError(f"{prefix}{part}.weight must have 4 dimensions, got shape {tuple(weight.shape)}")
+        bias = state_dict.get(f"{prefix}{part}.bias")
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias.double()
+
+    def norm(part: str | None, channels: int) -> Tensor | None:
+        if part is None or f"{prefix}{part}.running_mean" not in state_dict:
+            return None
+        names = [f"{prefix}{part}.{kind}" for kind in NORM_PARTS]
+        if missing := [key for key in names if key not in state_dict]:
+            raise LayoutError(f"the norm {prefix}{part} is not complete: {', '.join(missing)} missing")
+        rows = [state_dict[key].double() for key in names]
+        if any(row.shape != (channels,) for row in rows):
+            raise LayoutError(f"{names[0]} must have shape ({channels},), got {tuple(rows[0].shape)}")
+        return torch.stack(rows)
+
+    compressor, encoder = convolution(layout.compressor), convolution(layout.encoder)
+    if compressor[0].shape[2:] != (1, 1) or encoder[0].shape[1] != len(compressor[0]):
+        raise LayoutError(
+            f"{prefix}{layout.compressor}.weight and {layout.encoder}.weight must have shapes (Cm, C, 1, 1) and "
+            f"(k^2 * s^2, Cm, k_enc, k_enc), got {tuple(compressor[0].shape)} and {tuple(encoder[0].shape)}"
+        )
+    return Parts(
+        compressor,
+        norm(layout.compressor_norm, len(compressor[0])),
+        encoder,
+        norm(layout.encoder_norm, len(encoder[0])),
+    )
+
+
+def _kernel_size(parts: Parts, prefix: str, name: str, scale: int) -> int:
+    weight = parts.encoder[0]
+    taps, rest = divmod(len(weight), scale**2)
+    kernel_size, encoder_kernel = math.isqrt(taps), weight.shape[2]
+    if rest or kernel_size**2 != taps or kernel_size % 2 == 0:
+        raise LayoutError(
+            f"{prefix}{LAYOUTS[name].encoder}.weight has {len(weight)} channels, which is no k^2 * s^2 with an odd k "
+            f"and the scale s = {scale}: give the right scale (groups, and downsampling, have no other layout)"
+        )
+    if encoder_kernel % 2 == 0 or weight.shape[3] != encoder_kernel:
+        raise LayoutError(
+            f"{prefix}{LAYOUTS[name].encoder}.weight must have an odd square kernel, got shape {tuple(weight.shape)}"
+        )
+    return kernel_size
+
+
+def _write(parts: Parts, layout: Layout) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for part, (weight, bias), norm_part, norm in (
+        (layout.compressor, parts.compressor, layout.compressor_norm, parts.compressor_norm),
+        (layout.encoder, parts.encoder, layout.encoder_norm, parts.encoder_norm),
+    ):
+        result[f"{part}.weight"] = weight
+        if norm is None or layout is LAYOUTS["mmcv"]:  # a block of convolution and norm has no bias
+            result[f"{part}.bias"] = bias
+        if norm is not None:
+            result |= {f"{norm_part}.{kind}": row for kind, row in zip(NORM_PARTS, norm, strict=True)}
+    return result

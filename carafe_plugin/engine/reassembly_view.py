@@ -1,0 +1,263 @@
+"""A model's reassemblies on one image: run it, find the chains, and know where every location lies in the image."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import TRANSFORMS, init_default_scope
+from torch import nn
+
+from carafe_plugin.analysis import Reassembly, check_chain, record_reassemblies
+from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.checkpoint import allow_checkpoint_types, read_checkpoint
+from carafe_plugin.modules.kernel_prediction import KernelPrediction
+
+#: What ``--chain`` knows: the names of the modules of each. A shortcut's downsampler runs beside the main path's.
+CHAINS = {
+    "fpn": re.compile(r"(.*\.)?upsample_modules\.\d+"),
+    "fuse": re.compile(r"(.*\.)?fuse_upsamplers\.\d+"),
+    "backbone": re.compile(r"backbone\.(?!.*\.downsample\.).*"),
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where pixels of the image lie on one axis of what the network sees: ``scale * x + shift``, edges of pixels."""
+
+    scale: float
+    shift: float
+
+
+@dataclass(frozen=True)
+class View:
+    """What the network saw of an image, and what reassembled it.
+
+    Attributes:
+        image_size: height and width of the image file, in pixels.
+        input_size: height and width of the network's input, padding included.
+        seen_size: the same without padding.
+        x: from columns of the image to columns of the input.
+        y: the same for rows.
+        reassemblies: of every CARAFE++ that ran on maps of the whole image, in the order in which they ran.
+    """
+
+    image_size: tuple[int, int]
+    input_size: tuple[int, int]
+    seen_size: tuple[int, int]
+    x: Axis
+    y: Axis
+    reassemblies: list[Reassembly]
+
+    def cells(self, size: tuple[int, int], chain: Sequence[Reassembly]) -> tuple[float, float, float, float]:
+        """How a map of a chain lies on the image: left and top edge of location (0, 0), width and height of each.
+
+        With a stride of s, a location stands for s x s pixels. In a chain upwards these squares tile the image, so that
+        a source covers the outputs whose centre it is; in a chain downwards they lie around their centre: location i
+        of the output around location sigma * i of the source, as eq. 3 has both.
+
+        Args:
+            size: of the map.
+            chain: that it belongs to.
+
+        Returns:
+            In pixels of the image.
+        """
+        width, height = (_stride(self.input_size, size, axis) for axis in (1, 0))
+        left = top = 0.0
+        if chain[-1].output_size < chain[0].source_size:
+            left = (_stride(self.input_size, chain[0].source_size, 1) - width) / 2
+            top = (_stride(self.input_size, chain[0].source_size, 0) - height) / 2
+        x, y = self.x, self.y
+        return (left - x.shift) / x.scale, (top - y.shift) / y.scale, width / x.scale, height / y.scale
+
+    def locate(self, x: float, y: float, chain: Sequence[Reassembly]) -> tuple[int, int]:
+        """Row and column of the location on a chain's output that the pixel (x, y) of the image belongs to.
+
+        Raises:
+            UsageError: the point is not in the image, or the pipeline cuts it away.
+        """
+        check_point(x, y, self.image_size)
+        seen = self.x.scale * (x + 0.5) + self.x.shift, self.y.scale * (y + 0.5) + self.y.shift
+        if not (0 <= seen[0] < self.seen_size[1] and 0 <= seen[1] < self.seen_size[0]):
+            raise engine.UsageError(f"point {x:g},{y:g} is in a part of the image that the test pipeline cuts away")
+        size = chain[-1].output_size
+        left, top, width, height = self.cells(size, chain)
+        return min(int((y + 0.5 - top) / height), size[0] - 1), min(int((x + 0.5 - left) / width), size[1] - 1)
+
+
+def check_point(x: float, y: float, size: tuple[int, int]) -> None:
+    """Check that a point lies in an image of ``size`` (height, width).
+
+    Raises:
+        UsageError: it does not.
+    """
+    height, width = size
+    if not (0 <= x < width and 0 <= y < height):
+        raise engine.UsageError(f"point {x:g},{y:g} is outside the image, which is {width} x {height} pixels")
+
+
+def _stride(input_size: tuple[int, int], size: tuple[int, int], axis: int) -> float:
+    # Maps have ceil(H / stride) rows, floor(H / stride) in some backbones; the stride is mostly a power of two.
+    for stride in (2**power for power in range(11)):
+        if all(length // stride <= part <= -(-length // stride) for length, part in zip(input_size, size, strict=True)):
+            return stride
+    return input_size[axis] / size[axis]
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a checkpoint that must have every weight of the model; what it has beyond them is left out.
+
+    Raises:
+        UsageError: it is of another model.
+        CheckpointError: it is missing or cannot be read.
+    """
+    allow_checkpoint_types()
+    checkpoint = read_checkpoint(path)
+    weights = {
+        re.sub(r"^module\.", "", name): value for name, value in checkpoint.get("state_dict", checkpoint).items()
+    }
+    try:
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+    except (RuntimeError, TypeError) as error:  # other shapes: a line for each, below a headline
+        fault = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+        raise engine.UsageError(f"checkpoint {path} is of another model: {fault}") from error
+    if missing:
+        raise engine.UsageError(
+            f"checkpoint {path} is of another model: {len(missing)} weights of {type(model).__name__} are not in it "
+            f"(the first: {missing[0]})"
+        )
+
+
+def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]) -> View:
+    """Run the model on an image as in a test and record its reassemblies.
+
+    A segmentor sees the whole image at once, also where its configuration tests it in windows.
+
+    Args:
+        cfg: the model's configuration.
+        model: with its weights, in evaluation mode.
+        image: the file.
+        size: the image's height and width.
+
+    Raises:
+        UsageError: the configuration's test pipeline does not keep a plain image of it (see :func:`_follow`).
+    """
+    init_default_scope(cfg.default_scope)
+    pipeline = _pipeline(cfg)
+    packed = _run(pipeline, image)
+    seen = tuple(packed["inputs"].shape[-2:])
+    x, y = _follow(pipeline, size, 1), _follow(pipeline, size, 0)
+    preprocessor: Any = model.data_preprocessor
+    data = preprocessor(dict(inputs=[packed["inputs"]], data_samples=[packed["data_samples"]]), False)
+    with torch.no_grad(), record_reassemblies(model) as found:
+        model(**data, mode="predict" if cfg.default_scope == "mmdet" else "tensor")
+    whole = [reassembly for reassembly in found if not _on_regions(reassembly)]
+    return View(size, tuple(data["inputs"].shape[-2:]), seen, x, y, whole)
+
+
+def _on_regions(reassembly: Reassembly) -> bool:
+    return "roi_head" in reassembly.name.split(".") or len(reassembly.kernels) != 1
+
+
+def _pipeline(cfg: Config) -> list[Any]:
+    dataset = next(engine.dataset_configs(cfg.test_dataloader.dataset)) if cfg.get("test_dataloader") else cfg
+    steps = dataset.get("pipeline") or cfg.get("test_pipeline")
+    if not steps:
+        raise engine.UsageError(f"{cfg.filename} has no test pipeline: neither test_dataloader nor test_pipeline")
+    # An image alone has no annotations.
+    return [TRANSFORMS.build(step) for step in steps if "LoadAnnotations" not in str(step.get("type"))]
+
+
+def _run(pipeline: Sequence[Any], image: Path) -> dict[str, Any]:
+    results: Any = dict(img_path=str(image), img_id=0, seg_fields=[], reduce_zero_label=False)
+    for step in pipeline:
+        results = step(results)
+    return results
+
+
+def _follow(pipeline: Sequence[Any], size: tuple[int, int], axis: int) -> Axis:
+    """Where a pipeline puts an image's rows (axis 0) or columns (1), whatever its steps are: resize, crop, pad, flip.
+
+    It runs on an image whose green says how far down or right each pixel is, and which is full in the other channels,
+    as no padding is. Noise of one grey level before rounding makes the averages exact.
+    """
+    positions = 255 * (np.arange(size[axis]) + 0.5) / size[axis]
+    noise = np.random.default_rng(0).random(size)
+    ramp = np.full((*size, 3), 255, np.uint8)
+    ramp[..., 1] = np.floor(noise + (positions[:, None] if axis == 0 else positions[None, :]))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "ramp.png")
+        cv2.imwrite(str(file), ramp)
+        channels = _run(pipeline, file)["inputs"].double().numpy()
+    inside = (channels[0] > 254) & (channels[2] > 254)
+    places = np.flatnonzero(inside.any(1 - axis))
+    if len(places) < 2:
+        raise engine.UsageError("the test pipeline does not keep the image: cannot tell where its pixels go")
+    # Interpolation clamps at the borders.
+    trim = len(places) // 10
+    places = places[trim : len(places) - trim]
+    values = np.average(channels[1], axis=1 - axis, weights=inside.clip(1e-9))[places]
+    slope, start = np.polyfit(places + 0.5, values / 255 * size[axis], 1)
+    return Axis(1 / slope, -start / slope)
+
+
+def check_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
+    """The names of a model's CARAFE++, after checking that ``modules`` are among them.
+
+    Raises:
+        UsageError: one is not, or the model has none.
+    """
+    sites = [name for name, part in model.named_modules() if isinstance(part, KernelPrediction)]
+    stock = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
+    if not sites:
+        hint = f"; {', '.join(stock)} are mmcv's own layers: add --drop-in" if stock else ""
+        raise engine.UsageError(f"the model has no CARAFE++{hint}")
+    for name in modules:
+        if name not in sites:
+            raise engine.UsageError(f"--modules: {name} is no CARAFE++ of the model, which has {', '.join(sites)}")
+    return sites
+
+
+def find_chains(
+    model: nn.Module, view: View, wanted: str | None, modules: Sequence[str]
+) -> dict[str, list[Reassembly]]:
+    """The chains to draw, by their titles.
+
+    Args:
+        model: the model.
+        view: its run on the image.
+        wanted: the only chain of ``CHAINS`` that is asked for; None for all that there are.
+        modules: instead, the names of the modules of one chain, in any order.
+
+    Raises:
+        UsageError: the model has no CARAFE++, or not those, or they do not follow one another.
+    """
+    sites = check_modules(model, modules)
+    ran = {reassembly.name: reassembly for reassembly in view.reassemblies}
+    for name in modules:
+        if name not in ran:
+            raise engine.UsageError(f"--modules: {name} did not run on maps of the image; these did: {', '.join(ran)}")
+    if modules:
+        chains = {", ".join(modules): [reassembly for name, reassembly in ran.items() if name in modules]}
+    else:
+        patterns = {title: CHAINS[title] for title in ([wanted] if wanted else CHAINS)}
+        chains = {title: [ran[name] for name in ran if pattern.fullmatch(name)] for title, pattern in patterns.items()}
+        chains = {title: chain for title, chain in chains.items() if chain}
+    if not chains:
+        what = f"no chain {wanted}" if wanted else f"none of the chains {', '.join(CHAINS)}"
+        raise engine.UsageError(f"the model has {what}: name some of its CARAFE++ with --modules: {', '.join(sites)}")
+    for title, chain in chains.items():
+        try:
+            check_chain(chain)
+        except ValueError as error:
+            raise engine.UsageError(f"{'--modules' if modules else 'chain'} {title}: {error}") from error
+    return chains

@@ -1,0 +1,32 @@
+"""Image inpainting with CARAFE++ (paper, Sec. 4.3 and 5.1): Global&Local and Partial Conv, with and without it.
+
+Importing this package needs MMEngine, and registers its types in MMEngine's root registries, so that a configuration
+with ``custom_imports = dict(imports=["carafe_plugin.inpainting"])`` names them.
+"""
+
+from .dataset import DrawSampler, InpaintingFolder
+from .discriminator import PatchDiscriminator
+from .free_form import free_form_mask
+from .generator import InpaintingGenerator
+from .masked_carafe import MaskedCARAFEDownsample, MaskedCARAFEUpsample
+from .metric import InpaintingMetric
+from .model import InpaintingGAN, InpaintingPreprocessor
+from .partial_conv import PartialConv2d
+from .training import ExactResumeHook, PerNetworkDistributedDataParallel, PerNetworkOptimWrapperConstructor
+
+__all__ = [
+    "DrawSampler",
+    "ExactResumeHook",
+    "InpaintingFolder",
+    "InpaintingGAN",
+    "InpaintingGenerator",
+    "InpaintingMetric",
+    "InpaintingPreprocessor",
+    "MaskedCARAFEDownsample",
+    "MaskedCARAFEUpsample",
+    "PartialConv2d",
+    "PatchDiscriminator",
+    "PerNetworkDistributedDataParallel",
+    "PerNetworkOptimWrapperConstructor",
+    "free_form_mask",
+]

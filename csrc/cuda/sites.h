@@ -1,0 +1,139 @@
+// What every block kernel shares: the grid of sites that it works on, the steps that it takes, and loads and stores of
+// four elements at once.
+//
+// A block kernel is a struct with
+//
+//     int steps() const                                                   the same for every thread
+//     void run(int step, int thread, State& state, A* shared) const
+//
+// between whose steps stands a barrier. Within a step no thread reads what another one writes, so that the CUDA kernel
+// (cuda/launch.h) is a loop over the steps, and the host runs the very same block by a loop over steps and threads:
+// ascending and descending give the same bits, or there is a race.
+#pragma once
+
+#include "../common/scalar.h"
+
+// Loops over register arrays must be unrolled, or the arrays go to memory; others must not, or registers run out.
+#ifdef __CUDACC__
+#define CARAFE_UNROLL _Pragma("unroll")
+#define CARAFE_ROLLED _Pragma("unroll 1")
+#else
+#define CARAFE_UNROLL
+#define CARAFE_ROLLED
+#endif
+
+namespace carafe {
+namespace gpu {
+
+// Division of small numbers (dividend * divisor < 2^32) by a multiplication: a block divides for every element that it
+// stages, and a GPU has no instruction for that. Made on the host, because making one divides.
+struct Divider {
+  uint32_t divisor, factor;
+
+  static Divider by(int64_t divisor) {
+    return {static_cast<uint32_t>(divisor), static_cast<uint32_t>((uint64_t(1) << 32) / divisor + 1)};
+  }
+  CARAFE_HOST_DEVICE int operator()(int dividend) const {
+    const auto quotient = static_cast<uint32_t>(uint64_t(static_cast<uint32_t>(dividend)) * factor >> 32);
+    return divisor == 1 ? dividend : static_cast<int>(quotient);
+  }
+};
+
+// A site is a pixel of the coarser map: of the source where the scale goes up, of the output where it goes down. The
+// finer map has scale x scale pixels a site, its phases. So one set of loops serves both directions:
+//
+//             features    output      masks
+//     up      coarse      fine        fine
+//     down    fine        coarse      coarse
+//
+// Along an axis, tap u of site s reads the features at site s + shift(u), phase(u).
+struct Sites {
+  int height, width;            // in sites
+  int fine_height, fine_width;  // in pixels; at most scale times as many
+  bool up;                      // the scale is up, or 1
+  int scale, kernel;
+  Divider by_kernel, by_feature_scale, by_output_scale;
+
+  CARAFE_HOST_DEVICE int taps() const { return kernel * kernel; }
+  CARAFE_HOST_DEVICE int feature_scale() const { return up ? 1 : scale; }
+  CARAFE_HOST_DEVICE int output_scale() const { return up ? scale : 1; }
+  CARAFE_HOST_DEVICE int phases() const { return output_scale() * output_scale(); }  // kernels of a site
+  // How far the taps reach, in sites.
+  CARAFE_HOST_DEVICE int before() const { return by_feature_scale(kernel / 2 + feature_scale() - 1); }
+  CARAFE_HOST_DEVICE int after() const { return by_feature_scale(kernel / 2); }
+  CARAFE_HOST_DEVICE int reach() const { return before() + after(); }
+  CARAFE_HOST_DEVICE int shift(int tap) const {
+    return by_feature_scale(tap - kernel / 2 + before() * feature_scale()) - before();
+  }
+  CARAFE_HOST_DEVICE int phase(int tap) const { return tap - kernel / 2 - shift(tap) * feature_scale(); }
+};
+
+// The sites of a call whose up or down is 1.
+inline Sites make_sites(const Shape& shape) {
+  const auto number = [](int64_t value) { return static_cast<int>(value); };
+  const bool up = shape.down == 1;
+  Sites sites = {};
+  sites.height = number(up ? shape.height : shape.out_height);
+  sites.width = number(up ? shape.width : shape.out_width);
+  sites.fine_height = number(up ? shape.out_height : shape.height);
+  sites.fine_width = number(up ? shape.out_width : shape.width);
+  sites.up = up;
+  sites.scale = number(up ? shape.up : shape.down), sites.kernel = number(shape.kernel);
+  sites.by_kernel = Divider::by(sites.kernel);
+  sites.by_feature_scale = Divider::by(sites.feature_scale());
+  sites.by_output_scale = Divider::by(sites.output_scale());
+  return sites;
+}
+
+// Four elements that one instruction loads or stores; two for double.
+template <class T>
+struct alignas(sizeof(T) >= 4 ? 16 : 4 * sizeof(T)) Quad {
+  T values[4];
+};
+
+template <class A>
+CARAFE_HOST_DEVICE Quad<A> load_quad(const A* from) {
+  return *reinterpret_cast<const Quad<A>*>(from);
+}
+
+template <class A>
+CARAFE_HOST_DEVICE void store_quad(A* to, const Quad<A>& quad) {
+  *reinterpret_cast<Quad<A>*>(to) = quad;
+}
+
+// A tensor in global memory, with what may be loaded or stored at once.
+template <class T>
+struct View {
+  Map<T> map;
+  bool channels_last;               // neighbours in memory are channels, not columns
+  bool quads;                       // four channels at a multiple of four are one aligned access,
+  bool column_pairs, column_quads;  // and two or four columns at such a multiple
+
+  // The first of `count` elements along the axis of stride 1 is aligned wherever its index is a multiple of `count`.
+  static bool aligned(const Map<T>& map, int64_t axis, int64_t first, int64_t second, int64_t count) {
+    const auto address = reinterpret_cast<uintptr_t>(map.data);
+    const int64_t bytes = count * int64_t(sizeof(T)) < 16 ? count * int64_t(sizeof(T)) : 16;
+    return axis == 1 && address % bytes == 0 && first % count == 0 && second % count == 0 &&
+           map.batch_stride % count == 0;
+  }
+
+  // Channels that are read together belong to one group of `group_channels`.
+  static View of(const Map<T>& map, int64_t group_channels) {
+    const bool channels_last = map.channel_stride == 1 && map.column_stride != 1;
+    return {
+        map, channels_last,
+        group_channels % 4 == 0 && aligned(map, map.channel_stride, map.row_stride, map.column_stride, 4),
+        aligned(map, map.column_stride, map.row_stride, map.channel_stride, 2),
+        aligned(map, map.column_stride, map.row_stride, map.channel_stride, 4)};
+  }
+};
+
+// What a block computes: a rectangle of sites and a range of one group's channels.
+struct Job {
+  int n, group;
+  int row, column;              // the first site
+  int first_channel, channels;  // of the tensor
+};
+
+}  // namespace gpu
+}  // namespace carafe

@@ -1,0 +1,175 @@
+// The weights of a block's sites in shared memory: staged from masks or from the content encoder's raw output, and the
+// kernel normaliser (cpu/normalize.h has it for the CPU).
+#pragma once
+
+#include <cmath>
+
+#include "sites.h"
+
+namespace carafe {
+namespace gpu {
+
+// The numbers of registration.cpp, and masks that are weights already.
+enum class Normalized { softmax, sigmoid, sigmoid_normalized, already };
+
+// A kernel's common terms: weight = f(logit, shift) * factor.
+template <class A>
+struct Statistics {
+  A shift, factor;
+};
+
+// For divisors that are ordinary numbers (or not a number). On a GPU the exact division is a call.
+CARAFE_HOST_DEVICE double quotient(double dividend, double divisor) { return dividend / divisor; }
+CARAFE_HOST_DEVICE float quotient(float dividend, float divisor) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(dividend, divisor);
+#else
+  return dividend / divisor;
+#endif
+}
+
+// sigmoid(x) e^-shift, which never overflows for shift = min(largest x, 0).
+template <class A>
+CARAFE_HOST_DEVICE A sigmoid(A x, A shift) {
+  using std::exp;
+  return quotient(exp((x < 0 ? x : A(0)) - shift), exp(x < 0 ? x : -x) + 1);
+}
+
+template <class A>
+CARAFE_HOST_DEVICE A unscaled_weight(Normalized how, A logit, A shift) {
+  using std::exp;
+  return how == Normalized::already ? logit : how == Normalized::softmax ? exp(logit - shift) : sigmoid(logit, shift);
+}
+
+template <class A>
+CARAFE_HOST_DEVICE A weight(Normalized how, A logit, const Statistics<A>& kernel) {
+  return how == Normalized::already ? logit : unscaled_weight(how, logit, kernel.shift) * kernel.factor;
+}
+
+// Statistics of the kernel whose logits are logit(0) .. logit(taps - 1).
+template <class A, class Logit>
+CARAFE_HOST_DEVICE Statistics<A> statistics(Normalized how, int taps, const Logit& logit) {
+  if (how == Normalized::already || how == Normalized::sigmoid) return {A(0), A(1)};
+  A largest = logit(0);
+  CARAFE_ROLLED
+  for (int tap = 1; tap < taps; ++tap) {
+    const A value = logit(tap);
+    largest = value > largest ? value : largest;
+  }
+  // The common factor e^-min(largest, 0) keeps a quotient of vanishing sigmoids from becoming 0 / 0.
+  const A shift = how == Normalized::softmax || largest < 0 ? largest : A(0);
+  A sum = 0;
+  CARAFE_ROLLED
+  for (int tap = 0; tap < taps; ++tap) sum += unscaled_weight(how, logit(tap), shift);
+  return {shift, quotient(A(1), sum)};
+}
+
+// The weights of a call in global memory. Raw, channel (tap scale + phase row) scale + phase column of a site has what
+// lies at a pixel of the masks: the pixel shuffle is an index.
+template <class T>
+struct Weights {
+  View<T> view;
+  bool raw;
+  Normalized how;
+
+  CARAFE_HOST_DEVICE int pixels_per_site(const Sites& sites) const { return raw ? 1 : sites.output_scale(); }
+  CARAFE_HOST_DEVICE int channels_per_tap(const Sites& sites) const { return raw ? sites.phases() : 1; }
+
+  // Of phase 0 .. phases - 1 of a site within the map.
+  CARAFE_HOST_DEVICE T* pointer(const Sites& sites, int n, int group, int tap, int phase, int row, int column) const {
+    const int channel = group * sites.taps() + tap;
+    if (raw) return view.map.pointer(n, channel * sites.phases() + phase, row, column);
+    const int scale = sites.output_scale(), phase_row = sites.by_output_scale(phase);
+    return view.map.pointer(n, channel, row * scale + phase_row, column * scale + phase - phase_row * scale);
+  }
+  CARAFE_HOST_DEVICE int64_t tap_stride(const Sites& sites) const {
+    return view.map.channel_stride * channels_per_tap(sites);
+  }
+};
+
+// How weights lie in shared memory: [tap][site][phase], phases filled up to a multiple of the R that a thread takes at
+// once. Four more words a tap keep a column of taps in different banks.
+struct Kernels {
+  int rows, columns;  // sites
+  int taps, phases, pitch;
+  Divider by_columns, by_fine_columns, by_phases;
+
+  static Kernels of(const Sites& sites, int rows, int columns, int at_once) {
+    const int phases = sites.phases();
+    return {
+        rows,
+        columns,
+        sites.taps(),
+        phases,
+        (phases + at_once - 1) / at_once * at_once,
+        Divider::by(columns),
+        Divider::by(columns * sites.output_scale()),
+        Divider::by(phases)};
+  }
+  CARAFE_HOST_DEVICE int sites() const { return rows * columns; }
+  CARAFE_HOST_DEVICE int tap_pitch() const { return sites() * pitch + 4; }
+  CARAFE_HOST_DEVICE int64_t size() const { return int64_t(taps) * tap_pitch(); }
+};
+
+// Calls store(one, other, load(one, other)) for every pair, neighbouring threads with neighbouring ones: as many
+// threads as there are ones make a team, and each team takes its share of the others, so that what depends on `one` is
+// computed once. A thread issues InFlight loads before it waits for the first of them.
+template <int InFlight, class Load, class Store>
+CARAFE_HOST_DEVICE void share_out(int ones, int others, int thread, int threads, const Load& load, const Store& store) {
+  const int team = ones < threads ? ones : threads, teams = threads / team;
+  if (thread >= team * teams) return;
+  CARAFE_ROLLED
+  for (int one = thread % team; one < ones; one += team) {
+    CARAFE_ROLLED
+    for (int first = thread / team; first < others; first += InFlight * teams) {
+      decltype(load(0, 0)) values[InFlight];
+      CARAFE_UNROLL
+      for (int b = 0; b < InFlight; ++b) {
+        if (first + b * teams < others) values[b] = load(one, first + b * teams);
+      }
+      CARAFE_UNROLL
+      for (int b = 0; b < InFlight; ++b) {
+        if (first + b * teams < others) store(one, first + b * teams, values[b]);
+      }
+    }
+  }
+}
+
+// A weight of a rectangle of sites: where it lies in shared and in global memory (null outside the map).
+template <class T>
+struct Place {
+  int shared;
+  T* global;
+};
+
+// Calls store(place, load(place)) for every weight of a rectangle of sites within the map.
+template <int InFlight, class T, class Load, class Store>
+CARAFE_HOST_DEVICE void for_each_weight(
+    const Weights<T>& weights, const Sites& sites, const Kernels& kernels, const Job& job, int thread, int threads,
+    const Load& load, const Store& store) {
+  const int scale = sites.output_scale();
+  const int per_site = weights.pixels_per_site(sites), per_tap = weights.channels_per_tap(sites);
+  const int columns = kernels.columns * per_site, pixels = kernels.rows * per_site * columns;
+  const int channels = kernels.taps * per_tap;
+  const bool channels_last = weights.view.channels_last;
+  const auto place = [&](int one, int other) -> Place<T> {
+    const int channel = channels_last ? one : other, pixel = channels_last ? other : one;
+    const int i = weights.raw ? kernels.by_columns(pixel) : kernels.by_fine_columns(pixel), j = pixel - i * columns;
+    const int row = weights.raw ? i : sites.by_output_scale(i), column = weights.raw ? j : sites.by_output_scale(j);
+    const int tap = weights.raw ? kernels.by_phases(channel) : channel;
+    const int phase = weights.raw ? channel - tap * per_tap : (i - row * per_site) * scale + j - column * per_site;
+    const bool inside = job.row + row < sites.height && job.column + column < sites.width;
+    return {
+        tap * kernels.tap_pitch() + (row * kernels.columns + column) * kernels.pitch + phase,
+        inside ? weights.view.map.pointer(
+                     job.n, job.group * channels + channel, job.row * per_site + i, job.column * per_site + j)
+               : nullptr};
+  };
+  share_out<InFlight>(
+      channels_last ? channels : pixels, channels_last ? pixels : channels, thread, threads,
+      [&](int one, int other) { return load(place(one, other)); },
+      [&](int one, int other, auto value) { store(place(one, other), value); });
+}
+
+}  // namespace gpu
+}  // namespace carafe

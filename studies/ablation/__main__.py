@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Compare the operators of the paper's tables on generated scenes: small models, trained from scratch, several seeds.
+
+    $ python -m studies.ablation                      # Tables 4 and 6 with three seeds each: 48 trainings
+    $ python -m studies.ablation --table 3 --table 5
+    $ python -m studies.ablation --plan               # what is done and what is to do
+    $ python -m studies.ablation --report             # tables and plots of what there is
+
+Each row's operators (the types and carafe_cfg of its backbone, neck and heads in configs/) are put into the small model
+of configs/demo/ablation. The same model of another table counts for both. A run is trained with tools/train.py,
+evaluated with tools/test.py, and leaves one file in studies/ablation/results. The same command goes on where an earlier
+one was stopped: runs with a result are skipped, an interrupted training goes on from its last checkpoint.
+
+Training a small model from scratch is not the paper's setting, whose backbones are pretrained on ImageNet.
+
+Exit code: 0; 1 where a run failed or a baseline's box AP50 is below 0.30, so that the differences mean little; 2 when
+something that was given does not fit; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from carafe_plugin.engine import run as engine
+from studies.ablation import report as ablation_report
+from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, find_result, plan, train_and_evaluate
+from studies.demo.generate_scenes import add_dataset_options, generate, integer
+from studies.demo.run import guarded, supervise
+from studies.demo.steps import ROOT, StepError, console, duration, shown
+from studies.paper_tables.rows import read_tables
+
+DEFAULT_TABLES = (4, 6)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--table",
+        type=int,
+        action="append",
+        metavar="N",
+        help=f"one of {', '.join(map(str, RECIPES))}; may be repeated",
+    )
+    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="S", help="of the trainings")
+    parser.add_argument("--plan", action="store_true", help="say what is done and what is to do, and stop")
+    parser.add_argument("--report", action="store_true", help="write tables and plots of the results so far, and stop")
+    parser.add_argument("--iterations", type=integer(1), help="of each training (default: the recipe's)")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "ablation", help="logs and checkpoints")
+    parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder of the generated datasets")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="one file a run, tables and plots")
+    add_dataset_options(parser, Setup.request)
+    return parser.parse_args(argv)
+
+
+def show_plan(runs: list[Run], setup: Setup) -> list[Run]:
+    """Say what is done and what is to do; returns the latter."""
+    to_do = [run for run in runs if find_result(run, setup) is None]
+    for number in dict.fromkeys(run.table for run in runs):
+        of_table = [run for run in runs if run.table == number]
+        left = sum(run in to_do for run in of_table)
+        console.print(f"Table {number}: {len(of_table)} runs, {len(of_table) - left} done, {left} to do")
+    return to_do
+
+
+def run_all(to_do: list[Run], setup: Setup) -> list[str]:
+    """Train and evaluate, one after the other, saying how long it will still take; returns a line for each failure."""
+    seconds: list[float] = []
+    failures = []
+    for index, run in enumerate(to_do):
+        if find_result(run, setup):  # another row had the same model
+            continue
+        each = statistics.mean(seconds) if seconds else run.recipe.seconds
+        left = duration((len(to_do) - index) * each)
+        console.rule(f"{index + 1} of {len(to_do)}: Table {run.table}, {run.row.method}, seed {run.seed}; {left} left")
+        started = time.monotonic()
+        try:
+            train_and_evaluate(run, setup)
+        except StepError as error:  # the others can still be run
+            console.print(f"error: {error}", style="red", markup=False)
+            failures.append(f"{run.name} failed: {error}")
+        seconds.append(time.monotonic() - started)
+    return failures
+
+
+def report(runs: list[Run], setup: Setup) -> list[str]:
+    """Write each table's means and plot; returns a line for every baseline that has not learnt enough."""
+    tables = read_tables()
+    wide = Console(width=None if console.is_terminal else 120)  # a table in a file need not fit 80 columns
+    weak = []
+    for number in dict.fromkeys(run.table for run in runs):
+        of_table = [run for run in runs if run.table == number]
+        found = ablation_report.collect(tables[number], of_table, setup)
+        if not found.rows:
+            console.print(f"Table {number}: no results yet")
+            continue
+        wide.print(ablation_report.view(found))
+        for path in ablation_report.write(found, setup.results):
+            console.print(f"Written: {shown(path)}", markup=False)
+        weak += ablation_report.weak_baseline(found)
+    return weak
+
+
+def ablation(args: argparse.Namespace) -> int:
+    """Do what the command line says."""
+    numbers = args.table or list(DEFAULT_TABLES)
+    unknown = [number for number in numbers if number not in RECIPES]
+    if unknown:
+        raise engine.UsageError(f"--table: expected one of {', '.join(map(str, RECIPES))}, got {unknown[0]}")
+    setup = Setup.from_args(args)
+    runs = plan(dict.fromkeys(numbers), dict.fromkeys(args.seeds), setup)
+    to_do = show_plan(runs, setup)
+    if args.plan:
+        return 0
+
+    def train_all() -> list[str]:
+        for request, folder in setup.datasets(to_do):
+            generate(folder, request)
+        return run_all(to_do, setup)
+
+    def finish(failures: list[str]) -> int:
+        faults = failures + report(runs, setup)
+        for line in faults:
+            console.print(f"error: {line}", style="red", markup=False)
+        return 1 if faults else 0
+
+    if args.report:
+        return guarded(lambda: finish([]))
+    return supervise(setup.work_dir, train_all, finish, name="ablation")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return engine.run_tool(ablation, parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

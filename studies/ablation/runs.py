@@ -1,0 +1,272 @@
+"""The runs of the ablation: which small model a row of the paper becomes, its training, its one result file."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from mmengine.config import Config
+
+from studies.demo import detection as demo
+from studies.demo import segmentation as demo_seg
+from studies.demo.generate_scenes import Request, request_from
+from studies.demo.steps import (
+    ROOT,
+    Comparison,
+    Demo,
+    Metric,
+    Model,
+    count_parameters,
+    discard_stale,
+    evaluate,
+    is_evaluated,
+    seconds_per_iteration,
+    train,
+    write_json,
+)
+from studies.paper_tables.rows import CONFIGS, Row, read_tables
+
+RESULTS = ROOT / "studies" / "ablation" / "results"
+#: Where operators stand in a model. A row's are recognised by the type, which is this package's.
+PARTS = (("backbone",), ("neck",), ("roi_head", "mask_head"), ("decode_head",))
+OURS = "carafe_plugin.openmmlab."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A small model for a table's rows.
+
+    Attributes:
+        config: Below the root.
+        scope: Its toolbox.
+        comparison: The demo's, which says what its steps need to know; the recipe changes the rest.
+        metrics: By key in a result file.
+        main: The metric that the table is about.
+        seconds: A run about takes, on two cores.
+    """
+
+    config: str
+    scope: str
+    comparison: Comparison
+    metrics: Mapping[str, Metric]
+    main: str
+    seconds: float
+
+
+BOXES = {name: demo.COMPARISON.metrics[name] for name in ("bbox_mAP", "bbox_mAP_50")}
+FASTER = Recipe("configs/demo/ablation/faster-rcnn_r18_scenes.py", "mmdet", demo.COMPARISON, BOXES, "bbox_mAP", 180)
+MASK = Recipe(
+    "configs/demo/ablation/mask-rcnn_r18_scenes.py", "mmdet", demo.COMPARISON, demo.COMPARISON.metrics, "segm_mAP", 220
+)
+UPERNET = Recipe(
+    "configs/demo/ablation/upernet_r18_scenes.py",
+    "mmseg",
+    demo_seg.COMPARISON,
+    demo_seg.COMPARISON.metrics,
+    next(iter(demo_seg.COMPARISON.metrics)),
+    180,
+)
+#: By table. Table 12 is of classification; its backbones are compared in the detector that Table 3 has them in.
+RECIPES = {3: FASTER, 4: FASTER, 5: FASTER, 6: MASK, 7: MASK, 9: UPERNET} | {n: FASTER for n in (11, 12, 13, 14)}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where things are, and what changes in all runs."""
+
+    request: ClassVar[Request] = Request(seed=0, train=600, val=120, size=128)
+
+    work_dir: Path
+    data_root: Path
+    results: Path
+    scenes: Request = request
+    iterations: int | None = None
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Setup:
+        folders = (args.work_dir.resolve(), args.data_root.resolve(), args.results.resolve())
+        return cls(*folders, request_from(args, cls.request.format), args.iterations)
+
+    def dataset(self, recipe: Recipe) -> tuple[Request, Path]:
+        """The dataset of a recipe, and its folder. Segmentation keeps the size and figures of its own demo."""
+        request = self.scenes
+        if recipe.scope == "mmseg":
+            own = recipe.comparison.request
+            small = request.size if request.size != self.request.size else own.size
+            request = dataclasses.replace(request, format=own.format, figures=own.figures, size=small)
+            return request, self.data_root / Path(recipe.comparison.data_root).name
+        return request, self.data_root / f"scenes-{request.size}"
+
+    def datasets(self, runs: Iterable[Run]) -> Iterator[tuple[Request, Path]]:
+        """The datasets of some runs, each once."""
+        yield from dict.fromkeys(self.dataset(run.recipe) for run in runs)
+
+    def demo(self, run: Run) -> Demo:
+        """A run in the terms of the demos' steps."""
+        request, folder = self.dataset(run.recipe)
+        iterations = run.config.train_cfg.max_iters
+        comparison = dataclasses.replace(
+            run.recipe.comparison,
+            name="ablation",
+            request=dataclasses.replace(run.recipe.comparison.request, seed=request.seed),  # the scenes' seed alone
+            iterations=iterations,
+            metrics=run.recipe.metrics,
+            data_root=str(Path(_data_root(run.config))),
+        )
+        return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (self.model(run),))
+
+    def model(self, run: Run) -> Model:
+        """The model of a run, with its config written."""
+        path = self.work_dir / "configs" / f"{run.name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nested: dict[str, Any] = {}
+        for key, value in run.changes.items():
+            *folders, name = key.split(".")
+            part = nested
+            for folder in folders:
+                part = part.setdefault(folder, {})
+            part[name] = value
+        lines = [
+            f"_base_ = {str(ROOT / run.recipe.config)!r}",
+            *(f"{key} = {value!r}" for key, value in nested.items()),
+        ]
+        path.write_text("\n".join(lines) + "\n")
+        return Model(run.name, f"{run.row.method}, seed {run.seed}", str(path))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a row of a table with a seed."""
+
+    table: int
+    row: Row
+    seed: int
+    recipe: Recipe
+
+    @cached_property
+    def changes(self) -> dict[str, Any]:
+        """What changes in the recipe's config, by dotted key: the row's operators and the seed."""
+        changes: dict[str, Any] = {"randomness.seed": self.seed}
+        for parts in PARTS:
+            if operators := _operators(self.row, parts):
+                operators["type"] = f"{OURS}{self.recipe.scope}.{operators['type'].rpartition('.')[2]}"
+                changes[f"model.{'.'.join(parts)}"] = operators
+        return changes
+
+    @cached_property
+    def config(self) -> Config:
+        """The small model with the operators of the row."""
+        config = copy.deepcopy(_read(ROOT / self.recipe.config))
+        config.merge_from_dict(copy.deepcopy(self.changes))
+        return config
+
+    @property
+    def name(self) -> str:
+        return f"table-{self.table:02}_{slug(self.row.method)}_seed-{self.seed}"
+
+
+def slug(method: str) -> str:
+    """A method's name in that of a file."""
+    return "-".join("".join(c if c.isalnum() else " " for c in method.lower()).split()) or "baseline"
+
+
+def plan(tables: Iterable[int], seeds: Iterable[int], setup: Setup) -> list[Run]:
+    """All runs, in the order in which they are done: every row with one seed before the next seed."""
+    known = read_tables()
+    seeds = list(seeds)
+    return [
+        Run(number, row, seed, RECIPES[number]) for number in tables for seed in seeds for row in known[number].rows
+    ]
+
+
+def _operators(row: Row, parts: tuple[str, ...]) -> dict[str, Any]:
+    """The ``type`` and ``carafe_cfg`` of a part of a row's model; empty where the part is the toolbox's own."""
+    if "::" in row.config:
+        return {}
+    part: Any = _read(CONFIGS / row.config).model
+    for name in parts:
+        part = part.get(name) or {}
+    if not str(part.get("type")).startswith(OURS):
+        return {}
+    operators: dict[str, Any] = {"type": part["type"]}
+    if carafe_cfg := _plain(part.get("carafe_cfg") or {}):
+        carafe_cfg.pop("norm_eval", None)  # of a pretrained backbone; from scratch, statistics have to be learnt
+        operators["carafe_cfg"] = carafe_cfg
+    return operators
+
+
+def _plain(part: Any) -> Any:
+    """MMEngine's dictionaries as Python's, less the scope that it notes in those that came by a package's name."""
+    if isinstance(part, Mapping):
+        return {key: _plain(value) for key, value in part.items() if key != "_scope_"}
+    return part
+
+
+@cache
+def _read(path: Path) -> Config:
+    return Config.fromfile(path)
+
+
+def _data_root(config: Config) -> str:
+    return config.train_dataloader.dataset.data_root
+
+
+# ------------------------------------------------------------------------------------------------------ one run
+def fingerprint(run: Run, setup: Setup) -> str:
+    """A digest of all that decides a run's result: the whole composed config, the dataset, the changes for a trial."""
+    request, _ = setup.dataset(run.recipe)
+    content = [run.config.to_dict(), dataclasses.asdict(request), setup.iterations]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def find_result(run: Run, setup: Setup) -> dict[str, Any] | None:
+    """The result of a run, or of the same run in another table; None where there is none."""
+    own = setup.results / f"{run.name}.json"
+    others = sorted(setup.results.glob("table-*_seed-*.json")) if setup.results.is_dir() else []
+    wanted = fingerprint(run, setup)
+    for path in [own, *others]:
+        if path.is_file():
+            result = json.loads(path.read_text())
+            if result["fingerprint"] == wanted:
+                return result
+    return None
+
+
+def train_and_evaluate(run: Run, setup: Setup) -> None:
+    """Train from the newest checkpoint if there is one, evaluate, and write the result file."""
+    described = setup.demo(run)
+    (model,) = described.models
+    discard_stale(described, model)
+    if not described.checkpoint(model).is_file():
+        train(described, model)
+    if not is_evaluated(described, model):
+        evaluate(described, model)
+    setup.results.mkdir(parents=True, exist_ok=True)
+    write_json(
+        setup.results / f"{run.name}.json",
+        {
+            "table": run.table,
+            "method": run.row.method,
+            "config": run.row.path,
+            "recipe": run.recipe.config,
+            "seed": run.seed,
+            "iterations": described.iterations,
+            "metrics": json.loads(described.metrics_file(model).read_text()),
+            "parameters": count_parameters(described, model),
+            "seconds_per_iteration": round(seconds_per_iteration(described.folder(model)), 4),
+            "scenes": dataclasses.asdict(described.request),
+            "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "fingerprint": fingerprint(run, setup),
+        },
+    )

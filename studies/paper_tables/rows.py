@@ -1,0 +1,172 @@
+"""The rows of the paper's tables, as configs/paper/tables.yml lists them, and what is known of each row's config."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+TABLES = CONFIGS / "paper" / "tables.yml"
+COSTS = ROOT / "studies" / "paper_tables" / "costs.json"
+RESULTS = ROOT / "studies" / "paper_tables" / "results"
+
+#: A table's column -> the metric's name in the logs of tools/test.py; ``{}`` is the task's.
+METRICS = {
+    "AP": "coco/{}_mAP",
+    "AP50": "coco/{}_mAP_50",
+    "AP75": "coco/{}_mAP_75",
+    "APS": "coco/{}_mAP_s",
+    "APM": "coco/{}_mAP_m",
+    "APL": "coco/{}_mAP_l",
+    "top-1": "accuracy/top1",
+    "top-5": "accuracy/top5",
+    "mIoU": "mIoU",
+    "pixel accuracy": "aAcc",
+}
+TASKS = {"box": "bbox", "mask": "segm"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of a table.
+
+    Attributes:
+        method: In the table's words.
+        config: As the list has it: a file below ``configs/``, or ``mmdet::...``.
+        paper: The paper's figures, one list a line.
+        counted: Whether the FLOPs of the model's forward pass are counted; its parameters always are.
+    """
+
+    method: str
+    config: str
+    paper: list[list[Any]]
+    counted: bool = True
+
+    @property
+    def path(self) -> str:
+        """The config as our tools take it, from the root of the project."""
+        return self.config if "::" in self.config else f"configs/{self.config}"
+
+    @property
+    def name(self) -> str:
+        """A name for files: the same for the same config in every table."""
+        return re.sub(r"[^\w.-]+", "_", self.config.removesuffix(".py").replace("::", "/"))
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: its number, title, the data it was measured on, its columns, rows and a note."""
+
+    table: int
+    title: str
+    data: str
+    columns: list[str]
+    rows: list[Row]
+    note: str = ""
+
+    def measured(self, line: list[Any], metrics: dict[str, float]) -> dict[str, float]:
+        """What ``metrics``, of tools/test.py, hold for the columns of one line of the table."""
+        task = TASKS[line[0] if self.columns[0] == "task" else "box"]
+        found = {column: METRICS[column].format(task) for column in self.columns if column in METRICS}
+        percent = {column: 100.0 if name.startswith("coco/") else 1.0 for column, name in found.items()}
+        return {column: metrics[name] * percent[column] for column, name in found.items() if name in metrics}
+
+    @cached_property
+    def lines(self) -> list[tuple[Row, list[Any], bool]]:
+        """Every line with its row, and whether it is the row's first."""
+        return [(row, line, index == 0) for row in self.rows for index, line in enumerate(row.paper)]
+
+
+def read_tables(path: Path = TABLES) -> dict[int, Table]:
+    """All tables by number."""
+    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tables = [Table(**{**table, "rows": [Row(**row) for row in table["rows"]]}) for table in described]
+    return {table.table: table for table in tables}
+
+
+# ----------------------------------------------------------------------------------------------------------- costs
+def digest(config: str) -> str:
+    """A digest of a config's text and that of every file of ours that it builds on; a toolbox's counts by its name.
+
+    Args:
+        config: As :attr:`Row.config`.
+    """
+    if "::" in config:
+        return hashlib.sha256(config.encode()).hexdigest()[:16]
+    content = hashlib.sha256()
+    for path in _chain(CONFIGS / config):
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _chain(path: Path) -> Iterator[Path]:
+    """A config file and, in order, the files of ours below its ``_base_``."""
+    yield path
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "_base_":
+            texts = [node.value for node in ast.walk(statement.value) if isinstance(node, ast.Constant)]
+            for text in texts:
+                if isinstance(text, str) and text.startswith("."):
+                    yield from _chain((path.parent / text).resolve())
+
+
+def read_costs(path: Path = COSTS) -> dict[str, dict[str, Any]]:
+    """What was measured of the built models, by config; empty where nothing was."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def known_cost(row: Row, costs: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The cost of a row's model; None where it was not measured, or on another text of its config."""
+    cost = costs.get(row.config)
+    return cost if cost and cost["digest"] == digest(row.config) else None
+
+
+def measure(config: str, counted: bool = True) -> dict[str, Any]:
+    """Build a config's model and count its parameters, and its FLOPs in one forward pass over one image.
+
+    Args:
+        config: As :attr:`Row.config`.
+        counted: As :attr:`Row.counted`.
+
+    Returns:
+        ``digest``, ``shape``, ``parameters``, ``flops`` (multiply-adds, None where they are not counted), and
+        ``uncounted``, the operators without a count.
+
+    Raises:
+        UsageError: The config or its model is unusable.
+    """
+    from carafe_plugin.engine import bare_models
+    from carafe_plugin.engine.bare_models import count_model
+
+    cfg = bare_models.read_config(config if "::" in config else str(CONFIGS / config))
+    shape, model = bare_models.image_shape(cfg), bare_models.build_model(cfg)
+    found = count_model(cfg, model, shape) if counted else None
+    return {
+        "digest": digest(config),
+        "shape": list(shape),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops": found.flops[""] if found else None,
+        "uncounted": sorted(found.uncounted) if found else [],
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- results
+def result_file(row: Row, folder: Path = RESULTS) -> Path:
+    """Where the result of a row's config is kept: ``{"config": ..., "metrics": {...}}``."""
+    return folder / f"{row.name}.json"
+
+
+def read_metrics(row: Row, folder: Path = RESULTS) -> dict[str, float] | None:
+    """The metrics that we measured with a row's config, None where there is no result."""
+    path = result_file(row, folder)
+    return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.is_file() else None

@@ -1,0 +1,298 @@
+"""Checkpoints survive kill -9 at any moment, and resuming finds the newest one that can be read."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.runner.checkpoint import CheckpointLoader
+from tiny_runs import call_tool, forget_runs, run, write_toy
+
+from carafe_plugin import CARAFEUpsample
+from carafe_plugin.engine.checkpoint import (
+    AtomicLocalBackend,
+    CheckpointError,
+    allow_checkpoint_types,
+    find_mismatch,
+    newest_checkpoint,
+    read_checkpoint,
+)
+
+KILL_MODULE = '''
+"""Kill this process with SIGKILL at the point that KILL_AT names."""
+import builtins
+import io
+import os
+import signal
+
+POINT = os.environ.get('KILL_AT')
+counts = {}
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Half:
+    """A file that takes half of what is written to it, on the disk, and then the process dies."""
+    def __init__(self, file):
+        self.file = file
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        self.file.close()
+    def write(self, content):
+        self.file.write(content[:len(content) // 2])
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        die()
+
+
+def nth(kind, n):
+    counts[kind] = counts.get(kind, 0) + 1
+    return counts[kind] == n
+
+
+real_open, real_replace, real_remove = builtins.open, os.replace, os.remove
+
+
+def open_(file, mode='r', *args, **kwargs):
+    opened, name = real_open(file, mode, *args, **kwargs), os.path.basename(str(file))
+    if 'w' in mode and (POINT == 'writing' and name.startswith('epoch_3.pth')
+                        or POINT == 'writing the pointer' and name.startswith('last_checkpoint') and nth('pointer', 4)
+                        or POINT == 'writing the best' and name.startswith('best_') and nth('best', 2)):
+        return Half(opened)
+    return opened
+
+
+def replace(source, target):
+    if POINT == 'renaming' and os.path.basename(target) == 'epoch_3.pth':
+        die()
+    real_replace(source, target)
+
+
+def remove(path):
+    if POINT == 'deleting' and os.path.basename(path) == 'epoch_2.pth':
+        die()
+    real_remove(path)
+
+
+if POINT:
+    builtins.open = io.open = open_
+    os.replace, os.remove = replace, remove
+'''
+
+POINTS = ("writing", "renaming", "writing the pointer", "deleting", "writing the best")
+
+
+def train(folder: Path, work_dir: Path, *options: str, hook: str = "CheckpointHook", kill_at: str = ""):
+    config = write_toy(folder, hook=hook, imports=("toy", "kill"))
+    (folder / "kill.py").write_text(KILL_MODULE)
+    path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parents[2])])
+    return run("train.py", config, "--work-dir", work_dir, *options, PYTHONPATH=path, KILL_AT=kill_at)
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(folder, folder / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+def test_an_uninterrupted_run_keeps_the_last_and_the_best(uninterrupted: Path) -> None:
+    names = sorted(path.name for path in uninterrupted.iterdir() if path.is_file() and path.suffix != ".py")
+    assert names == ["best_toy_error_epoch_5.pth", "epoch_5.pth", "last_checkpoint"]
+    best = torch.load(uninterrupted / "best_toy_error_epoch_5.pth", weights_only=False)
+    assert "optimizer" not in best
+    assert best["meta"]["epoch"] == 5
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_and_resumed(point: str, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work_dir = tmp_path / "run"
+    killed = train(tmp_path, work_dir, kill_at=point)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    left = newest_checkpoint(str(work_dir))
+    # The checkpoint of an epoch is written again when it is the best: the pointer's 4th writing is epoch 2's second.
+    epochs = {"writing": 2, "renaming": 2, "writing the pointer": 2, "deleting": 3, "writing the best": 2}
+    assert left == str(work_dir / f"epoch_{epochs[point]}.pth")
+    assert read_checkpoint(left, training=True)["meta"]["iter"] == 2 * epochs[point]
+    best = list(work_dir.glob("best_*.pth"))
+    assert best
+    assert all(read_checkpoint(str(path)) for path in best)
+    if point.startswith("writing"):
+        assert list(work_dir.glob("*.tmp")), "the kill was to come in the middle of a write"
+
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call_tool("train", tmp_path / "toy_config.py", "--work-dir", work_dir, "--resume", "auto") == 0
+    log = max(work_dir.glob("*/*.log")).read_text()
+    assert f"resumed epoch: {epochs[point]}, iter: {2 * epochs[point]}" in log
+    final = torch.load(work_dir / "epoch_5.pth", weights_only=False)
+    assert (final["meta"]["epoch"], final["meta"]["iter"]) == (5, 10)
+    expected = weights(uninterrupted / "epoch_5.pth")
+    assert all(torch.equal(final["state_dict"][name], value) for name, value in expected.items())
+    assert [path.name for path in work_dir.glob("epoch_*")] == ["epoch_5.pth"], "what the killed run left is gone"
+    assert not list(work_dir.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
+def test_the_kill_does_hurt_mmengines_own_hook(tmp_path: Path) -> None:
+    """The control of the test above: if this fails, the kill hurts nobody and the test shows nothing."""
+    killed = train(tmp_path, tmp_path / "run", hook="StockHook", kill_at="writing")
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        newest_checkpoint(str(tmp_path / "run"))
+
+
+def fake(folder: Path, name: str, age: float, **meta: int) -> Path:
+    path = folder / name
+    torch.save(dict(state_dict={}, meta=dict(epoch=1, iter=1) | meta), path)
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+class Detector(torch.nn.Module):
+    """A backbone, a neck that upsamples by CARAFE or not, and perhaps a mask head that does."""
+
+    def __init__(self, neck: bool, mask_head: bool) -> None:
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+        self.neck = torch.nn.ModuleDict(dict(lateral=torch.nn.Conv2d(4, 4, 1)))
+        if neck:
+            self.neck["up"] = CARAFEUpsample(4, compressed_channels=2)
+        if mask_head:
+            head = torch.nn.ModuleDict(dict(conv=torch.nn.Conv2d(4, 4, 1), up=CARAFEUpsample(4, compressed_channels=2)))
+            self.mask_head = head
+
+
+def test_what_fits_a_model() -> None:
+    both, neck, mask, none = (
+        Detector(*parts) for parts in ((True, True), (True, False), (False, True), (False, False))
+    )
+    old = {name: value for name, value in both.state_dict().items() if "num_batches_tracked" not in name}
+    assert find_mismatch(both, {f"module.{name}": value for name, value in old.items()}) is None
+    assert find_mismatch(neck, both.state_dict()) is None, "a mask head more does no harm"
+    assert (
+        find_mismatch(both, neck.state_dict())
+        == "lacks 6 of the 18 parameters of Detector, the first: mask_head.conv.weight"
+    )
+    for model in (mask, none):
+        stray = "holds CARAFE++ where Detector has none: neck.up.content_encoder.weight"
+        assert find_mismatch(model, both.state_dict()) == stray
+    other = {**none.state_dict(), "backbone.0.bias": torch.zeros(5), "neck.lateral.bias": torch.zeros(5)}
+    assert re.match(
+        r"fits Detector in name alone, 2 .* shape: size mismatch for backbone\.0\.bias", find_mismatch(none, other)
+    )
+    assert (
+        find_mismatch(none, {"other.weight": torch.zeros(1)})
+        == "holds no parameter of Detector (its first: other.weight)"
+    )
+    assert find_mismatch(none, dict(model=[1])) == "holds no parameters"
+
+
+class Private:
+    """What a checkpoint of somebody's own project may hold."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reading_what_others_wrote(zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both formats of torch.save; an mmengine that leaves torch's default (weights_only) as it is; missing modules."""
+    path = tmp_path / "others.pth"
+
+    def save(**more: object) -> None:
+        torch.save(dict(state_dict=dict(a=torch.ones(2)), meta=more), path, _use_new_zipfile_serialization=zipped)
+
+    allow_checkpoint_types()
+    monkeypatch.setattr(CheckpointLoader, "load_checkpoint", lambda path, map_location, logger: torch.load(path))
+    save(best=np.float64(0.386), seen=np.int64(7), history=np.arange(3.0), names=("a", "b"))
+    assert read_checkpoint(str(path))["meta"]["best"] == 0.386
+    save(config=Private())
+    with pytest.raises(CheckpointError, match=r"more than weights.*NO_WEIGHTS_ONLY_LOAD=1.*Private"):
+        read_checkpoint(str(path))
+    monkeypatch.undo()
+    assert isinstance(read_checkpoint(str(path))["meta"]["config"], Private)
+
+    module = types.ModuleType("their_project")
+    module.Private = type("Private", (), dict(__module__="their_project"))
+    monkeypatch.setitem(sys.modules, "their_project", module)
+    save(config=module.Private())
+    monkeypatch.delitem(sys.modules, "their_project")
+    with pytest.raises(CheckpointError, match=r"a module that is not installed, .*their_project"):
+        read_checkpoint(str(path))
+
+
+def test_newest_checkpoint_order(tmp_path: Path) -> None:
+    assert newest_checkpoint(str(tmp_path)) is None
+    old_run = fake(tmp_path, "epoch_12.pth", age=1000)
+    second, third = fake(tmp_path, "epoch_2.pth", age=20), fake(tmp_path, "epoch_3.pth", age=10)
+    fake(tmp_path, "best_bbox_mAP_epoch_12.pth", age=0)
+    fake(tmp_path, "epoch_12-01234567.pth", age=0)
+    pointer = tmp_path / "last_checkpoint"
+
+    assert newest_checkpoint(str(tmp_path)) == str(third), "no pointer: the one written last"
+    pointer.write_text("/moved/from/elsewhere/epoch_2.pth")
+    assert newest_checkpoint(str(tmp_path)) == str(third), "a later step, written later: killed before the pointer"
+    pointer.write_text(str(third))
+    assert newest_checkpoint(str(tmp_path)) == str(third), "not epoch 12 of an earlier run"
+    os.utime(second, (time.time() + 5,) * 2)
+    assert newest_checkpoint(str(tmp_path)) == str(third), "copied in another order: the pointer says"
+    os.utime(second, (time.time() - 20,) * 2)
+    pointer.write_text("")
+    assert newest_checkpoint(str(tmp_path)) == str(third), "an empty pointer is no pointer"
+    third.unlink()
+    second.unlink()
+    assert newest_checkpoint(str(tmp_path)) == str(old_run)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "weights", "list"])
+def test_unreadable_ones_are_skipped_and_named(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    forget_runs()  # else mmengine's logger writes to the stdout of the test that first used it
+    good, bad = fake(tmp_path, "iter_10.pth", age=10), fake(tmp_path, "iter_20.pth", age=0)
+    content = bad.read_bytes()
+    if damage in ("weights", "list"):
+        torch.save(dict(state_dict={}) if damage == "weights" else [1], bad)
+    else:
+        bad.write_bytes(dict(truncated=content[: len(content) // 2], empty=b"", garbage=b"garbage " * 99)[damage])
+    (tmp_path / "last_checkpoint").write_text(str(bad))
+    assert newest_checkpoint(str(tmp_path)) == str(good)
+    assert str(bad) in capsys.readouterr().out
+    good.unlink()
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        newest_checkpoint(str(tmp_path))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "file"
+    backend = AtomicLocalBackend()
+    backend.put(b"old", path)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        backend.put(b"new", path)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    if sys.platform != "win32":
+        assert path.stat().st_mode & 0o777 == 0o666 & ~_umask(), "as open() makes it"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

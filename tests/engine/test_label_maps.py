@@ -1,0 +1,121 @@
+"""Folders in ADE20k's style with something wrong: one line from the tools, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import ROOT, call_tool, one_line
+
+from studies.demo import generate_scenes
+
+pytest.importorskip("mmseg", reason="label maps are mmseg's: it is not installed")
+
+from carafe_plugin.engine import label_maps
+
+FOLDERS = {"img_path": "images/training", "seg_map_path": "annotations/training"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three images with annotations to train on, two to test on."""
+    request = generate_scenes.Request(seed=0, train=3, val=2, size=64, format="ade20k")
+    generate_scenes.generate(tmp_path / "data", request)
+    return tmp_path / "data"
+
+
+def remove(path: Path) -> str:
+    path.unlink()
+    return f"images have no annotation; the first that is missing: {path}"
+
+
+def cut(path: Path) -> str:
+    Image.open(path).crop((0, 0, 40, 64)).save(path)
+    image = str(path).replace("annotations", "images").replace(".png", ".jpg")
+    return f"annotation {path} is 64 x 40, its image {image} is 64 x 64"
+
+
+def destroy(path: Path) -> str:
+    path.write_text("no picture")
+    return f"annotation {path} is no image"
+
+
+def remove_image(path: Path) -> str:
+    image = Path(str(path).replace("annotations", "images").replace(".png", ".jpg"))
+    image.unlink()
+    return f"1 annotations have no image (half copied?); the first that is missing: {image}"
+
+
+@pytest.mark.parametrize("damage", [remove, cut, destroy, remove_image])
+@pytest.mark.parametrize("tool", ["train", "test"])
+def test_damaged_annotation_is_named(
+    tool: str, damage: Callable[[Path], str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ROOT / "configs/demo/upernet_r18_scenes.py"
+    options = [f"{split}_dataloader.dataset.data_root={data}" for split in ("train", "test")]
+    expected = damage(data / "annotations" / {"train": "training", "test": "validation"}[tool] / "000002.png")
+    checkpoint = [tmp_path / "not_read.pth"] if tool == "test" else []
+    assert call_tool(tool, config, *checkpoint, "--work-dir", tmp_path / "run", "--cfg-options", *options) == 2
+    message = one_line(capsys)
+    assert expected in message
+    assert f"{tool}_dataloader (BaseSegDataset): " in message
+    assert not (tmp_path / "run").exists(), "found out before anything was written"
+
+
+def test_how_many_annotations_are_missing(data: Path) -> None:
+    dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
+    assert label_maps.find_fault(dataset) is None
+    for number in (3, 2):
+        (data / "annotations/training" / f"{number:06d}.png").unlink()
+    assert (label_maps.find_fault(dataset) or "").startswith("2 of 3 images have no annotation")
+    # What is listed counts, not what lies there.
+    (data / "listed.txt").write_text("000001\n")
+    assert label_maps.find_fault(dataset | dict(ann_file="listed.txt")) is None
+
+
+def test_images_are_found_as_mmseg_finds_them(data: Path) -> None:
+    """In subfolders too, with the endings of the configuration or of the type, and no hidden files."""
+    from mmseg.datasets import ADE20KDataset
+
+    inner = data / "images/training/inner"
+    inner.mkdir()
+    (data / "images/training/000001.jpg").rename(inner / "town.jpg")
+    (data / "images/training/.hidden.jpg").write_text("")
+    found = [info["img_path"] for info in ADE20KDataset(data_root=str(data), data_prefix=FOLDERS).load_data_list()]
+    names = list(label_maps._names(data / "images/training", ".jpg", None))
+    assert sorted(found) == sorted(f"{data}/images/training/{name}.jpg" for name in names)
+    assert "inner/town" in names
+    dataset = dict(type=ADE20KDataset, data_root=str(data), data_prefix=FOLDERS)
+    missing = data / "annotations/training/inner/town.png"
+    assert str(missing) in (label_maps.find_fault(dataset) or "")
+    missing.parent.mkdir()
+    (data / "annotations/training/000001.png").rename(missing)
+    assert label_maps.find_fault(dataset) is None
+    assert "000002_labels.png" in (label_maps.find_fault(dataset | dict(seg_map_suffix="_labels.png")) or "")
+    assert label_maps._suffixes(dict(type="CityscapesDataset")) == ("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
+
+
+def test_what_cannot_be_judged_is_left_alone(data: Path) -> None:
+    (data / "annotations/training/000001.png").unlink()
+    dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
+    assert label_maps.find_fault(dataset)
+    assert label_maps.find_fault(dataset | dict(data_prefix=dict(img_path=FOLDERS["img_path"]))) is None
+    assert label_maps.find_fault(dataset | dict(data_root="s3://bucket/ade20k")) is None
+    assert label_maps.find_fault(dataset | dict(type="NobodysDataset")) is None
+    assert label_maps.find_fault(dataset | dict(type="LEVIRCDDataset")) is None, "two images for each label map"
+
+
+def test_photograph_that_was_turned_fits(data: Path) -> None:
+    """A camera on its side stores the image lying, and its readers turn it."""
+    image, label_map = (data / FOLDERS[key] / "000001" for key in ("img_path", "seg_map_path"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((40, 64, 3), np.uint8)).save(image.with_suffix(".jpg"), exif=exif)
+    Image.fromarray(np.ones((64, 40), np.uint8)).save(label_map.with_suffix(".png"))
+    dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
+    assert label_maps.find_fault(dataset) is None
+    Image.fromarray(np.zeros((40, 64, 3), np.uint8)).save(image.with_suffix(".jpg"))
+    assert "is 64 x 40" in (label_maps.find_fault(dataset) or "")

@@ -1,0 +1,78 @@
+"""The demos' pictures show what is in the files."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from studies.demo import generate_scenes
+from studies.demo.pictures import draw_comparison, draw_label_maps
+from studies.demo.scenes_ade20k import CLASSES
+
+
+def test_outlines_show_what_was_predicted(tmp_path: Path) -> None:
+    """Columns are compared with one another: perfect predictions look like the truth, unsure ones are not drawn."""
+    generate_scenes.generate(tmp_path / "data", generate_scenes.Request(seed=0, train=1, val=4, size=96))
+    annotations = tmp_path / "data" / "annotations" / "instances_val.json"
+    coco = COCO(str(annotations))
+    files = {}
+    for title, score in {"sure": 0.9, "unsure": 0.1}.items():
+        predictions = []
+        for image_id in coco.getImgIds():
+            items = [item for item in coco.loadAnns(coco.getAnnIds(image_id)) if not item["iscrowd"]]
+            instances = {
+                "masks": [item["segmentation"] for item in items],
+                "labels": np.array([item["category_id"] - 1 for item in items]),
+                "scores": np.full(len(items), score),
+            }
+            predictions.append({"img_id": image_id, "pred_instances": instances})
+        files[title] = tmp_path / f"{title}.pkl"
+        files[title].write_bytes(pickle.dumps(predictions))
+    out = tmp_path / "pictures.png"
+    draw_comparison(annotations, tmp_path / "data" / "val", files, out)
+    picture = np.asarray(Image.open(out).convert("RGB")).astype(int)
+    colour = np.array([0xE6, 0x9F, 0x00])  # of the first category
+    stars = [item for item in coco.dataset["annotations"] if item["category_id"] == 1]
+    assert stars, "the dataset of this seed has no star: choose another"
+    hits = np.abs(picture - colour).sum(2) < 12
+    hits[-40:] = False  # the legend
+    truth, sure, unsure = (part.sum() for part in np.array_split(hits, 3, axis=1))
+    assert truth > 100
+    assert sure == pytest.approx(truth, rel=0.2)
+    assert unsure < 0.1 * truth
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_label_maps_show_what_was_predicted(tmp_path: Path) -> None:
+    """Columns are compared: a perfect model looks like the truth, one that sees nothing shows the background alone."""
+    request = generate_scenes.Request(seed=0, train=1, val=3, size=64, figures=24, format="ade20k")
+    generate_scenes.generate(tmp_path / "data", request)
+    truths = generate_scenes.annotation_files(tmp_path / "data", request)[1:]
+    predictions = {}
+    for title in ("perfect", "blind"):
+        predictions[title] = tmp_path / title
+        predictions[title].mkdir()
+        for path in truths:
+            label_map = np.asarray(Image.open(path))
+            shown = label_map if title == "perfect" else np.ones_like(label_map)
+            Image.fromarray(shown).save(predictions[title] / path.name)
+    palette = {name: (20 * index + 5, 255 - 30 * index, 90) for index, name in enumerate(CLASSES)}
+    out = tmp_path / "pictures.png"
+    draw_label_maps(tmp_path / "data", palette, predictions, out)
+    picture = np.asarray(Image.open(out).convert("RGB")).astype(int)[:-40]  # without the legend
+    counts = []
+    for colour in palette.values():
+        columns = np.array_split(np.abs(picture - colour).sum(2) < 6, 4, axis=1)
+        counts.append([int(part.sum()) for part in columns])
+    (_, *background), *figures = counts
+    assert background[2] > background[0] == pytest.approx(background[1], rel=0.05)
+    for _, truth, perfect, blind in figures:
+        assert truth > 50
+        assert perfect == pytest.approx(truth, rel=0.05)
+        assert blind < 0.02 * truth
+    assert not list(tmp_path.glob("*.partial*"))

@@ -1,0 +1,164 @@
+"""studies.paper_tables: all tables, what their models cost, results of ours where there are any, mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, call_tool, one_line
+
+pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
+pytest.importorskip("mmpretrain", reason="tools: mmpretrain is not installed")
+
+from studies.paper_tables import rows as paper_rows
+
+GUM = "configs/paper/table-04_upsampling/gum.py"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert call_tool("studies.paper_tables.__main__", *arguments) == 0
+    return capsys.readouterr().out
+
+
+def lines_of(text: str, method: str) -> list[list[str]]:
+    """The cells of the lines of a method."""
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip().startswith(f"{method}  ")]
+
+
+def test_prints_every_table(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys)
+    tables = paper_rows.read_tables()
+    assert re.findall(r"^Table (\d+):", text, re.MULTILINE) == [str(number) for number in tables]
+    assert "?" not in text, "a config has changed: run studies.paper_tables --measure"
+    for row in (row for table in tables.values() for row in table.rows):
+        assert any(cells[0] == row.method for cells in lines_of(text, row.method)), row
+    (gum,) = [cells for cells in lines_of(text, "GUM") if cells[1] == "36.9"]  # Table 6 has one as well
+    assert gum == ["GUM", "36.9", "58.9", "39.7", "21.5", "40.6", "48.1", "11.8", *gum[8:10], "not run", GUM]
+
+
+def test_figures_have_the_papers_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--table", 8, "--table", 11)
+    (upernet,) = lines_of(text, "UperNet, ResNet-50")
+    assert upernet[1:3] == ["40.44", "79.80"]
+    (psanet,) = lines_of(text, "PSANet, ResNet-50")
+    assert psanet[1:3] == ["41.92", "80.17"]
+    assert float(psanet[3]) > 50
+    assert psanet[4] == "-", "its FLOPs are not counted"
+    assert lines_of(text, "Cm = 64")[0][1] == "37.8"
+
+
+def test_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--table", 12)
+    assert re.findall(r"^Table (\d+):", text, re.MULTILINE) == ["12"]
+
+
+def test_costs_are_the_operators_own() -> None:
+    """What Table 4's operators add to the parameters of the plain FPN, three times: weights and biases."""
+    costs = paper_rows.read_costs()
+    rows = {row.method: costs[row.config] for row in paper_rows.read_tables()[4].rows}
+    conv = 256 * 256 * 9 + 256
+    expected = {
+        "Nearest": 0,
+        "Bilinear": 0,
+        "Nearest + Conv": conv,
+        "Bilinear + Conv": conv,
+        "Deconv": conv,
+        "Pixel Shuffle": 4 * conv,
+        "GUM": 256 * 9 * 8 + 8,
+        "Spatial Attention": 256 * 9 + 1,
+        "CARAFE++": 256 * 64 + 64 + 64 * 9 * 100 + 100,
+    }
+    plain = rows["Nearest"]["parameters"]
+    assert {method: cost["parameters"] - plain for method, cost in rows.items()} == {
+        k: 3 * v for k, v in expected.items()
+    }
+    # The maps that are upsampled: an image of 800 x 1333 is padded to 800 x 1344. Nearest costs 1 for each value.
+    sources = 25 * 42 + 50 * 84 + 100 * 168
+    assert rows["Deconv"]["flops"] - rows["Nearest"]["flops"] == (256 * 256 * 9 - 4 * 256) * sources
+    assert rows["Nearest + Conv"]["flops"] - rows["Nearest"]["flops"] == 4 * 256 * 256 * 9 * sources
+    assert {tuple(cost["shape"]) for cost in rows.values()} == {(800, 1333)}
+
+
+def test_measures_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config whose text has changed, and no other; the count is the one that is kept."""
+    kept = paper_rows.read_costs()
+    wanted = "mmpretrain/resnet50-carafe_16xb64_in1k.py"
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps(kept | {wanted: kept[wanted] | {"digest": "another", "parameters": 1}}))
+    measured = []
+    measure = paper_rows.measure
+    monkeypatch.setattr(
+        paper_rows, "measure", lambda config, counted: measured.append(config) or measure(config, counted)
+    )
+    assert call_tool("studies.paper_tables.__main__", "--table", 2, "--measure", "--costs", file) == 0
+    assert measured == [wanted]
+    assert json.loads(file.read_text()) == kept
+    uncounted = paper_rows.measure("mmpretrain::resnet/resnet18_8xb32_in1k.py", counted=False)
+    assert uncounted["flops"] is None
+    assert uncounted["parameters"] == 11_689_512
+
+
+def test_digest_follows_the_files_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_rows, "CONFIGS", tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "row.py").write_text('_base_ = ["../base.py", "mmdet::x.py"]\n')
+    (tmp_path / "base.py").write_text('_base_ = __import__("mmseg").__path__[0] + "/.mim/x.py"\nvalue = 1\n')
+    digest = paper_rows.digest("sub/row.py")
+    assert paper_rows.digest("sub/row.py") == digest
+    (tmp_path / "base.py").write_text("value = 2\n")
+    assert paper_rows.digest("sub/row.py") != digest
+
+
+def test_results_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged = tmp_path / "logged.json"
+    logged.write_text(json.dumps({"coco/bbox_mAP": 0.371, "coco/bbox_mAP_50": 0.5912, "data_time": 0.1}))
+    results = tmp_path / "results"
+    text = printed(capsys, "--table", 4, "--record", ROOT / GUM, logged, "--results", results)
+    ours = {cells[0]: cells[10] for method in ("GUM", "Bilinear") for cells in lines_of(text, method)}
+    assert ours == {"GUM": "37.10 / 59.12 / - / - / - / - / -", "Bilinear": "not run"}
+    (kept,) = results.iterdir()
+    assert json.loads(kept.read_text())["config"] == GUM
+    # One config, several tables; and the mask's figures are not the box's.
+    logged.write_text(json.dumps({"coco/bbox_mAP": 0.4, "coco/segm_mAP": 0.35}))
+    config = "configs/mmdet/mask-rcnn_r50_fpn_carafe-mask-head_1x_coco.py"
+    text = printed(capsys, "--table", 6, "--table", 7, "--record", ROOT / config, logged, "--results", results)
+    assert "35.00 / -" in lines_of(text, "CARAFE++")[0][-2]
+    assert [cells[-2].partition(" ")[0] for cells in lines_of(text, "mask head")] == ["40.00"]
+
+
+def test_page_is_up_to_date(tmp_path: Path) -> None:
+    page = tmp_path / "tables.md"
+    assert call_tool("studies.paper_tables.__main__", "--markdown", page) == 0
+    assert page.read_text() == (ROOT / "docs" / "paper_tables.md").read_text()
+    links = re.findall(r"\]\(\.\./(\S+?)\)", page.read_text())
+    assert len(links) > 60
+    assert all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--table", "10"], r"--table: expected one of 1, 2, .*14, got 10"),
+        (["--markdown", "nowhere/page.md"], r"--markdown: no folder nowhere to write page\.md into"),
+        (["--record", "configs/demo/upernet_r18_scenes.py", "{good}"], r"--record: .* is the config of no row"),
+        (["--record", GUM, "{broken}"], r"--record: .*broken\.json holds no metrics of tools/test\.py"),
+        (["--record", GUM, "{foreign}"], r"--record: .*foreign\.json has none of the metrics"),
+        (["--record", GUM, "absent.json"], r"no such file or folder: .*absent\.json"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for name, text in (("good", '{"mIoU": 40}'), ("broken", '{"coco/bb'), ("foreign", '{"mIoU": 40}')):
+        (tmp_path / f"{name}.json").write_text(text)
+    files = {name: str(tmp_path / f"{name}.json") for name in ("good", "broken", "foreign")}
+    arguments = [argument.format(**files) for argument in arguments]
+    assert call_tool("studies.paper_tables.__main__", *arguments, "--results", tmp_path) == 2
+    assert re.fullmatch(f"error: {expected}.*", one_line(capsys))
