@@ -27,6 +27,7 @@ from mmengine.runner import Runner
 
 from carafe_plugin.engine.annotations import AnnotationError, check_annotations
 from carafe_plugin.engine.checkpoint import CheckpointError, allow_checkpoint_types
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.label_maps import find_fault
 from carafe_plugin.openmmlab import mmcv_ops
 
@@ -51,10 +52,6 @@ LAUNCHERS = {
     "slurm": (("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "srun or tools/slurm_*.sh"),
     "mpi": (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"), "mpirun"),
 }
-
-
-class UsageError(Exception):
-    """Something that the user can put right; the message says what was expected, what came, and where."""
 
 
 def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
