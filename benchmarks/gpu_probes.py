@@ -25,7 +25,8 @@ import carafe_plugin
 from benchmarks import measure
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.ops import carafe, reference
-from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits, reassemble_logits
+from carafe_plugin.ops.fused import reassemble_logits
+from carafe_plugin.ops.reference import NORMALIZERS, masks_from_logits
 from carafe_plugin.testing import TOLERANCES, random_case, relative_error
 
 Result = dict[str, Any]  # 'ok', and what was found
@@ -118,7 +119,7 @@ def small(device: str) -> Result:
         logits = torch.randn(2, 25 * up**2, -(-9 // down), -(-13 // down), device=device, dtype=dtype)
         output = reassemble_logits(features, logits.requires_grad_(), 5, 1, up, down, normalizer)
         output.backward(torch.ones_like(output))
-        masks = kernels_from_logits(_on_host(logits), 5, 1, up, down, normalizer)
+        masks = masks_from_logits(_on_host(logits), 5, 1, up, down, normalizer)
         expected = carafe(_on_host(features), masks, 5, 1, Fraction(up, down))
         # Where it is done in steps, the kernels are rounded to the dtype too: twice the tolerance.
         error = relative_error(output, expected) / (2 * TOLERANCES[dtype])

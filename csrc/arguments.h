@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "common/normalizer.h"
 #include "common/scalar.h"
 #include "common/shape.h"
 
@@ -83,6 +84,31 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
+// The kernels of a call: masks, or logits with their normaliser.
+template <class T>
+struct Kernels {
+  Map<const T> map;
+  Normalizer normalizer;
+};
+
+inline Normalizer make_normalizer(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= 3, "normalizer must be 0, 1, 2 or 3, got ", number);
+  return static_cast<Normalizer>(number);
+}
+
+inline void check_kernels(const Shape& shape, const Tensor& kernels, Normalizer normalizer) {
+  if (normalizer == Normalizer::none) {
+    return check_size(kernels, "kernels", shape.batch, shape.mask_channels(), shape.out_height, shape.out_width);
+  }
+  STD_TORCH_CHECK(
+      (shape.up == 1 || shape.down == 1) && std::max(shape.up, shape.down) <= 64,
+      "with a normalizer, up or down must be 1 and neither more than 64, got ", shape.up, " and ", shape.down);
+  const bool by_output = shape.up == 1;
+  check_size(
+      kernels, "kernels", shape.batch, shape.mask_channels() * shape.up * shape.up,
+      by_output ? shape.out_height : shape.height, by_output ? shape.out_width : shape.width);
+}
+
 // A new map with the dtype and device of `source`, and its memory format if asked (the rule of the fake kernels).
 inline Tensor new_map(const Tensor& source, int64_t n, int64_t c, int64_t h, int64_t w, bool keep_format) {
   using torch::headeronly::MemoryFormat;
@@ -110,56 +136,66 @@ void dispatch(ScalarType dtype, const Function& function) {
   }
 }
 
-// The three operators up to the point where the device matters: check, allocate, and hand typed maps to the launcher.
-// `Launcher` has three static templates: reassemble, grad_features, grad_masks (Shape, output, first, second).
+// The three operators up to the point where the device matters: check, allocate, and hand typed maps to the device.
+// `Device` has three static templates: reassemble, grad_features, grad_kernels (Shape, output, inputs, kernels).
 
-template <class Launcher>
-Tensor carafe_impl(
-    const Tensor& features, const Tensor& masks, int64_t kernel_size, int64_t group_size, int64_t up, int64_t down) {
-  check_pair(features, "features", masks, "masks");
+template <class Device>
+Tensor reassemble(
+    const Tensor& features, const Tensor& kernels, int64_t kernel_size, int64_t group_size, int64_t up, int64_t down,
+    int64_t normalizer_number) {
+  check_pair(features, "features", kernels, "kernels");
   const Shape shape = make_shape(
       features.size(0), features.size(1), features.size(2), features.size(3), kernel_size, group_size, up, down);
-  check_size(masks, "masks", shape.batch, shape.mask_channels(), shape.out_height, shape.out_width);
+  const Normalizer normalizer = make_normalizer(normalizer_number);
+  check_kernels(shape, kernels, normalizer);
   Tensor output = new_map(features, shape.batch, shape.channels, shape.out_height, shape.out_width, true);
   if (output.numel() == 0) return output;
   dispatch(features.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    Launcher::reassemble(features, shape, output_map<T>(output), input_map<T>(features), input_map<T>(masks));
+    const Kernels<T> typed{input_map<T>(kernels), normalizer};
+    Device::template reassemble<T>(shape, output_map<T>(output), input_map<T>(features), typed);
   });
   return output;
 }
 
-template <class Launcher>
-Tensor grad_features_impl(
-    const Tensor& grad_output, const Tensor& masks, int64_t height, int64_t width, int64_t kernel_size,
-    int64_t group_size, int64_t up, int64_t down) {
-  check_pair(grad_output, "grad_output", masks, "masks");
+template <class Device>
+Tensor grad_features(
+    const Tensor& grad_output, const Tensor& kernels, int64_t height, int64_t width, int64_t kernel_size,
+    int64_t group_size, int64_t up, int64_t down, int64_t normalizer_number) {
+  check_pair(grad_output, "grad_output", kernels, "kernels");
   const Shape shape =
       make_shape(grad_output.size(0), grad_output.size(1), height, width, kernel_size, group_size, up, down);
   check_size(grad_output, "grad_output", shape.batch, shape.channels, shape.out_height, shape.out_width);
-  check_size(masks, "masks", shape.batch, shape.mask_channels(), shape.out_height, shape.out_width);
+  const Normalizer normalizer = make_normalizer(normalizer_number);
+  check_kernels(shape, kernels, normalizer);
   Tensor grad = new_map(grad_output, shape.batch, shape.channels, shape.height, shape.width, true);
   if (grad.numel() == 0) return grad;
   dispatch(grad_output.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    Launcher::grad_features(grad_output, shape, output_map<T>(grad), input_map<T>(grad_output), input_map<T>(masks));
+    const Kernels<T> typed{input_map<T>(kernels), normalizer};
+    Device::template grad_features<T>(shape, output_map<T>(grad), input_map<T>(grad_output), typed);
   });
   return grad;
 }
 
-template <class Launcher>
-Tensor grad_masks_impl(
-    const Tensor& grad_output, const Tensor& features, int64_t kernel_size, int64_t group_size, int64_t up,
-    int64_t down) {
+template <class Device>
+Tensor grad_kernels(
+    const Tensor& grad_output, const Tensor& features, const Tensor& kernels, int64_t kernel_size, int64_t group_size,
+    int64_t up, int64_t down, int64_t normalizer_number) {
   check_pair(grad_output, "grad_output", features, "features");
+  check_pair(features, "features", kernels, "kernels");
   const Shape shape = make_shape(
       features.size(0), features.size(1), features.size(2), features.size(3), kernel_size, group_size, up, down);
   check_size(grad_output, "grad_output", shape.batch, shape.channels, shape.out_height, shape.out_width);
-  Tensor grad = new_map(grad_output, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, false);
+  const Normalizer normalizer = make_normalizer(normalizer_number);
+  check_kernels(shape, kernels, normalizer);
+  Tensor grad = new_map(kernels, kernels.size(0), kernels.size(1), kernels.size(2), kernels.size(3), true);
   if (grad.numel() == 0) return grad;
   dispatch(grad_output.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    Launcher::grad_masks(grad_output, shape, output_map<T>(grad), input_map<T>(grad_output), input_map<T>(features));
+    const Kernels<T> typed{input_map<T>(kernels), normalizer};
+    Device::template grad_kernels<T>(
+        shape, output_map<T>(grad), input_map<T>(grad_output), input_map<T>(features), typed);
   });
   return grad;
 }

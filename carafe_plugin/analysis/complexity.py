@@ -2,7 +2,7 @@
 
 MMEngine counts a multiply-add as one FLOP (torch's ``FlopCounterMode`` as two). Of operators that it does not know it
 counts nothing, and ``get_model_complexity_info`` takes no handles: :func:`count` gives its analyser those of the
-reassembly, compiled or not, and of MMCV's modulated deformable convolution, which the paper's recipe stands beside.
+reassembly, and of MMCV's modulated deformable convolution, which the paper's recipe stands beside.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 from carafe_plugin.openmmlab import require
-from carafe_plugin.ops.flops import multiply_adds
 
 require("mmengine", __name__)
 
@@ -96,16 +95,13 @@ def add_handles(analyzer: FlopAnalyzer) -> FlopAnalyzer:
         >>> analyzer.unsupported_ops_warnings(False).by_operator()["carafe"]  # 4 locations, 25 taps
         25600
     """
-    compiled = ("carafe_plugin::carafe", "carafe_plugin::_carafe_logits")
-    for name in (*compiled, *(f"prim::PythonOp.{name}" for name in ("_Reassemble", "_MMCVReassemble"))):
-        analyzer.set_op_handle(name, _reassembly)
+    analyzer.set_op_handle("carafe_plugin::carafe", _reassembly)
     return analyzer.set_op_handle("prim::PythonOp.ModulatedDeformConv2dFunction", _deformable_convolution)
 
 
 def _reassembly(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    # A traced autograd Function keeps its integers apart from its tensors.
-    kernel_size = inputs[2].toIValue() if len(inputs) > 2 else outputs[0].node().scalar_args()[0]
-    return Counter(carafe=multiply_adds(outputs[0].type().sizes(), kernel_size))
+    kernel_size = inputs[2].toIValue()
+    return Counter(carafe=prod(outputs[0].type().sizes()) * kernel_size**2)
 
 
 def _deformable_convolution(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

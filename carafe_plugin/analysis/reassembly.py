@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
-from carafe_plugin.ops.fused import kernels_from_logits
+from carafe_plugin.ops.reference import masks_from_logits
 
 __all__ = ["Reassembly", "Sources", "chain_groups", "check_chain", "compose", "record_reassemblies"]
 
@@ -192,7 +192,7 @@ def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
 
     def keep_kernels(name: str, site: KernelPrediction, inputs: tuple, named: dict[str, Any], output: Tensor) -> None:
         k, g = site.kernel_size, site.group_size
-        kernels = kernels_from_logits(logits.pop(site), k, g, site.up, site.down, site.normalizer).cpu()
+        kernels = masks_from_logits(logits.pop(site), k, g, site.up, site.down, site.normalizer).cpu()
         (features,) = (*inputs, *named.values())
         (height, width), (n, _, *out_size) = features.shape[-2:], kernels.shape
         found.append(Reassembly(name, kernels.reshape(n, g, k, k, *out_size), (height, width), site.up, site.down))

@@ -8,7 +8,8 @@ from fractions import Fraction
 from torch import Tensor, nn
 
 from ..ops.functional import scale_ratio
-from ..ops.fused import NORMALIZERS, kernels_from_logits, normalize_kernels, reassemble_logits
+from ..ops.fused import reassemble_logits
+from ..ops.reference import NORMALIZERS, masks_from_logits, normalize_kernels
 
 __all__ = ["NORMALIZERS", "KernelPrediction", "normalize_kernels", "resize_ratio"]
 
@@ -100,7 +101,7 @@ class KernelPrediction(nn.Module):
     def predict_kernels(self, features: Tensor) -> Tensor:
         """The normalised kernels of every output location, (N, C, H, W) -> (N, G * k^2, H', W')."""
         logits = self.predict_logits(features)
-        return kernels_from_logits(logits, self.kernel_size, self.group_size, self.up, self.down, self.normalizer)
+        return masks_from_logits(logits, self.kernel_size, self.group_size, self.up, self.down, self.normalizer)
 
     def forward(self, features: Tensor) -> Tensor:
         """Rescale features, (N, C, H, W) -> (N, C, ceil(H * up / down), ceil(W * up / down))."""

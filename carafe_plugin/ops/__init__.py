@@ -1,7 +1,7 @@
 """The functional operator."""
 
-from . import flops
-from ._registration import is_compiled
+from . import _operators  # noqa: F401  (registers the operators)
+from ._compiled import is_compiled
 from .functional import carafe
 
-__all__ = ["carafe", "flops", "is_compiled"]
+__all__ = ["carafe", "is_compiled"]

@@ -1,4 +1,4 @@
-"""The public operator: documentation, validation, and the choice of what computes it."""
+"""The public operator: documentation and validation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from . import _fallback, _registration
+from ._autocast import autocast_enabled
 from .reference import output_size
 
 # An "exact" float has a small power of two below the line (0.5, 1.5, 0.75): anything longer is a rounded third or
@@ -66,14 +66,7 @@ def carafe(
     """
     up, down = scale_ratio(scale_factor)
     _check(features, masks, kernel_size, group_size, up, down)
-    return reassemble(features, masks, kernel_size, group_size, up, down)
-
-
-def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
-    """:func:`carafe` on arguments that are known to fit: compiled where that serves the device, else the reference."""
-    if _registration.is_compiled(features.device.type):
-        return torch.ops.carafe_plugin.carafe.default(features, masks, kernel_size, group_size, up, down)
-    return _fallback.reassemble(features, masks, kernel_size, group_size, up, down)
+    return torch.ops.carafe_plugin.carafe.default(features, masks, kernel_size, group_size, up, down)
 
 
 def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
@@ -128,7 +121,7 @@ def _check(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, u
         raise ValueError(
             f"features and masks must be on the same device, got features on {features.device}, masks on {masks.device}"
         )
-    if features.dtype != masks.dtype and not _fallback.autocast_enabled(features.device.type):
+    if features.dtype != masks.dtype and not autocast_enabled(features.device.type):
         raise TypeError(
             f"features and masks must have the same dtype outside autocast, got {features.dtype} and {masks.dtype}"
         )

@@ -1,9 +1,13 @@
 """The definition of the operator in PyTorch: the specification that C++ and CUDA are checked against.
 
+Two words for kernels: *logits* are what the content encoder puts out, (N, G * k^2 * up^2, H'', W''), and *masks* are
+the normalised kernels in the layout of the output, (N, G * k^2, H', W'); :func:`masks_from_logits` leads from one to
+the other (pixel shuffle, kernel normaliser).
+
 For a scale of ``up / down`` (coprime), an output location ``(i', j')`` is reassembled from the ``k x k``
 neighbourhood of the source location ``(floor(i' * down / up), floor(j' * down / up))`` (eq. 3 of the paper, for both
 directions and every rational scale between them). The operator is bilinear in the features and the masks, so with
-``Z`` a cotangent of its output the three functions below are the three partial derivatives of one trilinear form
+``Z`` a gradient of its output the three functions below are the three partial derivatives of one trilinear form
 
     T(X, M, Z) = sum over outputs and taps of  Z[n, c, i', j'] * M[n, g(c) k^2 + tap, i', j'] * X[n, c, i + u, j + v]
 
@@ -17,6 +21,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+#: The kernel normalisers (Sec. 3.2; the alternatives to the softmax are those of Table 14).
+NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized")
 
 
 def output_size(size: int, up: int, down: int) -> int:
@@ -68,14 +75,14 @@ def grad_features(
     radius = kernel_size // 2
     rows = source_index(height, up, down, grad_output.device)
     columns = source_index(width, up, down, grad_output.device)
-    cotangent = _grouped(grad_output, group_size)
+    grad = _grouped(grad_output, group_size)
     weights = _masks_by_tap(masks, kernel_size, group_size)
     lead = (n, group_size, c // group_size)
-    padded = cotangent.new_zeros(*lead, height + 2 * radius, width + 2 * radius)
+    padded = grad.new_zeros(*lead, height + 2 * radius, width + 2 * radius)
     for u in range(kernel_size):
-        row_sums = cotangent.new_zeros(*lead, h_out, width + 2 * radius)
+        row_sums = grad.new_zeros(*lead, h_out, width + 2 * radius)
         for v in range(kernel_size):
-            row_sums = row_sums.index_add(-1, columns + v, weights[u * kernel_size + v] * cotangent)
+            row_sums = row_sums.index_add(-1, columns + v, weights[u * kernel_size + v] * grad)
         padded = padded.index_add(-2, rows + u, row_sums)
     inner = padded[..., radius : radius + height, radius : radius + width]
     return inner.reshape(n, c, height, width).to(grad_output.dtype)
@@ -88,11 +95,109 @@ def grad_masks(grad_output: Tensor, features: Tensor, kernel_size: int, group_si
     rows = source_index(h, up, down, features.device)
     columns = source_index(w, up, down, features.device)
     padded = F.pad(_grouped(features, group_size), [radius] * 4)
-    cotangent = _grouped(grad_output, group_size)
+    grad = _grouped(grad_output, group_size)
     taps = [
-        (cotangent * padded.index_select(-2, rows + u).index_select(-1, columns + v)).sum(2)
+        (grad * padded.index_select(-2, rows + u).index_select(-1, columns + v)).sum(2)
         for u in range(kernel_size)
         for v in range(kernel_size)
     ]
-    grad = torch.stack(taps, dim=2)
-    return grad.reshape(n, group_size * kernel_size**2, len(rows), len(columns)).to(grad_output.dtype)
+    sums = torch.stack(taps, dim=2)
+    return sums.reshape(n, group_size * kernel_size**2, len(rows), len(columns)).to(grad_output.dtype)
+
+
+def normalize_kernels(logits: Tensor, kernel_size: int, group_size: int, normalizer: str) -> Tensor:
+    """The kernel normaliser: each ``k x k`` kernel on its own.
+
+    Args:
+        logits (Tensor[N, G * k^2, H, W]): the content encoder's output after the pixel shuffle, group-major.
+        kernel_size (int): ``k``.
+        group_size (int): ``G``.
+        normalizer (str): 'softmax', 'sigmoid', or 'sigmoid_normalized' (the sigmoid divided by its sum).
+
+    Returns:
+        Tensor[N, G * k^2, H, W]: the dtype of ``logits``.
+    """
+    if normalizer == "sigmoid":
+        return logits.sigmoid()
+    kernels = _by_kernel(logits, kernel_size, group_size)
+    if normalizer == "sigmoid_normalized":
+        # sigmoid(x) / sum(sigmoid(x)) is softmax(log(sigmoid(x))), which stays right where every sigmoid underflows.
+        kernels = F.logsigmoid(kernels)
+    # The explicit dtype keeps autocast from making a float32 copy of the largest tensor here.
+    return kernels.softmax(dim=2, dtype=kernels.dtype).reshape(logits.shape)
+
+
+def _by_kernel(maps: Tensor, kernel_size: int, group_size: int) -> Tensor:
+    n, _, h, w = maps.shape
+    return maps.reshape(n, group_size, kernel_size**2, h, w)
+
+
+def shuffle_logits(logits: Tensor, up: int, down: int) -> Tensor:
+    """The logits of every output location: ``F.pixel_shuffle`` by ``up``, of which every ``down``-th location is kept.
+
+    Where ``up`` is 1 the content encoder's stride has done that already.
+    """
+    if up == 1:
+        return logits
+    if logits.shape[0] > 0:
+        logits = F.pixel_shuffle(logits, up)
+    else:  # the backward pass of F.pixel_shuffle fails on an empty batch (torch 2.11), and no RoIs is a usual case
+        n, channels, h, w = logits.shape
+        phases = logits.reshape(n, channels // up**2, up, up, h, w).permute(0, 1, 4, 2, 5, 3)
+        logits = phases.reshape(n, channels // up**2, h * up, w * up)
+    return logits[..., ::down, ::down] if down > 1 else logits
+
+
+def masks_from_logits(logits: Tensor, k: int, g: int, up: int, down: int, normalizer: str) -> Tensor:
+    """The normalised kernels, (N, G * k^2, H', W'), that the content encoder's raw output stands for."""
+    return normalize_kernels(shuffle_logits(logits, up, down), k, g, normalizer)
+
+
+def _product_of_jacobian(masks: Tensor, direction: Tensor, k: int, g: int, normalizer: str) -> Tensor:
+    """The Jacobian of the softmax, or of the sigmoid, times a direction; both are symmetric."""
+    if normalizer == "sigmoid":
+        return masks * (1 - masks) * direction
+    kernels, directions = _by_kernel(masks, k, g), _by_kernel(direction, k, g)
+    return (kernels * (directions - (kernels * directions).sum(dim=2, keepdim=True))).reshape(masks.shape)
+
+
+def tangent_of_masks(tangent: Tensor, logits: Tensor, k: int, g: int, up: int, down: int, normalizer: str) -> Tensor:
+    """The derivative of :func:`masks_from_logits` in the direction ``tangent``, which has the shape of ``logits``."""
+    logits, tangent = shuffle_logits(logits, up, down), shuffle_logits(tangent, up, down)
+    masks = normalize_kernels(logits, k, g, normalizer)
+    if normalizer == "sigmoid_normalized":
+        tangent = tangent * (-logits).sigmoid()
+    return _product_of_jacobian(masks, tangent, k, g, normalizer)
+
+
+def grad_logits(grad_masks: Tensor, logits: Tensor, k: int, g: int, up: int, normalizer: str) -> Tensor:
+    """From the gradient to the masks to that to the logits, for scales that are integers or their reciprocals."""
+    logits = shuffle_logits(logits, up, 1)
+    masks = normalize_kernels(logits, k, g, normalizer)
+    grad = _product_of_jacobian(masks, grad_masks, k, g, normalizer)
+    return _unshuffle(grad * (-logits).sigmoid() if normalizer == "sigmoid_normalized" else grad, up)
+
+
+def curvature_of_masks(
+    direction: Tensor, grad_masks: Tensor, logits: Tensor, k: int, g: int, up: int, normalizer: str
+) -> Tensor:
+    """The derivative of :func:`grad_logits` with respect to the logits in a direction, which has their shape."""
+    logits, direction = shuffle_logits(logits, up, 1), shuffle_logits(direction, up, 1)
+    masks = normalize_kernels(logits, k, g, normalizer)
+    if normalizer == "sigmoid":
+        return _unshuffle(masks * (1 - masks) * (1 - 2 * masks) * direction * grad_masks, up)
+    slope = (-logits).sigmoid() if normalizer == "sigmoid_normalized" else torch.ones_like(logits)  # of log(sigmoid)
+    kernels, grads, directions = (_by_kernel(maps, k, g) for maps in (masks, grad_masks, direction * slope))
+    mean_grad, mean_direction = ((kernels * maps).sum(dim=2, keepdim=True) for maps in (grads, directions))
+    inner = (grads * (directions - mean_direction) - directions * mean_grad).reshape(masks.shape)
+    result = _product_of_jacobian(masks, inner, k, g, normalizer) * slope
+    if normalizer == "sigmoid_normalized":
+        result = result - direction * slope * (1 - slope) * (kernels * (grads - mean_grad)).reshape(masks.shape)
+    return _unshuffle(result, up)
+
+
+def _unshuffle(maps: Tensor, up: int) -> Tensor:
+    """``F.pixel_unshuffle``, for empty batches too."""
+    n, channels, h, w = maps.shape
+    phases = maps.reshape(n, channels, h // up, up, w // up, up).permute(0, 1, 3, 5, 2, 4)
+    return phases.reshape(n, channels * up**2, h // up, w // up)

@@ -11,7 +11,6 @@
 
 #include "../arguments.h"
 #include "../common/element.h"
-#include "../logits.h"
 #include "rows.h"
 
 namespace carafe {
@@ -171,78 +170,78 @@ void run_by_element(const Map<T>& output, int64_t n, int64_t c, int64_t h, int64
   });
 }
 
-// The row kernels list every phase of the scale, up * down of them: 101/100 has too many for lists to pay.
-bool by_element(const Shape& shape) {
+// The row kernels list every phase of the scale, up * down of them: 101/100 has too many for lists to pay. Logits are
+// always taken by rows.
+bool by_element(const Shape& shape, Normalizer normalizer) {
+  if (normalizer != Normalizer::none) return false;
   return current_path() == Path::plain || shape.up > kMaxPhases || shape.down > kMaxPhases ||
          shape.up * shape.down > kMaxPhases;
+}
+
+// Calls run(Masks) or run(Logits): the row kernels are compiled for each of the two.
+template <class T, class Run>
+void with_kernels(const Kernels<T>& kernels, const Run& run) {
+  if (kernels.normalizer == Normalizer::none) return run(Masks<T>{kernels.map});
+  run(Logits<T>{kernels.map, kernels.normalizer});
 }
 
 struct Cpu {
   template <class T>
   static void reassemble(
-      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& features,
-      const Map<const T>& masks) {
-    if (!by_element(shape)) return run_by_rows(shape, Reassemble<T, Masks<T>>{output, features, {masks}});
-    run_by_element(output, shape.batch, shape.channels, shape.out_height, shape.out_width, [&](auto... at) {
-      return reassemble_element(shape, features, masks, at...);
+      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Kernels<T>& kernels) {
+    if (by_element(shape, kernels.normalizer)) {
+      return run_by_element(output, shape.batch, shape.channels, shape.out_height, shape.out_width, [&](auto... at) {
+        return reassemble_element(shape, features, kernels.map, at...);
+      });
+    }
+    with_kernels(kernels, [&](const auto& staged) {
+      run_by_rows(shape, Reassemble<T, std::decay_t<decltype(staged)>>{output, features, staged});
     });
   }
 
   template <class T>
   static void grad_features(
-      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
-      const Map<const T>& masks) {
-    if (!by_element(shape)) return run_by_rows(shape, GradFeatures<T, Masks<T>>{output, grad_output, {masks}});
-    run_by_element(output, shape.batch, shape.channels, shape.height, shape.width, [&](auto... at) {
-      return grad_features_element(shape, grad_output, masks, at...);
+      const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Kernels<T>& kernels) {
+    if (by_element(shape, kernels.normalizer)) {
+      return run_by_element(grad, shape.batch, shape.channels, shape.height, shape.width, [&](auto... at) {
+        return grad_features_element(shape, grad_output, kernels.map, at...);
+      });
+    }
+    with_kernels(kernels, [&](const auto& staged) {
+      run_by_rows(shape, GradFeatures<T, std::decay_t<decltype(staged)>>{grad, grad_output, staged});
     });
   }
 
   template <class T>
-  static void grad_masks(
-      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
-      const Map<const T>& features) {
-    if (!by_element(shape)) return run_by_rows(shape, GradWeights<T, Masks<T>>{output, grad_output, features, {}});
-    run_by_element(output, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, [&](auto... at) {
-      return grad_masks_element(shape, grad_output, features, at...);
+  static void grad_kernels(
+      const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
+      const Kernels<T>& kernels) {
+    if (by_element(shape, kernels.normalizer)) {
+      return run_by_element(
+          grad, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width,
+          [&](auto... at) { return grad_masks_element(shape, grad_output, features, at...); });
+    }
+    with_kernels(kernels, [&](const auto& staged) {
+      run_by_rows(shape, GradWeights<T, std::decay_t<decltype(staged)>>{grad, grad_output, features, staged});
     });
-  }
-
-  // From logits: always by rows.
-
-  template <class T>
-  static void reassemble_logits(
-      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Logits<T>& logits) {
-    run_by_rows(shape, Reassemble<T, Logits<T>>{output, features, logits});
-  }
-
-  template <class T>
-  static void grad_features_logits(
-      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Logits<T>& logits) {
-    run_by_rows(shape, GradFeatures<T, Logits<T>>{output, grad_output, logits});
-  }
-
-  template <class T>
-  static void grad_logits(
-      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Map<const T>& features,
-      const Logits<T>& logits) {
-    run_by_rows(shape, GradWeights<T, Logits<T>>{output, grad_output, features, logits});
   }
 };
 
 }  // namespace
 }  // namespace carafe
 
-// The path that this process takes, by name, for tests and benchmark reports (through ctypes).
+// The path that this process takes, by name, for tests and benchmark reports (through ctypes, which no exception may
+// cross); null where CARAFE_CPU_PATH names none of this machine.
 extern "C" __attribute__((visibility("default"))) const char* carafe_cpu_path() {
-  return carafe::kPathNames[static_cast<int>(carafe::current_path())];
+  try {
+    return carafe::kPathNames[static_cast<int>(carafe::current_path())];
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(carafe_plugin, CPU, m) {
-  m.impl("carafe", TORCH_BOX(&carafe::carafe_impl<carafe::Cpu>));
-  m.impl("_carafe_grad_features", TORCH_BOX(&carafe::grad_features_impl<carafe::Cpu>));
-  m.impl("_carafe_grad_masks", TORCH_BOX(&carafe::grad_masks_impl<carafe::Cpu>));
-  m.impl("_carafe_logits", TORCH_BOX(&carafe::logits_impl<carafe::Cpu>));
-  m.impl("_carafe_logits_grad_features", TORCH_BOX(&carafe::logits_grad_features_impl<carafe::Cpu>));
-  m.impl("_carafe_logits_grad_logits", TORCH_BOX(&carafe::logits_grad_logits_impl<carafe::Cpu>));
+  m.impl("carafe", TORCH_BOX(&carafe::reassemble<carafe::Cpu>));
+  m.impl("_carafe_grad_features", TORCH_BOX(&carafe::grad_features<carafe::Cpu>));
+  m.impl("_carafe_grad_kernels", TORCH_BOX(&carafe::grad_kernels<carafe::Cpu>));
 }

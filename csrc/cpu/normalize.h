@@ -4,11 +4,10 @@
 
 #include <cmath>
 
+#include "../common/normalizer.h"
 #include "staging.h"
 
 namespace carafe {
-
-enum class Normalizer { softmax, sigmoid, sigmoid_normalized };
 
 // e^x, x below 88 (so all that is asked here); to about one unit in the last place for float.
 template <class V>

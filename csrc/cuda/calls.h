@@ -15,10 +15,10 @@ namespace gpu {
 template <class T>
 struct Source {
   Map<T> map;
-  Normalized how;
+  Normalizer normalizer;
 
   Weights<T> weights(const Shape& shape) const {
-    return {View<T>::of(map, 1), how != Normalized::already && shape.up > 1, how};
+    return {View<T>::of(map, 1), normalizer != Normalizer::none && shape.up > 1, normalizer};
   }
 };
 
@@ -81,7 +81,7 @@ bool grad_weights_by(
     const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
     const Source<const T>& source, int64_t shared_bytes, const Run& run) {
   GradWeightsBlock<T, R> block = {};
-  block.grad = Source<T>{grad, source.how}.weights(shape);
+  block.grad = Source<T>{grad, source.normalizer}.weights(shape);
   block.grad_output = View<const T>::of(grad_output, shape.group_channels());
   block.features = View<const T>::of(features, shape.group_channels());
   block.weights = source.weights(shape);

@@ -3,8 +3,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "../arguments.h"
 #include "../common/element.h"
-#include "../logits.h"
 #include "launch.h"
 
 namespace carafe {
@@ -71,81 +71,53 @@ void launch_elements(
 }
 
 template <class T>
-struct Logits {
-  Map<const T> map;
-  Normalizer normalizer;
-
-  gpu::Source<const T> source() const { return {map, static_cast<gpu::Normalized>(normalizer)}; }
-};
+gpu::Source<const T> source(const Kernels<T>& kernels) {
+  return {kernels.map, kernels.normalizer};
+}
 
 struct Cuda {
   template <class T>
   static void reassemble(
-      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& features,
-      const Map<const T>& masks) {
-    const gpu::Source<const T> source{masks, gpu::Normalized::already};
+      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Kernels<T>& kernels) {
     const bool launched = launch_block(
-        [&](int64_t bytes) { return gpu::reassemble(shape, output, features, source, bytes, LaunchBlock{}); });
+        [&](int64_t bytes) { return gpu::reassemble(shape, output, features, source(kernels), bytes, LaunchBlock{}); });
     if (launched) return;
-    const ReassembleElement<T> element{shape, features, masks};
+    check_masks(kernels);
+    const ReassembleElement<T> element{shape, features, kernels.map};
     launch_elements(output, shape.batch, shape.channels, shape.out_height, shape.out_width, element);
   }
 
   template <class T>
   static void grad_features(
-      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
-      const Map<const T>& masks) {
-    const gpu::Source<const T> source{masks, gpu::Normalized::already};
-    const bool launched = launch_block(
-        [&](int64_t bytes) { return gpu::grad_features(shape, output, grad_output, source, bytes, LaunchBlock{}); });
-    if (launched) return;
-    const GradFeaturesElement<T> element{shape, grad_output, masks};
-    launch_elements(output, shape.batch, shape.channels, shape.height, shape.width, element);
-  }
-
-  template <class T>
-  static void grad_masks(
-      const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
-      const Map<const T>& features) {
-    const gpu::Source<const T> source{{}, gpu::Normalized::already};
+      const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Kernels<T>& kernels) {
     const bool launched = launch_block([&](int64_t bytes) {
-      return gpu::grad_weights(shape, output, grad_output, features, source, bytes, LaunchBlock{});
+      return gpu::grad_features(shape, grad, grad_output, source(kernels), bytes, LaunchBlock{});
     });
     if (launched) return;
+    check_masks(kernels);
+    const GradFeaturesElement<T> element{shape, grad_output, kernels.map};
+    launch_elements(grad, shape.batch, shape.channels, shape.height, shape.width, element);
+  }
+
+  template <class T>
+  static void grad_kernels(
+      const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
+      const Kernels<T>& kernels) {
+    const bool launched = launch_block([&](int64_t bytes) {
+      return gpu::grad_weights(shape, grad, grad_output, features, source(kernels), bytes, LaunchBlock{});
+    });
+    if (launched) return;
+    check_masks(kernels);
     const GradMasksElement<T> element{shape, grad_output, features};
-    launch_elements(output, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, element);
-  }
-
-  // From logits: always by blocks.
-
-  template <class T>
-  static void reassemble_logits(
-      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Logits<T>& logits) {
-    check(launch_block([&](int64_t bytes) {
-      return gpu::reassemble(shape, output, features, logits.source(), bytes, LaunchBlock{});
-    }));
-  }
-
-  template <class T>
-  static void grad_features_logits(
-      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Logits<T>& logits) {
-    check(launch_block([&](int64_t bytes) {
-      return gpu::grad_features(shape, output, grad_output, logits.source(), bytes, LaunchBlock{});
-    }));
-  }
-
-  template <class T>
-  static void grad_logits(
-      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Map<const T>& features,
-      const Logits<T>& logits) {
-    check(launch_block([&](int64_t bytes) {
-      return gpu::grad_weights(shape, output, grad_output, features, logits.source(), bytes, LaunchBlock{});
-    }));
+    launch_elements(grad, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, element);
   }
 
  private:
-  static void check(bool launched) {
-    STD_TORCH_CHECK(launched, "from logits on CUDA, the kernels of a pixel must fit into a block's shared memory");
+  template <class T>
+  static void check_masks(const Kernels<T>& kernels) {
+    STD_TORCH_CHECK(
+        kernels.normalizer == Normalizer::none,
+        "with a normalizer on CUDA, the kernels of a pixel must fit into a block's shared memory");
   }
 };
 
@@ -166,12 +138,17 @@ struct OnDevice<Operator> {
 
 STABLE_TORCH_LIBRARY_IMPL(carafe_plugin, CUDA, m) {
   using namespace carafe;
-  m.impl("carafe", TORCH_BOX(&OnDevice<&carafe_impl<Cuda>>::call));
-  m.impl("_carafe_grad_features", TORCH_BOX(&OnDevice<&grad_features_impl<Cuda>>::call));
-  m.impl("_carafe_grad_masks", TORCH_BOX(&OnDevice<&grad_masks_impl<Cuda>>::call));
-  m.impl("_carafe_logits", TORCH_BOX(&OnDevice<&logits_impl<Cuda>>::call));
-  m.impl("_carafe_logits_grad_features", TORCH_BOX(&OnDevice<&logits_grad_features_impl<Cuda>>::call));
-  m.impl("_carafe_logits_grad_logits", TORCH_BOX(&OnDevice<&logits_grad_logits_impl<Cuda>>::call));
+  m.impl("carafe", TORCH_BOX(&OnDevice<&reassemble<Cuda>>::call));
+  m.impl("_carafe_grad_features", TORCH_BOX(&OnDevice<&grad_features<Cuda>>::call));
+  m.impl("_carafe_grad_kernels", TORCH_BOX(&OnDevice<&grad_kernels<Cuda>>::call));
+}
+
+// The GPU architectures that this library was compiled for, ascending, as nvcc counts them (800 for sm_80); 0 after the
+// last. For Python (through ctypes).
+extern "C" __attribute__((visibility("default"))) int carafe_cuda_architecture(int index) {
+  constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
+  constexpr int kCount = sizeof kArchitectures / sizeof *kArchitectures;
+  return index >= 0 && index < kCount ? kArchitectures[index] : 0;
 }
 
 PyMODINIT_FUNC PyInit__C_cuda() {

@@ -57,7 +57,7 @@ struct GradFeaturesBlock {
     A* const common = staged + kernels.taps * kernels.phases * kernels.sites();
     const int turn = step / 2 - 1;
     if (step == 0) {
-      if (weights.how != Normalized::already) find_statistics(job, thread, common);
+      if (weights.normalizer != Normalizer::none) find_statistics(job, thread, common);
     } else if (step == 1) {
       stage_weights(job, thread, common, staged);
       stage_gradient(job, 0, thread, shared);
@@ -81,7 +81,7 @@ struct GradFeaturesBlock {
       if (row < 0 || row >= sites.height || column < 0 || column >= sites.width) continue;
       const T* const logits = weights.pointer(sites, job.n, job.group, 0, phase, row, column);
       const Statistics<A> found =
-          statistics<A>(weights.how, sites.taps(), [&](int tap) { return widen(logits[tap * tap_stride]); });
+          statistics<A>(weights.normalizer, sites.taps(), [&](int tap) { return widen(logits[tap * tap_stride]); });
       common[2 * kernel] = found.shift;
       common[2 * kernel + 1] = found.factor;
     }
@@ -111,14 +111,15 @@ struct GradFeaturesBlock {
         },
         [&](int one, int other, T loaded) {
           A value = widen(loaded);
-          if (weights.how != Normalized::already) {
+          if (weights.normalizer != Normalizer::none) {
             const Shifted from = source(one, other);
             const int place = patch.by_window.divisor * from.phase + (from.i + sites.after()) * patch.columns + from.j +
                               sites.after();
             // Outside the map there is no kernel, and no gradient either.
             const int row = job.row + from.i, column = job.column + from.j;
             const bool inside = row >= 0 && row < sites.height && column >= 0 && column < sites.width;
-            value = inside ? weight(weights.how, value, Statistics<A>{common[2 * place], common[2 * place + 1]}) : A(0);
+            value = inside ? weight(weights.normalizer, value, Statistics<A>{common[2 * place], common[2 * place + 1]})
+                           : A(0);
           }
           to[(channels_last ? one : other) * tile + (channels_last ? other : one)] = value;
         });

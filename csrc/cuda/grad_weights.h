@@ -63,7 +63,7 @@ struct GradWeightsBlock {
     } else if (step == 2 * grid.chunks) {
       gather(thread, state, shared);
     } else if (step == 2 * grid.chunks + 1) {
-      if (weights.how != Normalized::already) differentiate(job, thread, shared);
+      if (weights.normalizer != Normalizer::none) differentiate(job, thread, shared);
     } else {
       for_each_weight<kInFlight>(
           grad, sites, kernels, job, thread, grid.threads,
@@ -159,7 +159,7 @@ struct GradWeightsBlock {
 
   // From weights to logits, in place: dz = w (dw - sum of w dw), times what the normaliser's other factors give.
   CARAFE_HOST_DEVICE void differentiate(const Job& job, int thread, A* sums) const {
-    const Normalized how = weights.how;
+    const Normalizer normalizer = weights.normalizer;
     const int step = kernels.tap_pitch();
     const int64_t tap_stride = weights.tap_stride(sites);
     CARAFE_ROLLED
@@ -169,18 +169,18 @@ struct GradWeightsBlock {
       if (job.row + row >= sites.height || job.column + column >= sites.width) continue;
       const T* const from = weights.pointer(sites, job.n, job.group, 0, phase, job.row + row, job.column + column);
       const auto logit = [&](int tap) { return A(widen(from[tap * tap_stride])); };
-      const Statistics<A> common = statistics<A>(how, kernels.taps, logit);
+      const Statistics<A> common = statistics<A>(normalizer, kernels.taps, logit);
       A* const grad = sums + site * kernels.pitch + phase;
       A dot = 0;
-      if (how != Normalized::sigmoid) {
+      if (normalizer != Normalizer::sigmoid) {
         CARAFE_ROLLED
-        for (int tap = 0; tap < kernels.taps; ++tap) dot += weight(how, logit(tap), common) * grad[tap * step];
+        for (int tap = 0; tap < kernels.taps; ++tap) dot += weight(normalizer, logit(tap), common) * grad[tap * step];
       }
       CARAFE_ROLLED
       for (int tap = 0; tap < kernels.taps; ++tap) {
-        const A x = logit(tap), w = weight(how, x, common);
+        const A x = logit(tap), w = weight(normalizer, x, common);
         A value = w * (grad[tap * step] - dot);
-        if (how != Normalized::softmax) value *= sigmoid(-x, A(0));  // d sigmoid(x) = sigmoid(x) sigmoid(-x)
+        if (normalizer != Normalizer::softmax) value *= sigmoid(-x, A(0));  // d sigmoid(x) = sigmoid(x) sigmoid(-x)
         grad[tap * step] = value;
       }
     }

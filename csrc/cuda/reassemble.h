@@ -54,7 +54,7 @@ struct ReassembleBlock {
       stage_weights(job, thread, shared);
       stage_features(job, 0, thread, staged);
     } else if (step == 1) {
-      if (weights.how != Normalized::already) normalize(thread, shared);
+      if (weights.normalizer != Normalizer::none) normalize(thread, shared);
     } else if (step % 2 == 0) {
       compute(job, step / 2 - 1, thread, shared, staged);
     } else {
@@ -76,10 +76,10 @@ struct ReassembleBlock {
       A* const logits = staged + kernel;
       const int step = kernels.tap_pitch();
       const Statistics<A> common =
-          statistics<A>(weights.how, kernels.taps, [&](int tap) { return logits[tap * step]; });
+          statistics<A>(weights.normalizer, kernels.taps, [&](int tap) { return logits[tap * step]; });
       CARAFE_ROLLED
       for (int tap = 0; tap < kernels.taps; ++tap) {
-        logits[tap * step] = weight(weights.how, logits[tap * step], common);
+        logits[tap * step] = weight(weights.normalizer, logits[tap * step], common);
       }
     }
   }

@@ -4,13 +4,11 @@
 
 #include <cmath>
 
+#include "../common/normalizer.h"
 #include "sites.h"
 
 namespace carafe {
 namespace gpu {
-
-// The numbers of registration.cpp, and masks that are weights already.
-enum class Normalized { softmax, sigmoid, sigmoid_normalized, already };
 
 // A kernel's common terms: weight = f(logit, shift) * factor.
 template <class A>
@@ -36,20 +34,22 @@ CARAFE_HOST_DEVICE A sigmoid(A x, A shift) {
 }
 
 template <class A>
-CARAFE_HOST_DEVICE A unscaled_weight(Normalized how, A logit, A shift) {
+CARAFE_HOST_DEVICE A unscaled_weight(Normalizer normalizer, A logit, A shift) {
   using std::exp;
-  return how == Normalized::already ? logit : how == Normalized::softmax ? exp(logit - shift) : sigmoid(logit, shift);
+  return normalizer == Normalizer::none      ? logit
+         : normalizer == Normalizer::softmax ? exp(logit - shift)
+                                             : sigmoid(logit, shift);
 }
 
 template <class A>
-CARAFE_HOST_DEVICE A weight(Normalized how, A logit, const Statistics<A>& kernel) {
-  return how == Normalized::already ? logit : unscaled_weight(how, logit, kernel.shift) * kernel.factor;
+CARAFE_HOST_DEVICE A weight(Normalizer normalizer, A logit, const Statistics<A>& kernel) {
+  return normalizer == Normalizer::none ? logit : unscaled_weight(normalizer, logit, kernel.shift) * kernel.factor;
 }
 
 // Statistics of the kernel whose logits are logit(0) .. logit(taps - 1).
 template <class A, class Logit>
-CARAFE_HOST_DEVICE Statistics<A> statistics(Normalized how, int taps, const Logit& logit) {
-  if (how == Normalized::already || how == Normalized::sigmoid) return {A(0), A(1)};
+CARAFE_HOST_DEVICE Statistics<A> statistics(Normalizer normalizer, int taps, const Logit& logit) {
+  if (normalizer == Normalizer::none || normalizer == Normalizer::sigmoid) return {A(0), A(1)};
   A largest = logit(0);
   CARAFE_ROLLED
   for (int tap = 1; tap < taps; ++tap) {
@@ -57,10 +57,10 @@ CARAFE_HOST_DEVICE Statistics<A> statistics(Normalized how, int taps, const Logi
     largest = value > largest ? value : largest;
   }
   // The common factor e^-min(largest, 0) keeps a quotient of vanishing sigmoids from becoming 0 / 0.
-  const A shift = how == Normalized::softmax || largest < 0 ? largest : A(0);
+  const A shift = normalizer == Normalizer::softmax || largest < 0 ? largest : A(0);
   A sum = 0;
   CARAFE_ROLLED
-  for (int tap = 0; tap < taps; ++tap) sum += unscaled_weight(how, logit(tap), shift);
+  for (int tap = 0; tap < taps; ++tap) sum += unscaled_weight(normalizer, logit(tap), shift);
   return {shift, quotient(A(1), sum)};
 }
 
@@ -70,7 +70,7 @@ template <class T>
 struct Weights {
   View<T> view;
   bool raw;
-  Normalized how;
+  Normalizer normalizer;
 
   CARAFE_HOST_DEVICE int pixels_per_site(const Sites& sites) const { return raw ? 1 : sites.output_scale(); }
   CARAFE_HOST_DEVICE int channels_per_tap(const Sites& sites) const { return raw ? sites.phases() : 1; }

@@ -7,22 +7,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from carafe_plugin import CARAFEDownsample, CARAFEUpsample, is_compiled
-from carafe_plugin.ops import _registration
+from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 
 pytest.importorskip("mmengine", reason="adapters: mmengine is not installed")
 from mmengine.analysis import FlopAnalyzer
 
 from carafe_plugin.analysis.complexity import carafe_sites, count
-
-
-@pytest.fixture(params=["compiled", "reference"])
-def backend(request, monkeypatch):
-    if request.param == "compiled" and not is_compiled():
-        pytest.skip("the compiled operator is not built")
-    if request.param == "reference":
-        monkeypatch.setattr(_registration, "_serving", set())
-    return request.param
 
 
 class Net(nn.Module):
@@ -42,7 +32,7 @@ class Net(nn.Module):
         return dict(maps=[self.up[0](features)], samples=data_samples)
 
 
-def test_every_module_worked_by_hand(backend):
+def test_every_module_worked_by_hand():
     model = Net().eval()
     found = count(model, torch.rand(2, 3, 5, 7), data_samples=["anything"], mode="tensor")
     compressor, norm, encoder, reassembly = 70 * 8 * 4, 2 * 70 * 4, 24 * 4 * 9 * 2 * 25, 24 * 8 * 25
@@ -63,7 +53,7 @@ def test_every_module_worked_by_hand(backend):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_half_of_what_torch_counts(backend):
+def test_half_of_what_torch_counts():
     model, features = CARAFEUpsample(32, up_group=4), torch.rand(1, 32, 3, 5)
     with FlopCounterMode(display=False) as counter:
         model(features)

@@ -13,7 +13,7 @@ from benchmarks import mmcv_peer, peers, upsamplers
 from benchmarks import runner as engine
 from benchmarks.problem import Inputs, Problem
 from carafe_plugin.ops import reference
-from carafe_plugin.ops.fused import kernels_from_logits
+from carafe_plugin.ops.reference import masks_from_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EAGER = ("unfold-einsum", "upsample-unfold", "shifted-madd")
@@ -48,7 +48,7 @@ def test_peer_computes_the_definition(name: str, problem: Problem) -> None:
     masks = kernels
     if name in FROM_LOGITS:
         kernels = inputs.logits.detach().requires_grad_()
-        masks = kernels_from_logits(kernels, *geometry, "softmax")
+        masks = masks_from_logits(kernels, *geometry, "softmax")
     expected = reference.reassemble(features, masks, *geometry)
     gradients = torch.autograd.grad(expected, (features, kernels), inputs.grad_output)
     (output,) = engine.run_pass(call, inputs, "forward")
@@ -63,7 +63,7 @@ def test_masks_and_logits_are_the_same_kernels() -> None:
     for scale in ((2, 1), (1, 2)):
         problem = Problem(4, 6, 5, group_size=2, up=scale[0], down=scale[1])
         inputs = Inputs.random(problem)
-        masks = kernels_from_logits(inputs.logits, 5, 2, *scale, "softmax")
+        masks = masks_from_logits(inputs.logits, 5, 2, *scale, "softmax")
         torch.testing.assert_close(inputs.masks, masks)
         assert inputs.grad_output.shape[2:] == inputs.masks.shape[2:] == problem.output_size
 

@@ -44,8 +44,8 @@ template <class T>
 bool run(
     int op, int how, bool descending, const Shape& s, int layout, int64_t shared_bytes, T* output, const T* first,
     const T* second, const T* third) {
-  const auto normalized = static_cast<gpu::Normalized>(how);
-  const bool raw = normalized != gpu::Normalized::already && s.up > 1;
+  const auto normalized = static_cast<Normalizer>(how);
+  const bool raw = normalized != Normalizer::none && s.up > 1;
   const auto weights_map = [&](auto* data) {
     return raw ? map(data, s.mask_channels() * s.up * s.up, s.height, s.width, layout)
                : map(data, s.mask_channels(), s.out_height, s.out_width, layout);
@@ -84,7 +84,7 @@ void with_dtype(int dtype, const Function& function) {
 extern "C" {
 
 // op: 0 reassemble (features, weights), 1 gradient to features (grad, weights), 2 gradient to weights (grad, features,
-// weights); how: 0 softmax, 1 sigmoid, 2 sigmoid_normalized of logits, 3 masks; dtype: 0 double, 1 float, 2 half,
+// weights); how: 0 masks, 1 softmax, 2 sigmoid, 3 sigmoid_normalized of logits; dtype: 0 double, 1 float, 2 half,
 // 3 bfloat16; geometry: n, c, h, w, k, groups, up, down. Returns whether there is a block kernel.
 bool block_run(
     int op, int how, int dtype, bool descending, const int64_t* geometry, int layout, int64_t shared_bytes,

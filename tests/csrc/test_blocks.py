@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from carafe_plugin.ops import fused, reference
-from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits
+from carafe_plugin.ops.reference import NORMALIZERS, masks_from_logits
 from carafe_plugin.testing import TOLERANCES, assert_close, dtypes, pairwise
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
@@ -27,7 +27,7 @@ OPTIONS = {
     "ratio": RATIOS,
     "size": ((6, 8), (5, 7), (1, 1), (2, 33), (9, 20)),
     "channels": (4, 20, 36),
-    "how": (*NORMALIZERS, "masks"),
+    "how": ("masks", *NORMALIZERS),
     "dtype": dtypes(),
     "layout": (0, 1, 2),
     "misaligned": (False, True),
@@ -60,7 +60,7 @@ def call(library, op, case, like, *tensors, descending=False):
         place(tensor.permute(there), case["misaligned"]) for tensor in (torch.full_like(like, float("nan")), *tensors)
     ]
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in held] + [ctypes.c_void_p()] * (3 - len(tensors))
-    how, dtype = (*NORMALIZERS, "masks").index(case["how"]), DTYPES.index(case["dtype"])
+    how, dtype = ("masks", *NORMALIZERS).index(case["how"]), DTYPES.index(case["dtype"])
     library.block_run.restype = ctypes.c_bool
     for shared in (DEFAULT_SHARED, LARGE_SHARED):
         bytes_, sizes = ctypes.c_int64(shared), geometry(case, like.shape[0])
@@ -82,7 +82,7 @@ def tensors_of(case, batch=2, spread=1.0):
 
 def definition(case, features, weights):
     args = (case["kernel_size"], case["group_size"], *case["ratio"])
-    masks = weights if case["how"] == "masks" else kernels_from_logits(weights, *args, case["how"])
+    masks = weights if case["how"] == "masks" else masks_from_logits(weights, *args, case["how"])
     return reference.reassemble(features, masks, *args)
 
 

@@ -1,22 +1,25 @@
 """Which code serves: the compiled paths, the reference, and what is said when a wish cannot be met."""
 
 import os
+import re
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from toolkit import reason_for_no_cuda_half
 
-from carafe_plugin.ops import is_compiled
-from carafe_plugin.ops._registration import OPERATORS
+from carafe_plugin.ops import _mmcv, is_compiled, reference
+from carafe_plugin.ops._operators import OPERATORS
+from carafe_plugin.testing import assert_close, random_case
 
 CHECK = """
 import ctypes, torch, carafe_plugin._C
 from fractions import Fraction
 from carafe_plugin.ops import carafe, reference
-from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits
 from carafe_plugin.testing import TOLERANCES, assert_close, random_case, dtypes
 from carafe_plugin.ops.functional import scale_ratio
 library = ctypes.CDLL(carafe_plugin._C.__file__)
@@ -29,18 +32,18 @@ for dtype in dtypes():
             x, m, z = random_case((9, 21), 20, k, g, scale, dtype=dtype)
             assert_close(ops.carafe(x, m, *args), reference.reassemble(x, m, *args))
             assert_close(ops._carafe_grad_features(z, m, 9, 21, *args), reference.grad_features(z, m, 9, 21, *args))
-            assert_close(ops._carafe_grad_masks(z, x, *args), reference.grad_masks(z, x, *args))
+            assert_close(ops._carafe_grad_kernels(z, x, m, *args), reference.grad_masks(z, x, *args))
             if min(args[2:]) == 1:  # from logits, as if the masks were these
                 up, down = args[2:]
                 logits = torch.nn.functional.pixel_unshuffle(m, up)
-                for how, normalizer in enumerate(NORMALIZERS):
+                for number, normalizer in enumerate(reference.NORMALIZERS, start=1):
                     exact = [t.double().requires_grad_() for t in (x, logits)]
-                    kernels = kernels_from_logits(exact[1], *args, normalizer)
-                    y = reference.reassemble(exact[0], kernels, *args)
+                    masks = reference.masks_from_logits(exact[1], *args, normalizer)
+                    y = reference.reassemble(exact[0], masks, *args)
                     dx, dz = torch.autograd.grad(y, exact, z.double())
-                    assert_close(ops._carafe_logits(x, logits, *args, how), y.to(dtype))
-                    assert_close(ops._carafe_logits_grad_features(z, logits, 9, 21, *args, how), dx.to(dtype))
-                    error = ops._carafe_logits_grad_logits(z, x, logits, *args, how).double() - dz
+                    assert_close(ops.carafe(x, logits, *args, number), y.to(dtype))
+                    assert_close(ops._carafe_grad_features(z, logits, 9, 21, *args, number), dx.to(dtype))
+                    error = ops._carafe_grad_kernels(z, x, logits, *args, number).double() - dz
                     assert error.norm() <= TOLERANCES[dtype] * (dz.norm() + z.double().norm())
 print("path", library.carafe_cpu_path().decode())
 """
@@ -82,6 +85,24 @@ def test_unknown_cpu_path_is_an_error():
     assert result.returncode != 0
     assert "CARAFE_CPU_PATH must be auto or a path of this machine (plain to " in result.stderr
     assert "got quantum" in result.stderr
+
+
+def test_unknown_cpu_path_does_not_end_a_process_that_asks_by_ctypes():
+    code = "import ctypes, carafe_plugin._C as c\nl = ctypes.CDLL(c.__file__)\n"
+    code += "l.carafe_cpu_path.restype = ctypes.c_char_p\nprint(l.carafe_cpu_path())"
+    result = run(code, CARAFE_CPU_PATH="bogus")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "None"
+
+
+def test_the_operators_behave_on_the_reference():
+    """Derivatives, opcheck, autocast, torch.compile and FLOPs do not depend on what computes."""
+    tests = Path(__file__).parent
+    files = [tests / f"test_{name}.py" for name in ("autograd", "autocast", "compile", "flops")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    environment = {**os.environ, "CARAFE_BACKEND": "reference"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def test_reference_backend_on_request():
@@ -133,104 +154,177 @@ def test_unknown_backend_is_an_error():
     assert "CARAFE_BACKEND must be 'auto', 'compiled' or 'reference', got 'fast'" in result.stderr
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"])
+@pytest.mark.parametrize("operator", [operator.name for operator in OPERATORS])
+@pytest.mark.parametrize(
+    "key", ["CPU", "CUDA", "Meta", "CompositeExplicitAutograd", "Autograd", "AutocastCPU", "AutocastCUDA"]
+)
 def test_every_operator_has_every_registration(operator, key):
     if key == "CUDA" and not is_compiled("cuda") and (reason := reason_for_no_cuda_half()):
         pytest.skip(reason)
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"carafe_plugin::{operator}", key) or (
-        key.startswith("Autograd")
-        and torch._C._dispatch_has_kernel_for_dispatch_key(f"carafe_plugin::{operator}", "Autograd")
-    )
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"carafe_plugin::{operator}", key)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_both_languages_have_the_same_schema(operator):
+    defined = str(getattr(torch.ops.carafe_plugin, operator.name).default._schema)
+    assert defined == f"carafe_plugin::{operator.name}{operator.schema}"
+
+
+def test_there_are_no_other_operators():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("carafe_plugin::")}
+    assert registered == {f"carafe_plugin::{operator.name}" for operator in OPERATORS}
+
+
+def test_both_languages_have_the_same_normalizers():
+    header = (Path(__file__).parents[2] / "csrc" / "common" / "normalizer.h").read_text()
+    names = re.search(r"enum class Normalizer {([^}]+)}", header).group(1)
+    assert [name.strip() for name in names.split(",")] == ["none", *reference.NORMALIZERS]
+
+
+def test_reference_takes_the_place_of_compiled_kernels():
+    """As on a GPU that the binary has no code for: results of the reference to the bit, autograd on top as before."""
+    code = """
+import torch
+from carafe_plugin.ops import carafe, reference
+from carafe_plugin.ops._operators import serve_by_reference
+from carafe_plugin.testing import random_case
+x, m, z = random_case((6, 7), 8, 5, 2, 2)
+compiled = carafe(x, m, 5, 2)
+serve_by_reference("cpu", {1})  # of other devices alone
+assert torch.equal(carafe(x, m, 5, 2), compiled)
+serve_by_reference("cpu")
+x.requires_grad_(), m.requires_grad_()
+y = carafe(x, m, 5, 2)
+expected = reference.reassemble(x, m, 5, 2, 2, 1)
+assert torch.equal(y, expected) and not torch.equal(y, compiled)
+for ours, theirs in zip(torch.autograd.grad(y, (x, m), z), torch.autograd.grad(expected, (x, m), z)):
+    torch.testing.assert_close(ours, theirs)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert "verrid" not in result.stderr  # torch's warning about a kernel that replaces another
+
+
+@pytest.mark.parametrize("capabilities", [[(7, 0)], [(9, 0)], [(6, 1), (9, 0)]], ids=["old", "new", "both"])
+def test_old_gpus_are_served_by_the_reference_after_one_warning(capabilities, monkeypatch):
+    from carafe_plugin.ops import _operators
+
+    served = []
+    monkeypatch.setattr(_operators, "compiled_architectures", lambda: [80, 90])
+    monkeypatch.setattr(_operators, "serve_by_reference", lambda *arguments: served.append(arguments))
+    monkeypatch.setattr(_operators, "serving", {"cpu", "cuda"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _operators._check_gpus()
+    old = capabilities[0] != (9, 0)
+    assert served == ([("cuda", {0})] if old else [])
+    assert len(caught) == old
+    if old:
+        assert "compiled for sm_80, sm_90, so the slower PyTorch reference serves on GPU 0" in str(caught[0].message)
+    assert ("cuda" in _operators.serving) == (capabilities[-1] == (9, 0))
+
+
+def test_the_binary_knows_its_architectures():
+    from carafe_plugin.ops._compiled import compiled_architectures
+
+    if not is_compiled("cuda"):
+        pytest.skip(reason_for_no_cuda_half() or "the CUDA half is not built")
+    found = compiled_architectures()
+    assert found == sorted(found)
+    assert {80, 90} <= set(found)
+
+
+class FakeExtension:
+    """mmcv's compiled operators as they are called, computed on the CPU by the reference."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def carafe_forward(self, features, masks, rfeatures, routput, rmasks, output, **sizes):
+        self.calls += 1
+        assert features.dtype == masks.dtype == torch.float32
+        assert features.is_contiguous()
+        assert masks.is_contiguous()
+        output.copy_(
+            reference.reassemble(features, masks, sizes["kernel_size"], sizes["group_size"], sizes["scale_factor"], 1)
+        )
+
+    def carafe_backward(self, grad, rfeatures, masks, b0, b1, b2, b3, grad_features, grad_masks, **sizes):
+        self.calls += 1
+        n, c, h, w = grad_features.shape
+        features = rfeatures.reshape(n, h, w, c).permute(0, 3, 1, 2)  # how its forward pass leaves them
+        args = (sizes["kernel_size"], sizes["group_size"], sizes["scale_factor"], 1)
+        grad_features.copy_(reference.grad_features(grad, masks, h, w, *args))
+        grad_masks.copy_(reference.grad_masks(grad, features, *args))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("normalizer", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_mmcv_kernel_is_wrapped_safely(dtype, normalizer, layout, monkeypatch):
+    fake = FakeExtension()
+    monkeypatch.setattr(_mmcv, "extension", lambda: fake)
+    features, masks, grad = (t.contiguous(memory_format=layout) for t in random_case((4, 5), 4, 3, 2, 2, dtype=dtype))
+    kernels = torch.nn.functional.pixel_unshuffle(masks, 2) if normalizer else masks
+    geometry = (3, 2, 2, 1, normalizer)
+    reassemble, grad_features, grad_kernels = OPERATORS
+    for operator, arguments in (
+        (reassemble, (features, kernels)),
+        (grad_features, (grad, kernels, 4, 5)),
+        (grad_kernels, (grad, features, kernels)),
+    ):
+        before = fake.calls
+        found = operator.mmcv(*arguments, *geometry)
+        assert fake.calls == before + 1
+        expected = operator.reference(*arguments, *geometry)
+        assert found.stride() == expected.stride()
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
-    ("change", "right"),
-    [
-        ({}, True),
-        ({"down": 2}, False),
-        ({"kernel_size": 7, "group_size": 8}, False),
-        ({"channels_last": True}, False),
-        ({"dtype": torch.float16}, True),
-        ({"dtype": torch.float64}, False),
-        ({"weights": 2**26}, False),
-        ({"batch": 0}, False),
-        ({"cuda": False}, False),
-        ({"installed": False}, False),
-        ({"stand_in": True}, False),
-    ],
-    ids=lambda change: "-".join(change) if isinstance(change, dict) else str(change),
+    "change", [{"scale": 0.5}, {"kernel_size": 7, "group_size": 8}, {"dtype": torch.float64}, {"batch": 0}], ids=str
 )
-def test_mmcv_takes_over_only_where_it_is_right(change, right, monkeypatch):
-    """The choice alone, on stand-ins for CUDA tensors: no GPU is needed to know where mmcv's kernel goes wrong."""
-    import types
-
-    from carafe_plugin.ops import _fallback
-
-    class Tensor:
-        def __init__(self):
-            self.is_cuda = change.get("cuda", True)
-            self.dtype = change.get("dtype", torch.float32)
-
-        def numel(self):
-            return change.get("batch", 2) * change.get("weights", 64)
-
-        def is_contiguous(self):
-            return not change.get("channels_last", False)
-
-    module = types.ModuleType("mmcv.ops.carafe")
-    if change.get("installed", True):
-        module.CARAFEFunction = object
-    for name in ("mmcv", "mmcv.ops", "mmcv._ext"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    if change.get("stand_in"):
-        sys.modules["mmcv._ext"].is_stand_in = True
-    sys.modules["mmcv"]._ext = sys.modules["mmcv._ext"]
-    monkeypatch.setitem(sys.modules, "mmcv.ops.carafe", module)
-    arguments = (change.get("kernel_size", 5), change.get("group_size", 1), change.get("down", 1))
-    assert _fallback._mmcv_is_right(Tensor(), Tensor(), *arguments) is right
+def test_mmcv_kernel_stays_out_where_it_is_wrong(change, monkeypatch):
+    fake = FakeExtension()
+    monkeypatch.setattr(_mmcv, "extension", lambda: fake)
+    settings = {"kernel_size": 3, "group_size": 2, "scale": 2, "batch": 2, "dtype": torch.float32, **change}
+    k, g, scale = (settings.pop(name) for name in ("kernel_size", "group_size", "scale"))
+    features, masks, grad = random_case((4, 5), 8, k, g, scale, **settings)
+    geometry = (k, g, *((1, 2) if scale == 0.5 else (2, 1)))
+    assert_close(OPERATORS[0].mmcv(features, masks, *geometry), reference.reassemble(features, masks, *geometry))
+    OPERATORS[1].mmcv(grad, masks, 4, 5, *geometry)
+    OPERATORS[2].mmcv(grad, features, masks, *geometry)
+    assert fake.calls == 0
 
 
-def test_mmcv_operator_is_wrapped_safely(monkeypatch):
-    """Gradients pass through, sums are float32, and a second derivative is there although mmcv has none."""
-    import types
+def test_mmcv_with_too_many_weights_stays_out(monkeypatch):
+    monkeypatch.setattr(_mmcv, "extension", FakeExtension)
+    features, masks = torch.empty(1, 1, 2048, 2048, device="meta"), torch.empty(1, 9, 4096, 4096, device="meta")
+    assert not _mmcv.serves(features, masks, 3, 1, 1)
+    assert _mmcv.serves(features, masks[..., :128], 3, 1, 1)
 
-    from carafe_plugin.ops import _fallback, reference
-    from carafe_plugin.testing import random_case
 
-    class CARAFEFunction(torch.autograd.Function):  # mmcv's signature, on the CPU
-        @staticmethod
-        def forward(ctx, features, masks, kernel_size, group_size, scale_factor):
-            assert features.dtype == masks.dtype == torch.float32
-            ctx.save_for_backward(features, masks)
-            ctx.args = (kernel_size, group_size, scale_factor, 1)
-            return reference.reassemble(features, masks, *ctx.args)
-
-        @staticmethod
-        def backward(ctx, grad):
-            features, masks = ctx.saved_tensors
-            dx = reference.grad_features(grad, masks, *features.shape[2:], *ctx.args)
-            return dx, reference.grad_masks(grad, features, *ctx.args), None, None, None
-
-    module = types.ModuleType("mmcv.ops.carafe")
-    module.CARAFEFunction = CARAFEFunction
-    for name in ("mmcv", "mmcv.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "mmcv.ops.carafe", module)
-    monkeypatch.setattr(_fallback, "_mmcv_is_right", lambda *args: True)
-    features, masks, grad = random_case((4, 5), 4, 3, 2, 2, dtype=torch.float16)
-    features.requires_grad_(), masks.requires_grad_()
-    output = _fallback.reassemble(features, masks, 3, 2, 2, 1)
-    assert torch.equal(output, reference.reassemble(features, masks, 3, 2, 2, 1))
-    output.backward(grad)
-    assert torch.equal(features.grad, reference.grad_features(grad, masks, 4, 5, 3, 2, 2, 1))
-    assert torch.equal(masks.grad, reference.grad_masks(grad, features, 3, 2, 2, 1))
-    features, masks, grad = (t.detach().float().requires_grad_() for t in (features, masks, grad))
-    output = _fallback.reassemble(features, masks, 3, 2, 2, 1)
-    (first,) = torch.autograd.grad(output, features, grad, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), masks)
-    expected = reference.grad_features(grad, masks, 4, 5, 3, 2, 2, 1).square().sum()
-    torch.testing.assert_close(second, torch.autograd.grad(expected, masks)[0])
+@pytest.mark.parametrize("state", ["absent", "stand-in", "compiled"])
+def test_mmcv_is_asked_for_once(state, monkeypatch):
+    module = types.ModuleType("mmcv._ext")
+    if state == "compiled":
+        module.carafe_forward = None
+    if state == "stand-in":
+        module.is_stand_in = True
+    monkeypatch.setitem(sys.modules, "mmcv", types.ModuleType("mmcv"))
+    monkeypatch.setitem(sys.modules, "mmcv._ext", None if state == "absent" else module)
+    if state != "absent":
+        sys.modules["mmcv"]._ext = module
+    _mmcv.extension.cache_clear()
+    try:
+        assert _mmcv.extension() is (module if state == "compiled" else None)
+        monkeypatch.setitem(sys.modules, "mmcv", None)
+        assert _mmcv.extension() is (module if state == "compiled" else None)
+    finally:
+        _mmcv.extension.cache_clear()
 
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -39,7 +39,7 @@ def compare(features, masks, grad, kernel_size, group_size, scale):
     ops = torch.ops.carafe_plugin
     assert_close(carafe(features, masks, kernel_size, group_size, scale), reference.reassemble(x, m, *args))
     assert_close(ops._carafe_grad_features(grad, masks, *size, *args), reference.grad_features(g, m, *size, *args))
-    assert_close(ops._carafe_grad_masks(grad, features, *args), reference.grad_masks(g, x, *args))
+    assert_close(ops._carafe_grad_kernels(grad, features, masks, *args), reference.grad_masks(g, x, *args))
 
 
 def test_compiled_operators_serve():
@@ -143,7 +143,7 @@ def test_infinite_weight_on_the_border_is_nan_as_in_the_reference(layout, device
     got = carafe(features, masks, 3)
     assert torch.equal(got.isnan(), reference.reassemble(features, masks, 3, 1, 2, 1).isnan())
     assert got.isnan().any()
-    got = torch.ops.carafe_plugin._carafe_grad_masks(grad, features, 3, 1, 2, 1)
+    got = torch.ops.carafe_plugin._carafe_grad_kernels(grad, features, masks, 3, 1, 2, 1)
     assert torch.equal(got.isnan(), reference.grad_masks(grad, features, 3, 1, 2, 1).isnan())
 
 
@@ -184,7 +184,7 @@ def test_same_bits_on_repeated_runs_and_for_any_number_of_threads(dtype, scale, 
         return (
             ops.carafe(features, masks, *args),
             ops._carafe_grad_features(grad, masks, 33, 50, *args),
-            ops._carafe_grad_masks(grad, features, *args),
+            ops._carafe_grad_kernels(grad, features, masks, *args),
         )
 
     threads = torch.get_num_threads()

@@ -66,8 +66,8 @@ def test_fractions_are_scales():
     ("changes", "message"),
     [
         ({"features": FEATURES[0]}, "features must have 4 dimensions, got 3"),
-        ({"masks": MASKS.double()}, "features and masks must have the same dtype"),
-        ({"masks": MASKS[..., :11]}, r"masks must have shape \(2, 18, 10, 12\), got \(2, 18, 10, 11\)"),
+        ({"masks": MASKS.double()}, "features and kernels must have the same dtype"),
+        ({"masks": MASKS[..., :11]}, r"kernels must have shape \(2, 18, 10, 12\), got \(2, 18, 10, 11\)"),
         ({"kernel_size": 2}, "kernel_size must be odd and at least 1, got 2"),
         ({"group_size": 3}, "group_size must be at least 1 and divide the channels, got 3 for 8 channels"),
         ({"up": 0}, "up and down must be at least 1, got 0 and 1"),

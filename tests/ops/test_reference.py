@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from carafe_plugin.ops import _fallback, reference
+from carafe_plugin.ops import reference
 from carafe_plugin.ops.functional import scale_ratio
 from carafe_plugin.testing import SCALES, pairwise, random_case
 from ops.naive import naive_carafe
@@ -48,31 +48,3 @@ def test_gradients_are_those_of_autograd(case):
     assert masks.grad is not None
     torch.testing.assert_close(reference.grad_features(grad, masks, *case["size"], *args), features.grad)
     torch.testing.assert_close(reference.grad_masks(grad, features, *args), masks.grad)
-
-
-@pytest.mark.parametrize("scale", [2, Fraction(1, 2), Fraction(3, 2)], ids=str)
-def test_fallback_is_differentiable_twice(scale):
-    up, down = scale_ratio(scale)
-    features, masks, _ = random_case((2, 3), 2, 3, 2, scale, batch=1, dtype=torch.float64)
-    inputs = (features.requires_grad_(), masks.requires_grad_())
-
-    def function(x, m):
-        return _fallback.reassemble(x, m, 3, 2, up, down)
-
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
-def test_fallback_keeps_only_its_inputs_for_the_backward_pass():
-    features, masks, _ = random_case((8, 8), 16, 5, 1, 2)
-    features.requires_grad_(), masks.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        _fallback.reassemble(features, masks, 5, 1, 2, 1)
-    assert sorted(t.numel() for t in kept) == sorted((features.numel(), masks.numel()))
-
-
-def test_fallback_casts_under_autocast():
-    features, masks, _ = random_case((4, 4), 4, 3, 1, 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert _fallback.reassemble(features, masks.bfloat16(), 3, 1, 2, 1).dtype == torch.bfloat16

@@ -1,0 +1,66 @@
+"""The CUDA kernel of mmcv, where it is all there is: no compiled CUDA operators of this package, but mmcv's.
+
+It reads raw NCHW memory, knows integer upsampling only, and sums in the dtype of its inputs; each call here makes sure
+of the first two and hands it float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Its backward kernel counts threads, 32 for each weight, in 32 bits; a pixel's weights must fit into shared memory.
+_MAX_WEIGHTS = (2**31 - 1) // 32
+_MAX_WEIGHTS_OF_PIXEL = 384
+
+
+@functools.cache
+def extension() -> Any:
+    """Mmcv's compiled operators; None where they are absent or do not load. Asked for once in a process."""
+    try:
+        from mmcv import _ext
+    except Exception:  # whatever keeps it from loading keeps it from serving
+        return None
+    # The stand-in of carafe_plugin.openmmlab.mmcv_ops has no kernel: it calls this package's operator.
+    return None if hasattr(_ext, "is_stand_in") or not hasattr(_ext, "carafe_forward") else _ext
+
+
+def serves(maps: Tensor, masks: Tensor, kernel_size: int, group_size: int, down: int) -> bool:
+    """Whether mmcv's kernel is right for a map (features or their gradient) and masks that lie on a GPU."""
+    return (
+        down == 1
+        and group_size * kernel_size**2 <= _MAX_WEIGHTS_OF_PIXEL
+        and 0 < masks.numel() <= _MAX_WEIGHTS
+        and maps.numel() > 0
+        and maps.dtype != torch.float64
+        and extension() is not None
+    )
+
+
+def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int) -> Tensor:
+    """Features (N, C, H, W), masks (N, G * k^2, up * H, up * W) -> (N, C, up * H, up * W), where :func:`serves`."""
+    features32, masks32 = features.float().contiguous(), masks.float().contiguous()
+    n, c, h, w = features.shape
+    output = features32.new_zeros((n, c, h * up, w * up))
+    buffers = (torch.zeros_like(features32), torch.zeros_like(output), torch.zeros_like(masks32))
+    geometry = {"kernel_size": kernel_size, "group_size": group_size, "scale_factor": up}
+    extension().carafe_forward(features32, masks32, *buffers, output, **geometry)
+    return output.to(features.dtype)
+
+
+def gradients(
+    grad_output: Tensor, features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients to features and masks, where :func:`serves`; the kernel always computes both."""
+    grad32, masks32 = grad_output.float().contiguous(), masks.float().contiguous()
+    # Its forward pass hands its backward pass the features as (N, H, W, C), in a buffer of the shape (N, C, H, W).
+    n, c, h, w = features.shape
+    by_pixel = features.float().permute(0, 2, 3, 1).contiguous().view(n, c, h, w)
+    buffers = [torch.zeros_like(each) for each in (grad32, grad32, by_pixel, masks32)]
+    grads = torch.zeros_like(by_pixel), torch.zeros_like(masks32)
+    geometry = {"kernel_size": kernel_size, "group_size": group_size, "scale_factor": up}
+    extension().carafe_backward(grad32, by_pixel, masks32, *buffers, *grads, **geometry)
+    return grads[0].to(features.dtype), grads[1].to(masks.dtype)
