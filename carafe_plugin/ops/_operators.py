@@ -323,13 +323,11 @@ def _register() -> None:
     library = torch.library.Library("carafe_plugin", "FRAGMENT")
     _libraries.append(library)
     for operator in OPERATORS:
-        name = f"carafe_plugin::{operator.name}"
         if not with_schemas:
             library.define(operator.name + operator.schema)
         library.impl(operator.name, operator.reference, "CompositeExplicitAutograd")
         library.impl(operator.name, _autograd(operator), "Autograd")
-        register_fake = getattr(torch.library, "register_fake", None) or torch.library.impl_abstract
-        register_fake(name)(operator.fake)
+        library.impl(operator.name, operator.fake, "Meta")  # torch.library.register_fake came with torch 2.4
         for device_type, key in _autocast_keys().items():
             library.impl(operator.name, _autocast(operator, device_type), key)
         packet = getattr(torch.ops.carafe_plugin, operator.name)
