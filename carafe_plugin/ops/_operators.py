@@ -334,7 +334,7 @@ def _register() -> None:
         if hasattr(flop_counter, "register_flop_formula"):
             flop_counter.register_flop_formula(packet)(_flops(operator))
         else:  # torch 2.1 has the table alone
-            vars(flop_counter)["flop_mapping"][packet] = flop_counter.shape_wrapper(_flops(operator))
+            vars(flop_counter)["flop_mapping"][packet] = _flops(operator)
     if torch.version.cuda and "cuda" not in serving and chosen_backend() != "reference":
         for operator in OPERATORS:
             library.impl(operator.name, operator.mmcv, "CUDA")

@@ -94,7 +94,9 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
         return scale_factor.numerator, scale_factor.denominator
     up, down = scale_factor.as_integer_ratio()
     if down > _MAX_FLOAT_DENOMINATOR:
-        guess = Fraction(scale_factor).limit_denominator(_MAX_FLOAT_DENOMINATOR)
+        guess = Fraction(scale_factor).limit_denominator(1000)
+        if float(guess) != scale_factor:  # neither a rounded third nor another short fraction: as it is written
+            guess = Fraction(repr(scale_factor))
         raise ValueError(
             f"scale_factor must be a rational number that is written exactly, got the float {scale_factor!r}, which is "
             f"{up}/{down}; did you mean fractions.Fraction({guess.numerator}, {guess.denominator})?"
