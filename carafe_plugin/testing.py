@@ -50,12 +50,32 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm().clamp_min(1e-30)) if expected.numel() else 0.0
 
 
+# Of a single element, relative to its own size and the root mean square of all: its sum may cancel.
+ELEMENT_FACTOR = 4
+
+
 def assert_close(got: Tensor, expected: Tensor) -> None:
-    """Same shape and dtype, and a relative error within the tolerance of that dtype."""
+    """Same shape and dtype, and relative errors, of the whole and of each element, within the tolerance of that dtype.
+
+    Args:
+        got (Tensor): any shape.
+        expected (Tensor): the same shape and dtype.
+
+    Raises:
+        AssertionError: it says what differs, and by how much.
+    """
     assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     assert got.dtype == expected.dtype, f"dtype {got.dtype}, expected {expected.dtype}"
     error = relative_error(got, expected)
-    assert error <= TOLERANCES[got.dtype], f"relative error {error:.3g} > {TOLERANCES[got.dtype]:.3g} for {got.dtype}"
+    tolerance = TOLERANCES[got.dtype]
+    assert error <= tolerance, f"relative error {error:.3g} > {tolerance:.3g} for {got.dtype}"
+    if got.numel() == 0:
+        return
+    exact = expected.detach().double().cpu()
+    bound = ELEMENT_FACTOR * tolerance * (exact.abs() + exact.square().mean().sqrt())
+    excess = (got.detach().double().cpu() - exact).abs() - bound
+    worst = int(excess.argmax())
+    assert excess.max() <= 0, f"element {worst}: got {got.flatten()[worst]}, expected {expected.flatten()[worst]}"
 
 
 def _sliced(t: Tensor) -> Tensor:

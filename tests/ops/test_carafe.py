@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from carafe_plugin.ops import carafe, is_compiled, reference
 from carafe_plugin.ops.functional import scale_ratio
-from carafe_plugin.testing import LAYOUTS, SCALES, SHAPES, assert_close, dtypes, pairwise, random_case
+from carafe_plugin.testing import (
+    LAYOUTS,
+    SCALES,
+    SHAPES,
+    TOLERANCES,
+    assert_close,
+    dtypes,
+    pairwise,
+    random_case,
+    relative_error,
+)
 
 CASES = list(
     pairwise(
@@ -222,3 +232,23 @@ def test_memory_is_the_output_alone(device):
             output = carafe(features, masks, 5)
         allocated = sum(e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0)
     assert allocated == output.numel() * output.element_size()
+
+
+@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+def test_one_wrong_output_among_thousands_is_noticed(dtype):
+    expected = torch.randn(38_000, dtype=dtype)
+    assert_close(expected.clone(), expected)
+    wrong = expected.clone()
+    wrong[12_345] += 20 * TOLERANCES[dtype]
+    assert relative_error(wrong, expected) < TOLERANCES[dtype]
+    with pytest.raises(AssertionError, match="element 12345: got"):
+        assert_close(wrong, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("scale", [2, Fraction(1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_chunks_of_channels(dtype, scale, layout, device):
+    """256 channels of 40 x 60, k = 5: every kernel goes through its channels in several turns, as in a real model."""
+    x, m, z = map(LAYOUTS[layout], random_case((40, 60), 256, 5, 1, scale, batch=1, dtype=dtype, device=device))
+    compare(x, m, z, 5, 1, scale)
