@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ class PointSampler(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H * up, W * up)."""
         n, c, h, w = features.shape
-        # (N * groups, H', W', 2): x and y offsets in source pixels, of which grid_sample's range, -1 to 1, holds W and H.
+        # (N * groups, H', W', 2): x and y offsets in source pixels; grid_sample counts from -1 to 1 over the map.
         offset = F.pixel_shuffle(0.25 * self.offset(features), self.up)
         offset = offset.view(n * self.groups, 2, h * self.up, w * self.up).permute(0, 2, 3, 1)
         identity = torch.eye(2, 3).to(features).expand(n * self.groups, 2, 3)
@@ -132,43 +133,15 @@ class PointSampler(nn.Module):
         return sampled.view(n, c, h * self.up, w * self.up)
 
 
-# What a network would otherwise have in CARAFE's place: name, description, and the module for (channels, scale).
-UPSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
-    ("nearest", "nearest interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="nearest")),
-    ("bilinear", "bilinear interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="bilinear")),
-    (
-        "deconvolution",
-        "deconvolution, stride and kernel = scale",
-        lambda channels, up: DeconvUpsample(channels, up, up),
-    ),
-    ("pixel-shuffle", "3x3 convolution, then pixel shuffle", PixelShuffleUpsample),
-    ("grid-sample", "grid_sample at learnt points, as DySample does", PointSampler),
-)
-DOWNSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
-    ("max-pool", "3x3 max pooling", MaxPoolDownsample),
-    ("average-pool", "average pooling, kernel = stride", lambda channels, down: nn.AvgPool2d(down, ceil_mode=True)),
-    ("strided-conv", "3x3 convolution with a stride", StridedConvDownsample),
-)
-
 # ---------------------------------------------------------------------------------------------------------- setups
 
 
-def of_masks(function: Reassembly) -> Setup:
-    """A reassembly from masks, made ready as it is."""
+def of_reassembly(kernels: str, prepare: Callable[[], Reassembly]) -> Setup:
+    """A reassembly with the `kernels` of the inputs, 'masks' or 'logits'; `prepare` returns it, compiled if need be."""
 
     def setup(problem: Problem, inputs: Inputs) -> Call:
-        features, masks = inputs.features, inputs.masks
-        return Call(lambda: function(features, masks, *problem.geometry), (features, masks))
-
-    return setup
-
-
-def of_logits(function: Reassembly) -> Setup:
-    """A reassembly from the content encoder's output, made ready as it is."""
-
-    def setup(problem: Problem, inputs: Inputs) -> Call:
-        features, logits = inputs.features, inputs.logits
-        return Call(lambda: function(features, logits, *problem.geometry), (features, logits))
+        function, features, weights = prepare(), inputs.features, getattr(inputs, kernels)
+        return Call(lambda: function(features, weights, *problem.geometry), (features, weights))
 
     return setup
 
@@ -228,6 +201,11 @@ def _is_bfloat16(problem: Problem) -> str | None:
     return "that is the run's own dtype" if problem.dtype == torch.bfloat16 else None
 
 
+def _reassembly(name: str, description: str, kernels: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
+    reference = "carafe" if kernels == "masks" else "fused"
+    return Peer(name, description, of_reassembly(kernels, prepare), reference, **others)
+
+
 def _other(name: str, description: str, build: Rescaler, unavailable: Callable[[Problem], str | None]) -> Peer:
     setup = of_module(lambda problem: build(problem.channels, max(problem.up, problem.down)))
     return Peer(name, description, setup, "carafe", equal=False, unavailable=unavailable)
@@ -236,8 +214,8 @@ def _other(name: str, description: str, build: Rescaler, unavailable: Callable[[
 mmcv = MmcvOperator()
 # What the others are compared with: each row is compared with its `reference`.
 OURS = (
-    Peer("carafe", "ours: carafe_plugin.ops.carafe, from masks", of_masks(public_operator), "carafe"),
-    Peer("fused", "ours, as the modules call it: from the content encoder's output", of_logits(fused), "fused"),
+    _reassembly("carafe", "ours: carafe_plugin.ops.carafe, from masks", "masks", lambda: public_operator),
+    _reassembly("fused", "ours, as the modules call it: from the content encoder's output", "logits", lambda: fused),
 )
 VARIANTS = tuple(
     Peer(
@@ -255,53 +233,59 @@ VARIANTS = tuple(
     )
     for ours in OURS
 )
-OTHERS = tuple(
-    _other(*row, unavailable)
-    for rows, unavailable in ((UPSAMPLERS, only_upsamples), (DOWNSAMPLERS, only_downsamples))
-    for row in rows
+# What a network would otherwise have in CARAFE's place: name, description, and the module for (channels, scale).
+UPSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
+    ("nearest", "nearest interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="nearest")),
+    ("bilinear", "bilinear interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="bilinear")),
+    ("deconvolution", "deconvolution, stride and kernel = scale", lambda c, up: DeconvUpsample(c, up, kernel_size=up)),
+    ("pixel-shuffle", "3x3 convolution, then pixel shuffle", PixelShuffleUpsample),
+    ("grid-sample", "grid_sample at learnt points, as DySample does", PointSampler),
+)
+DOWNSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
+    ("max-pool", "3x3 max pooling", MaxPoolDownsample),
+    ("average-pool", "average pooling, kernel = stride", lambda channels, down: nn.AvgPool2d(down, ceil_mode=True)),
+    ("strided-conv", "3x3 convolution with a stride", StridedConvDownsample),
+)
+OTHERS = (
+    *(_other(*row, only_upsamples) for row in UPSAMPLERS),
+    *(_other(*row, only_downsamples) for row in DOWNSAMPLERS),
 )
 PEERS: tuple[Peer, ...] = (
-    Peer("unfold-einsum", "unfold, then einsum", of_masks(unfold_einsum), "carafe"),
-    Peer(
+    _reassembly("unfold-einsum", "unfold, then einsum", "masks", lambda: unfold_einsum),
+    _reassembly(
         "upsample-unfold",
         "nearest, dilated unfold, then einsum",
-        of_masks(upsample_unfold),
-        "carafe",
+        "masks",
+        lambda: upsample_unfold,
         unavailable=only_upsamples,
     ),
-    Peer("shifted-madd", "k^2 shifted multiply-adds", of_masks(shifted_madd), "carafe"),
-    Peer(
+    _reassembly("shifted-madd", "k^2 shifted multiply-adds", "masks", lambda: shifted_madd),
+    _reassembly(
         "shifted-madd-compiled",
         "the same under torch.compile",
-        lambda problem, inputs: of_masks(compiled(shifted_madd))(problem, inputs),
-        "carafe",
+        "masks",
+        lambda: compiled(shifted_madd),
         compiles=True,
     ),
-    Peer(
-        "mmcv",
-        "mmcv's CUDA operator",
-        lambda problem, inputs: of_masks(mmcv.reassembly())(problem, inputs),
-        "carafe",
-        unavailable=mmcv.unavailable,
-    ),
-    Peer(
+    _reassembly("mmcv", "mmcv's CUDA operator", "masks", mmcv.reassembly, unavailable=mmcv.unavailable),
+    _reassembly(
         "steps-carafe",
         "pixel shuffle, softmax, then ours from masks",
-        of_logits(in_steps(public_operator)),
-        "fused",
+        "logits",
+        lambda: in_steps(public_operator),
     ),
-    Peer(
+    _reassembly(
         "steps-compiled",
         "pixel shuffle, softmax and shifted multiply-adds under torch.compile",
-        lambda problem, inputs: of_logits(compiled(in_steps(shifted_madd)))(problem, inputs),
-        "fused",
+        "logits",
+        lambda: compiled(in_steps(shifted_madd)),
         compiles=True,
     ),
-    Peer(
+    _reassembly(
         "steps-mmcv",
         "pixel shuffle, softmax, then mmcv's CUDA operator",
-        lambda problem, inputs: of_logits(in_steps(mmcv.reassembly()))(problem, inputs),
-        "fused",
+        "logits",
+        lambda: in_steps(mmcv.reassembly()),
         unavailable=mmcv.unavailable,
     ),
     *VARIANTS,

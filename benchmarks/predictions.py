@@ -98,7 +98,7 @@ def build(
     """
     cfgs = [bare_models.read_config(config, options, drop_in) for _, config, _ in named]
     shape = shape or bare_models.image_shape(cfgs[0])
-    networks = []
+    networks: list[Any] = []  # BaseModel, but for mmengine's types
     for cfg in cfgs:
         torch.manual_seed(0)
         networks.append(bare_models.build_model(cfg))

@@ -37,7 +37,7 @@ def print_header(report: Record) -> None:
         f"{processor(report)}, torch {report['machine']['torch']}",
         highlight=False,
     )
-    if settings := report["machine"]["environment"]:
+    if settings := report["machine"].get("environment"):
         console.print("with " + " ".join(f"{name}={value}" for name, value in settings.items()), highlight=False)
     if report["quick"]:
         console.print("A quick run: few turns, and not every peer.", style="yellow")
