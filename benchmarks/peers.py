@@ -125,8 +125,7 @@ class PointSampler(nn.Module):
         # (N * groups, H', W', 2): x and y offsets in source pixels; grid_sample counts from -1 to 1 over the map.
         offset = F.pixel_shuffle(0.25 * self.offset(features), self.up)
         offset = offset.view(n * self.groups, 2, h * self.up, w * self.up).permute(0, 2, 3, 1)
-        identity = torch.eye(2, 3).to(features).expand(n * self.groups, 2, 3)
-        usual = F.affine_grid(identity, [n * self.groups, 1, h * self.up, w * self.up], align_corners=False)
+        usual = F.affine_grid(torch.eye(2, 3).to(features)[None], [1, 1, h * self.up, w * self.up], align_corners=False)
         grid = usual + offset * offset.new_tensor([2 / w, 2 / h])
         grouped = features.reshape(n * self.groups, c // self.groups, h, w)
         sampled = F.grid_sample(grouped, grid, mode="bilinear", padding_mode="border", align_corners=False)
