@@ -179,7 +179,7 @@ def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     """The command as a result file shows it: files and folders without the path to them."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     for path in vars(options).values():
-        if isinstance(path, Path):
+        if isinstance(path, Path) and path.name:  # "." has none
             words = [word.replace(str(path), path.name) for word in words]
     return f"{parser.prog} {shlex.join(words)}"
 

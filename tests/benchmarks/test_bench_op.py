@@ -342,6 +342,19 @@ def test_default_shapes_and_quick(capsys: pytest.CaptureFixture[str]) -> None:
     assert [peer.name for peer in asked.peers] == ["nearest"]
 
 
+def test_command_hides_paths_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "pytorch" / "cuda" / "carafe_cuda.cu"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peers.mmcv, "source", None)
+    rest = ["--threads", "1", "--memory-limit", "0.08", "--mmcv-source"]
+    asked = bench_op.parse_arguments([*rest, ".", "--json", f"{tmp_path}/result.json"])
+    assert asked.command == "python -m benchmarks.op --threads 1 --memory-limit 0.08 --mmcv-source . --json result.json"
+    asked = bench_op.parse_arguments([*rest, str(tmp_path)])
+    assert asked.command.endswith(f" 0.08 --mmcv-source {tmp_path.name}")
+
+
 def test_ours_failing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def setup(problem: Problem, inputs: Inputs) -> Call:
         raise RuntimeError("broken build")
