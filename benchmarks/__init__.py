@@ -1,1 +1,6 @@
-"""What the benchmarks ``bench_op.py``, ``bench_module.py`` and ``bench_model.py`` and ``gpu_check.py`` are made of."""
+"""Commands that measure this package (`op`, `module`, `model`) and check it on a GPU (`gpu_check`), and their parts."""
+
+import logging
+
+# torch.utils.benchmark imports it, and it would warn on every machine that has a CUDA compiler and no GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

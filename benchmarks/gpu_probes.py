@@ -1,4 +1,4 @@
-"""The single checks of `gpu_check.py` that are no tool or test of their own; each runs in a process of its own.
+"""The steps of `benchmarks.gpu_check` that are not a benchmark or test; each runs in a process of its own.
 
     python -m benchmarks.gpu_probes NAME [--json FILE]
 
@@ -8,6 +8,7 @@ Exit code: 0, or 1 when the check fails.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -35,7 +36,7 @@ MOST_SLOWER = 1.02  # of a detector with our upsampler, against nearest
 
 
 def environment(device: str) -> Result:
-    """What runs here."""
+    """The machine and the versions of what runs here."""
     found: Result = {"machine": measure.machine(device), "revision": measure.revision()}
     found["version"] = carafe_plugin.__version__
     for package in ("torchvision", "triton", "mmcv", "hypothesis", "pytest"):
@@ -55,13 +56,15 @@ def compiled(device: str) -> Result:
 def errors(device: str, dtype: torch.dtype, size: tuple[int, int], channels: int, k: int, g: int) -> dict[str, float]:
     """Relative errors of the output and both gradients, upsampling by 2, against the reference in float64.
 
+    As `carafe_plugin.testing.relative_error` has them, without copying gigabytes to the host.
+
     Args:
-        device: where both are computed.
-        dtype: of the operator's tensors.
-        size: height and width of the features.
-        channels: their channels.
-        k: size of the kernels.
-        g: groups.
+        device (str): where both are computed.
+        dtype (torch.dtype): of the operator's tensors.
+        size (tuple[int, int]): height and width of the features.
+        channels (int): their channels.
+        k (int): size of the kernels.
+        g (int): groups.
     """
     features, masks, grad_output = random_case(size, channels, k, g, 2, batch=1, dtype=dtype, device=device)
     features.requires_grad_()
@@ -75,12 +78,11 @@ def errors(device: str, dtype: torch.dtype, size: tuple[int, int], channels: int
         "gradient to features": lambda: reference.grad_features(z, m, *size, k, g, 2, 1),
         "gradient to masks": lambda: reference.grad_masks(z, x, k, g, 2, 1),
     }
-    return {name: _error_on_device(got[name], compute()) for name, compute in expected.items()}
-
-
-def _error_on_device(got: Tensor, expected: Tensor) -> float:
-    """`carafe_plugin.testing.relative_error` without bringing gigabytes to the host."""
-    return float((got.double() - expected).norm() / expected.norm())
+    found = {}
+    for name, compute in expected.items():
+        right = compute()
+        found[name] = float((got[name].double() - right).norm() / right.norm())
+    return found
 
 
 def _compare(device: str, size: tuple[int, int], channels: int, k: int, g: int) -> Result:
@@ -135,8 +137,8 @@ class UpsamplingFPN(nn.Module):
     """torchvision's FPN with an upsampler of ours in place of nearest interpolation.
 
     Args:
-        fpn: ``torchvision.ops.FeaturePyramidNetwork``; its convolutions are shared.
-        channels: of its outputs.
+        fpn (FeaturePyramidNetwork): torchvision's; its convolutions are shared.
+        channels (int): of its outputs.
     """
 
     def __init__(self, fpn: nn.Module, channels: int) -> None:
@@ -171,16 +173,12 @@ def detector(device: str) -> Result:
     ours.backbone.fpn = UpsamplingFPN(ours.backbone.fpn, 256).to(device)
     image = [torch.rand(3, 800, 1333, device=device)]
 
-    def predict(model: nn.Module) -> object:
-        with torch.inference_mode():
-            return model(image)
-
     timings = []
     for model in (nearest, ours):
-        work = lambda model=model: predict(model)  # noqa: E731
-        estimate = min(measure.seconds(work, device) for _ in range(5))
-        timings.append(measure.Timing(work, max(estimate, measure.SAMPLE_SECONDS), repeats=30))
-    measure.interleave(timings, device)
+        predict = torch.inference_mode()(functools.partial(model, image))
+        estimate = min(measure.seconds(predict) for _ in range(5))
+        timings.append(measure.Timing(predict, max(estimate, measure.SAMPLE_SECONDS), repeats=30))
+    measure.interleave(timings)
     ratios = sorted(ours / nearest for nearest, ours in zip(*(timing.samples for timing in timings), strict=True))
     ratio = ratios[len(ratios) // 2]
     summaries = {name: timing.summary() for name, timing in zip(("nearest", "ours"), timings, strict=True)}
@@ -191,8 +189,8 @@ PROBES = {probe.__name__: probe for probe in (environment, compiled, large, grou
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one probe and says what it found."""
-    parser = argparse.ArgumentParser(prog="bench.gpu_probes")
+    """Runs one probe and prints what it found; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_probes")
     parser.add_argument("name", choices=PROBES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)

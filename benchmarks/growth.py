@@ -1,20 +1,19 @@
-"""How the operator's cost grows: one thing varied at a time around a base point (`bench_op.py --growth`)."""
+"""How the operator's cost grows: one thing varied at a time around a base point (`benchmarks.op --growth`)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from benchmarks import report
+from benchmarks.comparison import PASSES, Comparison, Settings
 from benchmarks.peers import OURS
 from benchmarks.problem import Problem
-from benchmarks.runner import PASSES, Benchmark, Options
 
 # Batch, channels, height and width of the base point: P4 of an FPN with fewer channels, so that a run takes minutes.
 BASE = (1, 64, 50, 84)
@@ -32,16 +31,15 @@ AXES = tuple(VALUES)
 LABELS = {"size": "H * W", "kernel-size": "k", "scale": "sigma"}
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One problem of a series.
 
     Attributes:
-        axis: what is varied.
-        value: its value, as a table shows it.
-        position: the same as a number, for the figure.
-        problem: the problem.
-        threads: CPU threads.
+        axis (str): what is varied.
+        value (str): its value, as a table shows it.
+        position (float): the same as a number, for the figure.
+        problem (Problem): the problem.
+        threads (int): CPU threads.
     """
 
     axis: str
@@ -51,67 +49,69 @@ class Point:
     threads: int
 
 
+def base(usual: Problem) -> Problem:
+    """The base point, with the kernels, dtype and device of `usual`."""
+    batch, channels, height, width = BASE
+    return dataclasses.replace(usual, batch=batch, channels=channels, height=height, width=width)
+
+
 def points(axes: Sequence[str], base: Problem, threads: int, quick: bool = False) -> Iterator[Point]:
     """The problems of each axis, in order; with `quick` the first two of each.
 
     Args:
-        axes: of `AXES`.
-        base: every axis's usual value.
-        threads: most CPU threads, and the usual number.
-        quick: whether to stop early.
+        axes (Sequence[str]): of `AXES`; that of threads is left out on a GPU.
+        base (Problem): every axis's usual value.
+        threads (int): most CPU threads, and the usual number.
+        quick (bool): whether to stop early.
     """
     for axis in axes:
-        values = VALUES[axis] or [n for n in (2**power for power in range(10)) if n < threads] + [threads]
+        values = VALUES[axis]
+        if axis == "threads":
+            values = [*(n for n in (2**power for power in range(10)) if n < threads), threads]
+            values = values if base.device == "cpu" else []
         for value in values[:2] if quick else values:
-            problem, used = base, threads
-            position = float(value) if isinstance(value, int) else 0.0
             if axis == "size":
                 height, width = value
                 problem = dataclasses.replace(base, height=height, width=width)
-                position = float(height * width)
-                value = f"{height}x{width}"
+                yield Point(axis, f"{height}x{width}", float(height * width), problem, threads)
             elif axis == "scale":
-                up, _, down = value.partition("/")
-                problem = dataclasses.replace(base, up=int(up), down=int(down or 1))
-                position = int(up) / int(down or 1)
+                scale = Fraction(value)
+                problem = dataclasses.replace(base, up=scale.numerator, down=scale.denominator)
+                yield Point(axis, value, float(scale), problem, threads)
             elif axis == "threads":
-                used = value
+                yield Point(axis, str(value), float(value), base, value)
             else:
-                name = axis.replace("-", "_")
-                problem = dataclasses.replace(base, **{name: value})
-            yield Point(axis, str(value), position, problem, used)
+                problem = dataclasses.replace(base, **{axis.replace("-", "_"): value})
+                yield Point(axis, str(value), float(value), problem, threads)
 
 
-def measure_growth(all_points: Sequence[Point], options: Options) -> list[dict[str, Any]]:
-    """Measures ours at each point: its record, with the axis, the value and the threads."""
+def measure(all_points: Sequence[Point], settings: Settings) -> list[dict[str, Any]]:
+    """Measures ours at each point: its record, with the axis, the value, the position and the threads."""
     threads = torch.get_num_threads()
     results = []
     for point in all_points:
         torch.set_num_threads(point.threads)
-        result = Benchmark(point.problem, OURS, options).run()
-        place = {"axis": point.axis, "value": point.value, "position": point.position, "threads": point.threads}
-        results.append(place | result)
+        place = point._asdict()
+        results.append(place | Comparison(place.pop("problem"), OURS, settings).run())
     torch.set_num_threads(threads)
     return results
 
 
-def print_growth(results: Sequence[Mapping[str, Any]], base: Problem) -> None:
-    """A table for each axis: milliseconds, their ratio to the bound, and nanoseconds for each output element."""
+def print_tables(results: Sequence[Mapping[str, Any]], base: Problem) -> None:
+    """A table for each axis: milliseconds, their ratio to the bound, and the rate of the reassembly."""
     for axis in dict.fromkeys(result["axis"] for result in results):
-        series = [result for result in results if result["axis"] == axis]
-        table = Table(
-            title=f"Growth with {LABELS.get(axis, axis)} around {report.shape_title(vars(base))}",
-            caption="Milliseconds (x bound); GFLOP/s of the reassembly in forward + backward.",
-            title_justify="left",
-            caption_justify="left",
-        )
-        table.add_column(LABELS.get(axis, axis))
+        headings = []
         for each in PASSES:
-            for peer in OURS:
-                table.add_column(f"{peer.name}, {report.TITLES[each]}", justify="right")
-            table.add_column("bound ms", justify="right")
-        table.add_column("GFLOP/s", justify="right")
-        for result in series:
+            headings += [f"{peer.name}, {report.TITLES[each]}" for peer in OURS] + ["bound ms"]
+        table = report.make_table(
+            f"Growth with {LABELS.get(axis, axis)} around {report.shape_title(vars(base))}",
+            "Milliseconds (x bound); GFLOP/s of the reassembly in forward + backward.",
+            LABELS.get(axis, axis),
+            [*headings, "GFLOP/s"],
+        )
+        for result in results:
+            if result["axis"] != axis:
+                continue
             cells = [result["value"]]
             for each in PASSES:
                 cells += [_cell(peer[each]) for peer in result["peers"]] + [f"{result['bound'][f'{each}_ms']:.3g}"]
@@ -127,19 +127,16 @@ def _cell(values: Mapping[str, Any]) -> str:
     return f"{values['median_ms']:.4g} ({values['times_bound']:.3g})"
 
 
-def plot_growth(run: Mapping[str, Any], file: Path) -> None:
+def plot(run: Mapping[str, Any], file: Path) -> None:
     """Draws one panel for each axis, both logarithmic: ours, with the quartiles, and the bound."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     results = run["growth"]
     axes = list(dict.fromkeys(result["axis"] for result in results))
     columns = min(3, len(axes))
     rows = -(-len(axes) // columns)
-    size = (1 + 3.4 * columns, 1 + 2.9 * rows)
-    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure((1 + 3.4 * columns, 1 + 2.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[len(axes) :]:
         panel.set_axis_off()
     for panel, axis in zip(panels.flat, axes, strict=False):
@@ -150,26 +147,24 @@ def plot_growth(run: Mapping[str, Any], file: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"ms: {run['dtype']}, {report.processor(run)}, torch {run['machine']['torch']}", size=9)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
 
 
 def _draw_series(panel: Any, series: Sequence[Mapping[str, Any]]) -> None:
+    positions = [result["position"] for result in series]
     for each, line in zip(PASSES, ("-", "--"), strict=True):
         for number, (peer, colour) in enumerate(zip(OURS, ("tab:blue", "tab:orange"), strict=True)):
-            measured = [result for result in series if result["peers"][number][each]["status"] == "ok"]
-            values = [result["peers"][number][each] for result in measured]
-            medians = [value["median_ms"] for value in values]
-            low = [value["median_ms"] - value["q1_ms"] for value in values]
-            high = [value["q3_ms"] - value["median_ms"] for value in values]
-            positions = [result["position"] for result in measured]
+            measured = [(result["position"], result["peers"][number][each]) for result in series]
+            measured = [(position, values) for position, values in measured if values["status"] == "ok"]
+            medians = [values["median_ms"] for _, values in measured]
+            low = [values["median_ms"] - values["q1_ms"] for _, values in measured]
+            high = [values["q3_ms"] - values["median_ms"] for _, values in measured]
             label = f"{peer.name}, {report.TITLES[each]}"
-            panel.errorbar(positions, medians, (low, high), color=colour, linestyle=line, marker=".", label=label)
+            places = [position for position, _ in measured]
+            panel.errorbar(places, medians, (low, high), color=colour, linestyle=line, marker=".", label=label)
         bounds = [result["bound"][f"{each}_ms"] for result in series]
-        positions = [result["position"] for result in series]
-        panel.plot(
-            positions, bounds, color="black", linewidth=0.8, linestyle=line, label=f"bound, {report.TITLES[each]}"
-        )
+        label = f"bound, {report.TITLES[each]}"
+        panel.plot(positions, bounds, color="black", linewidth=0.8, linestyle=line, label=label)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.set_xticks([result["position"] for result in series], [result["value"] for result in series], size=7)
+    panel.set_xticks(positions, [result["value"] for result in series], size=7)
     panel.minorticks_off()

@@ -1,21 +1,23 @@
-"""How the benchmarks measure: time, memory, the bound of the hardware, and what the machine is."""
+"""What the benchmarks measure with: time, memory, the rates that bound the hardware, and what the machine is."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import importlib
 import os
 import platform
 import re
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils import benchmark
 
 import carafe_plugin
 
@@ -30,27 +32,12 @@ SETTINGS = re.compile(r"(MALLOC|CARAFE|OMP|KMP|GOMP|MKL|ATEN|PYTORCH|TORCH)_|(GL
 Work = Callable[[], object]
 
 
-def synchronize(device: str) -> None:
-    """Waits for the work that was given to a GPU."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+def seconds(work: Work, calls: int = 1) -> float:
+    """Mean duration of one call, over `calls` of them in a row; a GPU is waited for before and after.
 
-
-def seconds(work: Work, device: str, calls: int = 1) -> float:
-    """Mean duration of one call, over `calls` of them in a row: by the clock on CPU, by events on CUDA."""
-    if torch.device(device).type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(calls):
-            work()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3 / calls
-    begin = time.perf_counter()
-    for _ in range(calls):
-        work()
-    return (time.perf_counter() - begin) / calls
+    `torch.utils.benchmark.Timer` without its warm-up of two calls or more, which would triple what slow peers take.
+    """
+    return timeit.Timer(work, timer=benchmark.timer).timeit(calls) / calls
 
 
 @dataclass
@@ -58,9 +45,10 @@ class Timing:
     """The samples of one piece of work.
 
     Attributes:
-        work: what is timed.
-        estimate: seconds of one warm call; decides how many calls make a sample.
-        repeats: samples to take.
+        work (Callable): what is timed.
+        estimate (float): seconds of one warm call; decides how many calls make a sample.
+        repeats (int): samples to take.
+        samples (list[float]): seconds of a call, as far as they have been taken.
     """
 
     work: Work
@@ -73,35 +61,32 @@ class Timing:
         """Calls in one sample."""
         return max(1, round(SAMPLE_SECONDS / max(self.estimate, 1e-6)))
 
-    def sample(self, device: str) -> None:
+    def sample(self) -> None:
         """Takes one sample."""
         if self.estimate < WARM_CALL_SECONDS:
             self.work()  # what ran before has emptied the caches
-        self.samples.append(seconds(self.work, device, self.calls))
+        self.samples.append(seconds(self.work, self.calls))
 
     def summary(self) -> dict[str, object]:
-        """Median, quartiles and extremes in milliseconds."""
-        milliseconds = [round(1e3 * sample, 5) for sample in self.samples]
-        quartiles = statistics.quantiles(milliseconds, n=4, method="inclusive") if len(milliseconds) > 1 else None
-        low, median, high = quartiles or milliseconds * 3
+        """Median, quartiles and extremes in milliseconds, and how many figures of the median are significant."""
+        quantiles = torch.tensor(self.samples, dtype=torch.float64).quantile(torch.linspace(0, 1, 5).double())
+        measurement = benchmark.Measurement(1, self.samples, benchmark.TaskSpec("work()", "pass"))
+        names = ("min_ms", "q1_ms", "median_ms", "q3_ms", "max_ms")
         return {
-            "median_ms": round(median, 5),
-            "q1_ms": round(low, 5),
-            "q3_ms": round(high, 5),
-            "min_ms": min(milliseconds),
-            "max_ms": max(milliseconds),
-            "repeats": len(milliseconds),
+            **{name: round(1e3 * value, 5) for name, value in zip(names, quantiles.tolist(), strict=True)},
+            "significant_figures": measurement.significant_figures,
+            "repeats": len(self.samples),
             "calls_per_repeat": self.calls,
-            "samples_ms": milliseconds,
+            "samples_ms": [round(1e3 * sample, 5) for sample in self.samples],
         }
 
 
-def interleave(timings: list[Timing], device: str) -> None:
+def interleave(timings: Sequence[Timing]) -> None:
     """Samples in turn (A, B, C, A, B, C, ...), so that a machine that slows down slows all of them."""
     for turn in range(max((timing.repeats for timing in timings), default=0)):
         for timing in timings:
             if turn < timing.repeats:
-                timing.sample(device)
+                timing.sample()
 
 
 def peak_bytes(work: Work, device: str) -> int:
@@ -133,24 +118,24 @@ def peak_bytes(work: Work, device: str) -> int:
     return peak
 
 
-def _best_seconds(work: Work, device: str, repeats: int) -> float:
+def _best_seconds(work: Work, repeats: int = 10) -> float:
     # A bound is what the machine can do at its best, hence the minimum, not the median.
-    timing = Timing(work, min(seconds(work, device) for _ in range(2)), repeats)
-    interleave([timing], device)
+    timing = Timing(work, min(seconds(work) for _ in range(2)), repeats)
+    interleave([timing])
     return min(timing.samples)
 
 
-def matmul_rate(device: str, dtype: torch.dtype, size: int, repeats: int = 10) -> float:
+def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
     """Best FLOP/s of a square matrix product, in float32 (float64 for float64), as the operator accumulates."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     left, right, product = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(3))
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(left, right, out=product), device, repeats)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(left, right, out=product))
 
 
-def copy_rate(device: str, moved: int, repeats: int = 10) -> float:
+def copy_rate(device: str, moved: int) -> float:
     """Best bytes/s, reads and writes counted, of a warm copy that moves `moved` bytes (so it fits the same caches)."""
     source, target = (torch.ones(max(1, moved // 8), device=device, dtype=torch.float32) for _ in range(2))
-    return 8 * source.numel() / _best_seconds(lambda: target.copy_(source), device, repeats)
+    return 8 * source.numel() / _best_seconds(lambda: target.copy_(source))
 
 
 def available_memory() -> int | None:
@@ -203,9 +188,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def machine(device: str) -> dict[str, object]:
+def run_record(command: str, device: str) -> dict[str, Any]:
+    """What a result file says about its run, beside the results.
+
+    Args:
+        command (str): the command line, without this machine's paths.
+        device (str): what the run computes on.
+    """
+    compiled = carafe_plugin.is_compiled(torch.device(device).type)
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "revision": revision(),
+        "version": carafe_plugin.__version__,
+        "backend": "compiled" if compiled else "fallback",
+        "device": device,
+        "machine": machine(device),
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on; nothing that names the machine."""
-    description: dict[str, object] = {
+    settings = {name: value for name, value in sorted(os.environ.items()) if SETTINGS.match(name)}
+    description: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
         "cpu": _cpu_model(),
@@ -215,7 +220,10 @@ def machine(device: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "environment": _settings(),
+        # Of a preloaded allocator its file's name alone.
+        "environment": {
+            name: " ".join(Path(part).name for part in re.split("[ :]+", value)) for name, value in settings.items()
+        },
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -226,12 +234,6 @@ def machine(device: str) -> dict[str, object]:
             "cuda": torch.version.cuda,
         }
     return description
-
-
-def _settings() -> dict[str, str]:
-    # What the environment says to memory, threads and this package; of a preloaded allocator its file's name alone.
-    settings = {name: value for name, value in sorted(os.environ.items()) if SETTINGS.match(name)}
-    return {name: " ".join(Path(part).name for part in re.split("[ :]+", value)) for name, value in settings.items()}
 
 
 def cpu_path() -> str | None:
@@ -251,13 +253,18 @@ def _cpu_model() -> str:
 
 
 def revision() -> str | None:
-    """The checkout's commit, with "+" when files differ from it; None outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
+    """The checkout's commit, with "+" when tracked files differ from it; None outside a git checkout."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=12",
+        "--dirty=+",
+    ]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

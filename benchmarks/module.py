@@ -7,24 +7,21 @@ module's weights: their results are compared with ours before they are timed. Pe
 
     python -m benchmarks.module --json result.json --plot result.png
 
-Exit code: 0; 1 when ours fails or a peer's result differs from ours; 2 for arguments that do not fit.
+Exit code: 0; 1 when ours fails or a peer's result differs from ours; 2 for invalid arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from benchmarks import options, report
-from benchmarks.peers import OTHERS, Reassembly, mmcv, shifted_madd, unfold_einsum
-from benchmarks.problem import Call, Inputs, Peer, Problem, shuffle_and_softmax
-from benchmarks.runner import TOLERANCES, is_sound
+from benchmarks import command
+from benchmarks.comparison import TOLERANCES
+from benchmarks.peers import OTHERS, Reassembly, in_steps, mmcv, of_module, shifted_madd, unfold_einsum
+from benchmarks.problem import Peer, Problem, Setup
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
@@ -35,14 +32,12 @@ TOLERANCE = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.items()}
 class ModuleProblem(Problem):
     """A problem whose bound counts the two convolutions of kernel prediction too, at their default sizes."""
 
-    def _convolution_flop(self) -> int:
-        compressed = 64 if self.up > 1 else 16
-        features, kernels, _ = self.elements()
-        return 2 * compressed * features + 2 * compressed * 9 * kernels
-
     def flop(self, backward: bool) -> int:
         """Those of the reassembly and of the convolutions, whose gradients cost twice the forward pass as well."""
-        return super().flop(backward) + self._convolution_flop() * (3 if backward else 1)
+        compressed = 64 if self.up > 1 else 16
+        features, kernels, _ = self.elements()
+        convolutions = 2 * compressed * features + 2 * compressed * 9 * kernels
+        return super().flop(backward) + convolutions * (3 if backward else 1)
 
 
 class Pack(nn.Module):
@@ -52,94 +47,62 @@ class Pack(nn.Module):
         super().__init__()
         self.predict = nn.Sequential(*filter(None, (ours.channel_compressor, ours.content_encoder)))
         self.geometry = ours.kernel_size, ours.group_size, ours.up, ours.down
-        self.reassembly = reassembly
+        self.reassembly = in_steps(reassembly)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H * up / down, W * up / down)."""
-        masks = shuffle_and_softmax(self.predict(features), *self.geometry[:3])
-        return self.reassembly(features, masks, *self.geometry)
+        return self.reassembly(features, self.predict(features), *self.geometry)
 
 
 def our_module(problem: Problem) -> KernelPrediction:
-    """Our module for a problem, its weights drawn with a fixed seed, and large enough that kernels differ."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module: KernelPrediction
-        if problem.down > 1:
-            module = CARAFEDownsample(
-                problem.channels, problem.down, down_kernel=problem.kernel_size, down_group=problem.group_size
-            )
-        else:
-            module = CARAFEUpsample(
-                problem.channels, problem.up, up_kernel=problem.kernel_size, up_group=problem.group_size
-            )
-        nn.init.normal_(module.content_encoder.weight, std=0.05)
-    return module.to(problem.device, problem.dtype)
+    """Our module for a problem, its weights large enough that kernels differ."""
+    kernel_size, group_size, up, down = problem.geometry
+    module: KernelPrediction
+    if down > 1:
+        module = CARAFEDownsample(problem.channels, down, down_kernel=kernel_size, down_group=group_size)
+    else:
+        module = CARAFEUpsample(problem.channels, up, up_kernel=kernel_size, up_group=group_size)
+    nn.init.normal_(module.content_encoder.weight, std=0.05)
+    return module
 
 
-def _call(module: nn.Module, inputs: Inputs) -> Call:
-    parameters = tuple(module.parameters())
-    return Call(lambda: module(inputs.features), (inputs.features, *parameters), parameters=parameters)
+def _pack(reassembly: Callable[[], Reassembly], compiles: bool = False) -> Setup:
+    return of_module(lambda problem: Pack(our_module(problem), reassembly()), compiles)
 
 
-def _ours(problem: Problem, inputs: Inputs) -> Call:
-    return _call(our_module(problem), inputs)
-
-
-def _pack(reassembly: Reassembly, problem: Problem, inputs: Inputs) -> Call:
-    return _call(Pack(our_module(problem), reassembly), inputs)
-
-
-def _pack_compiled(problem: Problem, inputs: Inputs) -> Call:
-    import torch._inductor.config
-
-    torch._inductor.config.compile_threads = 1  # as in bench.peers
-    torch._dynamo.reset()
-    module = Pack(our_module(problem), shifted_madd)
-    compiled = torch.compile(module, fullgraph=True, dynamic=False)
-    return dataclasses.replace(_call(module, inputs), forward=lambda: compiled(inputs.features))
-
-
-def _pack_mmcv(problem: Problem, inputs: Inputs) -> Call:
-    return _pack(mmcv.reassembly(), problem, inputs)
-
-
-OURS = (Peer("carafe", "ours: CARAFEUpsample or CARAFEDownsample", _ours, "carafe"),)
+OURS = (Peer("carafe", "ours: CARAFEUpsample or CARAFEDownsample", of_module(our_module), "carafe"),)
 PEERS = (
-    Peer("pack-unfold", "CARAFEPack with unfold, then einsum", functools.partial(_pack, unfold_einsum), "carafe"),
-    Peer("pack-shifted", "CARAFEPack with shifted multiply-adds", functools.partial(_pack, shifted_madd), "carafe"),
-    Peer("pack-compiled", "the same under torch.compile", _pack_compiled, "carafe", compiles=True),
-    Peer("pack-mmcv", "CARAFEPack with mmcv's CUDA operator", _pack_mmcv, "carafe", unavailable=mmcv.unavailable),
+    Peer("pack-unfold", "CARAFEPack with unfold, then einsum", _pack(lambda: unfold_einsum), "carafe"),
+    Peer("pack-shifted", "CARAFEPack with shifted multiply-adds", _pack(lambda: shifted_madd), "carafe"),
+    Peer(
+        "pack-compiled",
+        "the same under torch.compile",
+        _pack(lambda: shifted_madd, compiles=True),
+        "carafe",
+        compiles=True,
+    ),
+    Peer(
+        "pack-mmcv",
+        "CARAFEPack with mmcv's CUDA operator",
+        _pack(mmcv.reassembly),
+        "carafe",
+        unavailable=mmcv.unavailable,
+    ),
     *OTHERS,
 )
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; exits with code 2 and one clear line when something in it does not fit."""
-    parser = options.make_parser(
-        "module", "Measure the modules, kernel prediction included, beside others.", (*OURS, *PEERS)
+    """Reads the command line; exits with code 2 and one clear line when an argument is invalid."""
+    parser = command.make_parser(
+        "module", "Measure the modules, kernel prediction included, beside others.", OURS, PEERS
     )
-    options.add_mmcv_option(parser)
-    parsed = parser.parse_args(arguments)
-    options.check(parser, parsed)
-    mmcv.source = options.find_mmcv_source(parser, parsed.mmcv_source)
-    parsed.peers = options.choose_peers(parser, parsed, PEERS)
-    return parsed
+    return command.complete(parser, parser.parse_args(arguments), arguments, PEERS, ModuleProblem)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = parse_arguments(arguments)
-    record = options.new_report("module", parsed, arguments)
-    report.print_header(record)
-    problems = [ModuleProblem(**vars(problem)) for problem in options.problems(parsed)]
-    how = dataclasses.replace(options.engine_options(parsed), tolerances=TOLERANCE)
-    record["results"] = options.measure_peers(problems, OURS, parsed.peers, how)
-    options.write_json(parsed, record)
-    if parsed.plot:
-        report.plot(record, parsed.plot)
-    return 0 if all(map(is_sound, record["results"])) else 1
+    return command.compare(parse_arguments(arguments), OURS, TOLERANCE)
 
 
 if __name__ == "__main__":

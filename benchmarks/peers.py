@@ -1,37 +1,43 @@
-"""What `bench_op.py` compares: CARAFE's reassembly in the forms that people use, and other ways to rescale.
+"""What the operator is compared with: CARAFE's reassembly in the forms that people use, and other ways to rescale.
 
 To add a peer, write its setup, which turns a `Problem` and its `Inputs` into a `Call`, and list it in `PEERS`.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import math
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import mmcv_peer, upsamplers
-from benchmarks.problem import Call, Inputs, Peer, Problem, shuffle_and_softmax
+from benchmarks.mmcv_operator import MmcvOperator
+from benchmarks.problem import Call, Inputs, Peer, Problem, Setup, shuffle_and_softmax
+from carafe_plugin.modules.peers import (
+    DeconvUpsample,
+    MaxPoolDownsample,
+    PixelShuffleUpsample,
+    StridedConvDownsample,
+)
 from carafe_plugin.ops import carafe
 from carafe_plugin.ops.fused import reassemble_logits
 
 Reassembly = Callable[[Tensor, Tensor, int, int, int, int], Tensor]
+Rescaler = Callable[[int, int], nn.Module]
 
 # ------------------------------------------------------------------- reassembly: (features, masks, k, g, up, down)
 
 
-def public_operator(
-    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int = 1
-) -> Tensor:
+def public_operator(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """`carafe_plugin.ops.carafe` with the scale as two integers."""
     return carafe(features, masks, kernel_size, group_size, Fraction(up, down))
 
 
-def unfold_einsum(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int = 1) -> Tensor:
+def unfold_einsum(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """Unfolds every source neighbourhood once and contracts it with the up^2 kernels that share it."""
     n, c = features.shape[:2]
     taps, height, width = kernel_size**2, *masks.shape[2:]
@@ -42,9 +48,7 @@ def unfold_einsum(features: Tensor, masks: Tensor, kernel_size: int, group_size:
     return torch.einsum("ngcthw,ngthiwj->ngchiwj", neighbours, kernels).reshape(n, c, height, width)
 
 
-def upsample_unfold(
-    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int = 1
-) -> Tensor:
+def upsample_unfold(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """Repeats every pixel first, then unfolds with a dilation of `up`: the form found in forks of YOLO."""
     n, c, h, w = features.shape
     taps, size = kernel_size**2, (h * up, w * up)
@@ -55,7 +59,7 @@ def upsample_unfold(
     return torch.einsum("ngcthw,ngthw->ngchw", neighbours, kernels).reshape(n, c, *size)
 
 
-def shifted_madd(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int = 1) -> Tensor:
+def shifted_madd(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """Adds k^2 shifted copies of the repeated (or, downsampling, strided) features, each times its weights.
 
     Of several ways to write it in PyTorch, eager and compiled, this one was the fastest: rows stay contiguous because
@@ -77,192 +81,147 @@ def shifted_madd(features: Tensor, masks: Tensor, kernel_size: int, group_size: 
     return output.view(n, c, height, width)
 
 
-def in_steps(
-    function: Reassembly, features: Tensor, logits: Tensor, kernel_size: int, group_size: int, up: int, down: int = 1
-) -> Tensor:
+def in_steps(function: Reassembly) -> Reassembly:
     """Pixel shuffle, softmax, then a reassembly: what the content encoder's output usually goes through."""
-    masks = shuffle_and_softmax(logits, kernel_size, group_size, up)
-    return function(features, masks, kernel_size, group_size, up, down)
+
+    def steps(features: Tensor, logits: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
+        masks = shuffle_and_softmax(logits, kernel_size, group_size, up)
+        return function(features, masks, kernel_size, group_size, up, down)
+
+    return steps
 
 
-def fused(features: Tensor, logits: Tensor, kernel_size: int, group_size: int, up: int, down: int = 1) -> Tensor:
-    """What `CARAFEUpsample` and `CARAFEDownsample` call behind their content encoder."""
+def fused(features: Tensor, logits: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
+    """What `CARAFEUpsample` and `CARAFEDownsample` call after their content encoder."""
     return reassemble_logits(features, logits, kernel_size, group_size, up, down, "softmax")
 
 
-# ---------------------------------------------------------------------------------------------------- setups
+# --------------------------------------------------------------------------------------------------- other functions
 
 
-def _geometry(problem: Problem) -> tuple[int, int, int, int]:
-    return problem.kernel_size, problem.group_size, problem.up, problem.down
+class PointSampler(nn.Module):
+    """Upsampling by sampling at learnt points, after the idea of DySample (arXiv 2308.15085).
+
+    A 1x1 convolution predicts, for every output location and each of a few groups of channels, how far from its usual
+    place bilinear interpolation reads. The static range of the paper: a quarter of the distance between source pixels.
+
+    Args:
+        channels (int): C of the features, a multiple of `groups`.
+        up (int): the scale.
+        groups (int | None): groups of channels with points of their own; None for 4 where they divide C, else 2 or 1.
+    """
+
+    def __init__(self, channels: int, up: int, groups: int | None = None) -> None:
+        super().__init__()
+        self.up, self.groups = up, groups or math.gcd(4, channels)
+        self.offset = nn.Conv2d(channels, 2 * self.groups * up**2, 1)
+        nn.init.normal_(self.offset.weight, std=0.001)
+        if self.offset.bias is not None:
+            nn.init.zeros_(self.offset.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H * up, W * up)."""
+        n, c, h, w = features.shape
+        # (N * groups, H', W', 2): x and y offsets in source pixels; grid_sample counts from -1 to 1 over the map.
+        offset = F.pixel_shuffle(0.25 * self.offset(features), self.up)
+        offset = offset.view(n * self.groups, 2, h * self.up, w * self.up).permute(0, 2, 3, 1)
+        usual = F.affine_grid(torch.eye(2, 3).to(features)[None], [1, 1, h * self.up, w * self.up], align_corners=False)
+        grid = usual + offset * offset.new_tensor([2 / w, 2 / h])
+        grouped = features.reshape(n * self.groups, c // self.groups, h, w)
+        sampled = F.grid_sample(grouped, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return sampled.view(n, c, h * self.up, w * self.up)
 
 
-def _of_masks(function: Reassembly, problem: Problem, inputs: Inputs) -> Call:
-    features, masks, geometry = inputs.features, inputs.masks, _geometry(problem)
-    return Call(lambda: function(features, masks, *geometry), (features, masks))
+# ---------------------------------------------------------------------------------------------------------- setups
 
 
-def _of_logits(function: Reassembly, problem: Problem, inputs: Inputs) -> Call:
-    features, logits, geometry = inputs.features, inputs.logits, _geometry(problem)
-    return Call(lambda: function(features, logits, *geometry), (features, logits))
+def of_reassembly(kernels: str, prepare: Callable[[], Reassembly]) -> Setup:
+    """A reassembly with the `kernels` of the inputs, 'masks' or 'logits'; `prepare` returns it, compiled if need be."""
+
+    def setup(problem: Problem, inputs: Inputs) -> Call:
+        function, features, weights = prepare(), inputs.features, getattr(inputs, kernels)
+        return Call(lambda: function(features, weights, *problem.geometry), (features, weights))
+
+    return setup
 
 
-def _compiled(
-    setup: Callable[[Reassembly, Problem, Inputs], Call], function: Reassembly, problem: Problem, inputs: Inputs
-) -> Call:
+def of_module(build: Callable[[Problem], nn.Module], compiles: bool = False) -> Setup:
+    """A module on the problem's device and in its dtype, its weights drawn with a fixed seed."""
+
+    def setup(problem: Problem, inputs: Inputs) -> Call:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = build(problem).to(problem.device, problem.dtype)
+        forward = compiled(module) if compiles else module
+        parameters = tuple(module.parameters())
+        return Call(lambda: forward(inputs.features), (inputs.features, *parameters), parameters=parameters)
+
+    return setup
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function under torch.compile, to be called for each problem anew."""
     import torch._inductor.config
 
     # Otherwise a pool of idle compiler processes starts beside the measurement.
     torch._inductor.config.compile_threads = 1
     torch._dynamo.reset()  # each problem gets graphs of its own, never one made general by the sizes before
-    return setup(torch.compile(function, fullgraph=True, dynamic=False), problem, inputs)
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _variant(
-    setup: Callable[[Problem, Inputs], Call],
-    layout: torch.memory_format,
-    dtype: torch.dtype | None,
-    problem: Problem,
-    inputs: Inputs,
-) -> Call:
+def variant(setup: Setup, layout: torch.memory_format, dtype: torch.dtype | None) -> Setup:
     """Ours on the same values in another layout or dtype; gradients start from theirs in the same."""
 
     def convert(tensor: Tensor) -> Tensor:
         converted = tensor.detach().to(dtype=dtype or tensor.dtype, memory_format=layout)
         return converted.requires_grad_(tensor.requires_grad)
 
-    converted = Inputs(*(convert(tensor) for tensor in vars(inputs).values()))
-    call = setup(problem, converted)
-    return Call(call.forward, call.wrt, converted.grad_output)
+    def converted_setup(problem: Problem, inputs: Inputs) -> Call:
+        converted = Inputs(*(convert(tensor) for tensor in vars(inputs).values()))
+        return dataclasses.replace(setup(problem, converted), grad_output=converted.grad_output)
+
+    return converted_setup
 
 
-def _module(name: str, problem: Problem, inputs: Inputs) -> Call:
-    _, module = upsamplers.others(problem.channels, problem.up, problem.down)[name]
-    module = module.to(inputs.features)
-    parameters = tuple(module.parameters())
-    return Call(lambda: module(inputs.features), (inputs.features, *parameters), parameters=parameters)
+# -------------------------------------------------------------------------------------------------------- the lists
 
 
-# ------------------------------------------------------------------------------------------------------ mmcv
+def only_upsamples(problem: Problem) -> str | None:
+    """Why an upsampler cannot run on a problem."""
+    return "it only upsamples" if problem.down > 1 else None
 
 
-class Mmcv:
-    """mmcv's CUDA operator: the installed one or, with a source folder, that source alone.
-
-    Attributes:
-        source: the ``csrc`` folder to compile; None for the installed operator.
-    """
-
-    source: Path | None = None
-
-    def unavailable(self, problem: Problem) -> str | None:
-        """Why it cannot run on a problem."""
-        if torch.device(problem.device).type != "cuda":
-            return "mmcv has this operator for CUDA alone"
-        if not problem.is_upsampling:
-            return "mmcv's operator upsamples alone"
-        if problem.taps * problem.group_size > 384:
-            return "mmcv's kernel writes past its shared memory when kernel_size^2 * group_size exceeds 384"
-        if problem.dtype == torch.bfloat16:
-            return "mmcv's operator does not know bfloat16"
-        if self.source is not None:
-            return None  # a compiler that fails is a result, not an absence
-        try:
-            mmcv_peer.installed_operator()
-        except ImportError as error:
-            return f"mmcv's operators cannot be imported ({error}); --mmcv-source compiles this one alone"
-        return None
-
-    def reassembly(self) -> Reassembly:
-        """The operator itself; compiles it where it has a source."""
-        operator = mmcv_peer.installed_operator() if self.source is None else mmcv_peer.compiled_operator(self.source)
-        return lambda features, masks, k, g, up, down: operator(features, masks, k, g, up)
-
-    def from_masks(self, problem: Problem, inputs: Inputs) -> Call:
-        """Made ready as it is."""
-        return _of_masks(self.reassembly(), problem, inputs)
-
-    def from_logits(self, problem: Problem, inputs: Inputs) -> Call:
-        """Made ready behind pixel shuffle and softmax."""
-        return _of_logits(functools.partial(in_steps, self.reassembly()), problem, inputs)
-
-
-mmcv = Mmcv()
-
-# ------------------------------------------------------------------------------------------------- the list
-
-
-def _only_upsampling(problem: Problem) -> str | None:
-    return None if problem.is_upsampling else "it upsamples alone"
+def only_downsamples(problem: Problem) -> str | None:
+    """Why a downsampler cannot run on a problem."""
+    return "it only downsamples" if problem.down == 1 else None
 
 
 def _is_bfloat16(problem: Problem) -> str | None:
     return "that is the run's own dtype" if problem.dtype == torch.bfloat16 else None
 
 
-def _other(name: str, description: str, direction: str) -> Peer:
-    def unavailable(problem: Problem) -> str | None:
-        known = name in upsamplers.others(1, problem.up, problem.down)
-        return None if known else f"it {direction} alone"
-
-    return Peer(name, description, functools.partial(_module, name), "carafe", equal=False, unavailable=unavailable)
+def _reassembly(name: str, description: str, kernels: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
+    reference = "carafe" if kernels == "masks" else "fused"
+    return Peer(name, description, of_reassembly(kernels, prepare), reference, **others)
 
 
-_masks, _logits = functools.partial(_of_masks, public_operator), functools.partial(_of_logits, fused)
-_steps_compiled = functools.partial(_compiled, _of_logits, functools.partial(in_steps, shifted_madd))
+def _other(name: str, description: str, build: Rescaler, unavailable: Callable[[Problem], str | None]) -> Peer:
+    setup = of_module(lambda problem: build(problem.channels, max(problem.up, problem.down)))
+    return Peer(name, description, setup, "carafe", equal=False, unavailable=unavailable)
 
+
+mmcv = MmcvOperator()
 # What the others are compared with: each row is compared with its `reference`.
 OURS = (
-    Peer("carafe", "ours: carafe_plugin.ops.carafe, from masks", _masks, "carafe"),
-    Peer("fused", "ours, as the modules call it: from the content encoder's output", _logits, "fused"),
-)
-FROM_MASKS = (
-    Peer("unfold-einsum", "unfold, then einsum", functools.partial(_of_masks, unfold_einsum), "carafe"),
-    Peer(
-        "upsample-unfold",
-        "nearest, dilated unfold, then einsum",
-        functools.partial(_of_masks, upsample_unfold),
-        "carafe",
-        unavailable=_only_upsampling,
-    ),
-    Peer("shifted-madd", "k^2 shifted multiply-adds", functools.partial(_of_masks, shifted_madd), "carafe"),
-    Peer(
-        "shifted-madd-compiled",
-        "the same under torch.compile",
-        functools.partial(_compiled, _of_masks, shifted_madd),
-        "carafe",
-        compiles=True,
-    ),
-    Peer("mmcv", "mmcv's CUDA operator", mmcv.from_masks, "carafe", unavailable=mmcv.unavailable),
-)
-FROM_LOGITS = (
-    Peer(
-        "steps-carafe",
-        "pixel shuffle, softmax, then ours from masks",
-        functools.partial(_of_logits, functools.partial(in_steps, public_operator)),
-        "fused",
-    ),
-    Peer(
-        "steps-compiled",
-        "pixel shuffle, softmax and shifted multiply-adds under torch.compile",
-        _steps_compiled,
-        "fused",
-        compiles=True,
-    ),
-    Peer(
-        "steps-mmcv",
-        "pixel shuffle, softmax, then mmcv's CUDA operator",
-        mmcv.from_logits,
-        "fused",
-        unavailable=mmcv.unavailable,
-    ),
+    _reassembly("carafe", "ours: carafe_plugin.ops.carafe, from masks", "masks", lambda: public_operator),
+    _reassembly("fused", "ours, as the modules call it: from the content encoder's output", "logits", lambda: fused),
 )
 VARIANTS = tuple(
     Peer(
-        f"{name}-{suffix}",
-        f"{name}, {suffix.replace('-', ' ')}",
-        functools.partial(_variant, setup, layout, dtype),
-        name,
+        f"{ours.name}-{suffix}",
+        f"{ours.name}, {suffix.replace('-', ' ')}",
+        variant(ours.setup, layout, dtype),
+        ours.name,
         variant=True,
         dtype=dtype,
         unavailable=unavailable,
@@ -271,11 +230,63 @@ VARIANTS = tuple(
         ("channels-last", torch.channels_last, None, lambda problem: None),
         ("bfloat16", torch.preserve_format, torch.bfloat16, _is_bfloat16),
     )
-    for name, setup in (("carafe", _masks), ("fused", _logits))
+    for ours in OURS
 )
-OTHERS = tuple(
-    _other(name, description, direction)
-    for scale, direction in (((2, 1), "upsamples"), ((1, 2), "downsamples"))
-    for name, (description, _) in upsamplers.others(1, *scale).items()
+# What a network would otherwise have in CARAFE's place: name, description, and the module for (channels, scale).
+UPSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
+    ("nearest", "nearest interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="nearest")),
+    ("bilinear", "bilinear interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="bilinear")),
+    ("deconvolution", "deconvolution, stride and kernel = scale", lambda c, up: DeconvUpsample(c, up, kernel_size=up)),
+    ("pixel-shuffle", "3x3 convolution, then pixel shuffle", PixelShuffleUpsample),
+    ("grid-sample", "grid_sample at learnt points, as DySample does", PointSampler),
 )
-PEERS: tuple[Peer, ...] = (*FROM_MASKS, *FROM_LOGITS, *VARIANTS, *OTHERS)
+DOWNSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
+    ("max-pool", "3x3 max pooling", MaxPoolDownsample),
+    ("average-pool", "average pooling, kernel = stride", lambda channels, down: nn.AvgPool2d(down, ceil_mode=True)),
+    ("strided-conv", "3x3 convolution with a stride", StridedConvDownsample),
+)
+OTHERS = (
+    *(_other(*row, only_upsamples) for row in UPSAMPLERS),
+    *(_other(*row, only_downsamples) for row in DOWNSAMPLERS),
+)
+PEERS: tuple[Peer, ...] = (
+    _reassembly("unfold-einsum", "unfold, then einsum", "masks", lambda: unfold_einsum),
+    _reassembly(
+        "upsample-unfold",
+        "nearest, dilated unfold, then einsum",
+        "masks",
+        lambda: upsample_unfold,
+        unavailable=only_upsamples,
+    ),
+    _reassembly("shifted-madd", "k^2 shifted multiply-adds", "masks", lambda: shifted_madd),
+    _reassembly(
+        "shifted-madd-compiled",
+        "the same under torch.compile",
+        "masks",
+        lambda: compiled(shifted_madd),
+        compiles=True,
+    ),
+    _reassembly("mmcv", "mmcv's CUDA operator", "masks", mmcv.reassembly, unavailable=mmcv.unavailable),
+    _reassembly(
+        "steps-carafe",
+        "pixel shuffle, softmax, then ours from masks",
+        "logits",
+        lambda: in_steps(public_operator),
+    ),
+    _reassembly(
+        "steps-compiled",
+        "pixel shuffle, softmax and shifted multiply-adds under torch.compile",
+        "logits",
+        lambda: compiled(in_steps(shifted_madd)),
+        compiles=True,
+    ),
+    _reassembly(
+        "steps-mmcv",
+        "pixel shuffle, softmax, then mmcv's CUDA operator",
+        "logits",
+        lambda: in_steps(mmcv.reassembly()),
+        unavailable=mmcv.unavailable,
+    ),
+    *VARIANTS,
+    *OTHERS,
+)

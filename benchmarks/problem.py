@@ -1,4 +1,4 @@
-"""What a benchmark measures: a size, the tensors of that size, and a way to rescale them."""
+"""What is compared: a size, the tensors of that size, and the ways to rescale them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ class Problem:
     device: str = "cpu"
 
     @property
+    def geometry(self) -> tuple[int, int, int, int]:
+        """What a reassembly is told besides its tensors: kernel size, groups, `up` and `down`."""
+        return self.kernel_size, self.group_size, self.up, self.down
+
+    @property
     def taps(self) -> int:
         """Source locations that one output element sums: k^2."""
         return self.kernel_size**2
@@ -34,17 +39,6 @@ class Problem:
     def output_size(self) -> tuple[int, int]:
         """Height and width of the rescaled map, H' = ceil(H * up / down)."""
         return -(-self.height * self.up // self.down), -(-self.width * self.up // self.down)
-
-    @property
-    def name(self) -> str:
-        """The size as the command line writes it, with what is unusual."""
-        shape = (self.batch, self.channels, self.height, self.width)
-        return "x".join(map(str, shape if self.batch > 1 else shape[1:]))
-
-    @property
-    def is_upsampling(self) -> bool:
-        """Whether peers that can only upsample can serve."""
-        return self.down == 1
 
     def elements(self) -> tuple[int, int, int]:
         """Elements of the features, the kernels (as masks or as the content encoder's output) and the output."""
@@ -82,13 +76,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors that every peer is given; those a peer differentiates by require grad.
+    """The tensors that every peer is given; those that a peer differentiates require grad.
 
     Attributes:
-        features: (N, C, H, W).
-        masks: (N, G * k^2, H', W'), the kernels that `logits` stand for.
-        logits: the content encoder's output, (N, G * k^2 * up^2, H, W), or downsampling (N, G * k^2, H', W').
-        grad_output: (N, C, H', W'), the gradient that backward starts from.
+        features (Tensor[N, C, H, W]): the map to rescale.
+        masks (Tensor[N, G * k^2, H', W']): the kernels that `logits` stand for.
+        logits (Tensor[N, G * k^2 * up^2, H, W]): the content encoder's output; [N, G * k^2, H', W'] when downsampling.
+        grad_output (Tensor[N, C, H', W']): the gradient that backward starts from.
     """
 
     features: Tensor
@@ -130,10 +124,11 @@ class Call:
     """A peer made ready for one problem.
 
     Attributes:
-        forward: computes the output.
-        wrt: the tensors whose gradients the backward pass computes.
-        grad_output: what backward starts from, where it is not that of the inputs (another dtype, another layout).
-        parameters: learnt values among `wrt`.
+        forward (Callable): computes the output.
+        wrt (tuple[Tensor, ...]): the tensors whose gradients the backward pass computes.
+        grad_output (Tensor | None): what backward starts from, where it is not that of the inputs (another dtype,
+            another layout).
+        parameters (tuple[Tensor, ...]): learnt values among `wrt`.
     """
 
     forward: Callable[[], Tensor]
@@ -142,26 +137,29 @@ class Call:
     parameters: tuple[Tensor, ...] = ()
 
 
+Setup = Callable[[Problem, Inputs], Call]
+
+
 @dataclass(frozen=True)
 class Peer:
     """One way to rescale a map.
 
     Attributes:
-        name: how the command line and the tables call it.
-        description: one line.
-        setup: makes it ready; not part of any timing.
-        reference: the peer that computes the same function of the same inputs, with which its results are compared
-            before it is timed, and its times afterwards; its own name for ours.
-        equal: False for one that computes another function: its times alone are compared.
-        compiles: whether its first call also compiles, so that it says nothing of the others.
-        variant: whether it is ours too, in another layout or dtype.
-        dtype: of its results and inputs, where that is not the problem's.
-        unavailable: says why it cannot run on a problem; None where it can.
+        name (str): how the command line and the tables call it.
+        description (str): one line.
+        setup (Setup): makes it ready; not part of any timing.
+        reference (str): the peer that computes the same function of the same inputs. Results are compared with its
+            results before anything is timed, and times with its times afterwards; its own name for ours.
+        equal (bool): False for one that computes another function, of which only times are compared.
+        compiles (bool): whether its first call also compiles, so that the first call's time says nothing of the others.
+        variant (bool): whether it is ours too, in another layout or dtype.
+        dtype (torch.dtype | None): of its results and inputs, where that is not the problem's.
+        unavailable (Callable): says why it cannot run on a problem; None where it can.
     """
 
     name: str
     description: str
-    setup: Callable[[Problem, Inputs], Call]
+    setup: Setup
     reference: str
     equal: bool = True
     compiles: bool = False

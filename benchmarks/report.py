@@ -1,8 +1,8 @@
-"""How `bench_op.py` and `bench_module.py` show what they measured: tables on the terminal and a figure."""
+"""How the benchmarks show what they measured: tables on the terminal and figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,30 @@ def is_ours(peer: Record) -> bool:
     return peer["name"] == peer["reference"]
 
 
+def make_table(title: str, caption: str | None, first: str, headings: Sequence[str]) -> Table:
+    """An empty table with a title: a column of names on the left, and columns of numbers."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=heading != "error")
+    return table
+
+
 def print_header(report: Record) -> None:
-    """Says what runs, where and on what."""
+    """Prints what runs, where and on what."""
     console.print(
         f"carafe_plugin {report['version']} ({report['backend']}), {report['dtype']} on {report['device']}: "
         f"{processor(report)}, torch {report['machine']['torch']}",
         highlight=False,
     )
-    if settings := report["machine"]["environment"]:
+    if settings := report["machine"].get("environment"):
         console.print("with " + " ".join(f"{name}={value}" for name, value in settings.items()), highlight=False)
     if report["quick"]:
         console.print("A quick run: few turns, and not every peer.", style="yellow")
 
 
 def processor(report: Record) -> str:
-    """What computed, in words."""
+    """The processor that computed, in words."""
     machine = report["machine"]
     path = machine.get("cpu_path") or machine["instruction_set"]
     return machine.get("gpu") or f"{machine['cpu']} ({path}), {machine['threads']} threads"
@@ -55,20 +64,17 @@ def print_table(result: Record, each: str) -> None:
     """One pass of one problem: a row for each peer, those of the same inputs together."""
     bound = result["bound"]
     backward = each != "forward"
-    table = Table(
-        title=f"{shape_title(result['shape'])}: {TITLES[each]}",
-        caption=f"bound {bound[each + '_ms']:.3g} ms: {bound[each + '_flop'] / 1e9:.3g} GFLOP at "
+    headings = ["median ms", "quartiles", "min to max", "turns", "x ours", "x bound", "peak MB", "x needed"]
+    headings += ["saved MB" if backward else "parameters", "error"]
+    table = make_table(
+        f"{shape_title(result['shape'])}: {TITLES[each]}",
+        f"bound {bound[each + '_ms']:.3g} ms: {bound[each + '_flop'] / 1e9:.3g} GFLOP at "
         f"{bound['matmul_flop_per_s'] / 1e9:.4g} GFLOP/s, {bound[each + '_bytes'] / 1e6:.4g} MB at "
         f"{bound[each + '_copy_bytes_per_s'] / 1e9:.3g} GB/s; memory is compared with "
         f"{bound[each + '_needed_bytes'] / 1e6:.4g} MB",
-        title_justify="left",
-        caption_justify="left",
+        "peer",
+        headings,
     )
-    table.add_column("peer", no_wrap=True)
-    headings = ["median ms", "quartiles", "min to max", "turns", "x ours", "x bound", "peak MB", "x needed"]
-    headings += ["saved MB"] if backward else ["parameters"]
-    for heading in (*headings, "error"):
-        table.add_column(heading, justify="right", no_wrap=heading != "error")
     # Ours lead, each followed by what computes the same of the same inputs; other functions come last.
     names = [peer["name"] for peer in result["peers"] if is_ours(peer)]
     order = sorted(result["peers"], key=lambda peer: (not peer["equal"], names.index(peer["reference"])))
@@ -77,7 +83,7 @@ def print_table(result: Record, each: str) -> None:
             table.add_section()
         values = peer[each]
         if values["status"] != "ok":
-            table.add_row(peer["name"], values["status"], *[""] * (len(headings) - 1), values["detail"], style="red")
+            table.add_row(peer["name"], values["status"], *[""] * (len(headings) - 2), values["detail"], style="red")
             continue
         error = f"{values['error']:.0e}" if "error" in values else ("-" if peer["equal"] else "another function")
         last = f"{peer['parameters']:,}" if peer.get("parameters") and not backward else ""
@@ -102,16 +108,12 @@ def print_table(result: Record, each: str) -> None:
 
 def plot(report: Record, file: Path) -> None:
     """Draws the medians on a logarithmic axis with their quartiles, one panel for each problem and pass."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     results = report["results"]
     most = max(len(result["peers"]) for result in results)
-    figure, axes = pyplot.subplots(
-        2, len(results), figsize=(1.5 + 4.2 * len(results), 1.6 + 0.5 * most), squeeze=False, layout="constrained"
-    )
+    figure = Figure((1.5 + 4.2 * len(results), 1.6 + 0.5 * most), layout="constrained")
+    axes = figure.subplots(2, len(results), squeeze=False)
     for column, result in enumerate(results):
         for row, each in enumerate(TITLES):
             _draw_panel(axes[row][column], result, each)
@@ -119,7 +121,6 @@ def plot(report: Record, file: Path) -> None:
         axis.set_xlabel("ms (dashed: the hardware's bound)", size=8)
     figure.suptitle(f"{report['dtype']}, {processor(report)}, torch {report['machine']['torch']}", size=9)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
 
 
 def _draw_panel(axis: Any, result: Record, each: str) -> None:

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import growth, measure, options, peers
+from benchmarks import comparison, growth, measure, peers, report
 from benchmarks import op as bench_op
-from benchmarks import runner as engine
 from benchmarks.problem import Call, Inputs, Peer, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,9 +54,11 @@ def test_interleaving_takes_turns() -> None:
 
     # An estimate of a second: one call a sample, none to warm up.
     timings = [measure.Timing(work(name), 1.0, repeats) for name, repeats in (("a", 3), ("b", 3), ("c", 1))]
-    measure.interleave(timings, "cpu")
+    measure.interleave(timings)
     assert turns == ["a", "b", "c", "a", "b", "a", "b"]
     summary = timings[0].summary()
+    assert summary["repeats"] == 3
+    assert summary["significant_figures"] >= 1
     assert summary["min_ms"] <= summary["q1_ms"] <= summary["median_ms"] <= summary["q3_ms"] <= summary["max_ms"]
 
 
@@ -81,7 +82,7 @@ def test_peak_of_ours_is_no_multiple_of_its_tensors_and_hides_nothing() -> None:
     call = peers.OURS[0].setup(problem, inputs)
 
     def work() -> object:
-        return engine.run_pass(call, inputs, "forward")
+        return comparison.run_pass(call, inputs, "forward")
 
     work()
     counted = measure.peak_bytes(work, "cpu")
@@ -123,20 +124,20 @@ def test_record_is_complete_and_names_no_place(tmp_path: Path) -> None:
     plot = tmp_path / "result.svg"
     names = [*EAGER, "steps-carafe", "bilinear"]
     arguments = [*TINY, "6x4x4", "--group-size", "2", "--peers", *names, "--plot", str(plot)]
-    code, report = run(arguments, tmp_path)
+    code, record = run(arguments, tmp_path)
     assert code == 0
     assert plot.read_text().count("<svg") == 1
-    assert {"schema", "command", "date", "revision", "version", "backend", "machine", "results"} <= set(report)
-    assert {"cpu", "cores", "cpu_path", "threads", "instruction_set", "torch", "python"} <= set(report["machine"])
-    assert report["machine"]["threads"] == 1
-    text = json.dumps(report)
+    assert {"schema", "command", "date", "revision", "version", "backend", "machine", "results"} <= set(record)
+    assert {"cpu", "cores", "cpu_path", "threads", "instruction_set", "torch", "python"} <= set(record["machine"])
+    assert record["machine"]["threads"] == 1
+    text = json.dumps(record)
     assert str(tmp_path) not in text
     assert str(ROOT) not in text
     assert platform.node() not in text
-    assert report["command"].endswith("--plot result.svg --json result.json")
+    assert record["command"].endswith("--plot result.svg --json result.json")
 
-    assert [result["shape"]["channels"] for result in report["results"]] == [4, 6]
-    for result in report["results"]:
+    assert [result["shape"]["channels"] for result in record["results"]] == [4, 6]
+    for result in record["results"]:
         measured = by_name(result)
         assert list(measured) == ["carafe", "fused", *names]
         for each in ("forward", "forward_backward"):
@@ -213,16 +214,16 @@ def test_growth_varies_one_thing_at_a_time() -> None:
 def test_growth_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "growth.svg"
     arguments = [*TINY, "--growth", "kernel-size", "threads", "--plot", str(plot)]
-    code, report = run(arguments, tmp_path)
+    code, record = run(arguments, tmp_path)
     assert code == 0
-    assert report["results"] == []
-    measured = [(result["axis"], result["value"], result["shape"]["kernel_size"]) for result in report["growth"]]
+    assert record["results"] == []
+    measured = [(result["axis"], result["value"], result["shape"]["kernel_size"]) for result in record["growth"]]
     assert measured == [("kernel-size", "1", 1), ("kernel-size", "3", 3), ("threads", "1", 5)]
-    assert all(set(by_name(result)) == {"carafe", "fused"} for result in report["growth"])
+    assert all(set(by_name(result)) == {"carafe", "fused"} for result in record["growth"])
     shown = capsys.readouterr().out
     assert "Growth with k around 4 x 3 x 5, up 2, k 5" in shown
-    fused = report["growth"][0]["peers"][1]["forward_backward"]
-    rate = report["growth"][0]["bound"]["forward_backward_flop"] / 1e6 / fused["median_ms"]
+    fused = record["growth"][0]["peers"][1]["forward_backward"]
+    rate = record["growth"][0]["bound"]["forward_backward_flop"] / 1e6 / fused["median_ms"]
     assert f"{rate:.4g}" in shown
     assert plot.read_text().count("<svg") == 1
 
@@ -243,9 +244,9 @@ def test_a_wrong_result_is_told_and_not_timed(tmp_path: Path, monkeypatch: pytes
 
     wrong = [Peer(name, "wrong", functools.partial(setup, fault), "carafe") for name, fault in faults.items()]
     with_peer(monkeypatch, *wrong)
-    code, report = run([*TINY, "--peers", *faults, "nearest"], tmp_path)
+    code, record = run([*TINY, "--peers", *faults, "nearest"], tmp_path)
     assert code == 1
-    measured = by_name(report["results"][0])
+    measured = by_name(record["results"][0])
     for name in faults:
         assert measured[name]["forward"]["status"] == "wrong result"
         assert "median_ms" not in measured[name]["forward"]
@@ -259,8 +260,8 @@ def test_a_wrong_gradient_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return Call(lambda: call.forward() + (inputs.features.sum() - inputs.features.sum().detach()), call.wrt)
 
     with_peer(monkeypatch, Peer("wrong", "a wrong one", setup, "carafe"))
-    code, report = run([*TINY, "--peers", "wrong"], tmp_path)
-    wrong = by_name(report["results"][0])["wrong"]
+    code, record = run([*TINY, "--peers", "wrong"], tmp_path)
+    wrong = by_name(record["results"][0])["wrong"]
     assert code == 1
     assert wrong["forward"]["status"] == "ok"
     assert wrong["forward_backward"]["status"] == "wrong result"
@@ -277,8 +278,8 @@ def test_a_peer_that_fails_does_not_end_the_run(stage: str, tmp_path: Path, monk
         return Call(fail, (inputs.features,))
 
     with_peer(monkeypatch, Peer("broken", "a broken one", setup, "carafe"))
-    code, report = run([*TINY, "--peers", "broken", "nearest"], tmp_path)
-    measured = by_name(report["results"][0])
+    code, record = run([*TINY, "--peers", "broken", "nearest"], tmp_path)
+    measured = by_name(record["results"][0])
     assert code == 0
     for each in ("forward", "forward_backward"):
         assert measured["broken"][each]["status"] == "failed"
@@ -287,8 +288,8 @@ def test_a_peer_that_fails_does_not_end_the_run(stage: str, tmp_path: Path, monk
 
 
 def test_a_peer_that_is_too_slow_is_told_and_ours_is_measured(tmp_path: Path) -> None:
-    code, report = run([*TINY, "--time-limit", "1e-9", "--peers", "bilinear"], tmp_path)
-    measured = by_name(report["results"][0])
+    code, record = run([*TINY, "--time-limit", "1e-9", "--peers", "bilinear"], tmp_path)
+    measured = by_name(record["results"][0])
     assert code == 0
     assert measured["carafe"]["forward"]["status"] == "ok"
     assert measured["bilinear"]["forward"]["status"] == "too slow"
@@ -311,9 +312,9 @@ def test_what_is_slow_in_forward_is_not_tried_in_backward(monkeypatch: pytest.Mo
         return Call(forward, (inputs.features,))
 
     # 20 s by the clock for each call that is timed.
-    monkeypatch.setattr(measure, "seconds", lambda work, device, calls=1: (work(), 20.0)[1])
+    monkeypatch.setattr(measure, "seconds", lambda work, calls=1: (work(), 20.0)[1])
     slow = Peer("slow", "a slow one", setup, "carafe", equal=False)
-    result = engine.Benchmark(Problem(2, 3, 4), [slow], engine.Options(time_limit=50)).run()
+    result = comparison.Comparison(Problem(2, 3, 4), [slow], comparison.Settings(time_limit=50)).run()
     (record,) = result["peers"]
     assert record["forward"]["detail"] == "one call takes 20 s, all may take 50 s"
     assert record["forward_backward"] == {"status": "too slow", "detail": "the forward pass alone is"}
@@ -322,7 +323,7 @@ def test_what_is_slow_in_forward_is_not_tried_in_backward(monkeypatch: pytest.Mo
 
 def test_default_shapes_and_quick(capsys: pytest.CaptureFixture[str]) -> None:
     def sizes(*arguments: str) -> list[tuple[int, ...]]:
-        asked = options.problems(bench_op.parse_arguments([*arguments, "--threads", "1"]))
+        asked = bench_op.parse_arguments([*arguments, "--threads", "1"]).problems
         return [(each.batch, each.channels, each.height, each.width, each.up, each.down) for each in asked]
 
     up = [(1, 256, 25, 42, 2, 1), (1, 256, 50, 84, 2, 1), (1, 256, 100, 168, 2, 1)]
@@ -335,6 +336,23 @@ def test_default_shapes_and_quick(capsys: pytest.CaptureFixture[str]) -> None:
     everything = {peer.name for peer in bench_op.parse_arguments(["--threads", "1"]).peers}
     quick = {peer.name for peer in bench_op.parse_arguments(["--threads", "1", "--quick", "--skip", "nearest"]).peers}
     assert everything - quick == {"shifted-madd-compiled", "steps-compiled", "nearest"}
+    asked = bench_op.parse_arguments(
+        ["--threads", "1", "--peers", "nearest", "bilinear", "nearest", "--skip", "bilinear"]
+    )
+    assert [peer.name for peer in asked.peers] == ["nearest"]
+
+
+def test_command_hides_paths_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "pytorch" / "cuda" / "carafe_cuda.cu"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peers.mmcv, "source", None)
+    rest = ["--threads", "1", "--memory-limit", "0.08", "--mmcv-source"]
+    asked = bench_op.parse_arguments([*rest, ".", "--json", f"{tmp_path}/result.json"])
+    assert asked.command == "python -m benchmarks.op --threads 1 --memory-limit 0.08 --mmcv-source . --json result.json"
+    asked = bench_op.parse_arguments([*rest, str(tmp_path)])
+    assert asked.command.endswith(f" 0.08 --mmcv-source {tmp_path.name}")
 
 
 def test_ours_failing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,9 +360,9 @@ def test_ours_failing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("broken build")
 
     monkeypatch.setattr(bench_op, "OURS", (Peer("carafe", "ours", setup, "carafe"),))
-    code, report = run([*TINY, "--peers", "nearest"], tmp_path)
+    code, record = run([*TINY, "--peers", "nearest"], tmp_path)
     assert code == 1
-    assert by_name(report["results"][0])["nearest"]["forward"]["status"] == "ok"
+    assert by_name(record["results"][0])["nearest"]["forward"]["status"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -356,14 +374,14 @@ def test_ours_failing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["--time-limit", "nan"], "--time-limit: expected a positive float, got 'nan'"),
         (["--kernel-size", "4"], "--kernel-size: expected an odd number, got 4"),
         (["--shapes", "6x3x3", "--group-size", "4"], "--group-size: 6 channels cannot be divided into 4 groups"),
-        (["--peers", "fastest"], "--peers: unknown peer 'fastest'; known are unfold-einsum, "),
-        (["--peers", "max-pool", "--scale-factor", "2"], "--peers: max-pool cannot run: it downsamples alone"),
-        (["--skip", "fastest"], "--skip: unknown peer 'fastest'; known are unfold-einsum, "),
+        (["--peers", "fastest"], "--peers: invalid choice: 'fastest' (choose from "),
+        (["--peers", "max-pool", "--scale-factor", "2"], "--peers: max-pool cannot run: it only downsamples"),
+        (["--skip", "fastest"], "--skip: invalid choice: 'fastest' (choose from "),
         (["--scale-factor", "3/2"], "expected an integer such as 2, or one over it such as 1/2, got '3/2'"),
-        (["--growth", "depth"], "--growth: unknown axis 'depth'; known are size, channels, "),
-        (["--growth", "--peers", "nearest"], "--growth measures ours alone: it takes no --peers"),
+        (["--growth", "depth"], "--growth: invalid choice: 'depth' (choose from "),
+        (["--growth", "--peers", "nearest"], "--growth measures ours only: it takes no --peers"),
         (["--mmcv-source", "."], "--mmcv-source: no pytorch/cuda/carafe_cuda.cu in ."),
-        (["--peers", "mmcv"], "--peers: mmcv cannot run: mmcv has this operator for CUDA alone"),
+        (["--peers", "mmcv"], "--peers: mmcv cannot run: mmcv has this operator for CUDA only"),
         (["--threads", "100000"], "--threads: 100000 asked for, "),
         (["--json", "no/such/file.json"], "--json: no folder no/such to write file.json into"),
         (["--json", "."], "--json: expected a file, . is a folder"),
@@ -390,9 +408,36 @@ def test_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_cuda_run(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    code, report = run(["--device", "cuda", *TINY, "--peers", *EAGER, "nearest"], tmp_path)
+    code, record = run(["--device", "cuda", *TINY, "--peers", *EAGER, "nearest"], tmp_path)
     assert code == 0
-    for peer in report["results"][0]["peers"]:
+    for peer in record["results"][0]["peers"]:
         assert peer["forward_backward"]["status"] == "ok"
         assert peer["forward_backward"]["peak_bytes"] > 0
-    assert report["machine"]["gpu"]
+    assert record["machine"]["gpu"]
+
+
+# ------------------------------------------------------------------------------------ committed results
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_committed_results_can_be_shown(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(file.read_text())
+    if "models" in record:
+        pytest.importorskip("mmengine", reason="mmengine is not installed")
+        from benchmarks import predictions
+
+        predictions.print_table(record)
+        if "profile" in record["models"][0]:
+            predictions.print_profile(record["models"])
+    elif "growth" in record:
+        growth.print_tables(record["growth"], growth.base(Problem(1, 1, 1)))
+        growth.plot(record, tmp_path / "plot.svg")
+    else:
+        report.print_header(record)
+        for result in record["results"]:
+            for each in comparison.PASSES:
+                report.print_table(result, each)
+        report.plot(record, tmp_path / "plot.svg")
+    shown = capsys.readouterr().out
+    peers_or_models = record.get("models") or (record["results"] or record["growth"])[0]["peers"]
+    assert all(each["name"] in shown for each in peers_or_models)

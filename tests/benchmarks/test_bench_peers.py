@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import mmcv_peer, peers, upsamplers
-from benchmarks import runner as engine
-from benchmarks.problem import Inputs, Problem
+from benchmarks import comparison, mmcv_operator, peers
+from benchmarks.problem import Call, Inputs, Problem
 from carafe_plugin.ops import reference
 from carafe_plugin.ops.reference import masks_from_logits
 
@@ -31,14 +30,14 @@ ALL = {peer.name: peer for peer in (*peers.OURS, *peers.PEERS)}
         Problem(4, 5, 8, batch=2, group_size=2, up=1, down=2),
         Problem(2, 7, 1, kernel_size=3, up=1, down=3),
     ],
-    ids=lambda problem: f"{problem.name}-k{problem.kernel_size}-g{problem.group_size}-{problem.up}to{problem.down}",
+    ids=lambda problem: "-".join(map(str, list(vars(problem).values())[:8])),
 )
 @pytest.mark.parametrize("name", ["carafe", *EAGER, *FROM_LOGITS])
 def test_peer_computes_the_definition(name: str, problem: Problem) -> None:
     problem = Problem(**{**vars(problem), "dtype": torch.float64})
     peer = ALL[name]
     if reason := peer.unavailable(problem):
-        assert (name, reason) == ("upsample-unfold", "it upsamples alone")
+        assert (name, reason) == ("upsample-unfold", "it only upsamples")
         assert problem.down > 1
         return
     inputs = Inputs.random(problem)
@@ -51,9 +50,9 @@ def test_peer_computes_the_definition(name: str, problem: Problem) -> None:
         masks = masks_from_logits(kernels, *geometry, "softmax")
     expected = reference.reassemble(features, masks, *geometry)
     gradients = torch.autograd.grad(expected, (features, kernels), inputs.grad_output)
-    (output,) = engine.run_pass(call, inputs, "forward")
+    (output,) = comparison.run_pass(call, inputs, "forward")
     assert not output.requires_grad
-    results = (output, *engine.run_pass(call, inputs, "forward_backward"))
+    results = (output, *comparison.run_pass(call, inputs, "forward_backward"))
     for result, value in zip(results, (expected.detach(), *gradients), strict=True):
         # Sums of at most a few hundred products of order 1, in float64; masks are drawn in float32.
         torch.testing.assert_close(result, value, rtol=1e-11, atol=1e-12)
@@ -83,8 +82,8 @@ def test_compiled_peers_compute_the_definition(name: str, monkeypatch: pytest.Mo
     problem = Problem(2, 3, 5, kernel_size=3)
     inputs = Inputs.random(problem)
     call, ours = (ALL[each].setup(problem, inputs) for each in (name, ALL[name].reference))
-    for each in engine.PASSES:
-        found, wanted = (engine.run_pass(which, inputs, each) for which in (call, ours))
+    for each in comparison.PASSES:
+        found, wanted = (comparison.run_pass(which, inputs, each) for which in (call, ours))
         for result, value in zip(found, wanted, strict=True):
             torch.testing.assert_close(result, value)
     assert compiled == [{"fullgraph": True, "dynamic": False}]
@@ -100,7 +99,7 @@ def test_variants_are_what_they_say(name: str) -> None:
         assert tensor.dtype == (torch.bfloat16 if "bfloat16" in name else torch.float32)
         assert tensor.is_contiguous(memory_format=torch.channels_last) == ("channels-last" in name)
         torch.testing.assert_close(tensor.float(), usual, rtol=2**-8, atol=0)
-    (result,) = engine.run_pass(call, inputs, "forward")
+    (result,) = comparison.run_pass(call, inputs, "forward")
     assert result.dtype == call.wrt[0].dtype
 
 
@@ -114,7 +113,7 @@ def test_other_functions_return_the_size_and_differentiate_what_they_use(scale: 
     for peer in others:
         call = peer.setup(problem, inputs)
         assert call.forward().shape == inputs.grad_output.shape
-        gradients = engine.run_pass(call, inputs, "forward_backward")
+        gradients = comparison.run_pass(call, inputs, "forward_backward")
         assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in call.wrt]
         assert all(gradient.abs().sum() > 0 for gradient in gradients)
         assert call.parameters == call.wrt[1:]
@@ -122,7 +121,7 @@ def test_other_functions_return_the_size_and_differentiate_what_they_use(scale: 
 
 def test_learnt_points_start_as_bilinear_interpolation_and_move() -> None:
     features = torch.randn(2, 4, 5, 7)
-    sampler = upsamplers.PointSampler(4, 2, groups=2)
+    sampler = peers.PointSampler(4, 2, groups=2)
     torch.nn.init.zeros_(sampler.offset.weight)
     usual = torch.nn.functional.interpolate(features, scale_factor=2, mode="bilinear")
     torch.testing.assert_close(sampler(features), usual)
@@ -153,11 +152,11 @@ def test_bound_counts_what_the_design_counts() -> None:
 
 @pytest.mark.parametrize("below", ["", "csrc", "ops/csrc", "mmcv/ops/csrc"])
 def test_mmcv_source_is_found_in_package_repository_and_itself(below: str, tmp_path: Path) -> None:
-    assert mmcv_peer.find_source(tmp_path) is None
-    file = tmp_path / below / mmcv_peer.LAUNCHERS
+    assert mmcv_operator.find_source(tmp_path) is None
+    file = tmp_path / below / mmcv_operator.LAUNCHERS
     file.parent.mkdir(parents=True)
     file.touch()
-    assert mmcv_peer.find_source(tmp_path) == tmp_path / below
+    assert mmcv_operator.find_source(tmp_path) == tmp_path / below
 
 
 def test_mmcv_launchers_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +177,7 @@ def test_mmcv_launchers_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) ->
         grad_masks.copy_(reference.grad_masks(grad_output, rearranged, k, g, up, 1))
 
     fake = SimpleNamespace(forward=forward, backward=backward)
-    monkeypatch.setattr(mmcv_peer, "compile_source", lambda csrc: fake)
+    monkeypatch.setattr(mmcv_operator, "compile_source", lambda csrc: fake)
     problem = Problem(4, 5, 6, batch=2, kernel_size=3, group_size=2, dtype=torch.float64)
     inputs = Inputs.random(problem)
     monkeypatch.setattr(peers.mmcv, "source", Path("somewhere"))
@@ -186,7 +185,7 @@ def test_mmcv_launchers_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) ->
         assert ALL[name].reference == ours
         call, expected = ALL[name].setup(problem, inputs), ALL[ours].setup(problem, inputs)
         for results in zip(
-            *(engine.run_pass(each, inputs, "forward_backward") for each in (call, expected)), strict=True
+            *(comparison.run_pass(each, inputs, "forward_backward") for each in (call, expected)), strict=True
         ):
             torch.testing.assert_close(*results)
         torch.testing.assert_close(call.forward(), expected.forward())
@@ -195,10 +194,10 @@ def test_mmcv_launchers_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"device": "cpu"}, "for CUDA alone"),
-        ({"up": 1, "down": 2}, "upsamples alone"),
+        ({"device": "cpu"}, "for CUDA only"),
+        ({"up": 1, "down": 2}, "only upsamples"),
         ({"kernel_size": 7, "group_size": 8}, "past its shared memory"),
-        ({"dtype": torch.bfloat16}, "does not know bfloat16"),
+        ({"dtype": torch.bfloat16}, "does not support bfloat16"),
         ({}, None),
     ],
 )
@@ -221,5 +220,5 @@ def test_saved_memory_counts_each_allocation_once_and_no_parameter() -> None:
         scaled = features * weight  # keeps both
         return (scaled.exp() * scaled.view(2, 5).view(10)).sum()  # exp's result, and `scaled` once
 
-    call = engine.Call(forward, (features, weight), parameters=(weight,))
-    assert engine.saved_memory(call) == {"saved_tensors": 3, "saved_bytes": 3 * 40}
+    call = Call(forward, (features, weight), parameters=(weight,))
+    assert comparison.saved_memory(call) == {"saved_tensors": 3, "saved_bytes": 3 * 40}

@@ -1,9 +1,9 @@
-"""The CUDA operator of mmcv as a peer: the installed one, or its source alone, compiled against the torch at hand.
+"""mmcv's CUDA operator as a peer: the installed one, or its source alone, compiled against the installed torch.
 
 Of mmcv's source two files matter, ``pytorch/cuda/carafe_cuda.cu`` and ``common/cuda/carafe_cuda_kernel.cuh``: a minute
 of compiling, where all of mmcv takes many.
 
-    python -m benchmarks.mmcv_peer DIR    only compiles, and says where the result lies; no GPU is needed
+    python -m benchmarks.mmcv_operator DIR    only compiles, and prints where the result is; no GPU is needed
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.problem import Problem
+
 LAUNCHERS = Path("pytorch/cuda/carafe_cuda.cu")
-Operator = Callable[[Tensor, Tensor, int, int, int], Tensor]
 
 
 def find_source(folder: Path | None = None) -> Path | None:
-    """The folder ``csrc`` that holds mmcv's launchers.
+    """The folder ``csrc`` that holds mmcv's launchers; None where there is none.
 
     Args:
-        folder: mmcv's repository or package, or a folder below it; None looks at the installed mmcv, without importing
-            it.
-
-    Returns:
-        None where there is none.
+        folder (Path | None): mmcv's repository or package, or a folder below it; None looks at the installed mmcv,
+            without importing it.
     """
     if folder is None:
         spec = importlib.util.find_spec("mmcv")
@@ -48,11 +46,11 @@ def compile_source(csrc: Path, verbose: bool = False) -> Any:
     """Compiles mmcv's launchers with a binding of ours, or loads what an earlier call compiled.
 
     Args:
-        csrc: what `find_source` returned.
-        verbose: show the compiler's commands.
+        csrc (Path): what `find_source` returned.
+        verbose (bool): show the compiler's commands.
 
     Returns:
-        The module, with ``forward`` and ``backward``.
+        ModuleType: the extension, with ``forward`` and ``backward``.
 
     Raises:
         RuntimeError, OSError: there is no CUDA compiler, or it fails.
@@ -94,42 +92,67 @@ def architecture() -> str:
     return f"{major}.{minor}"
 
 
-def installed_operator() -> Operator:
-    """``mmcv.ops.carafe``.
+class MmcvOperator:
+    """mmcv's CUDA operator: the installed one or, with a source folder, that source alone.
 
-    Raises:
-        ImportError: mmcv or its compiled part is not there.
+    Attributes:
+        source (Path | None): the ``csrc`` folder to compile; None for the installed operator.
     """
-    from mmcv import _ext
-    from mmcv.ops import carafe
 
-    if hasattr(_ext, "is_stand_in"):
-        raise ImportError("what stands in for mmcv's compiled operators runs carafe_plugin's own")
-    return carafe
+    source: Path | None = None
 
+    def unavailable(self, problem: Problem) -> str | None:
+        """Why it cannot run on a problem; None where it can."""
+        if torch.device(problem.device).type != "cuda":
+            return "mmcv has this operator for CUDA only"
+        if problem.down > 1:
+            return "mmcv's operator only upsamples"
+        if problem.taps * problem.group_size > 384:
+            return "mmcv's kernel writes past its shared memory when kernel_size^2 * group_size exceeds 384"
+        if problem.dtype == torch.bfloat16:
+            return "mmcv's operator does not support bfloat16"
+        if self.source is not None:
+            return None  # a compiler that fails is a result, not an absence
+        try:
+            self._installed()
+        except ImportError as error:
+            return f"mmcv's operators cannot be imported ({error}); --mmcv-source compiles this one alone"
+        return None
 
-def compiled_operator(csrc: Path) -> Operator:
-    """The operator from its source alone, with what mmcv's Python does around its launchers."""
-    compile_source(csrc)  # fails here, not inside the first call
-    return functools.partial(_apply, csrc)
+    def reassembly(self) -> Callable[[Tensor, Tensor, int, int, int, int], Tensor]:
+        """The operator itself; compiles it where it has a source.
 
+        Raises:
+            ImportError: mmcv or its compiled part is not installed.
+            RuntimeError, OSError: see `compile_source`.
+        """
+        if self.source is None:
+            operator = self._installed()
+            return lambda features, masks, k, g, up, down: operator(features, masks, k, g, up)
+        library = compile_source(self.source)
+        return lambda features, masks, k, g, up, down: _Carafe.apply(features, masks, library, (k, g, up))
 
-def _apply(csrc: Path, features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int) -> Tensor:
-    return _Carafe.apply(features, masks, csrc, (kernel_size, group_size, up))
+    def _installed(self) -> Callable[[Tensor, Tensor, int, int, int], Tensor]:
+        from mmcv import _ext
+        from mmcv.ops import carafe
+
+        if hasattr(_ext, "is_stand_in"):
+            raise ImportError("what stands in for mmcv's compiled operators runs carafe_plugin's own")
+        return carafe
 
 
 class _Carafe(torch.autograd.Function):
     """Scratch tensors are as many and as large as mmcv's own Function allocates, since they are part of its cost."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, masks: Tensor, csrc: Path, geometry: tuple[int, int, int]) -> Tensor:
+    def forward(ctx: Any, features: Tensor, masks: Tensor, library: Any, geometry: tuple[int, int, int]) -> Tensor:
         n, c, h, w = features.shape
         output = features.new_zeros(n, c, h * geometry[2], w * geometry[2])
         rearranged = torch.zeros_like(features)
         scratch = torch.zeros_like(output), torch.zeros_like(masks)
-        compile_source(csrc).forward(features, masks, rearranged, *scratch, output, *geometry)
+        library.forward(features, masks, rearranged, *scratch, output, *geometry)
         ctx.save_for_backward(features, masks, rearranged)
-        ctx.csrc, ctx.geometry = csrc, geometry
+        ctx.library, ctx.geometry = library, geometry
         return output
 
     @staticmethod
@@ -138,7 +161,7 @@ class _Carafe(torch.autograd.Function):
         grad_output = grad_output.contiguous()
         likes = (grad_output, grad_output, features, masks, features, masks)
         scratch = [torch.zeros_like(like, memory_format=torch.contiguous_format) for like in likes]
-        compile_source(ctx.csrc).backward(grad_output, rearranged, masks, *scratch, *ctx.geometry)
+        ctx.library.backward(grad_output, rearranged, masks, *scratch, *ctx.geometry)
         return scratch[-2], scratch[-1], None, None
 
 

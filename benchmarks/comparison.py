@@ -1,16 +1,15 @@
-"""Measures peers beside each other on one problem: their results, time, peak memory, and what autograd keeps."""
+"""Compares peers on one problem: their results, time, peak memory, and what autograd keeps."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import benchmark
 
 from benchmarks import measure
 from benchmarks.problem import Call, Inputs, Peer, Problem
@@ -34,14 +33,14 @@ class Failure(Exception):
 
 
 @dataclass(frozen=True)
-class Options:
+class Settings:
     """How to measure.
 
     Attributes:
-        repeats: turns that each peer gets.
-        time_limit: seconds that a peer which is not ours may take in a pass; `FEWEST_REPEATS` must fit.
-        memory_limit: bytes that a peer may allocate on CPU; None for what is available.
-        tolerances: largest difference from ours, relative to ours' largest value.
+        repeats (int): turns that each peer is given.
+        time_limit (float): seconds that a peer which is not ours may take in a pass; `FEWEST_REPEATS` must fit.
+        memory_limit (int | None): bytes that a peer may allocate on CPU; None for what is available.
+        tolerances (Mapping): by dtype, the largest difference from ours, relative to ours' largest value.
     """
 
     repeats: int = 10
@@ -72,29 +71,24 @@ def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
     return max(errors)
 
 
-class Benchmark:
+class Comparison:
     """Measures all peers for one problem.
 
     Args:
-        problem: the size.
-        peers: what to measure, each `reference` before those that name it.
-        options: how.
+        problem (Problem): the size.
+        peers (Sequence[Peer]): what to measure, each `reference` before those that name it.
+        settings (Settings): how.
     """
 
-    def __init__(self, problem: Problem, peers: Sequence[Peer], options: Options) -> None:
-        self.problem, self.options = problem, options
+    def __init__(self, problem: Problem, peers: Sequence[Peer], settings: Settings) -> None:
+        self.problem, self.settings = problem, settings
+        self.on_cpu = torch.device(problem.device).type == "cpu"
         self.inputs = Inputs.random(problem)
         self.peers = {peer.name: peer for peer in peers}
         self.calls: dict[str, Call] = {}
+        told = ("name", "description", "equal", "variant", "reference")
         self.records: dict[str, dict[str, Any]] = {
-            peer.name: {
-                "name": peer.name,
-                "description": peer.description,
-                "equal": peer.equal,
-                "variant": peer.variant,
-                "reference": peer.reference,
-            }
-            for peer in peers
+            peer.name: {name: getattr(peer, name) for name in told} for peer in peers
         }
 
     def run(self) -> dict[str, Any]:
@@ -110,13 +104,12 @@ class Benchmark:
             self.records[name]["parameters"] = sum(parameter.numel() for parameter in call.parameters)
         for each in PASSES:
             self._measure(each, bound)
-        shape = dataclasses.asdict(self.problem)
-        del shape["dtype"], shape["device"]
+        shape = {name: value for name, value in vars(self.problem).items() if name not in ("dtype", "device")}
         return {"shape": shape, "bound": bound, "peers": list(self.records.values())}
 
     def _bound(self) -> dict[str, float]:
         device, problem = self.problem.device, self.problem
-        size = 4096 if torch.device(device).type == "cuda" else 1024
+        size = 1024 if self.on_cpu else 4096
         if problem.flop(backward=False) < TINY_FLOP:
             size = 128  # such a time shows the cost of a call, whatever the bound
         bound: dict[str, float] = {"matmul_flop_per_s": measure.matmul_rate(device, problem.dtype, size)}
@@ -135,7 +128,6 @@ class Benchmark:
         return bound
 
     def _measure(self, each: str, bound: dict[str, float]) -> None:
-        device = self.problem.device
         timings: dict[str, measure.Timing] = {}
         expected: dict[str, tuple[Tensor, ...]] = {}
         for name, call in self.calls.items():
@@ -143,10 +135,9 @@ class Benchmark:
             self.records[name][each] = record
             try:
                 self._not_slow_already(name, each)
-                begin = time.perf_counter()
+                begin = benchmark.timer()
                 results = self._guarded(run_pass, call, self.inputs, each)
-                measure.synchronize(device)
-                record["first_call_s"] = round(time.perf_counter() - begin, 4)  # compilation included
+                record["first_call_s"] = round(benchmark.timer() - begin, 4)  # compilation included
                 peer = self.peers[name]
                 if peer.is_ours:
                     expected[name] = results
@@ -158,9 +149,9 @@ class Benchmark:
                 record |= failure.record
         expected.clear()
         # The limit is not in force here: what has just succeeded twice succeeds again.
-        measure.interleave(list(timings.values()), device)
+        measure.interleave(list(timings.values()))
         for name, timing in timings.items():
-            peak = measure.peak_bytes(timing.work, device)
+            peak = measure.peak_bytes(timing.work, self.problem.device)
             self.records[name][each] |= {"status": "ok", **timing.summary(), "peak_bytes": peak}
             # A hook would make torch.compile compile again; what it keeps is not asked.
             if each == "forward_backward" and not self.peers[name].compiles:
@@ -173,7 +164,7 @@ class Benchmark:
 
     def _checked_error(self, peer: Peer, results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         dtypes = self.problem.dtype, peer.dtype or self.problem.dtype
-        error, tolerance = relative_error(results, expected), max(self.options.tolerances[dtype] for dtype in dtypes)
+        error, tolerance = relative_error(results, expected), max(self.settings.tolerances[dtype] for dtype in dtypes)
         if error > tolerance:
             raise Failure("wrong result", f"differs from {peer.reference} by {error:.1e}, allowed {tolerance:.0e}")
         return error
@@ -184,23 +175,22 @@ class Benchmark:
 
         def affordable(estimate: float) -> int:
             if peer.is_ours:  # ours is what the others are compared with
-                return self.options.repeats
-            calls = int(self.options.time_limit / estimate)
-            if calls < min(self.options.repeats, FEWEST_REPEATS):
-                detail = f"one call takes {estimate:.3g} s, all may take {self.options.time_limit:g} s"
+                return self.settings.repeats
+            calls = int(self.settings.time_limit / estimate)
+            if calls < min(self.settings.repeats, FEWEST_REPEATS):
+                detail = f"one call takes {estimate:.3g} s, all may take {self.settings.time_limit:g} s"
                 raise Failure("too slow", detail, estimate_ms=1e3 * estimate)
-            return min(self.options.repeats, calls)
+            return min(self.settings.repeats, calls)
 
         # Warming up makes a first call slow, but hardly so slow: twice the limit needs no second look.
-        if first > 2 * self.options.time_limit and not peer.compiles:
+        if first > 2 * self.settings.time_limit and not peer.compiles:
             affordable(first)
-        estimate = measure.seconds(work, self.problem.device)
+        estimate = measure.seconds(work)
         return measure.Timing(work, estimate, affordable(estimate))
 
     def _guarded(self, work: Callable[..., T], *arguments: Any) -> T:
         """Calls `work`; whatever it raises becomes a `Failure`, so that one peer does not end the run."""
-        on_cpu = torch.device(self.problem.device).type == "cpu"
-        limit = (self.options.memory_limit or measure.available_memory()) if on_cpu else None
+        limit = (self.settings.memory_limit or measure.available_memory()) if self.on_cpu else None
         try:
             with measure.memory_limit(limit):
                 return work(*arguments)
@@ -211,7 +201,7 @@ class Benchmark:
             # The first line says what happened; the rest, and paths, are about this machine.
             line = re.sub(r"(?<!\w)/\S+/", "", (str(error).strip() or "no message").splitlines()[0])
             detail = f"{type(error).__name__}: {line}"
-        if not on_cpu:
+        if not self.on_cpu:
             torch.cuda.empty_cache()
         raise Failure("out of memory" if out_of_memory else "failed", detail)
 
@@ -231,8 +221,8 @@ def saved_memory(call: Call) -> dict[str, int]:
     """What autograd keeps between forward and backward: distinct memory, learnt parameters left out.
 
     Returns:
-        'saved_tensors', the number of distinct allocations, and 'saved_bytes', their size; the inputs count where they
-        are kept.
+        dict: 'saved_tensors', the number of distinct allocations, and 'saved_bytes', their size; the inputs count where
+        they are kept.
     """
     parameters = {parameter.untyped_storage().data_ptr() for parameter in call.parameters}
     kept: list[Tensor] = []  # holding them keeps their memory from being handed out again

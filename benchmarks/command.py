@@ -1,0 +1,263 @@
+"""The command line of `benchmarks.op` and `benchmarks.module`, from its options to the result file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import comparison, measure, report
+from benchmarks.mmcv_operator import LAUNCHERS, find_source
+from benchmarks.peers import mmcv
+from benchmarks.problem import Peer, Problem
+
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
+# An FPN's levels P5, P4 and P3 for an image of 800 x 1333, as the upsamplers of its top-down path see them.
+UP_SHAPES = ((1, 256, 25, 42), (1, 256, 50, 84), (1, 256, 100, 168))
+# What a ResNet-50 halves for the same image: its stem's map (after the 7x7), and its second stage's.
+DOWN_SHAPES = ((1, 64, 200, 336), (1, 256, 200, 336))
+QUICK_SHAPES = (UP_SHAPES[1],), (DOWN_SHAPES[0],)
+
+# ------------------------------------------------------------------------------------------- the values of options
+
+
+def shape(text: str) -> tuple[int, int, int, int]:
+    """Reads CxHxW or NxCxHxW."""
+    if not re.fullmatch(r"([1-9]\d*x){2,3}[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(
+            f"expected CxHxW or NxCxHxW, positive integers such as 256x50x84, got {text!r}"
+        )
+    *batch, channels, height, width = map(int, text.split("x"))
+    return batch[0] if batch else 1, channels, height, width
+
+
+def scale(text: str) -> Fraction:
+    """Reads an integer (upsampling) or one over an integer (downsampling)."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if value <= 0 or 1 not in (value.numerator, value.denominator):
+        raise argparse.ArgumentTypeError(f"expected an integer such as 2, or one over it such as 1/2, got {text!r}")
+    return value
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """A reader of positive numbers of one kind."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
+        return value
+
+    return parse
+
+
+def threads(text: str) -> int:
+    """Reads a number of CPU threads, at most one a core."""
+    number = positive(int)(text)
+    if number > measure.cores():
+        raise argparse.ArgumentTypeError(f"{number} asked for, {measure.cores()} cores available")
+    return number
+
+
+def output_file(text: str) -> Path:
+    """Reads the name of a file to write, whose folder must exist."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {path.parent} to write {path.name} into")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, {path} is a folder")
+    return path
+
+
+def figure_file(text: str) -> Path:
+    """Reads the name of a figure."""
+    path = output_file(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png, .svg or .pdf, got {path.name!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib, which is not installed")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def make_parser(program: str, description: str, ours: Sequence[Peer], peers: Sequence[Peer]) -> argparse.ArgumentParser:
+    """A parser with the options that both benchmarks have."""
+    integer, number, names = positive(int), positive(float), [peer.name for peer in peers]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{program}",
+        description=description,
+        epilog="Peers:\n" + "\n".join(f"  {peer.name:22} {peer.description}" for peer in (*ours, *peers)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--shapes", type=shape, nargs="+", metavar="CxHxW", help="sizes of the features, or NxCxHxW")
+    add("--scale-factor", type=scale, help="2 doubles, 1/2 halves [both, each at shapes of its own]")
+    add("--kernel-size", type=integer, default=5, help="k of the kernels, odd [5]")
+    add("--group-size", type=integer, default=1, help="groups of channels with kernels of their own [1]")
+    add("--peers", nargs="*", choices=names, metavar="PEER", help="what to compare with, of those below [all that run]")
+    add("--skip", nargs="+", choices=names, default=(), metavar="PEER", help="what to leave out of them")
+    add("--threads", type=threads, default=min(2, measure.cores()), help="CPU threads [2]")
+    add("--repeats", type=integer, help="turns that each peer is given [10]")
+    add("--time-limit", type=number, metavar="S", help="seconds a peer may take in a pass [15]")
+    add("--memory-limit", type=number, metavar="GB", help="memory a peer may allocate on CPU [what is available]")
+    add("--json", type=output_file, metavar="FILE", help="write the results")
+    add("--plot", type=figure_file, metavar="FILE", help="write a figure (.png, .svg or .pdf)")
+    add("--quick", action="store_true", help="one size each way, three turns, no peer that compiles or is slow")
+    add("--mmcv-source", type=Path, metavar="DIR", help="compile mmcv's operator from this folder (mmcv, or its csrc)")
+    return parser
+
+
+def complete(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    arguments: Sequence[str] | None,
+    known: Sequence[Peer],
+    kind: type[Problem] = Problem,
+) -> argparse.Namespace:
+    """Completes what was parsed; exits with code 2 and one clear line where options do not fit together.
+
+    Args:
+        parser (ArgumentParser): what `make_parser` made.
+        options (Namespace): what it parsed; gains `problems` and `command`, and `peers` become those to measure.
+        arguments (Sequence[str] | None): what it parsed them from.
+        known (Sequence[Peer]): the peers to choose from.
+        kind (type[Problem]): the class of the problems.
+
+    Returns:
+        Namespace: `options`.
+    """
+    options.command = command_line(parser, arguments, options)
+    options.repeats = options.repeats or (3 if options.quick else 10)
+    options.time_limit = options.time_limit or (3.0 if options.quick else 15.0)
+    options.problems = list(_problems(options, kind))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    if options.kernel_size % 2 == 0:
+        parser.error(f"--kernel-size: expected an odd number, got {options.kernel_size}")
+    for problem in options.problems:
+        if problem.channels % options.group_size:
+            parser.error(
+                f"--group-size: {problem.channels} channels cannot be divided into {options.group_size} groups"
+            )
+    mmcv.source = find_source(options.mmcv_source) if options.mmcv_source else None
+    if options.mmcv_source and mmcv.source is None:
+        parser.error(f"--mmcv-source: no {LAUNCHERS} in {options.mmcv_source}")
+    reasons = {peer.name: _unavailable(peer, options.problems) for peer in known}
+    for name in options.peers or ():
+        if reasons[name] is not None:
+            parser.error(f"--peers: {name} cannot run: {reasons[name]}")
+    by_name = {peer.name: peer for peer in known if peer.name not in options.skip}
+    if options.peers is not None:
+        options.peers = [by_name[name] for name in dict.fromkeys(options.peers) if name in by_name]
+    else:
+        runnable = [peer for name, peer in by_name.items() if reasons[name] is None]
+        options.peers = [peer for peer in runnable if not (options.quick and peer.compiles)]
+    return options
+
+
+def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, options: argparse.Namespace) -> str:
+    """The command as a result file shows it: files and folders without the path to them."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    for path in vars(options).values():
+        if isinstance(path, Path) and path.name:  # "." has none
+            words = [word.replace(str(path), path.name) for word in words]
+    return f"{parser.prog} {shlex.join(words)}"
+
+
+def _problems(options: argparse.Namespace, kind: type[Problem]) -> Iterator[Problem]:
+    """The problems that the command line describes."""
+    up_shapes, down_shapes = QUICK_SHAPES if options.quick else (UP_SHAPES, DOWN_SHAPES)
+    asked = options.scale_factor
+    if options.shapes:
+        sizes = [(options.shapes, asked or Fraction(2))]
+    else:
+        defaults = ((up_shapes, Fraction(2)), (down_shapes, Fraction(1, 2)))
+        sizes = [
+            (shapes, asked or usual) for shapes, usual in defaults if asked is None or (asked >= 1) == (usual >= 1)
+        ]
+    for shapes, factor in sizes:
+        for batch, channels, height, width in shapes:
+            yield kind(
+                *(channels, height, width, batch, options.kernel_size, options.group_size),
+                up=factor.numerator,
+                down=factor.denominator,
+                dtype=DTYPES[options.dtype],
+                device=options.device,
+            )
+
+
+def _unavailable(peer: Peer, problems: Sequence[Problem]) -> str | None:
+    """Why a peer can run on none of the problems; None where it can run on one."""
+    reasons = [peer.unavailable(problem) for problem in problems]
+    return None if None in reasons else reasons[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+
+def settings(options: argparse.Namespace, **others: Any) -> comparison.Settings:
+    """How to measure, as the command line says."""
+    limit = int(options.memory_limit * 1e9) if options.memory_limit else None
+    return comparison.Settings(options.repeats, options.time_limit, limit, **others)
+
+
+def start(options: argparse.Namespace) -> dict[str, Any]:
+    """Begins a run: sets the number of threads, prints what runs where, and returns the head of the result file."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler complains of a missing GPU
+    torch.set_num_threads(options.threads)
+    record = {
+        "schema": 2,
+        **measure.run_record(options.command, options.device),
+        "dtype": options.dtype,
+        "quick": options.quick,
+    }
+    report.print_header(record)
+    return record
+
+
+def compare(
+    options: argparse.Namespace, ours: Sequence[Peer], tolerances: Mapping[torch.dtype, float] = comparison.TOLERANCES
+) -> int:
+    """Measures ours and the peers that can run on every problem, and shows each result as it comes.
+
+    Returns:
+        int: the exit code.
+    """
+    record = start(options)
+    record["results"] = []
+    for problem in options.problems:
+        peers = [*ours, *(peer for peer in options.peers if peer.unavailable(problem) is None)]
+        result = comparison.Comparison(problem, peers, settings(options, tolerances=tolerances)).run()
+        record["results"].append(result)
+        for each in comparison.PASSES:
+            report.print_table(result, each)
+    return finish(options, record, report.plot)
+
+
+def finish(options: argparse.Namespace, record: dict[str, Any], plot: Callable[[dict[str, Any], Path], None]) -> int:
+    """Writes the result file and the figure, if they are wanted; returns the exit code."""
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(record, options.plot)
+    return 0 if all(map(comparison.is_sound, [*record["results"], *record.get("growth", ())])) else 1
