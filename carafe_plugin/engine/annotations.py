@@ -19,7 +19,7 @@ from typing import Any
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import file_faults, shorten
 
-__all__ = ["AnnotationError", "check_annotations", "check_coco", "read_coco"]
+__all__ = ["AnnotationError", "check_annotations", "check_coco", "read_coco", "unread_dataset"]
 
 
 class AnnotationError(UsageError):
@@ -76,18 +76,6 @@ def check_coco(
     Raises:
         AnnotationError: an image, a category or an annotation lacks a key that mmdet or pycocotools reads, or has an
             unsuitable value there; an id occurs twice; or a class has no category, or several.
-
-    Example:
-        >>> from pathlib import Path
-        >>> image = dict(id=1, file_name="a.jpg", width=9, height=9)
-        >>> content = dict(images=[image], categories=[dict(id=7, name="cat")], annotations=[])
-        >>> check_coco(content, Path("a.json"), ["cat"])
-        >>> object_ = dict(id=5, image_id=1, category_id=8, bbox=[0, 0, 2, 2], area=4, iscrowd=0)
-        >>> check_coco(content | dict(annotations=[object_]), Path("a.json"))
-        Traceback (most recent call last):
-        ...
-        carafe_plugin.engine.annotations.AnnotationError: a.json: annotation 5 of image 1: category_id must be one of \
-its categories (7), got 8
     """
     try:
         images = _by_id(content["images"], "image", id=_ID, file_name=_TEXT, width=_PIXELS, height=_PIXELS)
@@ -187,8 +175,10 @@ def _check_mask(annotation: Mapping[str, Any], image: Mapping[str, Any], measure
     mask, height, width = annotation.get("segmentation"), image["height"], image["width"]
     sound, expected = False, "polygons or run lengths"
     if isinstance(mask, list) and mask:
-        least = 6 if measured else 0  # mmdet leaves shorter ones out of a training
-        sound = all(_are_numbers(polygon) and len(polygon) >= least for polygon in mask)
+        sound = all(
+            _are_numbers(polygon) and (not measured or (len(polygon) >= 6 and len(polygon) % 2 == 0))
+            for polygon in mask  # mmdet leaves others out of a training
+        )
     elif isinstance(mask, dict) and mask.get("size") is not None and isinstance(mask.get("counts"), (str, list)):
         expected = f"run lengths that cover its image, {height} x {width} (height x width)"
         sound = mask["size"] == [height, width] and _cover(mask["counts"], height * width)
@@ -239,36 +229,27 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
     from mmdet.datasets import CocoDataset
     from mmdet.registry import DATASETS
 
-    kind = dataset.get("type")
-    with suppress(ImportError, KeyError, RuntimeError):  # whoever builds the dataset says what is wrong with its type
-        kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-    if getattr(kind, "load_data_list", None) is not CocoDataset.load_data_list:
+    built = unread_dataset(dataset, DATASETS, CocoDataset)
+    if built is None or not built.ann_file or "://" in f"{built.ann_file}{built.data_prefix}":
         return
-    root, ann_file = dataset.get("data_root") or "", dataset.get("ann_file") or ""
-    folder = (dataset.get("data_prefix") or {}).get("img") or ""
-    if not ann_file or "://" in f"{root}{ann_file}{folder}":
-        return
-    path = Path(root, ann_file).absolute()
-    classes = (dataset.get("metainfo") or {}).get("classes") or (getattr(kind, "METAINFO", None) or {}).get("classes")
-    if isinstance(classes, str):  # mmengine takes a file of names as well
-        classes = Path(classes).read_text().splitlines() if Path(classes).is_file() else [classes]
+    path, classes = Path(built.ann_file).absolute(), built.metainfo.get("classes")
     metrics = [] if training else _coco_metrics(evaluators)
     files = [metric["ann_file"] for metric in metrics if metric.get("ann_file") and not metric.get("backend_args")]
     others = {Path(file).absolute() for file in files if "://" not in file}
     for other in sorted(others):  # before the dataset's own file, half a gigabyte, is read
         if not other.is_file():
             raise AnnotationError(f"no such annotation file of the evaluator: {other}")
+    masks = any("segm" in (metric.get("metric") or ()) for metric in metrics)
     if training:
         masks = any(isinstance(step, Mapping) and step.get("with_mask") for step in dataset.get("pipeline") or ())
-    else:
-        masks = any("segm" in (metric.get("metric") or ()) for metric in metrics)
 
     content = read_coco(path)
     if metrics and content["images"] and not content["annotations"]:
         raise AnnotationError(f"{path} holds {len(content['images'])} images and no annotation: nothing to measure")
     check_coco(content, path, classes, empty_boxes=training, measured=path in others, masks=masks)
     names = [image["file_name"] for image in _used_images(content, dataset, classes, training)]
-    if faults := file_faults(Path(root, folder).absolute(), names, f"images of {path}", sizes=not training):
+    folder = Path(built.data_prefix.get("img") or built.data_root or "").absolute()
+    if faults := file_faults(folder, names, f"images of {path}", sizes=not training):
         raise AnnotationError("; ".join(faults))
     for other in others - {path}:
         truth = read_coco(other)
@@ -279,6 +260,19 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
                 f"the evaluator's {other} does not list {len(unknown)} of the {len(content['images'])} images of "
                 f"{path}, the first: id {unknown[0]}"
             )
+
+
+def unread_dataset(dataset: Mapping[str, Any], registry: Any, base: type) -> Any:
+    """Build a toolbox's dataset without files and transforms, to see where it looks for what.
+
+    None if it does not list its files as the class ``base`` does, or cannot be built.
+    """
+    with suppress(Exception):  # whoever builds it in earnest says what is wrong with it
+        kind = dataset["type"]
+        kind = registry.get(kind) if isinstance(kind, str) else kind
+        if kind.load_data_list is base.load_data_list:  # type: ignore[attr-defined]
+            return registry.build({**dataset, "lazy_init": True, "pipeline": []})
+    return None
 
 
 def _used_images(content: Mapping[str, Any], dataset: Mapping[str, Any], classes: Any, training: bool) -> list[dict]:

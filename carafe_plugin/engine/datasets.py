@@ -118,6 +118,8 @@ class Dataset:
 
 def _check_coco(root: Path) -> Iterator[str]:
     """Annotations readable and sound, and every image that they list there."""
+    if not (root / "annotations").is_dir():
+        return
     for split in ("train2017", "val2017"):
         file, training = root / "annotations" / f"instances_{split}.json", split == "train2017"
         try:

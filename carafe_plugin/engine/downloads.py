@@ -25,8 +25,6 @@ def link(target: Path, place: Path) -> None:
     """
     target = target.resolve()
     if place.is_symlink():
-        if place.resolve() == target:
-            return
         place.unlink()
     elif place.is_dir() and not any(place.iterdir()):
         place.rmdir()

@@ -7,15 +7,13 @@ images are cropped first, never. A missing image goes unnoticed there, too.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from carafe_plugin.engine.annotations import unread_dataset
 from carafe_plugin.images import file_faults, list_images, shorten
 
 __all__ = ["find_fault", "pair_faults"]
@@ -33,18 +31,22 @@ def find_fault(dataset: Mapping[str, Any]) -> str | None:
     Args:
         dataset (Mapping): the configuration of one of mmseg's datasets. Its folders must be there.
     """
-    prefix, root = dataset.get("data_prefix"), dataset.get("data_root") or ""
-    if not isinstance(prefix, Mapping) or not (prefix.get("img_path") and prefix.get("seg_map_path")):
+    from mmseg.datasets import BaseSegDataset
+    from mmseg.registry import DATASETS
+
+    prefix = dataset.get("data_prefix") or {}
+    if not (prefix.get("img_path") and prefix.get("seg_map_path")):
         return None
-    suffixes = _suffixes(dataset)
-    if suffixes is None or "://" in f"{root}{prefix['img_path']}{prefix['seg_map_path']}":
+    built = unread_dataset(dataset, DATASETS, BaseSegDataset)
+    if built is None or "://" in "".join(built.data_prefix.values()):
         return None
-    images, maps = (Path(root, prefix[key]).absolute() for key in ("img_path", "seg_map_path"))
-    names, ann_file = None, Path(root, dataset.get("ann_file") or "")
+    images, maps = (Path(built.data_prefix[key]).absolute() for key in ("img_path", "seg_map_path"))
+    names, ann_file = None, Path(built.ann_file)
     if ann_file.is_file():
         names = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
     steps = [step.get("type") for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
     usual = any(getattr(kind, "__name__", str(kind)).rpartition(".")[2] == "LoadAnnotations" for kind in steps)
+    suffixes = built.img_suffix, built.seg_map_suffix
     return next(pair_faults(images, maps, suffixes, names, _ONE_BAND if usual else ()), None)
 
 
@@ -77,28 +79,6 @@ def pair_faults(
     for image, label_map in zip(*files, strict=True):
         if fault := _compare(images / image, maps / label_map, modes):
             yield fault
-
-
-def _suffixes(dataset: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The endings of images and label maps, None for a dataset that does not find its files by endings."""
-    registry = importlib.import_module("mmseg.registry").DATASETS
-    base = importlib.import_module("mmseg.datasets").BaseSegDataset
-    kind = dataset.get("type")
-    with suppress(ImportError, KeyError, RuntimeError):  # whoever builds the dataset says what is wrong with its type
-        kind = registry.get(kind) if isinstance(kind, str) else kind
-    if getattr(kind, "load_data_list", None) is not base.load_data_list:
-        return None
-    image, label_map = (dataset.get(name) or _default(kind, name) for name in ("img_suffix", "seg_map_suffix"))
-    return image, label_map
-
-
-def _default(kind: Any, argument: str) -> str:
-    """The default of a constructor's argument: the nearest ancestor's that names it."""
-    for ancestor in kind.__mro__:
-        parameter = inspect.signature(ancestor.__init__).parameters.get(argument)
-        if parameter is not None and isinstance(parameter.default, str):
-            return parameter.default
-    raise AssertionError(f"no ancestor of {kind} has a default for {argument}")
 
 
 def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None:

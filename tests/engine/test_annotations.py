@@ -100,6 +100,7 @@ def test_what_pycocotools_does_not_say(content, message):
         ),
         (changed(segmentation=[]), r"segmentation must be polygons or run lengths, got \[\]"),
         (changed(segmentation=[[1, 1, 6, 6]]), r"segmentation must be polygons or run lengths, got \[\[1, 1, 6, 6\]\]"),
+        (changed(segmentation=[[1, 1, 6, 1, 6, 6, 1]]), "segmentation must be polygons or run lengths, got "),
         (changed(segmentation=[[1, 1, 6, 1, 6, NAN]]), "segmentation must be polygons or run lengths, got "),
         (changed(segmentation=dict(size=[20, 20])), "segmentation must be polygons or run lengths, got "),
         (dict(SOUND, annotations=["x"]), r"annotation number 0 \(from 0\) is not a dictionary: 'x'"),

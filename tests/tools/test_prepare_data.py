@@ -228,6 +228,10 @@ def test_coco_that_is_not_whole(coco: Path, tmp_path: Path, capsys: pytest.Captu
     ):
         assert line in printed
     shutil.rmtree(coco / "val2017")
+    (coco / "annotations").rename(coco / "elsewhere")
+    assert prepare("coco", coco, tmp_path / "other") == 1
+    assert capsys.readouterr().out.count(f"{tmp_path}/other/annotations") == 1
+    (coco / "elsewhere").rename(coco / "annotations")
     val.write_text(val.read_text()[:40])
     assert prepare("coco", coco, tmp_path / "again") == 1
     printed = capsys.readouterr().out
