@@ -34,14 +34,14 @@ def find_fault(dataset: Mapping[str, Any]) -> str | None:
     from mmseg.datasets import BaseSegDataset
     from mmseg.registry import DATASETS
 
-    prefix = dataset.get("data_prefix") or {}
-    if not (prefix.get("img_path") and prefix.get("seg_map_path")):
+    prefix = dataset.get("data_prefix")
+    if not isinstance(prefix, Mapping) or not (prefix.get("img_path") and prefix.get("seg_map_path")):
         return None
     built = unread_dataset(dataset, DATASETS, BaseSegDataset)
-    if built is None or "://" in "".join(built.data_prefix.values()):
+    if built is None or "://" in f"{built.data_prefix}":
         return None
     images, maps = (Path(built.data_prefix[key]).absolute() for key in ("img_path", "seg_map_path"))
-    names, ann_file = None, Path(built.ann_file)
+    names, ann_file = None, Path(built.ann_file or "")
     if ann_file.is_file():
         names = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
     steps = [step.get("type") for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]

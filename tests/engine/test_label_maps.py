@@ -118,6 +118,9 @@ def test_what_cannot_be_judged_is_left_alone(data: Path) -> None:
     dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
     assert label_maps.find_fault(dataset)
     assert label_maps.find_fault(dataset | dict(data_prefix=dict(img_path=FOLDERS["img_path"]))) is None
+    assert label_maps.find_fault(dataset | dict(data_prefix="images/training")) is None
+    assert label_maps.find_fault(dataset | dict(no_argument_of_it=1)) is None, "whoever builds it says so"
+    assert label_maps.find_fault(dataset | dict(ann_file=None))
     assert label_maps.find_fault(dataset | dict(data_root="s3://bucket/ade20k")) is None
     assert label_maps.find_fault(dataset | dict(type="NobodysDataset")) is None
     assert label_maps.find_fault(dataset | dict(type="LEVIRCDDataset")) is None, "two images for each label map"
