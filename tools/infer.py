@@ -31,9 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from carafe_plugin.engine import run as engine
 from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
-from carafe_plugin.engine.images import read_image
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+from carafe_plugin.images import IMAGE_ENDINGS, read_image
 
 
 def score(text: str) -> float:

@@ -31,11 +31,9 @@ from torch import Tensor, nn
 
 from carafe_plugin.engine import run as engine
 from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.images import IMAGE_ENDINGS, read_upright
 from carafe_plugin.inpainting import InpaintingGAN
 from carafe_plugin.inpainting.generator import STRIDE
-from carafe_plugin.inpainting.images import read_upright
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("mask", type=Path, help="an image of the same size: white is filled")
     parser.add_argument("--config", required=True, help="configuration file of an inpainting model")
     parser.add_argument("--checkpoint", required=True, help="its checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help=f"the filled picture ({', '.join(ENDINGS)})")
+    parser.add_argument("--out", type=Path, required=True, help=f"the filled picture ({', '.join(IMAGE_ENDINGS)})")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU where there is one, else cpu)")
     parser.add_argument(
         "--cfg-options",
@@ -157,8 +155,8 @@ def check_out(out: Path) -> None:
     Raises:
         UsageError: another ending, a folder, or a place where nothing can be written.
     """
-    if out.suffix.lower() not in ENDINGS:
-        raise engine.UsageError(f"--out must end in one of {', '.join(ENDINGS)}, got {out}")
+    if out.suffix.lower() not in IMAGE_ENDINGS:
+        raise engine.UsageError(f"--out must end in one of {', '.join(IMAGE_ENDINGS)}, got {out}")
     try:
         if out.is_dir():
             raise IsADirectoryError("it is a folder")

@@ -3,7 +3,7 @@
 
 ROOT is the folder that you downloaded into. Each part is taken from an unpacked folder there, by a link, or else
 unpacked from its archive into --out. What was unpacked already is not unpacked again: stopped at any moment, the next
-run goes on.
+run resumes.
 
     coco       train2017(.zip), val2017(.zip), annotations(_trainval2017.zip)         -> data/coco
     ade20k     ADEChallengeData2016(.zip)                                             -> data/ade/ADEChallengeData2016
@@ -11,7 +11,7 @@ run goes on.
                for a flat val also val.txt, caffe_ilsvrc12.tar.gz or Kaggle's LOC_val_solution.csv
 
 Then all files are counted, annotations read, and images compared with them. The exit code is 0 for a complete dataset,
-1 where something is missing or wrong (each printed), 2 when nothing could be started.
+1 where something is missing or wrong (each fault is printed), 2 when nothing could be started.
 
 Example:
     $ python tools/prepare_data.py coco ~/Downloads
@@ -27,13 +27,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
 from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend
-from carafe_plugin.engine.data_files import DataError, damaged_images, link, list_images, unpack, whole_files
-from carafe_plugin.engine.data_layouts import IMAGENET, LAYOUTS, Folder, Layout, find_val_labels, some
+from carafe_plugin.engine.datasets import DATASETS, Dataset
+from carafe_plugin.images import decode, shorten
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dataset", choices=list(LAYOUTS))
+    parser.add_argument("dataset", choices=list(DATASETS))
     parser.add_argument("root", metavar="ROOT", help="the folder that you downloaded into")
     parser.add_argument("--out", help="where to lay the dataset out (default: where the configurations look for it)")
     parser.add_argument("--check", action="store_true", help="write nothing: check what is laid out in --out")
@@ -52,124 +51,67 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def is_whole(folder: Folder, path: Path, archive: Path) -> bool:
-    """Whether an unpacked folder holds as many images as it should, or its annotation files as the archive has them."""
-    if folder.files:
-        return whole_files(path, folder.files, archive, folder.inside)
-    return len(list_images(path)[0]) >= folder.images
-
-
-def place_folder(folder: Folder, root: Path, out: Path, console: Console) -> str | None:
-    """Link or unpack one folder of a dataset.
-
-    Returns:
-        What is wrong, None where the folder is in its place (perhaps without all its files).
-    """
-    place, archive = out / folder.path, root / folder.archive
-    if place.is_dir() and is_whole(folder, place, archive):
-        return None
-    candidates = [root / path for path in folder.places if (root / path).is_dir()]
-    whole = [path for path in candidates if is_whole(folder, path, archive)]
-    if whole or (candidates and not archive.is_file()):
-        source = (whole or candidates)[0]
-        if source.resolve() != place.resolve():
-            link(source, place)
-        return None
-    if not archive.is_file():
-        return f"missing: {place}; ROOT has neither {' nor '.join(folder.places[:2])} nor {folder.archive}"
-    if place.is_symlink():
-        place.unlink()  # to an unpacked folder that is not whole, and here is the archive
-    columns = (TextColumn(f"unpacking {folder.path}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=archive.stat().st_size)
-        unpack(archive, folder.inside, place, lambda done: progress.update(task, advance=done))
-    return None
-
-
-def count_folder(folder: Folder, layout: Layout, out: Path, args: argparse.Namespace) -> tuple[str, list[str]]:
-    """How many images a folder holds, and what is wrong with them."""
-    place = out / folder.path
-    if not place.is_dir():
-        return "-", []  # reported as missing
-    if folder.files:
-        return str(sum((place / name).is_file() for name in folder.files)), []  # what is in them: Layout.check
-    names, empty = list_images(place)
-    faults = [f"{len(empty)} files in {place} are empty: {some(empty)}"] if empty else []
-    if len(names) != folder.images and not args.partial:
-        faults.append(f"{place} holds {len(names):,} images of {folder.images:,}")
-    classes = len({name.partition("/")[0] for name in names if "/" in name})
-    if layout.classes and classes not in (0, layout.classes) and not args.partial:
-        faults.append(f"{place} holds {classes} classes of {layout.classes}")
-    if not names:
-        faults.append(f"{place} holds no images")
-    if args.decode:
-        console = Console(stderr=True)
-        columns = (TextColumn(f"decoding {folder.path}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=len(names))
-            damaged = list(damaged_images(place, names, lambda: progress.update(task, advance=1)))
-        if damaged:
-            faults.append(f"{len(damaged)} images in {place} are truncated or damaged: {some(damaged)}")
-    return f"{len(names):,}", faults
-
-
-def place_val_labels(root: Path, out: Path) -> None:
-    """Write ImageNet's ``meta/val.txt`` where val/ has no folders for the classes."""
-    train, val, labels = out / "train", out / "val", out / "meta" / "val.txt"
-    flat = val.is_dir() and not any(path.is_dir() for path in val.iterdir())
-    if flat and train.is_dir() and not labels.is_file() and (content := find_val_labels(root, train)) is not None:
-        AtomicLocalBackend().put_text(content, labels)
-
-
 def prepare_data(args: argparse.Namespace) -> int:
     """Lay out and check; 1 when the dataset is not complete.
 
     Raises:
-        UsageError: ROOT is no folder, or --out is a file.
+        UsageError: ROOT is not a folder, or --out is a file.
     """
-    layout = LAYOUTS[args.dataset]
-    root, out = Path(args.root).expanduser().absolute(), Path(args.out or layout.root).expanduser().absolute()
+    dataset = DATASETS[args.dataset]
+    root, out = Path(args.root).expanduser().absolute(), Path(args.out or dataset.root).expanduser().absolute()
     if not root.is_dir():
         raise engine.UsageError(f"ROOT must be the folder that you downloaded into; no such folder: {root}")
     if out.exists() and not out.is_dir():
         raise engine.UsageError(f"--out must be a folder, and is a file: {out}")
     console = Console(highlight=False, soft_wrap=True)
-    faults: list[str] = []
-    for folder in layout.folders:
-        try:
-            fault = f"missing: {out / folder.path}" if args.check else place_folder(folder, root, out, console)
-            faults += [fault] if fault and not (out / folder.path).is_dir() else []
-        except (DataError, OSError) as error:
-            faults.append(str(error))
+    faults = [] if args.check else lay_out(dataset, root, out, console)
     table = Table("", "expected", "found", "where", box=None)
+    for folder in dataset.folders:
+        place, found, where = out / folder.path, "-", "missing"
+        if place.is_dir():
+            with console.status(f"counting {folder.path}") if console.is_terminal else nullcontext():
+                names, wrong = dataset.count(folder, out, args.partial)
+            faults += wrong + (damaged_images(place, names) if args.decode and not folder.files else [])
+            found, where = f"{len(names):,}", f"linked to {place.resolve()}" if place.is_symlink() else str(place)
+        elif args.check:
+            faults.append(f"missing: {place}")
+        table.add_row(folder.path, f"{folder.size:,}", found, where)
     with console.status("checking") if console.is_terminal else nullcontext():
-        if layout is IMAGENET and not args.check:
-            try:
-                place_val_labels(root, out)
-            except DataError as error:
-                faults.append(str(error))
-        for folder in layout.folders:
-            place = out / folder.path
-            found, wrong = count_folder(folder, layout, out, args)
-            faults += wrong
-            expected = f"{len(folder.files) or folder.images:,}"
-            where = (
-                f"linked to {place.resolve()}" if place.is_symlink() else str(place) if place.is_dir() else "missing"
-            )
-            table.add_row(folder.path, expected, found, where)
-        faults += layout.check(out)
+        faults += dataset.check(out)
     console.print(table)
     for fault in faults:
         console.print(f"- {fault}", markup=False)
     if faults:
-        console.print(
-            f"{args.dataset} in {out} is not complete: {len(faults)} fault{'s' * (len(faults) > 1)}", markup=False
-        )
+        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+        console.print(f"{args.dataset} in {out} is not complete: {count}", markup=False)
         return 1
-    usual = Path(layout.root).absolute()
-    hint = "" if out == usual else f"; the configurations look in {layout.root}: set data_root, or link it there"
+    usual = Path(dataset.root).absolute()
+    hint = "" if out == usual else f"; the configurations look in {dataset.root}: set data_root, or link it there"
     console.print(f"{args.dataset} in {out} is complete{hint}", markup=False)
     return 0
+
+
+def lay_out(dataset: Dataset, root: Path, out: Path, console: Console) -> list[str]:
+    """Lay a dataset out with a bar for each archive; returns what went wrong."""
+    columns = (TextColumn("unpacking {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = {folder.path: progress.add_task(folder.path, visible=False) for folder in dataset.folders}
+
+        def advance(name: str, done: int, total: int) -> None:
+            progress.update(bars[name], advance=done, total=total, visible=True)
+
+        return dataset.lay_out(root, out, advance)
+
+
+def damaged_images(folder: Path, names: Sequence[str]) -> list[str]:
+    """Decode images with a bar; returns what is wrong with them."""
+    console, damaged = Console(stderr=True), []
+    for name in track(names, f"decoding {folder.name}", console=console, disable=not console.is_terminal):
+        try:
+            decode(folder / name)
+        except ValueError:
+            damaged.append(name)
+    return [f"{len(damaged)} images in {folder} are truncated or damaged: {shorten(damaged)}"] if damaged else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,9 +24,9 @@ from pathlib import Path
 from carafe_plugin.analysis import compose
 from carafe_plugin.engine import bare_models, reassembly_page, reassembly_view
 from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.images import read_image
 from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly
 from carafe_plugin.engine.reassembly_view import CHAINS
+from carafe_plugin.images import read_image
 
 
 def point(text: str) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Whether a detection dataset in COCO's format can be used: what its annotations say, and which images are there.
 
-mmdet and pycocotools take both for granted. An unknown category is left out, a class that the file does not name makes
-the others' numbers shift, a box that is empty or NaN is an object that nothing can find, as is one whose annotation has
-the id 0 or another's; a key that is missing ends an evaluation after its last image, and an image that is missing ends
+mmdet and pycocotools take both for granted. An unknown category is left out, and a class that the file does not name
+shifts the numbers of the others. A box that is empty or NaN is an object that nothing can find, as is one whose
+annotation has the id 0 or another's. A missing key ends an evaluation after its last image, and a missing image ends
 the run in the middle. All of it would cost an hour, or a wrong AP; here it is one message before anything starts.
 """
 
@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["AnnotationError", "check_annotations", "check_coco", "missing_files", "read_coco"]
+from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.images import file_faults, shorten
+
+__all__ = ["AnnotationError", "check_annotations", "check_coco", "read_coco", "unread_dataset"]
 
 
-class AnnotationError(ValueError):
+class AnnotationError(UsageError):
     """Annotations cannot be used; the message names the file and the value."""
 
 
@@ -29,23 +30,26 @@ def read_coco(path: Path) -> dict[str, Any]:
     """Read an annotation file.
 
     Args:
-        path: A JSON file with the lists ``images``, ``annotations`` and ``categories``, as COCO's are. COCO's own
-            files of test images have no annotations: then the list is empty.
+        path (Path): a JSON file with the lists ``images``, ``annotations`` and ``categories``, as COCO's are.
+
+    Returns:
+        dict: its content. COCO's own files of test images have no annotations: then the list is empty.
 
     Raises:
-        AnnotationError: It is truncated, no JSON, or lacks one of the lists.
-        OSError: It cannot be read.
+        AnnotationError: it cannot be read, is truncated or not JSON, or lacks one of the lists.
     """
     try:
         content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise AnnotationError(f"cannot read the annotation file {path}: {error.strerror or error}") from error
+    except ValueError as error:
         size = path.stat().st_size
-        raise AnnotationError(f"cannot read {path} ({size} bytes; truncated, or no JSON): {error}") from error
+        raise AnnotationError(f"cannot read {path} ({size} bytes; truncated, or not JSON): {error}") from error
     if isinstance(content, dict):
         content.setdefault("annotations", [])
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise AnnotationError(f"{path} is no annotation file in COCO's format: it has no list of {name}")
+            raise AnnotationError(f"{path} is not an annotation file in COCO's format: it has no list of {name}")
     return content
 
 
@@ -61,123 +65,100 @@ def check_coco(
     """Check what an annotation file says.
 
     Args:
-        content: What :func:`read_coco` returned.
-        path: The file, for the messages.
-        classes: Names that its categories must include.
-        empty_boxes: Whether boxes without an area may occur; COCO's training annotations have some.
-        measured: Whether pycocotools measures predictions against the file. It needs ``iscrowd``, and it takes an
-            object with the id 0 for one that nothing found. A training needs neither.
-        masks: Whether annotations need a ``segmentation``.
+        content (Mapping): what :func:`read_coco` returned.
+        path (Path): the file, for the messages.
+        classes (Sequence[str] | None): names that its categories must include.
+        empty_boxes (bool): whether boxes without an area may occur; COCO's training annotations have some.
+        measured (bool): whether pycocotools measures predictions against the file. It needs ``iscrowd``, and it takes
+            an object with the id 0 for one that nothing found. A training needs neither.
+        masks (bool): whether annotations need a ``segmentation``.
 
     Raises:
-        AnnotationError: An image, a category or an annotation lacks a key that mmdet or pycocotools reads, or has a
-            value of another type there; an id occurs twice; an annotation is of a category or image that the file does
-            not list, or its box is no four numbers, not finite, or empty; or a class has no category, or several.
-
-    Example:
-        >>> from pathlib import Path
-        >>> image = dict(id=1, file_name="a.jpg", width=9, height=9)
-        >>> content = dict(images=[image], categories=[dict(id=7, name="cat")], annotations=[])
-        >>> check_coco(content, Path("a.json"), ["cat"])
-        >>> object_ = dict(id=5, image_id=1, category_id=8, bbox=[0, 0, 2, 2], area=4, iscrowd=0)
-        >>> check_coco(content | dict(annotations=[object_]), Path("a.json"))
-        Traceback (most recent call last):
-        ...
-        carafe_plugin.engine.annotations.AnnotationError: a.json: annotation 5 is of the category 8, not one of 7
+        AnnotationError: an image, a category or an annotation lacks a key that mmdet or pycocotools reads, or has an
+            unsuitable value there; an id occurs twice; or a class has no category, or several.
     """
     try:
-        images = _by_id(content["images"], "image", ("file_name",), ("width", "height"))
-        categories = _by_id(content["categories"], "category", ("name",))
+        images = _by_id(content["images"], "image", id=_ID, file_name=_TEXT, width=_PIXELS, height=_PIXELS)
+        categories = _by_id(content["categories"], "category", id=_ID, name=_TEXT)
         _check_classes([category["name"] for category in categories.values()], classes or ())
-        needed = ["id", "image_id", "category_id", "bbox", "area"] + ["iscrowd"] * measured
-        seen: set[Any] = set()
-        for number, annotation in enumerate(content["annotations"]):
-            which = _which("annotation", number, annotation, needed)
-            identity, image, category = (annotation[key] for key in ("id", "image_id", "category_id"))
-            if type(identity) is not int or (measured and identity < 1):
-                expected = "a whole number from 1 on (pycocotools reads 0 as 'not found')" if measured else "an integer"
-                raise _Fault(f"{which} must have as id {expected}, got {identity!r}")
-            if identity in seen:
-                raise _Fault(f"{which} occurs twice: the ids of annotations must differ")
-            seen.add(identity)
-            if type(category) not in _IDS or category not in categories:
-                raise _Fault(f"{which} is of the category {category}, not one of {_some(categories)}")
-            if type(image) not in _IDS or image not in images:
-                raise _Fault(f"{which} is of the image {image}, which the file does not list")
-            fault = _box_fault(annotation["bbox"], empty_boxes) or _area_fault(annotation["area"], measured)
-            if measured and annotation["iscrowd"] not in (0, 1):
-                fault = fault or f"an iscrowd that is neither 0 nor 1: {annotation['iscrowd']!r}"
-            if masks and not fault and (measured or _is_trained_on(annotation)):
-                fault = _mask_fault(annotation.get("segmentation"), measured)
-            if fault:
-                raise _Fault(f"{which} of the image {image} has {fault}")
-    except _Fault as error:
+        least = 0 if empty_boxes else math.ulp(0)
+        sides = "at least 0" if empty_boxes else "positive"
+        checks: dict[str, _Check] = dict(
+            id=_OBJECT_ID if measured else ("an integer", lambda value: type(value) is int),
+            image_id=("an image that the file lists", lambda value: _is_id(value) and value in images),
+            category_id=(
+                f"one of its categories ({shorten(categories)})",
+                lambda value: _is_id(value) and value in categories,
+            ),
+            bbox=(
+                f"four finite numbers (x, y, width, height), the last two {sides}",
+                lambda value: _are_numbers(value) and len(value) == 4 and min(value[2:]) >= least,
+            ),
+            area=_AREA if measured else ("a finite number", _is_number),
+        )
+        if measured:
+            checks["iscrowd"] = ("0 or 1", lambda value: value in (0, 1))
+        for annotation in _by_id(content["annotations"], "annotation", **checks).values():
+            if masks and (measured or _is_trained_on(annotation)):
+                _check_mask(annotation, images[annotation["image_id"]], measured)
+    except AnnotationError as error:
         raise AnnotationError(f"{path}: {error}") from None
 
 
-class _Fault(Exception):
-    """What is wrong with a file, without its name."""
+def _is_id(value: Any) -> bool:
+    return type(value) in (int, str)  # to isinstance, True would be a number
 
 
-#: Types, compared with ``type(value)``: to isinstance True would be a number.
-_IDS, _NUMBERS = (int, str), (int, float)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
-def _which(kind: str, number: int, entry: Any, needed: Iterable[str]) -> str:
-    """How to call an entry of a list; it must be a dictionary with the keys ``needed``."""
-    if not isinstance(entry, dict):
-        raise _Fault(f"{kind} number {number} (from 0) is no dictionary: {reprlib.repr(entry)}")
-    which = f"{kind} {entry['id']}" if "id" in entry else f"{kind} number {number} (from 0)"
-    for key in needed:
-        if key not in entry:
-            raise _Fault(f"{which} has no {key}: {reprlib.repr(entry)}")
-    return which
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_number, values))
 
 
-def _by_id(entries: list, kind: str, texts: tuple[str, ...], sizes: tuple[str, ...] = ()) -> dict[Any, dict]:
+#: What a value must be, in words, and whether it is.
+_Check = tuple[str, Callable[[Any], bool]]
+_ID: _Check = ("an integer or a text", _is_id)
+_TEXT: _Check = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
+_PIXELS: _Check = ("a positive number of pixels", lambda value: _is_number(value) and value > 0)
+_AREA: _Check = ("a finite number, at least 0", lambda value: _is_number(value) and value >= 0)
+_OBJECT_ID: _Check = (
+    "a positive integer (pycocotools takes 0 for 'not found')",
+    lambda value: type(value) is int and value > 0,
+)
+
+
+def _by_id(entries: list, kind: str, **checks: _Check) -> dict[Any, dict]:
+    """The entries of a list by their ids; each must have the keys ``checks``, with such values."""
     found: dict[Any, dict] = {}
     for number, entry in enumerate(entries):
-        which = _which(kind, number, entry, ("id", *texts, *sizes))
-        identity = entry["id"]
-        if type(identity) not in _IDS:
-            raise _Fault(f"{kind} number {number} (from 0) must have an integer or a text as id, got {identity!r}")
-        if identity in found:
-            raise _Fault(f"{which} occurs twice: the ids must differ")
-        found[identity] = entry
-        for key in texts:
-            if not isinstance(entry[key], str) or not entry[key]:
-                raise _Fault(f"{which} must have a text as {key}, got {entry[key]!r}")
-        for key in sizes:
-            if type(entry[key]) not in _NUMBERS or not 0 < entry[key] < math.inf:
-                raise _Fault(f"{which} must have a positive number of pixels as {key}, got {entry[key]!r}")
+        if not isinstance(entry, dict):
+            raise AnnotationError(f"{kind} number {number} (from 0) is not a dictionary: {reprlib.repr(entry)}")
+        for key, (expected, is_suitable) in checks.items():
+            if key not in entry:
+                raise AnnotationError(f"{_name(kind, entry, number)} has no {key}: {reprlib.repr(entry)}")
+            if not is_suitable(entry[key]):
+                got = reprlib.repr(entry[key])
+                raise AnnotationError(f"{_name(kind, entry, number)}: {key} must be {expected}, got {got}")
+        if found.setdefault(entry["id"], entry) is not entry:
+            raise AnnotationError(f"{_name(kind, entry, number)} occurs twice: ids must be unique")
     return found
 
 
+def _name(kind: str, entry: Mapping[str, Any], number: int = -1) -> str:
+    name = f"{kind} {entry['id']}" if _is_id(entry.get("id")) else f"{kind} number {number} (from 0)"
+    return name + (f" of image {reprlib.repr(entry['image_id'])}" if "image_id" in entry else "")
+
+
 def _check_classes(names: Sequence[str], classes: Sequence[str]) -> None:
-    known = set(names)
-    if absent := [name for name in classes if name not in known]:
-        raise _Fault(
+    if absent := [name for name in classes if name not in names]:
+        raise AnnotationError(
             f"no category for {len(absent)} of the {len(classes)} classes of the configuration "
-            f"({_some(absent)}); its categories are {_some(names)}"
+            f"({shorten(absent)}); its categories are {shorten(names)}"
         )
-    if len(known) < len(names) and (twice := [name for name in classes if names.count(name) > 1]):
-        raise _Fault(f"several categories have the name of one class of the configuration: {_some(twice)}")
-
-
-def _box_fault(box: Any, empty: bool) -> str | None:
-    if not isinstance(box, list) or len(box) != 4 or any(type(value) not in _NUMBERS for value in box):
-        return f"a bbox that is no list of four numbers: {reprlib.repr(box)}"
-    if not all(map(math.isfinite, box)):
-        return f"a bbox that is not finite: {box}"
-    if min(box[2:]) < 0 or (min(box[2:]) == 0 and not empty):
-        return f"an empty bbox (x, y, width, height): {box}"
-    return None
-
-
-def _area_fault(area: Any, measured: bool) -> str | None:
-    if type(area) not in _NUMBERS or not math.isfinite(area) or (measured and area < 0):
-        return f"an area that is no finite number from 0 on: {area!r}"
-    return None
+    if duplicate := [name for name in classes if names.count(name) > 1]:
+        raise AnnotationError(f"several categories have the name of a class of the configuration: {shorten(duplicate)}")
 
 
 def _is_trained_on(annotation: Mapping[str, Any]) -> bool:
@@ -185,51 +166,49 @@ def _is_trained_on(annotation: Mapping[str, Any]) -> bool:
     return min(annotation["bbox"][2:]) >= 1 and annotation["area"] > 0 and not annotation.get("ignore")
 
 
-def _mask_fault(mask: Any, measured: bool) -> str | None:
-    """An empty mask has no key in mmdet, and a polygon with NaN never ends in pycocotools."""
-    if isinstance(mask, dict):
-        sound = not measured or (len(mask.get("size") or ()) == 2 and isinstance(mask.get("counts"), (str, list)))
-    else:
-        least = 6 if measured else 0  # mmdet leaves shorter ones out of a training
-        sound = isinstance(mask, list) and all(
-            isinstance(polygon, list)
-            and len(polygon) >= least
-            and all(type(value) in _NUMBERS for value in polygon)
-            and math.isfinite(sum(polygon))
-            for polygon in mask
-        )
-    return None if mask and sound else f"no segmentation of polygons or run lengths: {reprlib.repr(mask)}"
+def _check_mask(annotation: Mapping[str, Any], image: Mapping[str, Any], measured: bool) -> None:
+    """A mask must be one that pycocotools decodes to the size of its image.
 
-
-def missing_files(folder: Path, names: Iterable[str], sizes: bool = True) -> tuple[list[str], list[str]]:
-    """Which files a folder lacks, and which are there with nothing in them.
-
-    Args:
-        folder: Where to look.
-        names: Paths below it.
-        sizes: Whether to look for empty ones. This asks for every file's size: on a network's file system minutes for
-            a hundred thousand, while listing each folder once, as is done for the missing ones, takes seconds.
-
-    Returns:
-        The missing and the empty ones, folder by folder.
+    A polygon with NaN never ends there, run lengths of another size have the IoU -1 with everything, and where they
+    cover too little of the image, the rest is whatever the memory holds.
     """
-    by_folder: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        by_folder[os.path.dirname(name)].append(name)  # noqa: PTH120 (a hundred thousand Path objects take longer)
-    missing, empty = [], []
-    for below, listed in by_folder.items():
-        try:
-            with os.scandir(folder / below) as entries:
-                found = {entry.name: entry.stat().st_size if sizes else None for entry in entries if entry.is_file()}
-        except (FileNotFoundError, NotADirectoryError):
-            found = {}
-        for name in listed:
-            base = os.path.basename(name)  # noqa: PTH119
-            if base not in found:
-                missing.append(name)
-            elif found[base] == 0:
-                empty.append(name)
-    return missing, empty
+    mask, height, width = annotation.get("segmentation"), image["height"], image["width"]
+    sound, expected = False, "polygons or run lengths"
+    if isinstance(mask, list) and mask:
+        sound = all(
+            _are_numbers(polygon) and (not measured or (len(polygon) >= 6 and len(polygon) % 2 == 0))
+            for polygon in mask  # mmdet leaves others out of a training
+        )
+    elif isinstance(mask, dict) and mask.get("size") is not None and isinstance(mask.get("counts"), (str, list)):
+        expected = f"run lengths that cover its image, {height} x {width} (height x width)"
+        sound = mask["size"] == [height, width] and _cover(mask["counts"], height * width)
+    elif isinstance(mask, dict) and mask:
+        sound = not measured  # mmdet ignores it in a training
+    if not sound:
+        got = reprlib.repr(mask)
+        raise AnnotationError(f"{_name('annotation', annotation)}: segmentation must be {expected}, got {got}")
+
+
+def _cover(counts: str | list, pixels: int) -> bool:
+    runs = _uncompress(counts) if isinstance(counts, str) else counts
+    return _are_numbers(runs) and min(runs, default=-1) >= 0 and sum(runs) == pixels
+
+
+def _uncompress(counts: str) -> list[int]:
+    """COCO's compressed run lengths: five bits per character, and from the fourth on, differences to the last but one.
+
+    pycocotools has no function for it, and its decoder does not notice what is missing.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for code in counts.encode():
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if not code - 48 & 32:
+            value -= (code - 48 & 16) >> 4 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
 
 
 def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, training: bool = False) -> None:
@@ -238,55 +217,62 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
     A dataset that reads its annotations in a way of its own is not looked at.
 
     Args:
-        dataset: The configuration of the dataset, not of a wrapper around it.
-        evaluators: The configuration of the metric or the metrics.
-        training: Whether it is trained on. Then boxes may be empty, as mmdet leaves them out, images that it leaves
-            out may be missing, and no file's size is asked for.
+        dataset (Mapping): the configuration of the dataset, not of a wrapper around it.
+        evaluators (Mapping | Sequence[Mapping] | None): the configuration of the metric or the metrics.
+        training (bool): whether it is trained on. Then boxes may be empty, as mmdet leaves them out, images that it
+            leaves out may be missing, and no file is asked for its size.
 
     Raises:
-        AnnotationError: Its annotations are at fault (:func:`check_coco`), an image is missing or empty, there is
+        AnnotationError: its annotations are at fault (:func:`check_coco`), an image is missing or empty, there is
             nothing to find in any image, or the metric's file is at fault or of other images.
     """
     from mmdet.datasets import CocoDataset
     from mmdet.registry import DATASETS
 
-    kind = dataset.get("type")
-    with suppress(ImportError, KeyError, RuntimeError):  # whoever builds the dataset says what is wrong with its type
-        kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-    if getattr(kind, "load_data_list", None) is not CocoDataset.load_data_list:
+    built = unread_dataset(dataset, DATASETS, CocoDataset)
+    if built is None or not built.ann_file or "://" in f"{built.ann_file}{built.data_prefix}":
         return
-    root, ann_file = dataset.get("data_root") or "", dataset.get("ann_file") or ""
-    folder = (dataset.get("data_prefix") or {}).get("img") or ""
-    if not ann_file or "://" in f"{root}{ann_file}{folder}":
-        return
-    path = Path(root, ann_file).absolute()
-    content = read_coco(path)
-    classes = (dataset.get("metainfo") or {}).get("classes") or (getattr(kind, "METAINFO", None) or {}).get("classes")
-    if isinstance(classes, str):  # mmengine takes a file of names as well
-        classes = Path(classes).read_text().splitlines() if Path(classes).is_file() else [classes]
+    path, classes = Path(built.ann_file).absolute(), built.metainfo.get("classes")
     metrics = [] if training else _coco_metrics(evaluators)
+    files = [metric["ann_file"] for metric in metrics if metric.get("ann_file") and not metric.get("backend_args")]
+    others = {Path(file).absolute() for file in files if "://" not in file}
+    for other in sorted(others):  # before the dataset's own file, half a gigabyte, is read
+        if not other.is_file():
+            raise AnnotationError(f"no such annotation file of the evaluator: {other}")
+    masks = any("segm" in (metric.get("metric") or ()) for metric in metrics)
     if training:
         masks = any(isinstance(step, Mapping) and step.get("with_mask") for step in dataset.get("pipeline") or ())
-    else:
-        masks = any("segm" in (metric.get("metric") or ()) for metric in metrics)
-    files = _files_of(metrics)
-    check_coco(content, path, classes, empty_boxes=training, measured=path in files, masks=masks)
-    names = [image["file_name"] for image in _used_images(content, dataset, classes, training)]
-    for fault, faulty in zip(("missing", "empty"), missing_files(Path(root, folder), names, not training), strict=True):
-        if faulty:
-            first = Path(root, folder, faulty[0]).absolute()
-            raise AnnotationError(f"{len(faulty)} of the {len(names)} images of {path} are {fault}, the first: {first}")
+
+    content = read_coco(path)
     if metrics and content["images"] and not content["annotations"]:
         raise AnnotationError(f"{path} holds {len(content['images'])} images and no annotation: nothing to measure")
-    for other in files - {path}:
+    check_coco(content, path, classes, empty_boxes=training, measured=path in others, masks=masks)
+    names = [image["file_name"] for image in _used_images(content, dataset, classes, training)]
+    folder = Path(built.data_prefix.get("img") or built.data_root or "").absolute()
+    if faults := file_faults(folder, names, f"images of {path}", sizes=not training):
+        raise AnnotationError("; ".join(faults))
+    for other in others - {path}:
         truth = read_coco(other)
         check_coco(truth, other, classes, masks=masks)
         known = {image["id"] for image in truth["images"]}
-        if strangers := [image["id"] for image in content["images"] if image["id"] not in known]:
+        if unknown := [image["id"] for image in content["images"] if image["id"] not in known]:
             raise AnnotationError(
-                f"the evaluator's {other} does not list {len(strangers)} of the {len(content['images'])} images of "
-                f"{path}, the first: id {strangers[0]}"
+                f"the evaluator's {other} does not list {len(unknown)} of the {len(content['images'])} images of "
+                f"{path}, the first: id {unknown[0]}"
             )
+
+
+def unread_dataset(dataset: Mapping[str, Any], registry: Any, base: type) -> Any:
+    """Build a toolbox's dataset without files and transforms, to see where it looks for what.
+
+    None if it does not list its files as the class ``base`` does, or cannot be built.
+    """
+    with suppress(Exception):  # whoever builds it in earnest says what is wrong with it
+        kind = dataset["type"]
+        kind = registry.get(kind) if isinstance(kind, str) else kind
+        if kind.load_data_list is base.load_data_list:  # type: ignore[attr-defined]
+            return registry.build({**dataset, "lazy_init": True, "pipeline": []})
+    return None
 
 
 def _used_images(content: Mapping[str, Any], dataset: Mapping[str, Any], classes: Any, training: bool) -> list[dict]:
@@ -305,16 +291,4 @@ def _coco_metrics(evaluators: Any) -> list[Mapping[str, Any]]:
     """Those of the metrics that measure against COCO's format."""
     metrics = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     metrics = [metric for metric in metrics if isinstance(metric, Mapping) and not metric.get("format_only")]
-    names = [getattr(metric.get("type"), "__name__", str(metric.get("type"))) for metric in metrics]
-    return [metric for metric, name in zip(metrics, names, strict=True) if name.endswith("CocoMetric")]
-
-
-def _files_of(metrics: Iterable[Mapping[str, Any]]) -> set[Path]:
-    """The annotation files on this machine that metrics read."""
-    files = [metric.get("ann_file") for metric in metrics if not metric.get("backend_args")]
-    return {Path(file).absolute() for file in files if file and "://" not in file}
-
-
-def _some(values: Iterable[Any], most: int = 8) -> str:
-    listed = [str(value) for value in values]
-    return ", ".join(listed[:most]) + (f", ... ({len(listed)})" if len(listed) > most else "") or "none"
+    return [m for m in metrics if getattr(m.get("type"), "__name__", str(m.get("type"))).endswith("CocoMetric")]

@@ -21,8 +21,9 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
+from carafe_plugin.images import IMAGE_ENDINGS, list_images, read_upright
+
 from .free_form import free_form_mask
-from .images import IMAGE_ENDINGS, find_images, read_upright
 
 
 @DATASETS.register_module()
@@ -76,7 +77,7 @@ class InpaintingFolder(Dataset):
         self.seed, self.test_mode = seed, test_mode
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no such folder of images: {self.folder.absolute()}")
-        self.paths = find_images(self.folder)
+        self.paths = [str(self.folder / name) for name in list_images(self.folder)]
         self._reported: set[str] = set()
         if test_mode:
             self._leave_out_damaged()

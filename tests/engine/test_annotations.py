@@ -2,13 +2,15 @@
 
 import json
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from carafe_plugin.engine.annotations import AnnotationError, check_annotations, check_coco, missing_files
+from carafe_plugin.engine.annotations import AnnotationError, check_annotations, check_coco
+from carafe_plugin.images import file_faults
 
 NAN = float("nan")
 OBJECT = dict(id=1, image_id=0, category_id=1, bbox=[1, 1, 5, 5], area=25, iscrowd=0, segmentation=[[1, 1, 6, 1, 6, 6]])
@@ -28,7 +30,7 @@ def changed(kind="annotations", without=(), **values):
     return content
 
 
-def doubled(kind, **values):
+def duplicate(kind, **values):
     content = deepcopy(SOUND)
     content[kind].append({**content[kind][0], **values})
     return content
@@ -55,13 +57,22 @@ def average_precision(content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (changed(id=0), "annotation 0 must have as id a whole number from 1 on .*, got 0"),
-        (doubled("annotations", bbox=[9, 9, 2, 2]), "annotation 1 occurs twice: the ids of annotations must differ"),
-        (changed(without=["id"]), r"annotation number 0 \(from 0\) has no id: {"),
-        (changed(without=["area"]), "annotation 1 has no area: {"),
-        (changed(without=["iscrowd"]), "annotation 1 has no iscrowd: {"),
-        (changed(category_id=[1]), r"annotation 1 is of the category \[1\], not one of 1"),
-        (changed(image_id={}), "annotation 1 is of the image {}, which the file does not list"),
+        (
+            changed(id=0),
+            r"annotation 0 of image 0: id must be a positive integer \(pycocotools takes 0 for .*\), got 0",
+        ),
+        (duplicate("annotations", bbox=[9, 9, 2, 2]), "annotation 1 of image 0 occurs twice: ids must be unique"),
+        (changed(without=["id"]), r"annotation number 0 \(from 0\) of image 0 has no id: {"),
+        (changed(without=["area"]), "annotation 1 of image 0 has no area: {"),
+        (changed(without=["iscrowd"]), "annotation 1 of image 0 has no iscrowd: {"),
+        (
+            changed(category_id=[1]),
+            r"annotation 1 of image 0: category_id must be one of its categories \(1\), got \[1\]",
+        ),
+        (
+            changed(image_id={}),
+            "annotation 1 of image {}: image_id must be an image that the file lists",
+        ),
     ],
 )
 def test_what_pycocotools_does_not_say(content, message):
@@ -77,25 +88,29 @@ def test_what_pycocotools_does_not_say(content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (changed(id="1"), "annotation 1 must have as id a whole number .*, got '1'"),
-        (changed(id=True), "annotation True must have as id a whole number .*, got True"),
-        (changed(category_id=True), "is of the category True, not one of 1"),
-        (changed(area=NAN), "annotation 1 of the image 0 has an area that is no finite number from 0 on: nan"),
-        (changed(area=-1), "has an area that is no finite number from 0 on: -1"),
-        (changed(iscrowd=[1]), r"has an iscrowd that is neither 0 nor 1: \[1\]"),
-        (changed(bbox=[True, 1, 1, 1]), r"has a bbox that is no list of four numbers: \[True, 1, 1, 1\]"),
-        (changed(segmentation=[]), r"has no segmentation of polygons or run lengths: \[\]"),
-        (changed(segmentation=[[1, 1, 6, 6]]), r"has no segmentation of polygons or run lengths: \[\[1, 1, 6, 6\]\]"),
-        (changed(segmentation=[[1, 1, 6, 1, 6, NAN]]), "has no segmentation of polygons or run lengths: "),
-        (changed(segmentation=dict(size=[20, 20])), "has no segmentation of polygons or run lengths: "),
-        (dict(SOUND, annotations=["x"]), r"annotation number 0 \(from 0\) is no dictionary: 'x'"),
+        (changed(id="1"), "annotation 1 of image 0: id must be a positive integer .*, got '1'"),
+        (changed(id=True), r"annotation number 0 \(from 0\) of image 0: id must be a positive integer .*, got True"),
+        (changed(category_id=True), r"category_id must be one of its categories \(1\), got True"),
+        (changed(area=NAN), "annotation 1 of image 0: area must be a finite number, at least 0, got nan"),
+        (changed(area=-1), "area must be a finite number, at least 0, got -1"),
+        (changed(iscrowd=[1]), r"iscrowd must be 0 or 1, got \[1\]"),
+        (
+            changed(bbox=[True, 1, 1, 1]),
+            r"bbox must be four finite numbers .*, the last two positive, got \[True, 1, 1, 1\]",
+        ),
+        (changed(segmentation=[]), r"segmentation must be polygons or run lengths, got \[\]"),
+        (changed(segmentation=[[1, 1, 6, 6]]), r"segmentation must be polygons or run lengths, got \[\[1, 1, 6, 6\]\]"),
+        (changed(segmentation=[[1, 1, 6, 1, 6, 6, 1]]), "segmentation must be polygons or run lengths, got "),
+        (changed(segmentation=[[1, 1, 6, 1, 6, NAN]]), "segmentation must be polygons or run lengths, got "),
+        (changed(segmentation=dict(size=[20, 20])), "segmentation must be polygons or run lengths, got "),
+        (dict(SOUND, annotations=["x"]), r"annotation number 0 \(from 0\) is not a dictionary: 'x'"),
         (changed("images", without=["file_name"]), "image 0 has no file_name: {"),
-        (changed("images", file_name=""), "image 0 must have a text as file_name, got ''"),
-        (changed("images", width=0), "image 0 must have a positive number of pixels as width, got 0"),
-        (changed("images", id=[0]), r"image number 0 \(from 0\) must have an integer or a text as id, got \[0\]"),
-        (doubled("images"), "image 0 occurs twice: the ids must differ"),
-        (doubled("categories"), "category 1 occurs twice: the ids must differ"),
-        (doubled("categories", id=2), "several categories have the name of one class of the configuration: p"),
+        (changed("images", file_name=""), "image 0: file_name must be a text that is not empty, got ''"),
+        (changed("images", width=0), "image 0: width must be a positive number of pixels, got 0"),
+        (changed("images", id=[0]), r"image number 0 \(from 0\): id must be an integer or a text, got \[0\]"),
+        (duplicate("images"), "image 0 occurs twice: ids must be unique"),
+        (duplicate("categories"), "category 1 occurs twice: ids must be unique"),
+        (duplicate("categories", id=2), "several categories have the name of a class of the configuration: p"),
         (changed("categories", without=["name"]), "category 1 has no name: {"),
     ],
 )
@@ -104,17 +119,48 @@ def test_what_else_is_refused(content, message):
         check_coco(content, Path("a.json"), ["p"], masks=True)
 
 
+def test_run_lengths_cover_their_image():
+    """Others have the IoU -1 with everything in pycocotools, or show what happened to be in the memory."""
+    coco_mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
+    pixels = np.random.default_rng(0).random((20, 20)) < np.linspace(0, 1, 20)
+    whole, cut = (
+        coco_mask.encode(np.asfortranarray(part, np.uint8))["counts"].decode() for part in (pixels, pixels[1:])
+    )
+    for counts, size in [
+        ([10, 390], [20, 20]),
+        (whole, [20, 20]),
+        ([400, 1], [20, 20]),
+        ([100, 299], [20, 20]),
+        ([410, -10], [20, 20]),
+        ([], [20, 20]),
+        ([10, 370], [19, 20]),
+        (cut, [19, 20]),
+        (cut, [20, 20]),
+        (whole[:-3], [20, 20]),
+        (whole + "1", [20, 20]),
+    ]:
+        content = changed(segmentation=dict(counts=counts, size=size))
+        for options in (dict(), dict(empty_boxes=True, measured=False)):
+            expected = (
+                r"annotation 1 of image 0: segmentation must be run lengths that cover its image, 20 x 20 \(height x"
+            )
+            refused = counts not in ([10, 390], whole)
+            with pytest.raises(AnnotationError, match=expected) if refused else nullcontext():
+                check_coco(content, Path("a.json"), masks=True, **options)
+
+
 def test_a_training_needs_less():
     """What mmdet does not read, or leaves out on purpose."""
     for content in (
         changed(id=0, without=["iscrowd"]),
         changed(segmentation=[[1, 1, 6, 6]]),
+        changed(segmentation=dict(size=[20, 20])),
         changed(bbox=[1, 1, 0, 5], without=["segmentation"]),
     ):
         check_coco(content, Path("a.json"), ["p"], empty_boxes=True, measured=False, masks=True)
         with pytest.raises(AnnotationError):
             check_coco(content, Path("a.json"), ["p"], masks=True)
-    for content in (doubled("annotations"), changed(bbox=[1, 1, -1, 5]), changed(without=["segmentation"])):
+    for content in (duplicate("annotations"), changed(bbox=[1, 1, -1, 5]), changed(without=["segmentation"])):
         with pytest.raises(AnnotationError):
             check_coco(content, Path("a.json"), ["p"], empty_boxes=True, measured=False, masks=True)
 
@@ -142,10 +188,12 @@ def test_no_size_is_asked_for_in_a_training(tmp_path, monkeypatch):
             pass
 
     names = ["a/1.jpg", "b/1.jpg", "a/2.jpg", "a/3.jpg", "c/1.jpg"]
-    assert missing_files(tmp_path, names) == (["a/3.jpg", "c/1.jpg"], ["a/1.jpg", "a/2.jpg", "b/1.jpg"])
-    monkeypatch.setattr("carafe_plugin.engine.annotations.os.scandir", Listing)
+    missing = f"2 of the 5 images are missing in {tmp_path}: a/3.jpg, c/1.jpg"
+    empty = f"3 of the 5 images are empty in {tmp_path}: a/1.jpg, a/2.jpg, b/1.jpg"
+    assert file_faults(tmp_path, names, "images") == [missing, empty]
+    monkeypatch.setattr("carafe_plugin.images.os.scandir", Listing)
     (tmp_path / "c").mkdir()
-    assert missing_files(tmp_path, names, sizes=False) == (["a/3.jpg", "c/1.jpg"], [])
+    assert file_faults(tmp_path, names, "images", sizes=False) == [missing]
     assert listed == ["a", "b", "c"]
 
 
@@ -163,8 +211,17 @@ def test_images_that_a_training_leaves_out_may_be_missing(tmp_path):
         (dict(filter_cfg=dict(filter_empty_gt=True)), False),
         (dict(filter_cfg=dict(filter_empty_gt=True), test_mode=True), True),
     ):
-        with pytest.raises(AnnotationError, match=r"1 of the 2 images of .*a.json are missing, .*background.jpg"):
+        with pytest.raises(AnnotationError, match=r"1 of the 2 images of .*a.json are missing in .*: background.jpg"):
             check_annotations({**dataset, **settings}, training=training)
+
+
+def test_the_metrics_own_file_is_missed_before_another_is_read(tmp_path):
+    pytest.importorskip("mmdet", reason="mmdet is not installed")
+    metric = dict(type="CocoMetric", ann_file=str(tmp_path / "absent.json"))
+    with pytest.raises(AnnotationError, match=r"no such annotation file of the evaluator: .*absent.json"):
+        check_annotations(dict(type="CocoDataset", ann_file=str(tmp_path / "never_read.json")), metric)
+    with pytest.raises(AnnotationError, match=r"cannot read the annotation file .*never_read.json: No such file"):
+        check_annotations(dict(type="CocoDataset", ann_file=str(tmp_path / "never_read.json")))
 
 
 def test_the_metrics_own_file_is_checked(tmp_path):
@@ -178,5 +235,5 @@ def test_the_metrics_own_file_is_checked(tmp_path):
     check_annotations(dict(dataset, ann_file="zero.json"), metric)  # pycocotools reads the metric's alone
     check_annotations(dict(dataset, ann_file="zero.json"), [dict(type="CocoMetric")])  # mmdet numbers them anew
     for ann_file in ("a.json", "zero.json"):
-        with pytest.raises(AnnotationError, match=r"zero.json: annotation 0 has no iscrowd"):
+        with pytest.raises(AnnotationError, match=r"zero.json: annotation 0 of image 0: id must be a positive"):
             check_annotations(dict(dataset, ann_file=ann_file), dict(metric, ann_file=str(tmp_path / "zero.json")))

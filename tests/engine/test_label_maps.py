@@ -15,6 +15,7 @@ from studies.demo import generate_scenes
 pytest.importorskip("mmseg", reason="label maps are mmseg's: it is not installed")
 
 from carafe_plugin.engine import label_maps
+from carafe_plugin.images import list_images
 
 FOLDERS = {"img_path": "images/training", "seg_map_path": "annotations/training"}
 
@@ -29,7 +30,7 @@ def data(tmp_path: Path) -> Path:
 
 def remove(path: Path) -> str:
     path.unlink()
-    return f"images have no annotation; the first that is missing: {path}"
+    return f"annotations are missing in {path.parent}: {path.name}"
 
 
 def cut(path: Path) -> str:
@@ -40,13 +41,13 @@ def cut(path: Path) -> str:
 
 def destroy(path: Path) -> str:
     path.write_text("no picture")
-    return f"annotation {path} is no image"
+    return f"annotation {path} is not an image"
 
 
 def remove_image(path: Path) -> str:
     image = Path(str(path).replace("annotations", "images").replace(".png", ".jpg"))
     image.unlink()
-    return f"1 annotations have no image (half copied?); the first that is missing: {image}"
+    return f"1 annotations in {path.parent} have no image in {image.parent}: 000002"
 
 
 @pytest.mark.parametrize("damage", [remove, cut, destroy, remove_image])
@@ -70,10 +71,15 @@ def test_how_many_annotations_are_missing(data: Path) -> None:
     assert label_maps.find_fault(dataset) is None
     for number in (3, 2):
         (data / "annotations/training" / f"{number:06d}.png").unlink()
-    assert (label_maps.find_fault(dataset) or "").startswith("2 of 3 images have no annotation")
+    assert (label_maps.find_fault(dataset) or "").startswith("2 of the 3 annotations are missing in ")
     # What is listed counts, not what lies there.
+    listed = dataset | dict(ann_file="listed.txt")
     (data / "listed.txt").write_text("000001\n")
-    assert label_maps.find_fault(dataset | dict(ann_file="listed.txt")) is None
+    assert label_maps.find_fault(listed) is None
+    (data / "images/training/000001.jpg").write_bytes(b"")
+    assert (label_maps.find_fault(listed) or "").startswith("1 of the 1 images are empty in ")
+    (data / "images/training/000001.jpg").unlink()
+    assert (label_maps.find_fault(listed) or "").startswith("1 of the 1 images are missing in ")
 
 
 def test_images_are_found_as_mmseg_finds_them(data: Path) -> None:
@@ -83,19 +89,28 @@ def test_images_are_found_as_mmseg_finds_them(data: Path) -> None:
     inner = data / "images/training/inner"
     inner.mkdir()
     (data / "images/training/000001.jpg").rename(inner / "town.jpg")
+    (data / "images/training/000003.jpg").rename(data / "village.jpg")
+    (data / "images/elsewhere").mkdir()
+    (data / "village.jpg").rename(data / "images/elsewhere/village.jpg")
+    (data / "images/training/linked").symlink_to(data / "images/elsewhere")
+    (data / "images/training/000002.JPG").write_text("another ending than the dataset's")
     (data / "images/training/.hidden.jpg").write_text("")
     found = [info["img_path"] for info in ADE20KDataset(data_root=str(data), data_prefix=FOLDERS).load_data_list()]
-    names = list(label_maps._names(data / "images/training", ".jpg", None))
-    assert sorted(found) == sorted(f"{data}/images/training/{name}.jpg" for name in names)
-    assert "inner/town" in names
+    names = list_images(data / "images/training", ".jpg")
+    assert sorted(found) == sorted(f"{data}/images/training/{name}" for name in names)
+    assert "inner/town.jpg" in names
     dataset = dict(type=ADE20KDataset, data_root=str(data), data_prefix=FOLDERS)
     missing = data / "annotations/training/inner/town.png"
-    assert str(missing) in (label_maps.find_fault(dataset) or "")
+    (data / "annotations/training/linked").mkdir()
+    (data / "annotations/training/000003.png").rename(data / "annotations/training/linked/village.png")
+    assert f"{missing.parents[1]}: inner/town.png" in (label_maps.find_fault(dataset) or "")
     missing.parent.mkdir()
     (data / "annotations/training/000001.png").rename(missing)
     assert label_maps.find_fault(dataset) is None
     assert "000002_labels.png" in (label_maps.find_fault(dataset | dict(seg_map_suffix="_labels.png")) or "")
-    assert label_maps._suffixes(dict(type="CityscapesDataset")) == ("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
+    (data / "images/training/rome_leftImg8bit.png").write_text("")
+    own = dict(dataset, type="CityscapesDataset")
+    assert ": rome_gtFine_labelTrainIds.png" in (label_maps.find_fault(own) or "")
 
 
 def test_what_cannot_be_judged_is_left_alone(data: Path) -> None:
@@ -103,9 +118,23 @@ def test_what_cannot_be_judged_is_left_alone(data: Path) -> None:
     dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
     assert label_maps.find_fault(dataset)
     assert label_maps.find_fault(dataset | dict(data_prefix=dict(img_path=FOLDERS["img_path"]))) is None
+    assert label_maps.find_fault(dataset | dict(data_prefix="images/training")) is None
+    assert label_maps.find_fault(dataset | dict(no_argument_of_it=1)) is None, "whoever builds it says so"
+    assert label_maps.find_fault(dataset | dict(ann_file=None))
     assert label_maps.find_fault(dataset | dict(data_root="s3://bucket/ade20k")) is None
     assert label_maps.find_fault(dataset | dict(type="NobodysDataset")) is None
     assert label_maps.find_fault(dataset | dict(type="LEVIRCDDataset")) is None, "two images for each label map"
+
+
+def test_label_maps_of_colours(data: Path) -> None:
+    """mmseg's own reader makes three labels of each; another may know what to do with them."""
+    coloured = data / "annotations/training/000002.png"
+    Image.open(coloured).convert("RGB").save(coloured)
+    dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
+    fault = label_maps.find_fault(dataset | dict(pipeline=[dict(type="mmseg.LoadAnnotations")])) or ""
+    assert fault.startswith(f"annotation {coloured} must hold one label per pixel (Pillow's mode ")
+    assert fault.endswith(", got RGB")
+    assert label_maps.find_fault(dataset | dict(pipeline=[dict(type="LoadColours")])) is None
 
 
 def test_photograph_that_was_turned_fits(data: Path) -> None:

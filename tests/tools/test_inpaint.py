@@ -137,7 +137,7 @@ def test_mistakes(
         assert inpaint(trained, picture, tmp_path / "out.png", **changes) == 2, changes
         assert message in one_line(capsys)
     assert inpaint(trained, picture, tmp_path / "out.gif") == 2
-    assert "--out must end in one of .png" in one_line(capsys)
+    assert "--out must end in one of .jpg" in one_line(capsys)
     (tmp_path / "folder.png").mkdir()
     for out, message in (
         (tmp_path / "folder.png", "it is a folder"),

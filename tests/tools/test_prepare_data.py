@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from tiny_runs import call_tool, one_line
 
-from carafe_plugin.engine import data_files, data_layouts
+from carafe_plugin.engine import datasets, downloads
+from carafe_plugin.images import list_images
 
 SIZES = {
     "coco": dict(train2017=3, val2017=2),
@@ -27,14 +28,12 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The datasets' layouts, with a few images in each folder."""
+    """The datasets, with a few images in each folder."""
     for name, sizes in SIZES.items():
-        layout = data_layouts.LAYOUTS[name]
-        folders = tuple(replace(folder, images=sizes.get(folder.path, 0)) for folder in layout.folders)
-        small = replace(layout, folders=folders, classes=2 if layout.classes else 0)
-        monkeypatch.setitem(data_layouts.LAYOUTS, name, small)
-        if name == "imagenet":
-            monkeypatch.setattr(data_layouts, "IMAGENET", small)
+        dataset = datasets.DATASETS[name]
+        folders = tuple(replace(folder, size=sizes.get(folder.path, folder.size)) for folder in dataset.folders)
+        small = replace(dataset, folders=folders, classes=2 if dataset.classes else 0)
+        monkeypatch.setitem(datasets.DATASETS, name, small)
 
 
 def picture(path: Path, size: tuple[int, int] = (6, 4), mode: str = "RGB") -> None:
@@ -142,23 +141,23 @@ def test_coco_is_unpacked_and_goes_on_where_it_stopped(
     (coco / "train2017").mkdir()  # somebody's own attempt at unpacking, which was stopped
     out = tmp_path / "out"
     written: list[str] = []
-    write = data_files.write_file
+    write = downloads.write_file
 
     def stop_after(limit: int):
-        def write_some(place: Path, content) -> None:
+        def write_some(place: Path, content, size: int) -> None:
             if len(written) == limit:
                 raise KeyboardInterrupt
             written.append(place.name)
-            write(place, content)
+            write(place, content, size)
 
         return write_some
 
-    monkeypatch.setattr(data_files, "write_file", stop_after(2))
+    monkeypatch.setattr(downloads, "write_file", stop_after(2))
     with pytest.raises(KeyboardInterrupt):
         prepare("coco", coco, out)
-    assert len(list((out / "train2017").iterdir())) == 2
+    assert len(list_images(out / "train2017")) == 2
     (out / "train2017" / f"{0:012d}.jpg").write_bytes(b"half")
-    monkeypatch.setattr(data_files, "write_file", stop_after(99))
+    monkeypatch.setattr(downloads, "write_file", stop_after(99))
     assert prepare("coco", coco, out) == 0
     assert len(written) == 2 + 3 - 2 + 1 + 2 + 2, "the rest, and the one that was not whole"
     assert not (out / "train2017").is_symlink()
@@ -172,30 +171,72 @@ def test_coco_is_unpacked_and_goes_on_where_it_stopped(
     assert "1 fault\n" in printed, "a folder that is missing is missing once, not image by image as well"
 
 
+def test_kill_in_the_last_file(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It leaves as many files as there should be, and one of them is a part."""
+    zipped(coco, "train2017", "val2017")
+    out = tmp_path / "out"
+    assert prepare("coco", coco, out) == 0
+    assert not (out / "train2017" / downloads.UNFINISHED).exists()
+    last = out / "train2017" / f"{2:012d}.jpg"
+    content = last.read_bytes()
+    last.write_bytes(content[:-1])
+    (out / "train2017" / downloads.UNFINISHED).touch()
+    capsys.readouterr()
+    assert prepare("coco", coco, out, "--check") == 1
+    assert f"{out}/train2017 was not unpacked to its end" in capsys.readouterr().out
+    assert prepare("coco", coco, out) == 0
+    assert last.read_bytes() == content
+
+
+def test_what_an_archive_cannot_give_is_not_left(coco: Path, tmp_path: Path) -> None:
+    """A file of the right size with the wrong content would be taken for unpacked; somebody's own file stays."""
+    content = (coco / "train2017" / f"{0:012d}.jpg").read_bytes()
+    zipped(coco, "train2017")
+    archive, out = coco / "train2017.zip", tmp_path / "out"
+    packed = archive.read_bytes()
+    archive.write_bytes(packed.replace(content, content[:-9] + bytes(9)))  # the checksum stays
+    (out / "train2017").mkdir(parents=True)
+    (tmp_path / "own.jpg").write_bytes(b"mine")
+    (out / "train2017" / f"{0:012d}.jpg").symlink_to(tmp_path / "own.jpg")
+    assert prepare("coco", coco, out) == 1
+    assert not (out / "train2017" / f"{0:012d}.jpg").exists()
+    archive.write_bytes(packed)
+    assert prepare("coco", coco, out) == 0
+    assert (out / "train2017" / f"{0:012d}.jpg").read_bytes() == content
+    assert (tmp_path / "own.jpg").read_bytes() == b"mine"
+
+
 def test_coco_that_is_not_whole(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     val = coco / "annotations" / "instances_val2017.json"
     (coco / "train2017" / f"{1:012d}.jpg").unlink()
+    (coco / "train2017" / f"{2:012d}.jpg").rename(coco / "elsewhere.jpg")
+    (coco / "train2017" / f"{2:012d}.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (coco / "val2017" / f"{3:012d}.jpg").write_bytes(b"")
     picture(coco / "val2017" / "holiday.jpg")
     val.write_text(val.read_text().replace("[1, 1, 2, 2]", "[1, NaN, 2, 2]"))
     assert prepare("coco", coco, out) == 1
     printed = capsys.readouterr().out
     for line in (
+        f"1 of the 2 images are missing in {out}/train2017: {2:012d}.jpg",
         f"{out}/train2017 holds 2 images of 3",
-        f"1 images of instances_train2017.json are not in {out}/train2017: {1:012d}.jpg",
-        f"1 files in {out}/val2017 are empty: {3:012d}.jpg",
+        f"1 images of {out}/annotations/instances_train2017.json are not in {out}/train2017: {1:012d}.jpg",
+        f"1 of the 3 images are empty in {out}/val2017: {3:012d}.jpg",
         f"{out}/val2017 holds 3 images of 2",
-        f"{out}/annotations/instances_val2017.json: annotation 1 of the image 3 has a bbox that is not finite",
-        f"coco in {out} is not complete: 5 faults",
+        f"{out}/annotations/instances_val2017.json: annotation 1 of image 3: bbox must be four finite numbers",
+        f"coco in {out} is not complete: 6 faults",
     ):
         assert line in printed
     shutil.rmtree(coco / "val2017")
+    (coco / "annotations").rename(coco / "elsewhere")
+    assert prepare("coco", coco, tmp_path / "other") == 1
+    assert capsys.readouterr().out.count(f"{tmp_path}/other/annotations") == 1
+    (coco / "elsewhere").rename(coco / "annotations")
     val.write_text(val.read_text()[:40])
     assert prepare("coco", coco, tmp_path / "again") == 1
     printed = capsys.readouterr().out
     assert f"missing: {tmp_path}/again/val2017; ROOT has neither val2017 nor images/val2017 nor val2017.zip" in printed
-    assert "instances_val2017.json (40 bytes; truncated, or no JSON)" in printed
+    assert "instances_val2017.json (40 bytes; truncated, or not JSON)" in printed
 
 
 @pytest.mark.parametrize("damage", ["captions alone", "truncated", "other content"])
@@ -269,10 +310,10 @@ def test_ade20k(ade: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert prepare("ade20k", ade, out, "--decode") == 1
     printed = capsys.readouterr().out
     for line in (
-        f"{out}/annotations/training/ADE_training_0.png is of another size than its image: (4, 6), (6, 4)",
-        f"{out}/annotations/training/ADE_training_1.png must hold one 8-bit label a pixel, and is of the mode RGB",
-        f"1 files have no counterpart in {out}/annotations/training: ADE_training_2.jpg",
-        f"1 files have no counterpart in {out}/images/training: ADE_training_5.png",
+        f"ADE_training_0.png is 6 x 4, its image {out}/images/training/ADE_training_0.jpg is 4 x 6 (height x width)",
+        f"{out}/annotations/training/ADE_training_1.png must hold one label per pixel (Pillow's mode L or P), got RGB",
+        f"1 of the 3 annotations are missing in {out}/annotations/training: ADE_training_2.png",
+        f"1 annotations in {out}/annotations/training have no image in {out}/images/training: ADE_training_5",
         f"1 images in {out}/images/validation are truncated or damaged: ADE_validation_1.jpg",
         "5 faults",
     ):
@@ -311,7 +352,7 @@ def test_imagenet(imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert prepare("imagenet", imagenet, out, "--check") == 1
     printed = capsys.readouterr().out
     assert f"1 images of {out}/meta/val.txt are not in {out}/val: val_9.JPEG" in printed
-    assert f"1 images in {out}/val have no label in {out}/meta/val.txt: val_0.JPEG" in printed
+    assert f"1 images in {out}/val are not in {out}/meta/val.txt: val_0.JPEG" in printed
     (out / "meta" / "val.txt").write_text(labels.replace("JPEG 1", "JPEG 2"))
     assert prepare("imagenet", imagenet, out, "--check") == 1
     assert "not a file name and a class from 0 to 1: val_1.JPEG 2" in capsys.readouterr().out

@@ -169,22 +169,31 @@ def _first(content: dict, **values: object) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda c: _first(c, category_id=99), "annotation 1 is of the category 99, not one of 7, 8"),
-        (lambda c: _first(c, image_id=70), "annotation 1 is of the image 70, which the file does not list"),
-        (lambda c: _first(c, bbox=[1, 2, float("nan"), 4]), "image 0 has a bbox that is not finite: [1, 2, nan, 4]"),
-        (lambda c: _first(c, bbox=[1, 2, 3, 0]), "image 0 has an empty bbox (x, y, width, height): [1, 2, 3, 0]"),
-        (lambda c: _first(c, bbox=[1, 2, 3]), "a bbox that is no list of four numbers: [1, 2, 3]"),
-        (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 has no bbox: {"),
+        (
+            lambda c: _first(c, category_id=99),
+            "image 0: category_id must be one of its categories (7, 8), got 99",
+        ),
+        (lambda c: _first(c, image_id=70), "image_id must be an image that the file lists, got 70"),
+        (
+            lambda c: _first(c, bbox=[1, 2, float("nan"), 4]),
+            "image 0: bbox must be four finite numbers (x, y, width, height)",
+        ),
+        (lambda c: _first(c, bbox=[1, 2, 3, 0]), "the last two positive, got [1, 2, 3, 0]"),
+        (
+            lambda c: _first(c, bbox=[1, 2, 3]),
+            "(x, y, width, height), the last two positive, got [1, 2, 3]",
+        ),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 of image 0 has no bbox: {"),
         (lambda c: c["categories"][1].update(name="green"), "for 1 of the 2 classes of the configuration (blue)"),
-        (lambda c: _first(c, id=0), "must have as id a whole number from 1 on"),
-        (lambda c: c["annotations"][0].pop("iscrowd"), "annotation 1 has no iscrowd: {"),
-        (lambda c: c["annotations"][0].pop("segmentation"), "has no segmentation of polygons or run lengths: None"),
+        (lambda c: _first(c, id=0), "id must be a positive integer"),
+        (lambda c: c["annotations"][0].pop("iscrowd"), "annotation 1 of image 0 has no iscrowd: {"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "segmentation must be polygons or run lengths, got None"),
         (lambda c: c["annotations"].clear(), "holds 7 images and no annotation: nothing to measure"),
         (lambda c: c.pop("annotations"), "holds 7 images and no annotation: nothing to measure"),
-        (lambda c: c.pop("images"), "is no annotation file in COCO's format: it has no list of images"),
+        (lambda c: c.pop("images"), "is not an annotation file in COCO's format: it has no list of images"),
         (
             lambda c: c["images"][3].update(file_name="gone.png"),
-            "1 of the 7 images of {file} are missing, the first: {data}/images/gone.png",
+            "1 of the 7 images of {file} are missing in {data}/images: gone.png",
         ),
     ],
 )
@@ -239,12 +248,12 @@ def test_datasets_half_copied(trained: Callable, data: Path, tmp_path: Path, cap
         return one_line(capsys)
 
     (images / "05.png").write_bytes(b"")
-    assert f"1 of the 7 images of {annotations} are empty, the first: {images}/05.png" in refusal(*own)
+    assert f"1 of the 7 images of {annotations} are empty in {images}: 05.png" in refusal(*own)
     shutil.rmtree(images)
     images.mkdir()
-    assert f"7 of the 7 images of {annotations} are missing, the first: {images}/00.png" in refusal(*own)
+    assert f"7 of the 7 images of {annotations} are missing in {images}: 00.png" in refusal(*own)
     annotations.write_text(content[:999])
-    assert f"cannot read {annotations} (999 bytes; truncated, or no JSON): " in refusal(*own)
+    assert f"cannot read {annotations} (999 bytes; truncated, or not JSON): " in refusal(*own)
     # The images are there, and the metric knows of others alone.
     other = json.loads(content)
     for image in other["images"]:

@@ -164,9 +164,15 @@ def test_a_missing_image_is_named(data: Path, tmp_path: Path, capsys: pytest.Cap
 
 FAULTS = {
     "missing": (lambda c: c["images"][3].update(file_name="gone.png"), "1 of the 7 images of {file} are missing"),
-    "category": (lambda c: c["annotations"][0].update(category_id=99), "annotation 1 is of the category 99"),
-    "box": (lambda c: c["annotations"][2].update(bbox=[1, 2, float("nan"), 4]), "a bbox that is not finite"),
-    "mask": (lambda c: c["annotations"][2].pop("segmentation"), "annotation 3 of the image 2 has no segmentation"),
+    "category": (
+        lambda c: c["annotations"][0].update(category_id=99),
+        "categories (7, 8), got 99",
+    ),
+    "box": (lambda c: c["annotations"][2].update(bbox=[1, 2, float("nan"), 4]), "bbox must be four finite numbers"),
+    "mask": (
+        lambda c: c["annotations"][2].pop("segmentation"),
+        "annotation 3 of image 2: segmentation must be ",
+    ),
 }
 WRAPPERS = {
     "train_dataloader.dataset.dataset": ("missing", "train"),
