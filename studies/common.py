@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,29 @@ from carafe_plugin.engine.checkpoint import AtomicLocalBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
-def shown(path: Path) -> str:
-    """The path as seen from the root where it lies below it."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def wide_console(width: int) -> Console:
     """A console for tables: as wide as its terminal, or ``width`` in a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else width)
+
+
+def print_errors(lines: Iterable[str]) -> None:
+    """Print each line as an error."""
+    for line in lines:
+        console.print(f"error: {line}", style="red", markup=False)
+
+
+def shown(path: Path) -> str:
+    """The path from the root where it lies below it; the tools run there."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``3 min 05 s``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -50,7 +50,7 @@ class Found:
 
 
 def collect(table: Table, runs: Sequence[Run], setup: Setup) -> Found:
-    """The results that there are for some runs of a table."""
+    """The results so far of some runs of a table."""
     methods = []
     for row in table.rows:
         found = [find_result(run, setup) for run in runs if run.row == row]

@@ -17,23 +17,11 @@ from typing import Any, ClassVar
 import torch
 from mmengine.config import Config
 
-from studies.demo import detection as demo
-from studies.demo import segmentation as demo_seg
+from studies.common import ROOT, write_json
+from studies.demo import detection, segmentation
+from studies.demo.comparison import Comparison, Demo, Metric, Model
 from studies.demo.generate_scenes import Request, request_from
-from studies.demo.steps import (
-    ROOT,
-    Comparison,
-    Demo,
-    Metric,
-    Model,
-    count_parameters,
-    discard_stale,
-    evaluate,
-    is_evaluated,
-    seconds_per_iteration,
-    train,
-    write_json,
-)
+from studies.demo.steps import count_parameters, discard_stale, seconds_per_iteration, train_and_evaluate
 from studies.paper_tables.rows import CONFIGS, Row, read_tables
 
 RESULTS = ROOT / "studies" / "ablation" / "results"
@@ -63,17 +51,23 @@ class Recipe:
     seconds: float
 
 
-BOXES = {name: demo.COMPARISON.metrics[name] for name in ("bbox_mAP", "bbox_mAP_50")}
-FASTER = Recipe("configs/demo/ablation/faster-rcnn_r18_scenes.py", "mmdet", demo.COMPARISON, BOXES, "bbox_mAP", 180)
+ABLATION = "configs/demo/ablation"
+BOXES = {name: detection.COMPARISON.metrics[name] for name in ("bbox_mAP", "bbox_mAP_50")}
+FASTER = Recipe(f"{ABLATION}/faster-rcnn_r18_scenes.py", "mmdet", detection.COMPARISON, BOXES, "bbox_mAP", 180)
 MASK = Recipe(
-    "configs/demo/ablation/mask-rcnn_r18_scenes.py", "mmdet", demo.COMPARISON, demo.COMPARISON.metrics, "segm_mAP", 220
+    f"{ABLATION}/mask-rcnn_r18_scenes.py",
+    "mmdet",
+    detection.COMPARISON,
+    detection.COMPARISON.metrics,
+    "segm_mAP",
+    220,
 )
 UPERNET = Recipe(
-    "configs/demo/ablation/upernet_r18_scenes.py",
+    f"{ABLATION}/upernet_r18_scenes.py",
     "mmseg",
-    demo_seg.COMPARISON,
-    demo_seg.COMPARISON.metrics,
-    next(iter(demo_seg.COMPARISON.metrics)),
+    segmentation.COMPARISON,
+    segmentation.COMPARISON.metrics,
+    "mIoU",
     180,
 )
 #: By table. Table 12 is of classification; its backbones are compared in the detector that Table 3 has them in.
@@ -121,7 +115,7 @@ class Setup:
             request=dataclasses.replace(run.recipe.comparison.request, seed=request.seed),  # the scenes' seed alone
             iterations=iterations,
             metrics=run.recipe.metrics,
-            data_root=str(Path(_data_root(run.config))),
+            data_root=run.config.train_dataloader.dataset.data_root.rstrip("/"),
         )
         return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (self.model(run),))
 
@@ -129,18 +123,7 @@ class Setup:
         """The model of a run, with its config written."""
         path = self.work_dir / "configs" / f"{run.name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        nested: dict[str, Any] = {}
-        for key, value in run.changes.items():
-            *folders, name = key.split(".")
-            part = nested
-            for folder in folders:
-                part = part.setdefault(folder, {})
-            part[name] = value
-        lines = [
-            f"_base_ = {str(ROOT / run.recipe.config)!r}",
-            *(f"{key} = {value!r}" for key, value in nested.items()),
-        ]
-        path.write_text("\n".join(lines) + "\n")
+        run.config.dump(path)
         return Model(run.name, f"{run.row.method}, seed {run.seed}", str(path))
 
 
@@ -154,20 +137,15 @@ class Run:
     recipe: Recipe
 
     @cached_property
-    def changes(self) -> dict[str, Any]:
-        """What changes in the recipe's config, by dotted key: the row's operators and the seed."""
+    def config(self) -> Config:
+        """The small model with the operators of the row, and the seed."""
+        config = copy.deepcopy(_read(ROOT / self.recipe.config))
         changes: dict[str, Any] = {"randomness.seed": self.seed}
         for parts in PARTS:
             if operators := _operators(self.row, parts):
                 operators["type"] = f"{OURS}{self.recipe.scope}.{operators['type'].rpartition('.')[2]}"
                 changes[f"model.{'.'.join(parts)}"] = operators
-        return changes
-
-    @cached_property
-    def config(self) -> Config:
-        """The small model with the operators of the row."""
-        config = copy.deepcopy(_read(ROOT / self.recipe.config))
-        config.merge_from_dict(copy.deepcopy(self.changes))
+        config.merge_from_dict(changes)
         return config
 
     @property
@@ -217,10 +195,6 @@ def _read(path: Path) -> Config:
     return Config.fromfile(path)
 
 
-def _data_root(config: Config) -> str:
-    return config.train_dataloader.dataset.data_root
-
-
 # ------------------------------------------------------------------------------------------------------ one run
 def fingerprint(run: Run, setup: Setup) -> str:
     """A digest of all that decides a run's result: the whole composed config, the dataset, the changes for a trial."""
@@ -242,16 +216,12 @@ def find_result(run: Run, setup: Setup) -> dict[str, Any] | None:
     return None
 
 
-def train_and_evaluate(run: Run, setup: Setup) -> None:
-    """Train from the newest checkpoint if there is one, evaluate, and write the result file."""
+def complete(run: Run, setup: Setup) -> None:
+    """Train (from the newest checkpoint if there is one), evaluate, and write the result file."""
     described = setup.demo(run)
     (model,) = described.models
     discard_stale(described, model)
-    if not described.checkpoint(model).is_file():
-        train(described, model)
-    if not is_evaluated(described, model):
-        evaluate(described, model)
-    setup.results.mkdir(parents=True, exist_ok=True)
+    train_and_evaluate(described, model)
     write_json(
         setup.results / f"{run.name}.json",
         {

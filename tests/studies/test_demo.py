@@ -21,6 +21,7 @@ pytest.importorskip("mmseg", reason="the demo trains segmentation models: mmseg 
 from tiny_demos import COMMANDS, COMPARISONS, ITERATIONS, arguments, demo_in, is_alive, wait_for
 from tiny_runs import ROOT
 
+from studies.common import console
 from studies.demo import run as demo_run
 from studies.demo import steps as demo_steps
 
@@ -145,7 +146,7 @@ def test_label_maps_score_what_the_summary_says(finished: Run) -> None:
 
 def test_table_and_pictures(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = COMPARISONS[finished.tool]
-    demo_steps.console.print(demo_run.result_table(comparison, finished.summary, ITERATIONS))
+    console.print(comparison.table(demo_in(finished.tool, finished.folder), finished.summary))
     printed = capsys.readouterr().out
     for model in comparison.models:
         assert model.title in printed
