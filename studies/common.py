@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from carafe_plugin.engine.checkpoint import AtomicLocalBackend
 
@@ -20,6 +22,24 @@ console = Console(highlight=False, soft_wrap=True)
 def wide_console(width: int) -> Console:
     """A console for tables: as wide as its terminal, or ``width`` in a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else width)
+
+
+def text_table(
+    title: str, headings: Sequence[str], lines: Iterable[Sequence[str]], left: Collection[str], caption: str = ""
+) -> Table:
+    """A table for a console; the columns ``left`` are left-justified and may be wrapped."""
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    table.caption = caption or None
+    for name in headings:
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold", no_wrap=name not in left)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """The same in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *lines])
 
 
 def print_errors(lines: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ from carafe_plugin.engine import run as engine
 from carafe_plugin.engine.errors import UsageError
 from studies.ablation import report as ablation_report
 from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, complete, find_result, plan
-from studies.common import ROOT, console, duration, print_errors, shown, wide_console
+from studies.common import ROOT, console, duration, print_errors, shown, text_table, wide_console
 from studies.demo.generate_scenes import add_dataset_options, generate, integer
 from studies.demo.run import alone_in, guarded
 from studies.demo.steps import StepError
@@ -103,7 +103,7 @@ def report(runs: list[Run], setup: Setup) -> list[str]:
         if not found.rows:
             console.print(f"Table {number}: no results yet")
             continue
-        wide.print(ablation_report.view(found))
+        wide.print(text_table(found.title, *ablation_report.texts(found), ("method", "seeds")))
         for path in ablation_report.write(found, setup.results):
             console.print(f"Written: {shown(path)}", markup=False)
         weak += ablation_report.weak_baseline(found)
@@ -126,7 +126,7 @@ def ablation(args: argparse.Namespace) -> int:
         failures = []
         if not args.report:
             with alone_in(setup.work_dir, "ablation"):
-                for request, folder in setup.datasets(to_do):
+                for request, folder in dict.fromkeys(setup.dataset(run.recipe) for run in to_do):
                     generate(folder, request)
                 failures = run_all(to_do, setup)
         faults = failures + report(runs, setup)

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from mmengine.config import Config
 
 from studies.common import ROOT, write_json
 from studies.demo import detection, segmentation
-from studies.demo.comparison import Comparison, Demo, Metric, Model
+from studies.demo.comparison import Comparison, Demo, Model
 from studies.demo.generate_scenes import Request, request_from
 from studies.demo.steps import count_parameters, discard_stale, seconds_per_iteration, train_and_evaluate
 from studies.paper_tables.rows import CONFIGS, Row, read_tables
@@ -36,40 +37,26 @@ class Recipe:
 
     Attributes:
         config: Below the root.
-        scope: Its toolbox.
-        comparison: The demo's, which says what its steps need to know; the recipe changes the rest.
-        metrics: By key in a result file.
+        comparison: The demo's, with the metrics that a result file keeps.
         main: The metric that the table is about.
         seconds: A run about takes, on two cores.
     """
 
     config: str
-    scope: str
     comparison: Comparison
-    metrics: Mapping[str, Metric]
     main: str
     seconds: float
 
 
-ABLATION = "configs/demo/ablation"
-BOXES = {name: detection.COMPARISON.metrics[name] for name in ("bbox_mAP", "bbox_mAP_50")}
-FASTER = Recipe(f"{ABLATION}/faster-rcnn_r18_scenes.py", "mmdet", detection.COMPARISON, BOXES, "bbox_mAP", 180)
-MASK = Recipe(
-    f"{ABLATION}/mask-rcnn_r18_scenes.py",
-    "mmdet",
-    detection.COMPARISON,
-    detection.COMPARISON.metrics,
-    "segm_mAP",
-    220,
-)
-UPERNET = Recipe(
-    f"{ABLATION}/upernet_r18_scenes.py",
-    "mmseg",
-    segmentation.COMPARISON,
-    segmentation.COMPARISON.metrics,
-    "mIoU",
-    180,
-)
+def _recipe(name: str, demo: Comparison, main: str, seconds: float, metrics: Iterable[str] = ()) -> Recipe:
+    kept = {key: demo.metrics[key] for key in metrics or demo.metrics}
+    comparison = dataclasses.replace(demo, name="ablation", metrics=kept)
+    return Recipe(f"configs/demo/ablation/{name}_r18_scenes.py", comparison, main, seconds)
+
+
+FASTER = _recipe("faster-rcnn", detection.COMPARISON, "bbox_mAP", 180, ("bbox_mAP", "bbox_mAP_50"))
+MASK = _recipe("mask-rcnn", detection.COMPARISON, "segm_mAP", 220)
+UPERNET = _recipe("upernet", segmentation.COMPARISON, "mIoU", 180)
 #: By table. Table 12 is of classification; its backbones are compared in the detector that Table 3 has them in.
 RECIPES = {3: FASTER, 4: FASTER, 5: FASTER, 6: MASK, 7: MASK, 9: UPERNET} | {n: FASTER for n in (11, 12, 13, 14)}
 
@@ -93,17 +80,12 @@ class Setup:
 
     def dataset(self, recipe: Recipe) -> tuple[Request, Path]:
         """The dataset of a recipe, and its folder. Segmentation keeps the size and figures of its own demo."""
-        request = self.scenes
-        if recipe.scope == "mmseg":
-            own = recipe.comparison.request
-            small = request.size if request.size != self.request.size else own.size
-            request = dataclasses.replace(request, format=own.format, figures=own.figures, size=small)
-            return request, self.data_root / Path(recipe.comparison.data_root).name
-        return request, self.data_root / f"scenes-{request.size}"
-
-    def datasets(self, runs: Iterable[Run]) -> Iterator[tuple[Request, Path]]:
-        """The datasets of some runs, each once."""
-        yield from dict.fromkeys(self.dataset(run.recipe) for run in runs)
+        request, own = self.scenes, recipe.comparison.request
+        if own.format == request.format:
+            return request, self.data_root / f"scenes-{request.size}"
+        size = request.size if request.size != self.request.size else own.size
+        request = dataclasses.replace(request, format=own.format, figures=own.figures, size=size)
+        return request, self.data_root / Path(recipe.comparison.data_root).name
 
     def demo(self, run: Run) -> Demo:
         """A run in the terms of the demos' steps."""
@@ -111,10 +93,8 @@ class Setup:
         iterations = run.config.train_cfg.max_iters
         comparison = dataclasses.replace(
             run.recipe.comparison,
-            name="ablation",
             request=dataclasses.replace(run.recipe.comparison.request, seed=request.seed),  # the scenes' seed alone
             iterations=iterations,
-            metrics=run.recipe.metrics,
             data_root=run.config.train_dataloader.dataset.data_root.rstrip("/"),
         )
         return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (self.model(run),))
@@ -143,7 +123,7 @@ class Run:
         changes: dict[str, Any] = {"randomness.seed": self.seed}
         for parts in PARTS:
             if operators := _operators(self.row, parts):
-                operators["type"] = f"{OURS}{self.recipe.scope}.{operators['type'].rpartition('.')[2]}"
+                operators["type"] = f"{OURS}{config.default_scope}.{operators['type'].rpartition('.')[2]}"
                 changes[f"model.{'.'.join(parts)}"] = operators
         config.merge_from_dict(changes)
         return config
@@ -155,7 +135,7 @@ class Run:
 
 def slug(method: str) -> str:
     """A method's name in that of a file."""
-    return "-".join("".join(c if c.isalnum() else " " for c in method.lower()).split()) or "baseline"
+    return re.sub("[^a-z0-9]+", "-", method.lower()).strip("-") or "baseline"
 
 
 def plan(tables: Iterable[int], seeds: Iterable[int], setup: Setup) -> list[Run]:

@@ -68,11 +68,6 @@ class Format:
         return images == count and len(self.annotation_files(out, split)) == wanted
 
 
-def _make_folders(*folders: Path) -> None:
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-
-
 def coco_annotations(scene: Scene, owner: np.ndarray, image_id: int, first_id: int) -> list[dict[str, Any]]:
     """COCO annotations of the visible masks, as compressed RLE, numbered from ``first_id``."""
     annotations = []
@@ -94,7 +89,8 @@ def coco_annotations(scene: Scene, owner: np.ndarray, image_id: int, first_id: i
 
 def write_coco(out: Path, split: str, scenes: Iterable[Scene]) -> None:
     """Write ``out/<split>/*.png`` and ``out/annotations/instances_<split>.json``."""
-    _make_folders(out / split, out / "annotations")
+    (out / split).mkdir(parents=True)
+    (out / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, scene in enumerate(scenes, 1):
@@ -128,7 +124,8 @@ def label_map(scene: Scene, owner: np.ndarray) -> np.ndarray:
 def write_ade20k(out: Path, split: str, scenes: Iterable[Scene]) -> None:
     """Write ``out/images/<split>/*.jpg`` and ``out/annotations/<split>/*.png``, the splits named as in ADE20k."""
     images, annotations = (out / kind / FORMATS["ade20k"].folders[split] for kind in ("images", "annotations"))
-    _make_folders(images, annotations)
+    images.mkdir(parents=True)
+    annotations.mkdir(parents=True)
     for number, scene in enumerate(scenes, 1):
         image, owner = paint_scene(scene)
         Image.fromarray(image).save(images / f"{number:06d}.jpg", quality=QUALITY, subsampling=0)
@@ -137,7 +134,7 @@ def write_ade20k(out: Path, split: str, scenes: Iterable[Scene]) -> None:
 
 def write_images(out: Path, split: str, scenes: Iterable[Scene]) -> None:
     """Write ``out/<split>/*.png``: what fills a hole is in the image itself."""
-    _make_folders(out / split)
+    (out / split).mkdir(parents=True)
     for number, scene in enumerate(scenes, 1):
         Image.fromarray(paint_lit_scene(scene)).save(out / split / f"{number:06d}.png")
 
@@ -230,18 +227,15 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 def add_dataset_options(parser: argparse.ArgumentParser, defaults: Request) -> None:
     """The options that decide what the dataset contains."""
-
-    def add(name: str, low: int, high: int | None, text: str) -> None:
+    for name, type_, text in (
+        ("seed", integer(0), "everything follows from it"),
+        ("train", integer(1), "number of training images"),
+        ("val", integer(1), "number of validation images"),
+        ("size", integer(MIN_SIZE, MAX_SIZE), "height and width of an image in pixels"),
+        ("figures", integer(1), "the most figures in a scene"),
+    ):
         default = getattr(defaults, name)
-        parser.add_argument(
-            f"--{name}", type=integer(low, high), default=default, help=f"{text} (default: {default})", metavar="N"
-        )
-
-    add("seed", 0, None, "everything follows from it")
-    add("train", 1, None, "number of training images")
-    add("val", 1, None, "number of validation images")
-    add("size", MIN_SIZE, MAX_SIZE, "height and width of an image in pixels")
-    add("figures", 1, None, "the most figures in a scene")
+        parser.add_argument(f"--{name}", type=type_, default=default, help=f"{text} (default: {default})", metavar="N")
 
 
 def request_from(args: argparse.Namespace, format: str) -> Request:

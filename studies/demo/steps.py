@@ -19,9 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.registry import MODELS, init_default_scope
 from rich.progress import MofNCompleteColumn, Progress
 
+from carafe_plugin.engine import bare_models
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.openmmlab import mmcv_ops
 from studies.common import ROOT, console, duration, shown, write_json
@@ -179,9 +179,8 @@ def discard_stale(demo: Demo, model: Model) -> None:
 def count_parameters(demo: Demo, model: Model) -> int:
     """Build the model and count what it learns."""
     mmcv_ops.install()
-    config = demo.load_config(model)
-    init_default_scope(config.default_scope)
-    return sum(parameter.numel() for parameter in MODELS.build(config.model).parameters() if parameter.requires_grad)
+    built = bare_models.build_model(bare_models.read_config(str(ROOT / model.config), demo.config_options()))
+    return sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
 
 
 def seconds_per_iteration(folder: Path) -> float:
@@ -189,15 +188,14 @@ def seconds_per_iteration(folder: Path) -> float:
 
     Each line of a log is the mean over one window. The first of each start is left out: it includes the warm-up.
     """
-    times: list[float] = []
-    first: list[float] = []
-    for log in sorted(folder.glob("*/vis_data/scalars.json")):
-        window = [entry["time"] for entry in map(json.loads, log.read_text().splitlines()) if "time" in entry]
-        first += window[:1]
-        times += window[1:]
-    if not first:
+    windows = [
+        [entry["time"] for entry in map(json.loads, log.read_text().splitlines()) if "time" in entry]
+        for log in sorted(folder.glob("*/vis_data/scalars.json"))
+    ]
+    if not any(windows):
         raise StepError(f"no iteration times in {folder}/*/vis_data/scalars.json")
-    return statistics.median(times or first)
+    times = [seconds for window in windows for seconds in window[1:]]
+    return statistics.median(times or [seconds for window in windows for seconds in window])
 
 
 def summarise(demo: Demo, models: Sequence[Model]) -> Summary:

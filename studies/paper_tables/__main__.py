@@ -26,15 +26,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table as RichTable
 
 from carafe_plugin.engine import run as engine
 from carafe_plugin.engine.checkpoint import AtomicLocalBackend
 from carafe_plugin.engine.errors import UsageError
-from studies.common import shown, wide_console, write_json
+from studies.common import shown, text_table, wide_console, write_json
 from studies.paper_tables import rows as paper_rows
 from studies.paper_tables.pages import PAGE, cells, headings, markdown, pages, title
 from studies.paper_tables.rows import Row, Table
@@ -58,18 +55,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--costs", type=Path, default=paper_rows.COSTS, help="file of parameters and FLOPs")
     parser.add_argument("--results", type=Path, default=paper_rows.RESULTS, help="folder of our results")
     return parser.parse_args(argv)
-
-
-def show(table: Table, lines: list[list[str]], console: Console) -> None:
-    """Print one table."""
-    view = RichTable(title=title(table), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
-    view.caption = table.note or None
-    for name in headings(table):
-        left = name in ("method", "task", "ours", "config")
-        view.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    for line in lines:
-        view.add_row(*line)
-    console.print(view)
 
 
 def measure(rows: list[Row], costs: dict[str, dict[str, Any]], path: Path) -> None:
@@ -112,19 +97,20 @@ def paper_tables(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path and not path.absolute().parent.is_dir():
             raise UsageError(f"--{name}: no folder {path.parent} to write {path.name} into")
-    chosen = [table for number, table in tables.items() if not args.table or number in args.table]
-    if args.record:
-        print(f"Written: {record(args.record[0], Path(args.record[1]), tables, args.results)}")
     if args.table and (args.write or (args.markdown and args.markdown.resolve() == PAGE)):
         option = "--write" if args.write else f"--markdown {args.markdown}"
         raise UsageError(f"{option} writes all tables into {shown(PAGE)}: leave out --table")
+    chosen = [table for number, table in tables.items() if not args.table or number in args.table]
+    if args.record:
+        print(f"Written: {record(args.record[0], Path(args.record[1]), tables, args.results)}")
     costs = paper_rows.read_costs(args.costs)
     if args.measure:
         measure([row for table in chosen for row in table.rows], costs, args.costs)
     console = wide_console(190)
     filled = [(table, list(cells(table, costs, args.results))) for table in chosen]
     for table, lines in filled:
-        show(table, lines, console)
+        left = ("method", "task", "ours", "config")
+        console.print(text_table(title(table), headings(table), lines, left, table.note))
     if any(not paper_rows.known_cost(row, costs) for table in chosen for row in table.rows):
         console.print("?: not counted since its config changed; --measure counts it.")
     if args.markdown:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from carafe_plugin.engine.errors import UsageError
-from studies.common import ROOT, shown
+from studies.common import ROOT, markdown_table, shown
 from studies.paper_tables.rows import COLUMNS, CONFIGS, RESULTS, TABLES, Row, Table, figure, known_cost, read_metrics
 
 PAGE = ROOT / "docs" / "paper_tables.md"
@@ -88,9 +88,7 @@ def markdown(tables: list[tuple[Table, list[list[str]]]]) -> str:
     ]
     for table, lines in tables:
         parts.append(f"## {title(table)}")
-        names = headings(table)
-        rows = [names, ["---"] * len(names), *(line[:-1] + [_link(line[-1])] for line in lines)]
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        parts.append(markdown_table(headings(table), (line[:-1] + [_link(line[-1])] for line in lines)))
         if table.note:
             parts.append(table.note)
     return "\n\n".join(parts) + "\n"

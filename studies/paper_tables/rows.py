@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from carafe_plugin.engine import bare_models
 from studies.common import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -180,12 +181,9 @@ def measure(config: str, counted: bool = True) -> dict[str, Any]:
     Raises:
         UsageError: The config or its model is unusable.
     """
-    from carafe_plugin.engine import bare_models
-    from carafe_plugin.engine.bare_models import count_model
-
     cfg = bare_models.read_config(config if "::" in config else str(CONFIGS / config))
     shape, model = bare_models.image_shape(cfg), bare_models.build_model(cfg)
-    found = count_model(cfg, model, shape) if counted else None
+    found = bare_models.count_model(cfg, model, shape) if counted else None
     return {
         "digest": digest(config),
         "shape": list(shape),
