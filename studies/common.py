@@ -49,7 +49,7 @@ def print_errors(lines: Iterable[str]) -> None:
 
 
 def shown(path: Path) -> str:
-    """The path from the root where it lies below it; the tools run there."""
+    """The path relative to the root if it is inside; the tools run there."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 

@@ -36,10 +36,10 @@ class Recipe:
     """A small model for a table's rows.
 
     Attributes:
-        config: Below the root.
-        comparison: The demo's, with the metrics that a result file keeps.
-        main: The metric that the table is about.
-        seconds: A run about takes, on two cores.
+        config (str): below the root.
+        comparison (Comparison): the demo's, with the metrics that a result file keeps.
+        main (str): the metric that the table is about.
+        seconds (float): about what a run takes on two cores.
     """
 
     config: str

@@ -39,18 +39,18 @@ class Comparison:
     """What a demo compares; a subclass draws the predictions and may judge and show results in its own way.
 
     Attributes:
-        name: Of the folder below ``work_dirs`` that is its default.
-        models: What is always compared.
-        more_models: What ``--all`` adds.
-        data_root: Where the configs look for the dataset, below the root.
-        data_options: The settings in the configs that name the dataset, and the path of each below its folder.
-        request: The default dataset.
-        iterations: Of each training, as in the configs.
-        scheduled: Whether the configs have a learning-rate schedule, which ends with the training.
-        seconds: Per iteration on two cores, for the estimates that are shown.
-        metrics: By key in summary.json.
-        minimum: By key in summary.json. Below it a model has not learnt, and the comparison would mean nothing.
-        predictions: The name of the file or folder that ``tools/test.py --out`` writes.
+        name (str): of its default folder below ``work_dirs``.
+        models (tuple[Model]): always compared.
+        more_models (tuple[Model]): added by ``--all``.
+        data_root (str): where the configs look for the dataset, below the root.
+        data_options (dict[str, str]): the configs' settings that name the dataset, and the path of each in its folder.
+        request (Request): the default dataset.
+        iterations (int): of each training, as in the configs.
+        scheduled (bool): whether the configs have a learning-rate schedule, which ends with the training.
+        seconds (float): per iteration on two cores, for the estimates of the plan.
+        metrics (dict[str, Metric]): by key in summary.json.
+        minimum (dict[str, float]): by key in summary.json; below it a model has not learnt, and nothing is compared.
+        predictions (str): the name of the file or folder that ``tools/test.py --out`` writes.
     """
 
     name: str

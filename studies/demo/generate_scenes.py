@@ -46,10 +46,10 @@ class Format:
     """How a dataset is stored.
 
     Attributes:
-        write: Writes the scenes of a split into a folder.
-        images: The pattern of a split's images below the dataset's folder; ``{}`` is the split.
-        annotations: That of the files which tell one dataset from another.
-        folders: The names of the splits.
+        write (Callable[[Path, str, Iterable[Scene]], None]): writes the scenes of a split into a folder.
+        images (str): the pattern of a split's images below the dataset's folder; ``{}`` is the split.
+        annotations (str): the pattern of the files which tell one dataset from another.
+        folders (dict[str, str]): the names of the splits.
     """
 
     write: Callable[[Path, str, Iterable[Scene]], None]
@@ -183,7 +183,7 @@ def generate(out: Path, request: Request) -> bool:
     It is written beside ``out`` and moved there at the end, so ``out`` never holds half a dataset.
 
     Returns:
-        Whether anything was written.
+        bool: whether anything was written.
 
     Raises:
         UsageError: ``out`` holds something that this script did not write.

@@ -52,10 +52,10 @@ def mean_fill(sample: dict[str, Any]) -> torch.Tensor:
     """Fill a hole with the mean colour of what is known.
 
     Args:
-        sample: ``original`` (Tensor[3, H, W]) and ``holes`` (Tensor[1, H, W], 1 in the hole).
+        sample (dict[str, Tensor]): ``original`` (Tensor[3, H, W]) and ``holes`` (Tensor[1, H, W], 1 in the hole).
 
     Returns:
-        Tensor[3, H, W] in the original's range.
+        Tensor[3, H, W]: in the original's range.
     """
     original, holes = sample["original"], sample["holes"]
     known = 1 - holes

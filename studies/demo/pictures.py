@@ -98,11 +98,11 @@ def draw_grid(
     """Draw a grid of pictures, and write all of it or nothing.
 
     Args:
-        titles: Of the columns.
-        rows: The pictures of each row, by its label.
-        out: The PNG to write.
-        inches: The size of a picture.
-        legend: Named colours.
+        titles (Sequence[str]): of the columns.
+        rows (dict[str, Sequence[Cell]]): the pictures of each row, by its label.
+        out (Path): the PNG to write.
+        inches (float): the side of a picture.
+        legend (dict[str, Any] | None): named colours.
     """
     size = (inches * len(titles), inches * len(rows) + (0.7 if legend else 0.5))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
@@ -129,12 +129,12 @@ def draw_comparison(
     The images are the first ones with several objects, whatever the models make of them.
 
     Args:
-        annotations: A COCO instances file.
-        images: The folder of its file names.
-        predictions: By column title, the file that mmdet's ``DumpDetResults`` wrote.
-        out: The PNG to write.
-        rows: The most images.
-        threshold: The least score that is drawn.
+        annotations (Path): a COCO instances file.
+        images (Path): the folder of its images.
+        predictions (dict[str, Path]): by column title, the file that mmdet's ``DumpDetResults`` wrote.
+        out (Path): the PNG to write.
+        rows (int): the most images.
+        threshold (float): the least score that is drawn.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # COCO reports its progress with print
         coco = COCO(str(annotations))
@@ -164,11 +164,12 @@ def draw_label_maps(
     The images are the first ones that show several classes, whatever the models make of them.
 
     Args:
-        data_root: A dataset in ADE20k's folders.
-        palette: The colour of each class, in the order of their labels from 1; a pixel of label 0 is black.
-        predictions: By column title, the folder of label maps that ``tools/test.py --out`` wrote.
-        out: The PNG to write.
-        rows: The most images.
+        data_root (Path): a dataset in ADE20k's folders.
+        palette (dict[str, tuple[int, int, int]]): the RGB colour of each class, in the order of their labels from 1; a
+            pixel of label 0 is black.
+        predictions (dict[str, Path]): by column title, the folder of label maps that ``tools/test.py --out`` wrote.
+        out (Path): the PNG to write.
+        rows (int): the most images.
     """
     colours = np.array([(0, 0, 0), *palette.values()], dtype=np.uint8)
     truths = sorted((data_root / "annotations" / "validation").glob("*.png"))

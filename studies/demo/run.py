@@ -39,7 +39,7 @@ def plan(demo: Demo) -> Table:
 
 
 def compared(demo: Demo) -> list[Model]:
-    """The models that were asked for, and those of which an earlier run left results of the same comparison."""
+    """The requested models, and those with results of the same comparison from an earlier run."""
     every = (*demo.comparison.models, *demo.comparison.more_models)
     return [m for m in every if m in demo.models or (is_evaluated(demo, m) and belongs(demo, m))]
 
@@ -108,7 +108,7 @@ def alone_in(work_dir: Path, name: str = "demo") -> Iterator[None]:
     """Be the only process that works in a folder.
 
     Raises:
-        StepError: Another one does.
+        StepError: another one does.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / ".lock").open("w") as lock:

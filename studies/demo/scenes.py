@@ -25,7 +25,7 @@ SPLITS = ("train", "val")
 CATEGORIES = ("star", "ring", "cross", "crescent", "gear", "key")
 #: Every object keeps at least this many visible pixels, and this share of what it would show alone.
 MIN_PIXELS, MIN_VISIBLE = 20, 0.4
-#: The most figures that a scene is meant to have, unless more are asked for; the least is a quarter of it.
+#: The most figures of a scene by default; the least is a quarter of it.
 FIGURES = 8
 SUPERSAMPLING = 4
 HUE_DEVIATION = 0.06
@@ -132,11 +132,11 @@ def describe_scene(
     """Decide what a scene contains.
 
     Args:
-        rng: The only source of randomness.
-        size: Height and width in pixels.
-        figures: The most single figures; a full scene refuses some.
-        crowded: Add one crowd of equal figures.
-        empty: No objects at all.
+        rng (Generator): the only source of randomness.
+        size (int): height and width in pixels.
+        figures (int): the most single figures; a full scene refuses some.
+        crowded (bool): add one crowd of equal figures.
+        empty (bool): no objects at all.
 
     Returns:
         A scene in which every object is visible well enough to be annotated.

@@ -46,7 +46,7 @@ def run_tool(title: str, command: Sequence[str], log: Path) -> None:
     """Run one of our tools with its output in ``log`` and a progress bar on the console.
 
     Raises:
-        StepError: It did not exit with 0.
+        StepError: it did not exit with 0.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"$ python {' '.join(command)} >> {shown(log)}", style="dim", markup=False)
@@ -158,7 +158,7 @@ def discard_stale(demo: Demo, model: Model) -> None:
     """Remove what another configuration or dataset has left in the model's folder.
 
     Raises:
-        StepError: The folder holds something that no demo wrote.
+        StepError: the folder holds something that no demo wrote.
     """
     if belongs(demo, model):
         return

@@ -69,7 +69,7 @@ def record(config: str, source: Path, tables: dict[int, Table], folder: Path) ->
     """Keep the metrics in ``source`` as our result of a config.
 
     Raises:
-        UsageError: The config is not in the tables, or the file holds none of the metrics of its tables.
+        UsageError: the config is not in the tables, or the file holds none of the metrics of its tables.
     """
     wanted = os.path.relpath(Path(config).absolute(), paper_rows.CONFIGS) if "::" not in config else config
     lines = [(table, row, line) for table in tables.values() for row, line, _ in table.lines if row.config == wanted]

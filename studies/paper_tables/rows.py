@@ -28,10 +28,10 @@ class Column:
     """A column of figures: what they are called elsewhere, and how they are written.
 
     Attributes:
-        logged: The metric's name in the logs of tools/test.py; ``{}`` is the task's.
-        unit: The table's value of a logged 1.
-        digits: Decimals in the paper.
-        indexed: The metric's name in a metafile, which quotes the main figures alone; ``{}`` is the task.
+        logged (str): the metric's name in the logs of tools/test.py; ``{}`` is the task's.
+        unit (float): the table's value of a logged 1.
+        digits (int): decimals in the paper.
+        indexed (str): the metric's name in a metafile, which quotes the main figures alone; ``{}`` is the task.
     """
 
     logged: str
@@ -69,10 +69,10 @@ class Row:
     """One method of a table.
 
     Attributes:
-        method: In the table's words.
-        config: As the list has it: a file below ``configs/``, or ``mmdet::...``.
-        paper: The paper's figures, one list a line.
-        counted: Whether the FLOPs of the model's forward pass are counted; its parameters always are.
+        method (str): in the table's words.
+        config (str): a file below ``configs/``, or ``mmdet::...``.
+        paper (list[list[Any]]): the paper's figures, one list a line.
+        counted (bool): whether the FLOPs of the model's forward pass are counted; its parameters always are.
     """
 
     method: str
@@ -133,7 +133,7 @@ def digest(config: str) -> str:
     """A digest of a config's text and that of every file of ours that it builds on; a toolbox's counts by its name.
 
     Args:
-        config: As :attr:`Row.config`.
+        config (str): as :attr:`Row.config`.
     """
     if "::" in config:
         return hashlib.sha256(config.encode()).hexdigest()[:16]
@@ -171,15 +171,15 @@ def measure(config: str, counted: bool = True) -> dict[str, Any]:
     An inpainting network is its generator: the discriminator is there for training alone.
 
     Args:
-        config: As :attr:`Row.config`.
-        counted: As :attr:`Row.counted`.
+        config (str): as :attr:`Row.config`.
+        counted (bool): as :attr:`Row.counted`.
 
     Returns:
-        ``digest``, ``shape``, ``parameters``, ``flops`` (multiply-adds, None where they are not counted), and
-        ``uncounted``, the operators without a count.
+        dict[str, Any]: ``digest``, ``shape``, ``parameters``, ``flops`` (multiply-adds, None where they are not
+        counted), and ``uncounted``, the operators without a count.
 
     Raises:
-        UsageError: The config or its model is unusable.
+        UsageError: the config or its model is unusable.
     """
     cfg = bare_models.read_config(config if "::" in config else str(CONFIGS / config))
     shape, model = bare_models.image_shape(cfg), bare_models.build_model(cfg)

@@ -122,7 +122,7 @@ def test_baselines_are_the_plain_models() -> None:
 
 
 def test_a_run_is_done_once(tmp_path: Path, two_rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted between its steps it goes on; another table's row of the same model needs none."""
+    """Interrupted between its steps it resumes; another table's row of the same model needs none."""
     steps = []
     train, evaluate = demo_steps.train, demo_steps.evaluate
 

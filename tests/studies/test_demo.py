@@ -95,7 +95,7 @@ def downsampler(channels: int) -> int:
 BACKBONE = downsampler(64) + 2 * (downsampler(64) + downsampler(128) + downsampler(256))
 
 
-def test_killed_demo_goes_on_from_its_checkpoint(finished: Run) -> None:
+def test_killed_demo_resumes_from_its_checkpoint(finished: Run) -> None:
     sessions = []
     for log in sorted((finished.work_dir / "baseline").glob("*/vis_data/scalars.json")):
         sessions.append([json.loads(line)["step"] for line in log.read_text().splitlines()])

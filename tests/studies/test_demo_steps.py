@@ -156,7 +156,7 @@ def test_evaluation_without_the_metric_is_an_error(tmp_path: Path, monkeypatch: 
 
 
 def test_interrupting_stops_the_tool(tmp_path: Path) -> None:
-    """SIGTERM, as from a job scheduler: the demo says how to go on, and its training does not stay behind."""
+    """SIGTERM, as from a job scheduler: the demo says how to resume, and leaves no training behind."""
     code = (
         "import sys, pathlib\nfrom studies.demo import detection, run, steps\n"
         "tool = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
