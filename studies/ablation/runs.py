@@ -88,7 +88,7 @@ class Setup:
         return request, self.data_root / Path(recipe.comparison.data_root).name
 
     def demo(self, run: Run) -> Demo:
-        """A run in the terms of the demos' steps."""
+        """A run in the terms of the demos' steps, with its config written."""
         request, folder = self.dataset(run.recipe)
         iterations = run.config.train_cfg.max_iters
         comparison = dataclasses.replace(
@@ -97,14 +97,11 @@ class Setup:
             iterations=iterations,
             data_root=run.config.train_dataloader.dataset.data_root.rstrip("/"),
         )
-        return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (self.model(run),))
-
-    def model(self, run: Run) -> Model:
-        """The model of a run, with its config written."""
-        path = self.work_dir / "configs" / f"{run.name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run.config.dump(path)
-        return Model(run.name, f"{run.row.method}, seed {run.seed}", str(path))
+        config = self.work_dir / "configs" / f"{run.name}.py"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        run.config.dump(config)
+        model = Model(run.name, f"{run.row.method}, seed {run.seed}", str(config))
+        return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (model,))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,17 @@ class Metric:
     title: str
     logged: str
     unit: float = 1.0
+    digits: int = 3
+
+
+#: What a model costs, by key in summary.json: the column's title, and how it is written.
+Costs = Mapping[str, tuple[str, Callable[[float], str]]]
+COSTS: Costs = {"parameters": ("parameters", "{:,}".format), "seconds_per_iter": ("s/it", "{:.2f}".format)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a demo compares; a subclass draws the predictions and may judge and show results in its own way.
+    """What a demo compares; a subclass draws the predictions and may add results of its own and judge them.
 
     Attributes:
         name (str): of its default folder below ``work_dirs``.
@@ -50,6 +56,8 @@ class Comparison:
         seconds (float): per iteration on two cores, for the estimates of the plan.
         metrics (dict[str, Metric]): by key in summary.json.
         minimum (dict[str, float]): by key in summary.json; below it a model has not learnt, and nothing is compared.
+        costs (Costs): the columns behind the metrics.
+        caption (str): below the table.
         predictions (str): the name of the file or folder that ``tools/test.py --out`` writes.
     """
 
@@ -64,6 +72,8 @@ class Comparison:
     seconds: float
     metrics: Mapping[str, Metric]
     minimum: Mapping[str, float] = field(default_factory=dict)
+    costs: Costs = field(default_factory=lambda: COSTS)
+    caption: str | None = None
     predictions: str
 
     def draw(self, demo: Demo, models: Sequence[Model], out: Path) -> None:
@@ -74,16 +84,23 @@ class Comparison:
         """Add what the models' evaluations do not contain."""
         return summary
 
+    def titles(self) -> dict[str, str]:
+        """By key in summary.json, whose results they are."""
+        return {model.name: model.title for model in (*self.models, *self.more_models)}
+
     def table(self, demo: Demo, summary: Summary) -> Table:
         """One row per model; narrow enough for a terminal of 80 columns."""
-        table = Table(title=f"Generated scenes, {demo.iterations} iterations from scratch")
+        size = f"{demo.request.val} generated scenes, {demo.request.size} x {demo.request.size}"
+        table = Table(title=f"{size}; {demo.iterations} iterations from scratch", caption=self.caption)
+        figures = {key: (metric.title, f"{{:.{metric.digits}f}}".format) for key, metric in self.metrics.items()}
+        columns = {**figures, **self.costs}
         table.add_column("model", no_wrap=True)
-        for title in (*(metric.title for metric in self.metrics.values()), "parameters", "s/it"):
+        for title, _ in columns.values():
             table.add_column(title, justify="right", no_wrap=True)
-        titles = {model.name: model.title for model in (*self.models, *self.more_models)}
-        for name, result in summary.items():
-            figures = (f"{result[metric]:.3f}" for metric in self.metrics)
-            table.add_row(titles[name], *figures, f"{result['parameters']:,}", f"{result['seconds_per_iter']:.2f}")
+        titles = self.titles()
+        for name, found in summary.items():
+            cells = (text(found[key]) if key in found else "" for key, (_, text) in columns.items())
+            table.add_row(titles[name], *cells)
         return table
 
     def remarks(self, summary: Summary) -> list[str]:

@@ -68,27 +68,8 @@ class Format:
         return images == count and len(self.annotation_files(out, split)) == wanted
 
 
-def coco_annotations(scene: Scene, owner: np.ndarray, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """COCO annotations of the visible masks, as compressed RLE, numbered from ``first_id``."""
-    annotations = []
-    for index, item in enumerate(scene.objects):
-        rle = coco_mask.encode(np.asfortranarray(owner == index, dtype=np.uint8))
-        annotations.append(
-            {
-                "id": first_id + index,
-                "image_id": image_id,
-                "category_id": CATEGORIES.index(item.category) + 1,
-                "iscrowd": int(item.crowd),
-                "area": float(coco_mask.area(rle)),
-                "bbox": coco_mask.toBbox(rle).tolist(),
-                "segmentation": {"size": list(owner.shape), "counts": rle["counts"].decode("ascii")},
-            }
-        )
-    return annotations
-
-
 def write_coco(out: Path, split: str, scenes: Iterable[Scene]) -> None:
-    """Write ``out/<split>/*.png`` and ``out/annotations/instances_<split>.json``."""
+    """Write ``out/<split>/*.png`` and ``out/annotations/instances_<split>.json``: visible masks as compressed RLE."""
     (out / split).mkdir(parents=True)
     (out / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
@@ -98,7 +79,19 @@ def write_coco(out: Path, split: str, scenes: Iterable[Scene]) -> None:
         file_name = f"{image_id:06d}.png"
         Image.fromarray(image).save(out / split / file_name)
         images.append({"id": image_id, "file_name": file_name, "width": scene.size, "height": scene.size})
-        annotations += coco_annotations(scene, owner, image_id, first_id=len(annotations) + 1)
+        for index, item in enumerate(scene.objects):
+            visible = coco_mask.encode(np.asfortranarray(owner == index, dtype=np.uint8))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": CATEGORIES.index(item.category) + 1,
+                    "iscrowd": int(item.crowd),
+                    "area": float(coco_mask.area(visible)),
+                    "bbox": coco_mask.toBbox(visible).tolist(),
+                    "segmentation": {"size": list(owner.shape), "counts": visible["counts"].decode("ascii")},
+                }
+            )
     content = {
         "info": {"description": f"Generated scenes, {split}", "version": str(VERSION)},
         "licenses": [],

@@ -22,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from carafe_plugin.engine import bare_models
 from carafe_plugin.inpainting import InpaintingMetric
 from studies.common import ROOT
-from studies.demo.comparison import Comparison, Demo, Metric, Model, Summary
+from studies.demo.comparison import COSTS, Comparison, Demo, Metric, Model, Summary
 from studies.demo.generate_scenes import Request
 from studies.demo.pictures import Cell, draw_grid
 from studies.demo.run import main
@@ -79,6 +78,10 @@ def cost(demo: Demo, model: Model) -> dict[str, int]:
     return {"generator_parameters": found.parameters["generator"], "generator_flops": found.flops["generator"]}
 
 
+def _two_lines(title: str) -> str:
+    return title.replace(", ", ",\n")
+
+
 class Inpainting(Comparison):
     """Compares with the mean colour as well, and shows what the generators cost."""
 
@@ -98,26 +101,11 @@ class Inpainting(Comparison):
             images += [*(found[index]["completed"] for found in samples.values()), original]
             rows[f"image {index + 1}"] = [Cell(to_pixels(image)) for image in images]
         titles = ["input", "mask", *samples, "original"]
-        draw_grid([title.replace(", ", "\n") for title in titles], rows, out, 1.9)
+        draw_grid(list(map(_two_lines, titles)), rows, out, 1.9)
 
-    def table(self, demo: Demo, summary: Summary) -> Table:
-        """One row per model; narrow enough for a terminal of 80 columns."""
-        size = demo.request.size
-        title = f"{demo.request.val} generated scenes, {size} x {size}; {demo.iterations} iterations from scratch"
-        table = Table(
-            title=title, caption="L1 in %, PSNR in dB, the generator's multiply-adds (M) and seconds per iteration"
-        )
-        table.add_column("model")
-        for heading in ("L1", "PSNR", "hole L1", "hole PSNR", "SSIM", "param.", "M", "s/it"):
-            table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-        titles = {MEAN_FILL: "mean colour", **{model.name: model.title for model in self.models}}
-        for name, found in summary.items():
-            cells = [f"{found[key]:.3f}" if key == "ssim" else f"{found[key]:.2f}" for key in self.metrics]
-            if name != MEAN_FILL:
-                parameters, flops = found["generator_parameters"] / 1e3, found["generator_flops"] / 1e6
-                cells += [f"{parameters:.0f}k", f"{flops:.0f}", f"{found['seconds_per_iter']:.2f}"]
-            table.add_row(titles[name].replace(", ", ",\n"), *cells)
-        return table
+    def titles(self) -> dict[str, str]:
+        """The models on two lines each, and the mean colour."""
+        return {MEAN_FILL: "mean colour", **{name: _two_lines(title) for name, title in super().titles().items()}}
 
     def remarks(self, summary: Summary) -> list[str]:
         """One line for every model: how far it is above the mean colour."""
@@ -157,12 +145,18 @@ COMPARISON = Inpainting(
     scheduled=False,
     seconds=0.25,
     metrics={
-        "l1": Metric("L1 %", "inpainting/l1"),
-        "psnr": Metric("PSNR dB", "inpainting/psnr"),
-        "l1_hole": Metric("hole L1", "inpainting/l1_hole"),
-        "psnr_hole": Metric("hole PSNR", "inpainting/psnr_hole"),
+        "l1": Metric("L1", "inpainting/l1", digits=2),
+        "psnr": Metric("PSNR", "inpainting/psnr", digits=2),
+        "l1_hole": Metric("hole\nL1", "inpainting/l1_hole", digits=2),
+        "psnr_hole": Metric("hole\nPSNR", "inpainting/psnr_hole", digits=2),
         "ssim": Metric("SSIM", "inpainting/ssim"),
     },
+    costs={
+        "generator_parameters": ("param.", lambda number: f"{number / 1e3:.0f}k"),
+        "generator_flops": ("M", lambda number: f"{number / 1e6:.0f}"),
+        "seconds_per_iter": COSTS["seconds_per_iter"],
+    },
+    caption="L1 in %, PSNR in dB, the generator's multiply-adds (M) and seconds per iteration",
     predictions="predictions.pkl",
 )
 

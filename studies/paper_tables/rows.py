@@ -85,11 +85,6 @@ class Row:
         """The config as our tools take it, from the root of the project."""
         return self.config if "::" in self.config else f"configs/{self.config}"
 
-    @property
-    def name(self) -> str:
-        """A name for files: the same for the same config in every table."""
-        return re.sub(r"[^\w.-]+", "_", self.config.removesuffix(".py").replace("::", "/"))
-
 
 @dataclass(frozen=True)
 class Table:
@@ -195,8 +190,8 @@ def measure(config: str, counted: bool = True) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------------- results
 def result_file(row: Row, folder: Path = RESULTS) -> Path:
-    """Where the result of a row's config is kept: ``{"config": ..., "metrics": {...}}``."""
-    return folder / f"{row.name}.json"
+    """Where our result is kept: ``{"config": ..., "metrics": {...}}``, the same for the same config in every table."""
+    return folder / (re.sub(r"[^\w.-]+", "_", row.config.removesuffix(".py")) + ".json")
 
 
 def read_metrics(row: Row, folder: Path = RESULTS) -> dict[str, float] | None:

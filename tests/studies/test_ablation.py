@@ -154,7 +154,7 @@ def test_written_config_is_the_composed_one(setup: Setup) -> None:
     """The file for tools/train.py says what changes; read back it is what the fingerprint is of."""
     for table, index in ((3, 4), (9, 4), (6, 2)):
         run = plan((table,), (5,), setup)[index]
-        path = setup.model(run).config
+        path = setup.demo(run).models[0].config
         assert Config.fromfile(path).to_dict() == run.config.to_dict()
 
 
