@@ -4,17 +4,17 @@
     $ python -m studies.ablation                      # Tables 4 and 6 with three seeds each: 48 trainings
     $ python -m studies.ablation --table 3 --table 5
     $ python -m studies.ablation --plan               # what is done and what is to do
-    $ python -m studies.ablation --report             # tables and plots of what there is
+    $ python -m studies.ablation --report             # tables and plots of the results so far
 
 Each row's operators (the types and carafe_cfg of its backbone, neck and heads in configs/) are put into the small model
 of configs/demo/ablation. The same model of another table counts for both. A run is trained with tools/train.py,
-evaluated with tools/test.py, and leaves one file in studies/ablation/results. The same command goes on where an earlier
-one was stopped: runs with a result are skipped, an interrupted training goes on from its last checkpoint.
+evaluated with tools/test.py, and leaves one file in studies/ablation/results. The same command continues where an
+earlier one stopped: runs with a result are skipped, an interrupted training resumes from its last checkpoint.
 
 Training a small model from scratch is not the paper's setting, whose backbones are pretrained on ImageNet.
 
 Exit code: 0; 1 where a run failed or a baseline's box AP50 is below 0.30, so that the differences mean little; 2 when
-something that was given does not fit; 130 when interrupted.
+an argument is invalid; 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.errors import UsageError
 from studies.ablation import report as ablation_report
-from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, find_result, plan, train_and_evaluate
+from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, complete, find_result, plan
+from studies.common import ROOT, console, duration, print_errors, shown, text_table, wide_console
 from studies.demo.generate_scenes import add_dataset_options, generate, integer
-from studies.demo.run import guarded, supervise
-from studies.demo.steps import ROOT, StepError, console, duration, shown
+from studies.demo.run import alone_in, guarded
+from studies.demo.steps import StepError
 from studies.paper_tables.rows import read_tables
 
 DEFAULT_TABLES = (4, 6)
@@ -84,9 +84,9 @@ def run_all(to_do: list[Run], setup: Setup) -> list[str]:
         console.rule(f"{index + 1} of {len(to_do)}: Table {run.table}, {run.row.method}, seed {run.seed}; {left} left")
         started = time.monotonic()
         try:
-            train_and_evaluate(run, setup)
+            complete(run, setup)
         except StepError as error:  # the others can still be run
-            console.print(f"error: {error}", style="red", markup=False)
+            print_errors([str(error)])
             failures.append(f"{run.name} failed: {error}")
         seconds.append(time.monotonic() - started)
     return failures
@@ -95,7 +95,7 @@ def run_all(to_do: list[Run], setup: Setup) -> list[str]:
 def report(runs: list[Run], setup: Setup) -> list[str]:
     """Write each table's means and plot; returns a line for every baseline that has not learnt enough."""
     tables = read_tables()
-    wide = Console(width=None if console.is_terminal else 120)  # a table in a file need not fit 80 columns
+    wide = wide_console(120)
     weak = []
     for number in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == number]
@@ -103,7 +103,7 @@ def report(runs: list[Run], setup: Setup) -> list[str]:
         if not found.rows:
             console.print(f"Table {number}: no results yet")
             continue
-        wide.print(ablation_report.view(found))
+        wide.print(text_table(found.title, *ablation_report.texts(found), ("method", "seeds")))
         for path in ablation_report.write(found, setup.results):
             console.print(f"Written: {shown(path)}", markup=False)
         weak += ablation_report.weak_baseline(found)
@@ -115,27 +115,25 @@ def ablation(args: argparse.Namespace) -> int:
     numbers = args.table or list(DEFAULT_TABLES)
     unknown = [number for number in numbers if number not in RECIPES]
     if unknown:
-        raise engine.UsageError(f"--table: expected one of {', '.join(map(str, RECIPES))}, got {unknown[0]}")
+        raise UsageError(f"--table: expected one of {', '.join(map(str, RECIPES))}, got {unknown[0]}")
     setup = Setup.from_args(args)
     runs = plan(dict.fromkeys(numbers), dict.fromkeys(args.seeds), setup)
     to_do = show_plan(runs, setup)
     if args.plan:
         return 0
 
-    def train_all() -> list[str]:
-        for request, folder in setup.datasets(to_do):
-            generate(folder, request)
-        return run_all(to_do, setup)
-
-    def finish(failures: list[str]) -> int:
+    def work() -> int:
+        failures = []
+        if not args.report:
+            with alone_in(setup.work_dir, "ablation"):
+                for request, folder in dict.fromkeys(setup.dataset(run.recipe) for run in to_do):
+                    generate(folder, request)
+                failures = run_all(to_do, setup)
         faults = failures + report(runs, setup)
-        for line in faults:
-            console.print(f"error: {line}", style="red", markup=False)
+        print_errors(faults)
         return 1 if faults else 0
 
-    if args.report:
-        return guarded(lambda: finish([]))
-    return supervise(setup.work_dir, train_all, finish, name="ablation")
+    return guarded(work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

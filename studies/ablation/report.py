@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table as RichTable
+from matplotlib.figure import Figure  # without pyplot: no display, no state
 
 from studies.ablation.runs import Recipe, Run, Setup, find_result
+from studies.common import markdown_table
 from studies.paper_tables.rows import Row, Table
 
 MINIMUM = 0.30  # of a baseline's box AP50: below it a model has not learnt, and differences would mean nothing
@@ -50,7 +50,7 @@ class Found:
 
 
 def collect(table: Table, runs: Sequence[Run], setup: Setup) -> Found:
-    """The results that there are for some runs of a table."""
+    """The results so far of some runs of a table."""
     methods = []
     for row in table.rows:
         found = [find_result(run, setup) for run in runs if run.row == row]
@@ -70,9 +70,8 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def texts(found: Found) -> tuple[list[str], list[list[str]]]:
     """Headings and lines, the same for the console and the page."""
-    metrics = found.recipe.metrics
-    names = [f"{metric.title}" for metric in metrics.values()]
-    headings = ["method", "seeds", *names, "parameters", "s/it", "paper"]
+    metrics = found.recipe.comparison.metrics
+    headings = ["method", "seeds", *(metric.title for metric in metrics.values()), "parameters", "s/it", "paper"]
     lines = [
         [
             method.row.method,
@@ -85,17 +84,6 @@ def texts(found: Found) -> tuple[list[str], list[list[str]]]:
         for method in found.rows
     ]
     return headings, lines
-
-
-def view(found: Found) -> RichTable:
-    """The table for the console."""
-    table = RichTable(title=found.title, title_justify="left", box=box.SIMPLE_HEAD)
-    headings, lines = texts(found)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index < 2 else "right")
-    for line in lines:
-        table.add_row(*line)
-    return table
 
 
 def write(found: Found, folder: Path) -> list[Path]:
@@ -114,7 +102,7 @@ def write(found: Found, folder: Path) -> list[Path]:
         f"median with {first['threads']} thread(s), with other work beside it: no benchmark. The last column is the "
         f"paper's on {found.table.data}, trained for its full schedule, detectors and segmenters on backbones "
         f"pretrained on ImageNet: orders may be compared, figures not.{other_task}",
-        "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *lines]),
+        markdown_table(headings, lines),
         f"![means and seeds]({plot.name})",
         f"Written by `python -m studies.ablation --table {found.table.table} --report`; one file a run lies beside.",
     ]
@@ -125,8 +113,6 @@ def write(found: Found, folder: Path) -> list[Path]:
 
 def draw(found: Found, path: Path) -> None:
     """Every seed and the mean of every method, beside the paper's figures."""
-    from matplotlib.figure import Figure  # without pyplot: no display, no state
-
     names = [method.row.method for method in found.rows]
     rows = range(len(names))
     figure = Figure(figsize=(9, 1.2 + 0.4 * len(names)), layout="constrained")
@@ -139,7 +125,7 @@ def draw(found: Found, path: Path) -> None:
         paper.plot(method.paper, row, "D", color="C1", markersize=5)
     scenes.set_yticks(list(rows), names)
     scenes.invert_yaxis()
-    unit = found.recipe.metrics[found.recipe.main].title
+    unit = found.recipe.comparison.metrics[found.recipe.main].title
     scenes.set(title="generated scenes", xlabel=f"{unit}: seeds, mean and standard deviation")
     paper.set(title=f"the paper, {found.table.data}", xlabel=next(c for c in found.table.columns if c != "task"))
     for axes in (scenes, paper):
@@ -150,13 +136,14 @@ def draw(found: Found, path: Path) -> None:
 
 def weak_baseline(found: Found) -> list[str]:
     """A line for a baseline whose mean box AP50 is below the minimum."""
+    if "bbox_mAP_50" not in found.recipe.comparison.metrics:
+        return []
     lines = []
     for method in found.rows:
-        if method.is_baseline and "bbox_mAP_50" in found.recipe.metrics:
-            mean = statistics.mean(method.values("bbox_mAP_50")) / POINTS
-            if mean < MINIMUM:
-                lines.append(
-                    f"Table {found.table.table}, {method.row.method}: the baseline's box AP50 is {mean:.3f}, at least "
-                    f"{MINIMUM:.2f} was expected: the differences mean little"
-                )
+        mean = statistics.mean(method.values("bbox_mAP_50")) / POINTS
+        if method.is_baseline and mean < MINIMUM:
+            lines.append(
+                f"Table {found.table.table}, {method.row.method}: the baseline's box AP50 is {mean:.3f}, at least "
+                f"{MINIMUM:.2f} was expected: the differences mean little"
+            )
     return lines

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,23 +18,11 @@ from typing import Any, ClassVar
 import torch
 from mmengine.config import Config
 
-from studies.demo import detection as demo
-from studies.demo import segmentation as demo_seg
+from studies.common import ROOT, write_json
+from studies.demo import detection, segmentation
+from studies.demo.comparison import Comparison, Demo, Model
 from studies.demo.generate_scenes import Request, request_from
-from studies.demo.steps import (
-    ROOT,
-    Comparison,
-    Demo,
-    Metric,
-    Model,
-    count_parameters,
-    discard_stale,
-    evaluate,
-    is_evaluated,
-    seconds_per_iteration,
-    train,
-    write_json,
-)
+from studies.demo.steps import count_parameters, discard_stale, seconds_per_iteration, train_and_evaluate
 from studies.paper_tables.rows import CONFIGS, Row, read_tables
 
 RESULTS = ROOT / "studies" / "ablation" / "results"
@@ -47,35 +36,27 @@ class Recipe:
     """A small model for a table's rows.
 
     Attributes:
-        config: Below the root.
-        scope: Its toolbox.
-        comparison: The demo's, which says what its steps need to know; the recipe changes the rest.
-        metrics: By key in a result file.
-        main: The metric that the table is about.
-        seconds: A run about takes, on two cores.
+        config (str): below the root.
+        comparison (Comparison): the demo's, with the metrics that a result file keeps.
+        main (str): the metric that the table is about.
+        seconds (float): about what a run takes on two cores.
     """
 
     config: str
-    scope: str
     comparison: Comparison
-    metrics: Mapping[str, Metric]
     main: str
     seconds: float
 
 
-BOXES = {name: demo.COMPARISON.metrics[name] for name in ("bbox_mAP", "bbox_mAP_50")}
-FASTER = Recipe("configs/demo/ablation/faster-rcnn_r18_scenes.py", "mmdet", demo.COMPARISON, BOXES, "bbox_mAP", 180)
-MASK = Recipe(
-    "configs/demo/ablation/mask-rcnn_r18_scenes.py", "mmdet", demo.COMPARISON, demo.COMPARISON.metrics, "segm_mAP", 220
-)
-UPERNET = Recipe(
-    "configs/demo/ablation/upernet_r18_scenes.py",
-    "mmseg",
-    demo_seg.COMPARISON,
-    demo_seg.COMPARISON.metrics,
-    next(iter(demo_seg.COMPARISON.metrics)),
-    180,
-)
+def _recipe(name: str, demo: Comparison, main: str, seconds: float, metrics: Iterable[str] = ()) -> Recipe:
+    kept = {key: demo.metrics[key] for key in metrics or demo.metrics}
+    comparison = dataclasses.replace(demo, name="ablation", metrics=kept)
+    return Recipe(f"configs/demo/ablation/{name}_r18_scenes.py", comparison, main, seconds)
+
+
+FASTER = _recipe("faster-rcnn", detection.COMPARISON, "bbox_mAP", 180, ("bbox_mAP", "bbox_mAP_50"))
+MASK = _recipe("mask-rcnn", detection.COMPARISON, "segm_mAP", 220)
+UPERNET = _recipe("upernet", segmentation.COMPARISON, "mIoU", 180)
 #: By table. Table 12 is of classification; its backbones are compared in the detector that Table 3 has them in.
 RECIPES = {3: FASTER, 4: FASTER, 5: FASTER, 6: MASK, 7: MASK, 9: UPERNET} | {n: FASTER for n in (11, 12, 13, 14)}
 
@@ -99,49 +80,28 @@ class Setup:
 
     def dataset(self, recipe: Recipe) -> tuple[Request, Path]:
         """The dataset of a recipe, and its folder. Segmentation keeps the size and figures of its own demo."""
-        request = self.scenes
-        if recipe.scope == "mmseg":
-            own = recipe.comparison.request
-            small = request.size if request.size != self.request.size else own.size
-            request = dataclasses.replace(request, format=own.format, figures=own.figures, size=small)
-            return request, self.data_root / Path(recipe.comparison.data_root).name
-        return request, self.data_root / f"scenes-{request.size}"
-
-    def datasets(self, runs: Iterable[Run]) -> Iterator[tuple[Request, Path]]:
-        """The datasets of some runs, each once."""
-        yield from dict.fromkeys(self.dataset(run.recipe) for run in runs)
+        request, own = self.scenes, recipe.comparison.request
+        if own.format == request.format:
+            return request, self.data_root / f"scenes-{request.size}"
+        size = request.size if request.size != self.request.size else own.size
+        request = dataclasses.replace(request, format=own.format, figures=own.figures, size=size)
+        return request, self.data_root / Path(recipe.comparison.data_root).name
 
     def demo(self, run: Run) -> Demo:
-        """A run in the terms of the demos' steps."""
+        """A run in the terms of the demos' steps, with its config written."""
         request, folder = self.dataset(run.recipe)
         iterations = run.config.train_cfg.max_iters
         comparison = dataclasses.replace(
             run.recipe.comparison,
-            name="ablation",
             request=dataclasses.replace(run.recipe.comparison.request, seed=request.seed),  # the scenes' seed alone
             iterations=iterations,
-            metrics=run.recipe.metrics,
-            data_root=str(Path(_data_root(run.config))),
+            data_root=run.config.train_dataloader.dataset.data_root.rstrip("/"),
         )
-        return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (self.model(run),))
-
-    def model(self, run: Run) -> Model:
-        """The model of a run, with its config written."""
-        path = self.work_dir / "configs" / f"{run.name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nested: dict[str, Any] = {}
-        for key, value in run.changes.items():
-            *folders, name = key.split(".")
-            part = nested
-            for folder in folders:
-                part = part.setdefault(folder, {})
-            part[name] = value
-        lines = [
-            f"_base_ = {str(ROOT / run.recipe.config)!r}",
-            *(f"{key} = {value!r}" for key, value in nested.items()),
-        ]
-        path.write_text("\n".join(lines) + "\n")
-        return Model(run.name, f"{run.row.method}, seed {run.seed}", str(path))
+        config = self.work_dir / "configs" / f"{run.name}.py"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        run.config.dump(config)
+        model = Model(run.name, f"{run.row.method}, seed {run.seed}", str(config))
+        return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (model,))
 
 
 @dataclass(frozen=True)
@@ -154,20 +114,15 @@ class Run:
     recipe: Recipe
 
     @cached_property
-    def changes(self) -> dict[str, Any]:
-        """What changes in the recipe's config, by dotted key: the row's operators and the seed."""
+    def config(self) -> Config:
+        """The small model with the operators of the row, and the seed."""
+        config = copy.deepcopy(_read(ROOT / self.recipe.config))
         changes: dict[str, Any] = {"randomness.seed": self.seed}
         for parts in PARTS:
             if operators := _operators(self.row, parts):
-                operators["type"] = f"{OURS}{self.recipe.scope}.{operators['type'].rpartition('.')[2]}"
+                operators["type"] = f"{OURS}{config.default_scope}.{operators['type'].rpartition('.')[2]}"
                 changes[f"model.{'.'.join(parts)}"] = operators
-        return changes
-
-    @cached_property
-    def config(self) -> Config:
-        """The small model with the operators of the row."""
-        config = copy.deepcopy(_read(ROOT / self.recipe.config))
-        config.merge_from_dict(copy.deepcopy(self.changes))
+        config.merge_from_dict(changes)
         return config
 
     @property
@@ -177,7 +132,7 @@ class Run:
 
 def slug(method: str) -> str:
     """A method's name in that of a file."""
-    return "-".join("".join(c if c.isalnum() else " " for c in method.lower()).split()) or "baseline"
+    return re.sub("[^a-z0-9]+", "-", method.lower()).strip("-") or "baseline"
 
 
 def plan(tables: Iterable[int], seeds: Iterable[int], setup: Setup) -> list[Run]:
@@ -217,10 +172,6 @@ def _read(path: Path) -> Config:
     return Config.fromfile(path)
 
 
-def _data_root(config: Config) -> str:
-    return config.train_dataloader.dataset.data_root
-
-
 # ------------------------------------------------------------------------------------------------------ one run
 def fingerprint(run: Run, setup: Setup) -> str:
     """A digest of all that decides a run's result: the whole composed config, the dataset, the changes for a trial."""
@@ -242,16 +193,12 @@ def find_result(run: Run, setup: Setup) -> dict[str, Any] | None:
     return None
 
 
-def train_and_evaluate(run: Run, setup: Setup) -> None:
-    """Train from the newest checkpoint if there is one, evaluate, and write the result file."""
+def complete(run: Run, setup: Setup) -> None:
+    """Train (from the newest checkpoint if there is one), evaluate, and write the result file."""
     described = setup.demo(run)
     (model,) = described.models
     discard_stale(described, model)
-    if not described.checkpoint(model).is_file():
-        train(described, model)
-    if not is_evaluated(described, model):
-        evaluate(described, model)
-    setup.results.mkdir(parents=True, exist_ok=True)
+    train_and_evaluate(described, model)
     write_json(
         setup.results / f"{run.name}.json",
         {

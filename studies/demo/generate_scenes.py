@@ -1,10 +1,10 @@
-"""Generate a small dataset of textured scenes, for instance segmentation (COCO) or semantic segmentation (ADE20k).
+"""Generate a small dataset of textured scenes: instances (COCO), label maps (ADE20k's folders) or images alone.
 
 A scene holds figures with thin and detailed outlines (stars, rings, crosses, crescents, gears, keys) before a textured
 background. Figures hide one another, some are small, some scenes hold a crowd of equal figures (in COCO one annotation
-with ``iscrowd=1``) and some hold none at all. Everything follows from the seed: the same arguments with the same
-versions of numpy and Pillow give the same bytes, scene ``i`` of a split does not depend on how many scenes there are,
-and both formats show the same scenes.
+with ``iscrowd=1``) and some are empty. Everything follows from the seed: the same arguments with the same versions of
+numpy and Pillow give the same bytes, scene ``i`` of a split does not depend on how many scenes there are, and all
+formats show the same scenes (``images`` in coloured light).
 
 Example:
     $ python -m studies.demo.generate_scenes --out data/scenes --seed 0 --train 600 --val 120 --size 160
@@ -17,23 +17,131 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
 from rich.progress import track
 
-from studies.demo import scenes_ade20k, scenes_coco
-from studies.demo.scenes import FIGURES, SPLITS, scenes
+from carafe_plugin.engine.errors import UsageError
+from studies.demo.scenes import CATEGORIES, FIGURES, SPLITS, Scene, paint_lit_scene, paint_scene, scenes
 
-#: Raise this whenever the same arguments give other scenes, so that datasets already on disk are written anew.
+#: Raise this whenever the same arguments give other scenes, so that existing datasets are written anew.
 VERSION = 1
 MARKER = "scenes.json"
 MIN_SIZE, MAX_SIZE = 64, 1024
-#: What writes each format, and knows its files.
-FORMATS = {"coco": scenes_coco, "ade20k": scenes_ade20k}
+#: Label maps: the classes in the order of their labels, from 1.
+CLASSES = ("background", *CATEGORIES)
+#: Full colour resolution: a category is told by its hue, and many figures are a few pixels wide.
+QUALITY = 95
 
 
+# -------------------------------------------------------------------------------------------------------- formats
+@dataclass(frozen=True)
+class Format:
+    """How a dataset is stored.
+
+    Attributes:
+        write (Callable[[Path, str, Iterable[Scene]], None]): writes the scenes of a split into a folder.
+        images (str): the pattern of a split's images below the dataset's folder; ``{}`` is the split.
+        annotations (str): the pattern of the files which tell one dataset from another.
+        folders (dict[str, str]): the names of the splits.
+    """
+
+    write: Callable[[Path, str, Iterable[Scene]], None]
+    images: str
+    annotations: str
+    folders: Mapping[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
+
+    def annotation_files(self, out: Path, split: str) -> list[Path]:
+        """The files that hold a split's annotations."""
+        return sorted(out.glob(self.annotations.format(self.folders[split])))
+
+    def holds_split(self, out: Path, split: str, count: int) -> bool:
+        """Whether all files of a split exist."""
+        images = sum(1 for _ in out.glob(self.images.format(self.folders[split])))
+        wanted = count if "*" in self.annotations else 1
+        return images == count and len(self.annotation_files(out, split)) == wanted
+
+
+def write_coco(out: Path, split: str, scenes: Iterable[Scene]) -> None:
+    """Write ``out/<split>/*.png`` and ``out/annotations/instances_<split>.json``: visible masks as compressed RLE."""
+    (out / split).mkdir(parents=True)
+    (out / "annotations").mkdir(exist_ok=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, scene in enumerate(scenes, 1):
+        image, owner = paint_scene(scene)
+        file_name = f"{image_id:06d}.png"
+        Image.fromarray(image).save(out / split / file_name)
+        images.append({"id": image_id, "file_name": file_name, "width": scene.size, "height": scene.size})
+        for index, item in enumerate(scene.objects):
+            visible = coco_mask.encode(np.asfortranarray(owner == index, dtype=np.uint8))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": CATEGORIES.index(item.category) + 1,
+                    "iscrowd": int(item.crowd),
+                    "area": float(coco_mask.area(visible)),
+                    "bbox": coco_mask.toBbox(visible).tolist(),
+                    "segmentation": {"size": list(owner.shape), "counts": visible["counts"].decode("ascii")},
+                }
+            )
+    content = {
+        "info": {"description": f"Generated scenes, {split}", "version": str(VERSION)},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name, "supercategory": "figure"} for i, name in enumerate(CATEGORIES, 1)],
+    }
+    (out / "annotations" / f"instances_{split}.json").write_text(json.dumps(content, separators=(",", ":")))
+
+
+def label_map(scene: Scene, owner: np.ndarray) -> np.ndarray:
+    """The label of each pixel as ADE20k counts, uint8, the shape of ``owner``.
+
+    ADE20k's 0 says nothing about a pixel: it is neither trained nor measured (mmseg's ``reduce_zero_label``). Here the
+    background is a class like the categories. As 0 it would take the figures' outlines out of the evaluation: a model
+    could paint them as wide as it liked. So each pixel has the category seen there, be its object a figure or a crowd.
+    """
+    labels = [CLASSES.index(item.category) + 1 for item in scene.objects]
+    # The last entry is the one that owner's -1 picks.
+    return np.array([*labels, CLASSES.index("background") + 1], dtype=np.uint8)[owner]
+
+
+def write_ade20k(out: Path, split: str, scenes: Iterable[Scene]) -> None:
+    """Write ``out/images/<split>/*.jpg`` and ``out/annotations/<split>/*.png``, the splits named as in ADE20k."""
+    images, annotations = (out / kind / FORMATS["ade20k"].folders[split] for kind in ("images", "annotations"))
+    images.mkdir(parents=True)
+    annotations.mkdir(parents=True)
+    for number, scene in enumerate(scenes, 1):
+        image, owner = paint_scene(scene)
+        Image.fromarray(image).save(images / f"{number:06d}.jpg", quality=QUALITY, subsampling=0)
+        Image.fromarray(label_map(scene, owner)).save(annotations / f"{number:06d}.png")
+
+
+def write_images(out: Path, split: str, scenes: Iterable[Scene]) -> None:
+    """Write ``out/<split>/*.png``: what fills a hole is in the image itself."""
+    (out / split).mkdir(parents=True)
+    for number, scene in enumerate(scenes, 1):
+        Image.fromarray(paint_lit_scene(scene)).save(out / split / f"{number:06d}.png")
+
+
+FORMATS = {
+    "coco": Format(write_coco, "{}/*.png", "annotations/instances_{}.json"),
+    "ade20k": Format(
+        write_ade20k, "images/{}/*.jpg", "annotations/{}/*.png", {"train": "training", "val": "validation"}
+    ),
+    "images": Format(write_images, "{}/*.png", "{}/*.png"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- datasets
 @dataclass(frozen=True)
 class Request:
     """What a dataset on disk was made from; stored beside it as ``scenes.json``."""
@@ -68,17 +176,16 @@ def generate(out: Path, request: Request) -> bool:
     It is written beside ``out`` and moved there at the end, so ``out`` never holds half a dataset.
 
     Returns:
-        Whether anything was written.
+        bool: whether anything was written.
 
     Raises:
-        FileExistsError: ``out`` holds something that this script did not write.
+        UsageError: ``out`` holds something that this script did not write.
     """
     if is_complete(out, request):
         return False
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
-        raise FileExistsError(
-            f"--out {out} exists and was not written by this script (it has no {MARKER}); "
-            "give another path or remove it"
+        raise UsageError(
+            f"{out} exists and was not written by this script (it has no {MARKER}); give another path or remove it"
         )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -87,7 +194,7 @@ def generate(out: Path, request: Request) -> bool:
         described = scenes(request.seed, split, count, request.size, request.figures)
         title = f"Writing {split}"
         shown = track(described, title, total=count, transient=True, disable=not sys.stdout.isatty())
-        FORMATS[request.format].write_split(partial, split, shown, request.version)
+        FORMATS[request.format].write(partial, split, shown)
     (partial / MARKER).write_text(json.dumps(asdict(request)))
     if out.exists():
         shutil.rmtree(out)
@@ -113,18 +220,15 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 def add_dataset_options(parser: argparse.ArgumentParser, defaults: Request) -> None:
     """The options that decide what the dataset contains."""
-
-    def add(name: str, low: int, high: int | None, text: str) -> None:
+    for name, type_, text in (
+        ("seed", integer(0), "everything follows from it"),
+        ("train", integer(1), "number of training images"),
+        ("val", integer(1), "number of validation images"),
+        ("size", integer(MIN_SIZE, MAX_SIZE), "height and width of an image in pixels"),
+        ("figures", integer(1), "the most figures in a scene"),
+    ):
         default = getattr(defaults, name)
-        parser.add_argument(
-            f"--{name}", type=integer(low, high), default=default, help=f"{text} (default: {default})", metavar="N"
-        )
-
-    add("seed", 0, None, "everything follows from it")
-    add("train", 1, None, "number of training images")
-    add("val", 1, None, "number of validation images")
-    add("size", MIN_SIZE, MAX_SIZE, "height and width of an image in pixels")
-    add("figures", 1, None, "the most figures in a scene")
+        parser.add_argument(f"--{name}", type=type_, default=default, help=f"{text} (default: {default})", metavar="N")
 
 
 def request_from(args: argparse.Namespace, format: str) -> Request:
@@ -136,16 +240,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Generate a dataset of textured scenes.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--format", choices=list(FORMATS), default="coco", help="instances or label maps (default: coco)"
+        "--format", choices=list(FORMATS), default="coco", help="instances, label maps or images alone (default: coco)"
     )
     add_dataset_options(parser, Request(seed=0, train=600, val=120, size=160))
     args = parser.parse_args(argv)
     try:
         written = generate(args.out, request_from(args, args.format))
-    except OSError as error:
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {args.train} + {args.val} images {'written' if written else 'already there, nothing to do'}")
+    print(f"{args.out}: {args.train} + {args.val} images {'written' if written else 'already complete, nothing to do'}")
     return 0
 
 

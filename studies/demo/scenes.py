@@ -1,8 +1,7 @@
 """Scenes of textured figures with thin and detailed outlines: what they contain, and how they are painted.
 
 :func:`describe_scene` decides what a scene contains, :func:`paint_scene` turns that description into an image and a map
-that says which object owns each pixel. How this is stored is a matter for the writers, ``scenes_coco.py`` and
-``scenes_ade20k.py``.
+that says which object owns each pixel. ``generate_scenes.py`` stores them as datasets.
 
 Example:
     >>> scene = next(iter(scenes(seed=0, split="train", count=1, size=160)))
@@ -26,10 +25,12 @@ SPLITS = ("train", "val")
 CATEGORIES = ("star", "ring", "cross", "crescent", "gear", "key")
 #: Every object keeps at least this many visible pixels, and this share of what it would show alone.
 MIN_PIXELS, MIN_VISIBLE = 20, 0.4
-#: The most figures that a scene is meant to have, unless more are asked for; the least is a quarter of it.
+#: The most figures of a scene by default; the least is a quarter of it.
 FIGURES = 8
 SUPERSAMPLING = 4
 HUE_DEVIATION = 0.06
+#: The coloured light has the colours of a grid of so many cells, and is smooth between them.
+LIGHT_CELLS = 3
 #: Where in each block of 20 scenes the crowds and the scenes without objects come, so that small splits have both.
 CROWDED, EMPTY = (3, 11, 15), (6,)
 
@@ -131,11 +132,11 @@ def describe_scene(
     """Decide what a scene contains.
 
     Args:
-        rng: The only source of randomness.
-        size: Height and width in pixels.
-        figures: The most single figures; a full scene refuses some.
-        crowded: Add one crowd of equal figures.
-        empty: No objects at all.
+        rng (Generator): the only source of randomness.
+        size (int): height and width in pixels.
+        figures (int): the most single figures; a full scene refuses some.
+        crowded (bool): add one crowd of equal figures.
+        empty (bool): no objects at all.
 
     Returns:
         A scene in which every object is visible well enough to be annotated.
@@ -308,6 +309,24 @@ def paint_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
             image[window] += coverage[..., None] * (paint - image[window])
     image = image + rng.normal(0, 0.02, image.shape)
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), owner
+
+
+def paint_lit_scene(scene: Scene) -> np.ndarray:
+    """Paint a scene in coloured light that changes over the image, as it does in photographs.
+
+    One colour everywhere is then a poor guess at what a hole hides, and its surroundings are a good one.
+
+    Returns:
+        The image, uint8 (size, size, 3) in RGB.
+    """
+    rng = np.random.default_rng([scene.noise_seed, 1])  # not the grain's numbers
+    cells = rng.uniform(0.15, 0.85, (LIGHT_CELLS, LIGHT_CELLS, 3)).astype(np.float32)
+    size = (scene.size, scene.size)
+    channels = [Image.fromarray(cells[..., i]).resize(size, Image.Resampling.BICUBIC) for i in range(3)]
+    light = np.stack([np.asarray(channel) for channel in channels], axis=-1)
+    image = paint_scene(scene)[0] / 255
+    lit = light + image - image.mean((0, 1))
+    return (np.clip(lit, 0, 1) * 255).round().astype(np.uint8)
 
 
 def scenes(seed: int, split: str, count: int, size: int, figures: int = FIGURES) -> Iterator[Scene]:

@@ -14,26 +14,54 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from carafe_plugin.engine import bare_models
+from studies.common import ROOT
+
 CONFIGS = ROOT / "configs"
 TABLES = CONFIGS / "paper" / "tables.yml"
 COSTS = ROOT / "studies" / "paper_tables" / "costs.json"
 RESULTS = ROOT / "studies" / "paper_tables" / "results"
 
-#: A table's column -> the metric's name in the logs of tools/test.py; ``{}`` is the task's.
-METRICS = {
-    "AP": "coco/{}_mAP",
-    "AP50": "coco/{}_mAP_50",
-    "AP75": "coco/{}_mAP_75",
-    "APS": "coco/{}_mAP_s",
-    "APM": "coco/{}_mAP_m",
-    "APL": "coco/{}_mAP_l",
-    "top-1": "accuracy/top1",
-    "top-5": "accuracy/top5",
-    "mIoU": "mIoU",
-    "pixel accuracy": "aAcc",
+
+@dataclass(frozen=True)
+class Column:
+    """A column of figures: what they are called elsewhere, and how they are written.
+
+    Attributes:
+        logged (str): the metric's name in the logs of tools/test.py; ``{}`` is the task's.
+        unit (float): the table's value of a logged 1.
+        digits (int): decimals in the paper.
+        indexed (str): the metric's name in a metafile, which quotes the main figures alone; ``{}`` is the task.
+    """
+
+    logged: str
+    unit: float = 1.0
+    digits: int = 2
+    indexed: str = ""
+
+
+COLUMNS = {
+    "AP": Column("coco/{}_mAP", 100, 1, "{} AP"),
+    "AP50": Column("coco/{}_mAP_50", 100, 1),
+    "AP75": Column("coco/{}_mAP_75", 100, 1),
+    "APS": Column("coco/{}_mAP_s", 100, 1),
+    "APM": Column("coco/{}_mAP_m", 100, 1),
+    "APL": Column("coco/{}_mAP_l", 100, 1),
+    "top-1": Column("accuracy/top1", indexed="Top 1 Accuracy"),
+    "top-5": Column("accuracy/top5", indexed="Top 5 Accuracy"),
+    "mIoU": Column("mIoU", indexed="mIoU"),
+    "pixel accuracy": Column("aAcc", indexed="pixel accuracy"),
+    "L1 (%)": Column("inpainting/l1", indexed="l1"),
+    "PSNR (dB)": Column("inpainting/psnr", indexed="PSNR"),
 }
 TASKS = {"box": "bbox", "mask": "segm"}
+
+
+def figure(column: str, value: Any) -> str:
+    """A figure with the paper's digits; empty where there is none."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.{COLUMNS[column].digits if column in COLUMNS else 1}f}"
 
 
 @dataclass(frozen=True)
@@ -41,10 +69,10 @@ class Row:
     """One method of a table.
 
     Attributes:
-        method: In the table's words.
-        config: As the list has it: a file below ``configs/``, or ``mmdet::...``.
-        paper: The paper's figures, one list a line.
-        counted: Whether the FLOPs of the model's forward pass are counted; its parameters always are.
+        method (str): in the table's words.
+        config (str): a file below ``configs/``, or ``mmdet::...``.
+        paper (list[list[Any]]): the paper's figures, one list a line.
+        counted (bool): whether the FLOPs of the model's forward pass are counted; its parameters always are.
     """
 
     method: str
@@ -56,11 +84,6 @@ class Row:
     def path(self) -> str:
         """The config as our tools take it, from the root of the project."""
         return self.config if "::" in self.config else f"configs/{self.config}"
-
-    @property
-    def name(self) -> str:
-        """A name for files: the same for the same config in every table."""
-        return re.sub(r"[^\w.-]+", "_", self.config.removesuffix(".py").replace("::", "/"))
 
 
 @dataclass(frozen=True)
@@ -76,10 +99,16 @@ class Table:
 
     def measured(self, line: list[Any], metrics: dict[str, float]) -> dict[str, float]:
         """What ``metrics``, of tools/test.py, hold for the columns of one line of the table."""
-        task = TASKS[line[0] if self.columns[0] == "task" else "box"]
-        found = {column: METRICS[column].format(task) for column in self.columns if column in METRICS}
-        percent = {column: 100.0 if name.startswith("coco/") else 1.0 for column, name in found.items()}
-        return {column: metrics[name] * percent[column] for column, name in found.items() if name in metrics}
+        task, found = TASKS[self.task(line)], {}
+        for name in self.columns:
+            column = COLUMNS.get(name)
+            if column and (value := metrics.get(column.logged.format(task))) is not None:
+                found[name] = value * column.unit
+        return found
+
+    def task(self, line: list[Any]) -> str:
+        """The task of one line of a table of detectors."""
+        return line[0] if self.columns[0] == "task" else "box"
 
     @cached_property
     def lines(self) -> list[tuple[Row, list[Any], bool]]:
@@ -99,7 +128,7 @@ def digest(config: str) -> str:
     """A digest of a config's text and that of every file of ours that it builds on; a toolbox's counts by its name.
 
     Args:
-        config: As :attr:`Row.config`.
+        config (str): as :attr:`Row.config`.
     """
     if "::" in config:
         return hashlib.sha256(config.encode()).hexdigest()[:16]
@@ -110,14 +139,14 @@ def digest(config: str) -> str:
 
 
 def _chain(path: Path) -> Iterator[Path]:
-    """A config file and, in order, the files of ours below its ``_base_``."""
+    """A config file and, in order, the files of ours that its ``_base_`` names."""
     yield path
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "_base_":
             texts = [node.value for node in ast.walk(statement.value) if isinstance(node, ast.Constant)]
             for text in texts:
-                if isinstance(text, str) and text.startswith("."):
-                    yield from _chain((path.parent / text).resolve())
+                if isinstance(text, str) and (base := (path.parent / text).resolve()).is_file():
+                    yield from _chain(base)
 
 
 def read_costs(path: Path = COSTS) -> dict[str, dict[str, Any]]:
@@ -134,27 +163,26 @@ def known_cost(row: Row, costs: dict[str, dict[str, Any]]) -> dict[str, Any] | N
 def measure(config: str, counted: bool = True) -> dict[str, Any]:
     """Build a config's model and count its parameters, and its FLOPs in one forward pass over one image.
 
+    An inpainting network is its generator: the discriminator is there for training alone.
+
     Args:
-        config: As :attr:`Row.config`.
-        counted: As :attr:`Row.counted`.
+        config (str): as :attr:`Row.config`.
+        counted (bool): as :attr:`Row.counted`.
 
     Returns:
-        ``digest``, ``shape``, ``parameters``, ``flops`` (multiply-adds, None where they are not counted), and
-        ``uncounted``, the operators without a count.
+        dict[str, Any]: ``digest``, ``shape``, ``parameters``, ``flops`` (multiply-adds, None where they are not
+        counted), and ``uncounted``, the operators without a count.
 
     Raises:
-        UsageError: The config or its model is unusable.
+        UsageError: the config or its model is unusable.
     """
-    from carafe_plugin.engine import bare_models
-    from carafe_plugin.engine.bare_models import count_model
-
     cfg = bare_models.read_config(config if "::" in config else str(CONFIGS / config))
     shape, model = bare_models.image_shape(cfg), bare_models.build_model(cfg)
-    found = count_model(cfg, model, shape) if counted else None
+    found = bare_models.count_model(cfg, model, shape) if counted else None
     return {
         "digest": digest(config),
         "shape": list(shape),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in getattr(model, "generator", model).parameters()),
         "flops": found.flops[""] if found else None,
         "uncounted": sorted(found.uncounted) if found else [],
     }
@@ -162,8 +190,8 @@ def measure(config: str, counted: bool = True) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------------- results
 def result_file(row: Row, folder: Path = RESULTS) -> Path:
-    """Where the result of a row's config is kept: ``{"config": ..., "metrics": {...}}``."""
-    return folder / f"{row.name}.json"
+    """Where our result is kept: ``{"config": ..., "metrics": {...}}``, the same for the same config in every table."""
+    return folder / (re.sub(r"[^\w.-]+", "_", row.config.removesuffix(".py")) + ".json")
 
 
 def read_metrics(row: Row, folder: Path = RESULTS) -> dict[str, float] | None:

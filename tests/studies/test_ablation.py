@@ -122,18 +122,18 @@ def test_baselines_are_the_plain_models() -> None:
 
 
 def test_a_run_is_done_once(tmp_path: Path, two_rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted between its steps it goes on; another table's row of the same model needs none."""
+    """Interrupted between its steps it resumes; another table's row of the same model needs none."""
     steps = []
-    train, evaluate = ablation_runs.train, ablation_runs.evaluate
+    train, evaluate = demo_steps.train, demo_steps.evaluate
 
     def interrupted(demo: Any, model: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablation_runs, "train", lambda *args: steps.append("train") or train(*args))
-    monkeypatch.setattr(ablation_runs, "evaluate", interrupted)
+    monkeypatch.setattr(demo_steps, "train", lambda *args: steps.append("train") or train(*args))
+    monkeypatch.setattr(demo_steps, "evaluate", interrupted)
     assert call(tmp_path, "--table=4", *TINY) == 130
     assert not (tmp_path / "results").exists()
-    monkeypatch.setattr(ablation_runs, "evaluate", lambda *args: steps.append("evaluate") or evaluate(*args))
+    monkeypatch.setattr(demo_steps, "evaluate", lambda *args: steps.append("evaluate") or evaluate(*args))
     # Two iterations teach nothing: mmdet logs -1 or 0 where a model finds nothing.
     assert call(tmp_path, "--table=4", *TINY) == 0
     assert call(tmp_path, "--table=4", "--table=5", *TINY) == 0
@@ -154,7 +154,7 @@ def test_written_config_is_the_composed_one(setup: Setup) -> None:
     """The file for tools/train.py says what changes; read back it is what the fingerprint is of."""
     for table, index in ((3, 4), (9, 4), (6, 2)):
         run = plan((table,), (5,), setup)[index]
-        path = setup.model(run).config
+        path = setup.demo(run).models[0].config
         assert Config.fromfile(path).to_dict() == run.config.to_dict()
 
 
@@ -257,7 +257,7 @@ def test_a_failed_training_is_said_and_the_others_go_on(
         tried.append(model.name)
         raise demo_steps.StepError("Train: failed with exit code 7")
 
-    monkeypatch.setattr(ablation_runs, "train", fails)
+    monkeypatch.setattr(demo_steps, "train", fails)
     assert call(tmp_path, "--table=4", *TINY[:-1], "--seeds", "3", "4") == 1
     assert [name[-6:] for name in tried] == ["seed-3", "seed-4"]
     printed = " ".join(capsys.readouterr().out.split())

@@ -21,6 +21,7 @@ pytest.importorskip("mmseg", reason="the demo trains segmentation models: mmseg 
 from tiny_demos import COMMANDS, COMPARISONS, ITERATIONS, arguments, demo_in, is_alive, wait_for
 from tiny_runs import ROOT
 
+from studies.common import console
 from studies.demo import run as demo_run
 from studies.demo import steps as demo_steps
 
@@ -94,7 +95,7 @@ def downsampler(channels: int) -> int:
 BACKBONE = downsampler(64) + 2 * (downsampler(64) + downsampler(128) + downsampler(256))
 
 
-def test_killed_demo_goes_on_from_its_checkpoint(finished: Run) -> None:
+def test_killed_demo_resumes_from_its_checkpoint(finished: Run) -> None:
     sessions = []
     for log in sorted((finished.work_dir / "baseline").glob("*/vis_data/scalars.json")):
         sessions.append([json.loads(line)["step"] for line in log.read_text().splitlines()])
@@ -145,7 +146,7 @@ def test_label_maps_score_what_the_summary_says(finished: Run) -> None:
 
 def test_table_and_pictures(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = COMPARISONS[finished.tool]
-    demo_steps.console.print(demo_run.result_table(comparison, finished.summary, ITERATIONS))
+    console.print(comparison.table(demo_in(finished.tool, finished.folder), finished.summary))
     printed = capsys.readouterr().out
     for model in comparison.models:
         assert model.title in printed

@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import call_tool
+from tiny_runs import ROOT, call_tool
 
 pytest.importorskip("skimage", reason="the demo's metrics need scikit-image")
 
-from studies.demo import inpainting as demo_inpaint
 from studies.demo import run as demo_run
-from studies.demo import scenes_images
 from studies.demo import steps as demo_steps
-from studies.demo.scenes import paint_scene, scenes
+from studies.demo.inpainting import COMPARISON, mean_fill
+from studies.demo.scenes import paint_lit_scene, paint_scene, scenes
 
 NAMES = ["mean_fill", "global_local", "global_local_carafe", "partial_conv", "partial_conv_carafe"]
 METRICS = ["l1", "psnr", "l1_hole", "psnr_hole", "ssim"]
@@ -40,11 +39,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespa
 
     def call(*flags: str) -> int:
         command = [f"--work-dir={folder / 'work'}", f"--data-root={folder / 'data'}", "--train=4", "--val=3"]
-        return demo_inpaint.main([*command, "--iterations=2", *flags])
+        return demo_run.main(COMPARISON, None, [*command, "--iterations=2", *flags])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_steps, "run_tool", run_tool)
-        patch.chdir(demo_steps.ROOT)
+        patch.chdir(ROOT)
         assert call("--no-minimum") == 0
         yield SimpleNamespace(folder=folder, work=folder / "work", steps=steps, call=call)
 
@@ -95,12 +94,13 @@ def test_second_run_does_nothing_again_and_weak_models_fail(
     table = [line for line in printed.splitlines() if line.startswith(("│", "┃", "┏", "└"))]
     assert {len(line) for line in table[-8:]} <= set(range(60, 81))
     assert re.search(r"│ mean colour +│ +\d+\.\d\d │", printed)
+    assert "…" not in printed, "every figure is shown in full"
 
 
 def test_what_counts_as_learnt() -> None:
     good = {"mean_fill": {"psnr_hole": 14.0}, "a": {"psnr_hole": 15.5}, "b": {"psnr_hole": 15.49}}
-    assert demo_inpaint.shortfalls(good) == ["b: psnr_hole is 15.49 dB, at least 15.50 was expected"]
-    assert demo_inpaint.shortfalls({**good, "b": {"psnr_hole": float("nan")}})
+    assert COMPARISON.shortfalls(good) == ["b: psnr_hole is 15.49 dB, at least 15.50 was expected"]
+    assert COMPARISON.shortfalls({**good, "b": {"psnr_hole": float("nan")}})
 
 
 def test_picture(finished: SimpleNamespace) -> None:
@@ -109,18 +109,18 @@ def test_picture(finished: SimpleNamespace) -> None:
     assert width > 1200
     assert 400 < height < width / 1.7
     samples = pickle.loads((finished.work / "global_local" / "predictions.pkl").read_bytes())
-    filled = demo_inpaint.mean_fill(samples[0])
+    filled = mean_fill(samples[0])
     known = samples[0]["holes"] == 0
     assert bool((filled == samples[0]["original"])[known.expand(3, -1, -1)].all())
 
 
 def test_another_dataset_is_another_demo(finished: SimpleNamespace) -> None:
     arguments = [f"--work-dir={finished.work}", f"--data-root={finished.folder / 'data'}", "--train=4", "--val=3"]
-    args = demo_run.parse_args(demo_inpaint.COMPARISON, None, [*arguments, "--iterations=2"])
-    demo = demo_inpaint.demo_from(args)
+    args = demo_run.parse_args(COMPARISON, None, [*arguments, "--iterations=2"])
+    demo = demo_run.demo_from(COMPARISON, args)
     assert demo_steps.belongs(demo, demo.models[0])
-    other = demo_run.parse_args(demo_inpaint.COMPARISON, None, [*arguments, "--iterations=3"])
-    assert not demo_steps.belongs(demo_inpaint.demo_from(other), demo.models[0])
+    other = demo_run.parse_args(COMPARISON, None, [*arguments, "--iterations=3"])
+    assert not demo_steps.belongs(demo_run.demo_from(COMPARISON, other), demo.models[0])
     image = finished.folder / "data" / "val" / "000001.png"
     content = image.read_bytes()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(image)
@@ -130,21 +130,21 @@ def test_another_dataset_is_another_demo(finished: SimpleNamespace) -> None:
 
 def test_defaults_are_the_configurations() -> None:
     """Without options nothing changes in the configurations, so that they can be run by hand as well."""
-    args = demo_run.parse_args(demo_inpaint.COMPARISON, None, [])
-    demo = demo_inpaint.demo_from(args)
+    args = demo_run.parse_args(COMPARISON, None, [])
+    demo = demo_run.demo_from(COMPARISON, args)
     assert demo.config_options() == {}
     for model in demo.models:
-        cfg = demo_steps.load_config(demo, model)
+        cfg = demo.load_config(model)
         assert cfg.train_cfg.max_iters == demo.iterations
         assert cfg.train_dataloader.dataset.size == demo.request.size
-        assert demo_steps.ROOT / cfg.train_dataloader.dataset.data_root == demo.data_root
+        assert ROOT / cfg.train_dataloader.dataset.data_root == demo.data_root
 
 
 def test_lit_scenes() -> None:
     """The same description gives the same bytes; the light differs over the image, the details stay."""
     scene = next(iter(scenes(0, "train", 1, 64)))
-    image, plain = scenes_images.paint_lit_scene(scene), paint_scene(scene)[0]
-    assert np.array_equal(image, scenes_images.paint_lit_scene(scene))
+    image, plain = paint_lit_scene(scene), paint_scene(scene)[0]
+    assert np.array_equal(image, paint_lit_scene(scene))
     assert image.shape == (64, 64, 3)
     assert image.dtype == np.uint8
 

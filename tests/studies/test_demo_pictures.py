@@ -11,8 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from studies.demo import generate_scenes
+from studies.demo.generate_scenes import CLASSES
 from studies.demo.pictures import draw_comparison, draw_label_maps
-from studies.demo.scenes_ade20k import CLASSES
 
 
 def test_outlines_show_what_was_predicted(tmp_path: Path) -> None:

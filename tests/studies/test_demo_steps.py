@@ -20,17 +20,18 @@ from tiny_runs import ROOT
 from studies.demo import generate_scenes
 from studies.demo import run as demo_run
 from studies.demo import steps as demo_steps
-from studies.demo.steps import Demo, StepError, discard_stale, load_config
+from studies.demo.comparison import Demo
+from studies.demo.steps import StepError, discard_stale
 
 
 @pytest.mark.parametrize("tool", list(COMPARISONS))
 def test_minimum_is_a_lower_bound_for_each_model(tool: str) -> None:
     comparison = COMPARISONS[tool]
     enough = dict(comparison.minimum)
-    assert demo_run.shortfalls(comparison, {"baseline": enough, "carafe": enough}) == []
+    assert comparison.shortfalls({"baseline": enough, "carafe": enough}) == []
     for metric in enough:
         weak = enough | {metric: enough[metric] - 0.001}
-        missed = demo_run.shortfalls(comparison, {"baseline": enough, "carafe": weak})
+        missed = comparison.shortfalls({"baseline": enough, "carafe": weak})
         assert [line.split(":")[0] for line in missed] == ["carafe"]
 
 
@@ -96,7 +97,7 @@ REPLACED = {
 @pytest.mark.parametrize("name", list(REPLACED))
 def test_models_differ_in_types_alone(name: str, tmp_path: Path) -> None:
     demo = demo_in("demo_seg", tmp_path) if "seg" in name else demo_in("demo", tmp_path, "--all")
-    models = {model.name: load_config(demo, model) for model in demo.models}
+    models = {model.name: demo.load_config(model) for model in demo.models}
     baseline, carafe = models["baseline"], models[name.split()[0]]
     for place, (stock, ours) in REPLACED[name].items():
         part, other = baseline, carafe
@@ -114,7 +115,7 @@ def test_default_options_change_nothing_in_the_configs(tool: str) -> None:
     assert demo.request == comparison.request
     assert demo.models == comparison.models
     for model in (*comparison.models, *comparison.more_models):
-        config = load_config(demo, model)
+        config = demo.load_config(model)
         for loader in (config.train_dataloader, config.test_dataloader):
             assert ROOT / loader.dataset.data_root == demo.data_root
         assert config.train_cfg.max_iters == config.param_scheduler[-1].end == demo.iterations
@@ -155,13 +156,13 @@ def test_evaluation_without_the_metric_is_an_error(tmp_path: Path, monkeypatch: 
 
 
 def test_interrupting_stops_the_tool(tmp_path: Path) -> None:
-    """SIGTERM, as from a job scheduler: the demo says how to go on, and its training does not stay behind."""
+    """SIGTERM, as from a job scheduler: the demo says how to resume, and leaves no training behind."""
     code = (
         "import sys, pathlib\nfrom studies.demo import detection, run, steps\n"
         "tool = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
         f"log = pathlib.Path({str(tmp_path / 'log')!r})\n"
         "run.run = lambda _: steps.run_tool('Train', ['-c', tool], log)\n"
-        f"sys.exit(detection.main({arguments('demo', tmp_path)!r}))\n"
+        f"sys.exit(run.main(detection.COMPARISON, None, {arguments('demo', tmp_path)!r}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "log"
@@ -169,7 +170,7 @@ def test_interrupting_stops_the_tool(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "The same command goes on from here" in printed
+    assert "The same command resumes from here" in printed
     assert not is_alive(int(log.read_text()))
 
 

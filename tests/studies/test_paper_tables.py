@@ -12,9 +12,11 @@ from tiny_runs import ROOT, call_tool, one_line
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmpretrain", reason="tools: mmpretrain is not installed")
 
+from studies.paper_tables import pages
 from studies.paper_tables import rows as paper_rows
 
 GUM = "configs/paper/table-04_upsampling/gum.py"
+GENERATED = pages.pages(paper_rows.read_tables(), paper_rows.read_costs())
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -128,10 +130,92 @@ def test_results_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [cells[-2].partition(" ")[0] for cells in lines_of(text, "mask head")] == ["40.00"]
 
 
-def test_page_is_up_to_date(tmp_path: Path) -> None:
+def test_results_of_inpainting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged = tmp_path / "logged.json"
+    logged.write_text(json.dumps({"inpainting/l1": 5.914, "inpainting/psnr": 20.6, "inpainting/ssim": 0.7}))
+    config = "configs/inpainting/partial-conv-carafe_places365-256x256.py"
+    text = printed(capsys, "--table", 10, "--record", ROOT / config, logged, "--results", tmp_path / "results")
+    (row,) = lines_of(text, "Partial Conv w/ CARAFE++")
+    assert row == ["Partial Conv w/ CARAFE++", "5.60", "21.05", "5.93", "39.8", "5.91 / 20.60", config]
+
+
+def test_cost_of_inpainting_is_the_generators(tmp_path: Path) -> None:
+    """Parameters and FLOPs of the README's table, which leaves the discriminator out."""
+    costs = paper_rows.read_costs()
+    found = [costs[row.config] for row in paper_rows.read_tables()[10].rows]
+    assert [cost["parameters"] for cost in found] == [6_069_155, 5_932_893, 5_780_835, 5_931_293]
+    assert [f"{cost['flops'] / 1e9:.1f}" for cost in found] == ["32.6", "39.9", "37.9", "39.8"]
+    wanted = paper_rows.read_tables()[10].rows[1].config
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({key: cost for key, cost in costs.items() if key != wanted}))
+    assert call_tool("studies.paper_tables.__main__", "--table", 10, "--measure", "--costs", file) == 0
+    assert json.loads(file.read_text()) == costs
+
+
+def test_digest_follows_a_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``_base_`` in the same folder has no dot in front."""
+    monkeypatch.setattr(paper_rows, "CONFIGS", tmp_path)
+    (tmp_path / "row.py").write_text('_base_ = "neighbour.py"\n')
+    (tmp_path / "neighbour.py").write_text("value = 1\n")
+    digest = paper_rows.digest("row.py")
+    (tmp_path / "neighbour.py").write_text("value = 2\n")
+    assert paper_rows.digest("row.py") != digest
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_committed_files_have_the_figures(path: Path) -> None:
+    """READMEs, metafiles and docs/paper_tables.md are what ``--write`` makes of the tables."""
+    assert path.read_text() == GENERATED[path], "run python -m studies.paper_tables --write"
+
+
+def test_every_repeated_figure_is_written_from_the_tables() -> None:
+    """With all figures of the paper changed in the tables, every file that repeats them changes, and nothing else."""
+    tables = paper_rows.read_tables()
+    figures = 0
+    for table in tables.values():
+        for row in table.rows:
+            row.paper[:] = [[12.34 if isinstance(value, float) else value for value in line] for line in row.paper]
+    for path, text in pages.pages(tables, paper_rows.read_costs()).items():
+        if path.name == "metafile.yml":
+            quoted = [number for number in re.findall(r"^          .+: ([\d.]+)$", text, re.MULTILINE)]
+        elif path == pages.PAGE:
+            continue
+        else:
+            blocks = re.findall(f"{pages.START}(.*?){pages.END}", text, re.DOTALL)
+            quoted = re.findall(r"\d+\.\d+", re.sub(r"\S+\.py\S*", "", "".join(blocks)))
+        assert set(quoted) <= {"12.3", "12.34"}, path
+        figures += len(quoted)
+    assert figures > 150
+
+
+def test_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what differs is written; notes behind figures and the text around the tables stay."""
+    readme = tmp_path / "mmseg" / "README.md"
+    readme.parent.mkdir()
+    link = "[r50_carafe-upernet-ppm-fpn_20e_ade20k.py](r50_carafe-upernet-ppm-fpn_20e_ade20k.py)"
+    table = "| configuration | PPM | mIoU, paper |\n|---|---|---|\n| {link} | x | {cell}|"
+    text = f"Words, 40.44.\n\n{{start}}\n{table}\n\n{{end}}\nMore.\n"
+    values = dict(start=pages.START, end=pages.END, link=link)
+    readme.write_text(text.format(cell="99.9 * ", **values))
+    metafile = tmp_path / "mmseg" / "metafile.yml"
+    metafile.write_text("Models: []\n")
+    monkeypatch.setattr(pages, "CONFIGS", tmp_path)
+    monkeypatch.setattr(pages, "PAGE", tmp_path / "page.md")
+    out = printed(capsys, "--write")
+    assert "README.md" in out
+    assert "metafile.yml" not in out
+    assert readme.read_text() == text.format(cell="41.55 * ", **values)
+    assert "## Table 10: Image inpainting" in (tmp_path / "page.md").read_text()
+    assert "Written" not in printed(capsys, "--write")
+    readme.write_text(text.format(cell="", **(values | {"link": "MMSegmentation's `absent.py`"})))
+    assert call_tool("studies.paper_tables.__main__", "--write") == 2
+    assert "expected the name of one config of configs/paper/tables.yml, got MMSegmentation's" in one_line(capsys)
+
+
+def test_page_of_all_tables(tmp_path: Path) -> None:
     page = tmp_path / "tables.md"
     assert call_tool("studies.paper_tables.__main__", "--markdown", page) == 0
-    assert page.read_text() == (ROOT / "docs" / "paper_tables.md").read_text()
+    assert page.read_text() == pages.PAGE.read_text()
     links = re.findall(r"\]\(\.\./(\S+?)\)", page.read_text())
     assert len(links) > 60
     assert all((ROOT / link).exists() for link in links)
@@ -140,9 +224,10 @@ def test_page_is_up_to_date(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--table", "10"], r"--table: expected one of 1, 2, .*14, got 10"),
+        (["--table", "15"], r"--table: expected one of 1, 2, .*14, got 15"),
+        (["--table", "10", "--write"], r"--write writes all tables into docs/paper_tables\.md: leave out --table"),
         (["--markdown", "nowhere/page.md"], r"--markdown: no folder nowhere to write page\.md into"),
-        (["--record", "configs/demo/upernet_r18_scenes.py", "{good}"], r"--record: .* is the config of no row"),
+        (["--record", "configs/demo/upernet_r18_scenes.py", "{good}"], r"--record: .* is not the config of a row"),
         (["--record", GUM, "{broken}"], r"--record: .*broken\.json holds no metrics of tools/test\.py"),
         (["--record", GUM, "{foreign}"], r"--record: .*foreign\.json has none of the metrics"),
         (["--record", GUM, "absent.json"], r"no such file or folder: .*absent\.json"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from studies.demo import detection as demo
 from studies.demo import run as demo_run
 from studies.demo import segmentation as demo_seg
-from studies.demo.steps import Comparison, Demo
+from studies.demo.comparison import Comparison, Demo
 
 #: By the name of the tool.
 COMPARISONS: dict[str, Comparison] = {"demo": demo.COMPARISON, "demo_seg": demo_seg.COMPARISON}

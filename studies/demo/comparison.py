@@ -1,0 +1,165 @@
+"""What a demo compares, how its results are judged and shown, and where one run of it keeps its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from rich.table import Table
+
+from studies.common import ROOT
+from studies.demo.generate_scenes import Request
+
+Summary = dict[str, dict[str, float]]  # what summary.json holds: each model's results
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the comparison: its key in summary.json, its name for people, its config below the root."""
+
+    name: str
+    title: str
+    config: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of an evaluation: its column title, its name in the log of tools/test.py, the value of a logged 1."""
+
+    title: str
+    logged: str
+    unit: float = 1.0
+    digits: int = 3
+
+
+#: What a model costs, by key in summary.json: the column's title, and how it is written.
+Costs = Mapping[str, tuple[str, Callable[[float], str]]]
+COSTS: Costs = {"parameters": ("parameters", "{:,}".format), "seconds_per_iter": ("s/it", "{:.2f}".format)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a demo compares; a subclass draws the predictions and may add results of its own and judge them.
+
+    Attributes:
+        name (str): of its default folder below ``work_dirs``.
+        models (tuple[Model]): always compared.
+        more_models (tuple[Model]): added by ``--all``.
+        data_root (str): where the configs look for the dataset, below the root.
+        data_options (dict[str, str]): the configs' settings that name the dataset, and the path of each in its folder.
+        request (Request): the default dataset.
+        iterations (int): of each training, as in the configs.
+        scheduled (bool): whether the configs have a learning-rate schedule, which ends with the training.
+        seconds (float): per iteration on two cores, for the estimates of the plan.
+        metrics (dict[str, Metric]): by key in summary.json.
+        minimum (dict[str, float]): by key in summary.json; below it a model has not learnt, and nothing is compared.
+        costs (Costs): the columns behind the metrics.
+        caption (str): below the table.
+        predictions (str): the name of the file or folder that ``tools/test.py --out`` writes.
+    """
+
+    name: str
+    models: tuple[Model, ...]
+    more_models: tuple[Model, ...] = ()
+    data_root: str
+    data_options: Mapping[str, str]
+    request: Request
+    iterations: int
+    scheduled: bool = True
+    seconds: float
+    metrics: Mapping[str, Metric]
+    minimum: Mapping[str, float] = field(default_factory=dict)
+    costs: Costs = field(default_factory=lambda: COSTS)
+    caption: str | None = None
+    predictions: str
+
+    def draw(self, demo: Demo, models: Sequence[Model], out: Path) -> None:
+        """Draw the models' predictions into a file."""
+        raise NotImplementedError
+
+    def complete(self, demo: Demo, summary: Summary) -> Summary:
+        """Add what the models' evaluations do not contain."""
+        return summary
+
+    def titles(self) -> dict[str, str]:
+        """By key in summary.json, whose results they are."""
+        return {model.name: model.title for model in (*self.models, *self.more_models)}
+
+    def table(self, demo: Demo, summary: Summary) -> Table:
+        """One row per model; narrow enough for a terminal of 80 columns."""
+        size = f"{demo.request.val} generated scenes, {demo.request.size} x {demo.request.size}"
+        table = Table(title=f"{size}; {demo.iterations} iterations from scratch", caption=self.caption)
+        figures = {key: (metric.title, f"{{:.{metric.digits}f}}".format) for key, metric in self.metrics.items()}
+        columns = {**figures, **self.costs}
+        table.add_column("model", no_wrap=True)
+        for title, _ in columns.values():
+            table.add_column(title, justify="right", no_wrap=True)
+        titles = self.titles()
+        for name, found in summary.items():
+            cells = (text(found[key]) if key in found else "" for key, (_, text) in columns.items())
+            table.add_row(titles[name], *cells)
+        return table
+
+    def remarks(self, summary: Summary) -> list[str]:
+        """Lines below the table."""
+        return []
+
+    def shortfalls(self, summary: Summary) -> list[str]:
+        """One line for every result below its minimum."""
+        return [
+            f"{name}: {metric} is {result[metric]:.3f}, at least {least:.2f} was expected"
+            for name, result in summary.items()
+            for metric, least in self.minimum.items()
+            if result[metric] < least
+        ]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run of a comparison: where its files are, the dataset, how long to train, and which models."""
+
+    comparison: Comparison
+    work_dir: Path
+    data_root: Path
+    request: Request
+    iterations: int
+    models: tuple[Model, ...]
+
+    def folder(self, model: Model) -> Path:
+        return self.work_dir / model.name
+
+    def checkpoint(self, model: Model) -> Path:
+        return self.folder(model) / f"iter_{self.iterations}.pth"
+
+    def metrics_file(self, model: Model) -> Path:
+        return self.folder(model) / "metrics.json"
+
+    def predictions(self, model: Model) -> Path:
+        return self.folder(model) / self.comparison.predictions
+
+    def config_options(self) -> dict[str, Any]:
+        """What this run changes in the configs; nothing with the default options."""
+        options: dict[str, Any] = {}
+        if self.data_root != ROOT / self.comparison.data_root:
+            options |= {key: str(self.data_root / path) for key, path in self.comparison.data_options.items()}
+        if self.iterations != self.comparison.iterations:
+            options["train_cfg.max_iters"] = self.iterations
+            if self.comparison.scheduled:
+                warm_up = max(1, self.iterations // 10)
+                options |= {"param_scheduler.0.end": warm_up, "param_scheduler.1.begin": warm_up}
+                options["param_scheduler.1.end"] = self.iterations
+            if self.iterations < 100:  # too short for windows of ten iterations and checkpoints every fifty
+                options |= {"default_hooks.logger.interval": 1, "log_processor.window_size": 1}
+                options["default_hooks.checkpoint.interval"] = 1
+        if self.request.seed != self.comparison.request.seed:
+            options["randomness.seed"] = self.request.seed
+        return options
+
+    def load_config(self, model: Model) -> Config:
+        """The model's config with this run's changes."""
+        config = Config.fromfile(ROOT / model.config)
+        config.merge_from_dict(self.config_options())
+        return config
