@@ -25,8 +25,8 @@ from setuptools.command.build_py import build_py
 
 OLDEST_TORCH = (2, 10)
 BLACKWELL_TOOLKIT = (12, 8)  # the first that compiles for it
-# The binary interfaces of torch 2.10 and Python 3.10.
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+# The binary interface of torch 2.10; that of Python 3.10 comes with py_limited_api.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def reason_for_no_extension() -> str | None:
@@ -111,7 +111,7 @@ def extensions() -> dict:
     # Messages name files as they are called here, not where they lay on the building machine.
     folders = {os.path.dirname(os.path.abspath(__file__)): "", os.path.dirname(torch.__file__): "torch/"}
     prefixes = [f"-ffile-prefix-map={folder}/={name}" for folder, name in folders.items()]
-    common = ["-O3", "-std=c++17", *STABLE_ABI]
+    common = ["-O3", "-std=c++17", STABLE_ABI]
     # -std=c++17 alone would forbid fused multiply-adds, half of the arithmetic rate.
     cxx = [*common, *prefixes, "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     nvcc = [*common, "-DUSE_CUDA", "--threads=0", *(f"-Xcompiler={prefix}" for prefix in prefixes)]

@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "common/scalar.h"
+#include "common/half.h"
 #include "common/shape.h"
 
 namespace carafe {

@@ -3,14 +3,13 @@
 #pragma once
 
 #include "arguments.h"
+#include "common/normalizer.h"
 
 namespace carafe {
 
-enum class Normalizer;  // cpu/normalize.h has their names, cuda/weights.h those of the GPU
-
 inline Normalizer make_normalizer(int64_t normalizer) {
   STD_TORCH_CHECK(normalizer >= 0 && normalizer <= 2, "normalizer must be 0, 1 or 2, got ", normalizer);
-  return static_cast<Normalizer>(normalizer);
+  return static_cast<Normalizer>(normalizer + 1);
 }
 
 inline void check_logits(const Shape& shape, const Tensor& logits) {

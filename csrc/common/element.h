@@ -2,7 +2,7 @@
 // All three are gathers, so they need no atomics and give the same bits on every run.
 #pragma once
 
-#include "scalar.h"
+#include "half.h"
 
 namespace carafe {
 

@@ -1,4 +1,4 @@
-// The CPU operators: the row kernels (cpu/rows.h) compiled for several instruction sets, chosen at run time, and
+// The CPU operators: the row kernels (cpu/tiles.h) compiled for several instruction sets, chosen at run time, and
 // the element loop (common/element.h), through torch's own thread pool.
 #include <torch/csrc/stable/library.h>
 
@@ -12,7 +12,7 @@
 #include "../arguments.h"
 #include "../common/element.h"
 #include "../logits.h"
-#include "rows.h"
+#include "tiles.h"
 
 namespace carafe {
 namespace {
@@ -88,45 +88,45 @@ void prepare(const Map<T>& fresh, int64_t elements) {
 
 // What a call computes, tile by tile (and element by element where the path is `plain` and that exists).
 
-template <class T, class Weights>
+template <class T>
 struct Reassemble {
   using element = T;
   Map<T> output;
   Map<const T> features;
-  Weights weights;
+  Kernels<T> kernels;
 
   void begin(const Shape& s) const { prepare(output, s.batch * s.channels * s.out_height * s.out_width); }
   template <class I>
   void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
-    reassemble_tile<I>(shape, output, features, weights, tile, scratch);
+    reassemble_tile<I>(shape, output, features, kernels, tile, scratch);
   }
 };
 
-template <class T, class Weights>
+template <class T>
 struct GradFeatures {
   using element = T;
   Map<T> grad;
   Map<const T> grad_output;
-  Weights weights;
+  Kernels<T> kernels;
 
   void begin(const Shape& s) const { prepare(grad, s.batch * s.channels * s.height * s.width); }
   template <class I>
   void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
-    grad_features_tile<I>(shape, grad, grad_output, weights, tile, scratch);
+    grad_features_tile<I>(shape, grad, grad_output, kernels, tile, scratch);
   }
 };
 
-template <class T, class Weights>
+template <class T>
 struct GradWeights {
   using element = T;
   Map<T> grad;
   Map<const T> grad_output, features;
-  Weights weights;
+  Kernels<T> kernels;
 
   void begin(const Shape& s) const { prepare(grad, s.batch * s.mask_channels() * s.out_height * s.out_width); }
   template <class I>
   void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
-    grad_weights_tile<I>(shape, grad, grad_output, features, weights, tile, scratch);
+    grad_kernels_tile<I>(shape, grad, grad_output, features, kernels, tile, scratch);
   }
 };
 
@@ -152,7 +152,7 @@ template <class Job>
 void run_by_rows(const Shape& shape, const Job& job) {
   const Path path = current_path();
   job.begin(shape);
-  const Plan plan = make_plan<accumulator_t<typename Job::element>>(shape, torch::stable::get_num_threads());
+  const Plan plan = plan_tiles<accumulator_t<typename Job::element>>(shape, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, plan.tiles, 1, [&](int64_t begin, int64_t end) {
     const auto tiles = path == Path::avx512 ? &run_tiles<Avx512, Job>
                        : path == Path::avx2 ? &run_tiles<Avx2, Job>
@@ -182,7 +182,7 @@ struct Cpu {
   static void reassemble(
       const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& features,
       const Map<const T>& masks) {
-    if (!by_element(shape)) return run_by_rows(shape, Reassemble<T, Masks<T>>{output, features, {masks}});
+    if (!by_element(shape)) return run_by_rows(shape, Reassemble<T>{output, features, {masks}});
     run_by_element(output, shape.batch, shape.channels, shape.out_height, shape.out_width, [&](auto... at) {
       return reassemble_element(shape, features, masks, at...);
     });
@@ -192,7 +192,7 @@ struct Cpu {
   static void grad_features(
       const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
       const Map<const T>& masks) {
-    if (!by_element(shape)) return run_by_rows(shape, GradFeatures<T, Masks<T>>{output, grad_output, {masks}});
+    if (!by_element(shape)) return run_by_rows(shape, GradFeatures<T>{output, grad_output, {masks}});
     run_by_element(output, shape.batch, shape.channels, shape.height, shape.width, [&](auto... at) {
       return grad_features_element(shape, grad_output, masks, at...);
     });
@@ -202,7 +202,7 @@ struct Cpu {
   static void grad_masks(
       const Tensor&, const Shape& shape, const Map<T>& output, const Map<const T>& grad_output,
       const Map<const T>& features) {
-    if (!by_element(shape)) return run_by_rows(shape, GradWeights<T, Masks<T>>{output, grad_output, features, {}});
+    if (!by_element(shape)) return run_by_rows(shape, GradWeights<T>{output, grad_output, features, {}});
     run_by_element(output, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, [&](auto... at) {
       return grad_masks_element(shape, grad_output, features, at...);
     });
@@ -212,21 +212,21 @@ struct Cpu {
 
   template <class T>
   static void reassemble_logits(
-      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Logits<T>& logits) {
-    run_by_rows(shape, Reassemble<T, Logits<T>>{output, features, logits});
+      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Kernels<T>& logits) {
+    run_by_rows(shape, Reassemble<T>{output, features, logits});
   }
 
   template <class T>
   static void grad_features_logits(
-      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Logits<T>& logits) {
-    run_by_rows(shape, GradFeatures<T, Logits<T>>{output, grad_output, logits});
+      const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Kernels<T>& logits) {
+    run_by_rows(shape, GradFeatures<T>{output, grad_output, logits});
   }
 
   template <class T>
   static void grad_logits(
       const Shape& shape, const Map<T>& output, const Map<const T>& grad_output, const Map<const T>& features,
-      const Logits<T>& logits) {
-    run_by_rows(shape, GradWeights<T, Logits<T>>{output, grad_output, features, logits});
+      const Kernels<T>& logits) {
+    run_by_rows(shape, GradWeights<T>{output, grad_output, features, logits});
   }
 };
 

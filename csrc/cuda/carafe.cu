@@ -75,7 +75,7 @@ struct Logits {
   Map<const T> map;
   Normalizer normalizer;
 
-  gpu::Source<const T> source() const { return {map, static_cast<gpu::Normalized>(normalizer)}; }
+  gpu::Source<const T> source() const { return {map, static_cast<gpu::Normalized>(static_cast<int>(normalizer) - 1)}; }
 };
 
 struct Cuda {

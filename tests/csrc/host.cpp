@@ -1,7 +1,7 @@
 // The torch-free kernel headers behind C functions, for ctypes. Compiled by test_kernels.py with g++ alone, once plain
 // and once with the address and undefined-behaviour sanitizers.
 #include "../../csrc/common/element.h"
-#include "../../csrc/cpu/rows.h"
+#include "../../csrc/cpu/tiles.h"
 
 using namespace carafe;
 
@@ -52,13 +52,13 @@ void run(int op, int path, const Shape& s, int layout, T* output, const T* first
       });
     return;
   }
-  const Plan plan = make_plan<accumulator_t<T>>(s, 3);
+  const Plan plan = plan_tiles<accumulator_t<T>>(s, 3);
   Scratch<accumulator_t<T>> scratch;
   for (int64_t index = 0; index < plan.tiles; ++index) {
     const Tile tile = make_tile(s, plan, index);
-    if (op == 0) reassemble_tile<Baseline>(s, target, maps[0], Masks<T>{maps[1]}, tile, scratch);
-    if (op == 1) grad_features_tile<Baseline>(s, target, maps[0], Masks<T>{maps[1]}, tile, scratch);
-    if (op == 2) grad_weights_tile<Baseline>(s, target, maps[0], maps[1], Masks<T>{}, tile, scratch);
+    if (op == 0) reassemble_tile<Baseline>(s, target, maps[0], Kernels<T>{maps[1]}, tile, scratch);
+    if (op == 1) grad_features_tile<Baseline>(s, target, maps[0], Kernels<T>{maps[1]}, tile, scratch);
+    if (op == 2) grad_kernels_tile<Baseline>(s, target, maps[0], maps[1], Kernels<T>{}, tile, scratch);
   }
 }
 
