@@ -14,11 +14,12 @@ struct Isa {
   static constexpr bool many_registers = Registers >= 32;
 };
 
-// A member of an instruction set: calls `Loop`, which is inlined, in a function with the attribute `Target`.
-#define CARAFE_LOOPS(Target)                               \
-  template <auto Loop, class... Arguments>                 \
-  Target static void call(const Arguments&... arguments) { \
-    Loop(arguments...);                                    \
+// A member of an instruction set: calls `Loop`, which is inlined into a function of its own with the attribute
+// `Target`.
+#define CARAFE_LOOPS(Target)                                                         \
+  template <auto Loop, class... Arguments>                                           \
+  __attribute__((noinline)) Target static void call(const Arguments&... arguments) { \
+    Loop(arguments...);                                                              \
   }
 
 }  // namespace carafe

@@ -4,6 +4,7 @@
 // for each dtype or accumulator. x, m, y, dx and dy are the staged features, masks, outputs and the gradients of these.
 #pragma once
 
+#include "calls.h"
 #include "grad_features.h"
 #include "grad_masks.h"
 #include "isa.h"
@@ -34,13 +35,6 @@ inline Region output_region(const Shape& shape, const Tile& tile, int64_t row, i
   return {tile.n, first, first + channels, row, tile.lane_begin, shape.out_height, shape.out_width};
 }
 
-// Where masks come from: themselves, or, with a normaliser, logits.
-template <class T>
-struct Kernels {
-  Map<const T> map;
-  Normalizer normalizer = Normalizer::none;
-};
-
 // Stages the kernels of a tile's outputs, rows from `row` on, as they are.
 template <class I, class T, class A>
 void stage_kernels(const Shape& shape, const Tile& tile, const Kernels<T>& kernels, int64_t row, const Staged<A>& to) {
@@ -65,9 +59,8 @@ void stage_masks(const Shape& shape, const Tile& tile, const Kernels<T>& kernels
 }
 
 template <class I, class T>
-void reassemble_tile(
-    const Shape& shape, const Map<T>& output, const Map<const T>& features, const Kernels<T>& kernels, const Tile& tile,
-    Scratch<accumulator_t<T>>& scratch) {
+void run_tile(const Shape& shape, const Reassemble<T>& call, const Tile& tile, Scratch<accumulator_t<T>>& scratch) {
+  const auto& [output, features, kernels] = call;
   using A = accumulator_t<T>;
   using V = typename I::template vector<A>;
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
@@ -127,9 +120,8 @@ void write_grad_kernels(
 }
 
 template <class I, class T>
-void grad_kernels_tile(
-    const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
-    const Kernels<T>& kernels, const Tile& tile, Scratch<accumulator_t<T>>& scratch) {
+void run_tile(const Shape& shape, const GradKernels<T>& call, const Tile& tile, Scratch<accumulator_t<T>>& scratch) {
+  const auto& [grad, grad_output, features, kernels] = call;
   using A = accumulator_t<T>;
   using V = typename I::template vector<A>;
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
@@ -165,9 +157,8 @@ void grad_kernels_tile(
 }
 
 template <class I, class T>
-void grad_features_tile(
-    const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Kernels<T>& kernels,
-    const Tile& tile, Scratch<accumulator_t<T>>& scratch) {
+void run_tile(const Shape& shape, const GradFeatures<T>& call, const Tile& tile, Scratch<accumulator_t<T>>& scratch) {
+  const auto& [grad, grad_output, kernels] = call;
   using A = accumulator_t<T>;
   using V = typename I::template vector<A>;
   const OutputRows rows(shape, tile.row_begin - shape.radius(), tile.row_end + shape.radius());
@@ -196,6 +187,18 @@ void grad_features_tile(
     I::template call<grad_features_staged<V, I::many_registers, A>>(shape, tile, dy, m, dx, sums, offsets);
     I::template call<unstage<V, T, A>>(dx, to, grad);
   }
+}
+
+template <class I>
+void run_tiles(const Shape& shape, const Plan& plan, const Call& call, int64_t begin, int64_t end) {
+  std::visit(
+      [&](const auto& call) {
+        Scratch<accumulator_t<typename std::decay_t<decltype(call)>::element>> scratch;
+        for (int64_t index = begin; index < end; ++index) {
+          run_tile<I>(shape, call, make_tile(shape, plan, index), scratch);
+        }
+      },
+      call);
 }
 
 }  // namespace carafe

@@ -53,13 +53,10 @@ void run(int op, int path, const Shape& s, int layout, T* output, const T* first
     return;
   }
   const Plan plan = plan_tiles<accumulator_t<T>>(s, 3);
-  Scratch<accumulator_t<T>> scratch;
-  for (int64_t index = 0; index < plan.tiles; ++index) {
-    const Tile tile = make_tile(s, plan, index);
-    if (op == 0) reassemble_tile<Baseline>(s, target, maps[0], Kernels<T>{maps[1]}, tile, scratch);
-    if (op == 1) grad_features_tile<Baseline>(s, target, maps[0], Kernels<T>{maps[1]}, tile, scratch);
-    if (op == 2) grad_kernels_tile<Baseline>(s, target, maps[0], maps[1], Kernels<T>{}, tile, scratch);
-  }
+  const auto run = [&](const Call& call) { run_tiles<Baseline>(s, plan, call, 0, plan.tiles); };
+  if (op == 0) run(Reassemble<T>{target, maps[0], {maps[1]}});
+  if (op == 1) run(GradFeatures<T>{target, maps[0], {maps[1]}});
+  if (op == 2) run(GradKernels<T>{target, maps[0], maps[1], {}});
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The kernel mathematics on the host: what a CUDA thread computes (element.h) and what a CPU vector computes (rows.h),
+"""The kernel mathematics on the host: what a CUDA thread computes (element.h) and what a CPU vector computes (tiles.h),
 compiled with g++ alone, without torch's headers, against the reference."""
 
 import ctypes
@@ -36,7 +36,7 @@ def library(tmp_path_factory):
 
 
 def run(library, op, path, case, output, first, second):
-    features_size = (2, 8, *case["size"])
+    features_size = (2, case.get("channels", 8), *case["size"])
     geometry = (ctypes.c_int64 * 8)(
         *features_size, case["kernel_size"], case["group_size"], *scale_ratio(case["scale"])
     )
@@ -54,7 +54,12 @@ def run(library, op, path, case, output, first, second):
 def check_all_operators(library, path, case):
     args = (case["kernel_size"], case["group_size"], *scale_ratio(case["scale"]))
     features, masks, grad = random_case(
-        case["size"], 8, case["kernel_size"], case["group_size"], case["scale"], dtype=case["dtype"]
+        case["size"],
+        case.get("channels", 8),
+        case["kernel_size"],
+        case["group_size"],
+        case["scale"],
+        dtype=case["dtype"],
     )
     for op, expected, first, second in (
         (0, reference.reassemble(features, masks, *args), features, masks),
@@ -68,6 +73,14 @@ def check_all_operators(library, path, case):
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_kernels_equal_the_reference(case, path, library):
     check_all_operators(library, path, case)
+
+
+@pytest.mark.parametrize("layout", [0, 2], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("scale", [2, 3, 1, Fraction(1, 2), Fraction(3, 2)], ids=str)
+def test_several_chunks_bands_and_spans(scale, layout, library):
+    """A band of source rows has at most 16, a span at most 192 lanes, and 8 or 16 channels are staged at a time."""
+    case = dict(kernel_size=3, group_size=2, scale=scale, size=(20, 401), channels=70, dtype=torch.float32)
+    check_all_operators(library, 1, case | dict(layout=layout))
 
 
 def test_kernels_under_sanitizers(tmp_path):
