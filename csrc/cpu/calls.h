@@ -1,4 +1,4 @@
-// What the CPU kernels are asked for: a call, of which each instruction set computes tiles.
+// What the CPU kernels compute: a call, of which each instruction set computes tiles.
 #pragma once
 
 #include <variant>
