@@ -9,8 +9,8 @@
 
 #include <algorithm>
 
+#include "common/half.h"
 #include "common/normalizer.h"
-#include "common/scalar.h"
 #include "common/shape.h"
 
 namespace carafe {
@@ -83,13 +83,6 @@ inline bool is_channels_last(const Tensor& tensor) {
   }
   return true;
 }
-
-// The kernels of a call: masks, or logits with their normaliser.
-template <class T>
-struct Kernels {
-  Map<const T> map;
-  Normalizer normalizer;
-};
 
 inline Normalizer make_normalizer(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number <= 3, "normalizer must be 0, 1, 2 or 3, got ", number);

@@ -2,7 +2,7 @@
 // All three are gathers, so they need no atomics and give the same bits on every run.
 #pragma once
 
-#include "scalar.h"
+#include "half.h"
 
 namespace carafe {
 
@@ -19,7 +19,7 @@ CARAFE_HOST_DEVICE T reassemble_element(
     const int64_t row = first_row + u;
     for (int64_t v = 0; v < shape.kernel; ++v) {
       const int64_t column = first_column + v;
-      // Outside the map the features are zero, not absent: an infinite weight there gives NaN, as in the reference.
+      // Outside the map the features are zero, not absent: an infinite mask there gives NaN, as in the reference.
       const bool inside = row >= 0 && row < shape.height && column >= 0 && column < shape.width;
       const accumulator_t<T> feature = inside ? widen(features.at(n, c, row, column)) : accumulator_t<T>(0);
       sum += widen(masks.at(n, first_tap + u * shape.kernel + v, out_row, out_column)) * feature;

@@ -1,17 +1,14 @@
-// The CPU operators: the row kernels (cpu/rows.h) compiled for several instruction sets, chosen at run time, and
-// the element loop (common/element.h), through torch's own thread pool.
+// The CPU operators: the row kernels of an instruction set chosen at run time (cpu/calls.h), and the element loop
+// (common/element.h), through torch's own thread pool.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
 #include <cstring>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include <exception>
 
 #include "../arguments.h"
 #include "../common/element.h"
-#include "rows.h"
+#include "calls.h"
 
 namespace carafe {
 namespace {
@@ -19,9 +16,7 @@ namespace {
 enum class Path { plain, baseline, avx2, avx512 };
 constexpr const char* kPathNames[] = {"plain", "baseline", "avx2", "avx512"};
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define CARAFE_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define CARAFE_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")))
+#ifdef CARAFE_X86
 Path best_path() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -32,8 +27,6 @@ Path best_path() {
   return avx2 ? Path::avx2 : Path::baseline;
 }
 #else  // one path: the compiler's own target, which has NEON on 64-bit Arm
-#define CARAFE_AVX2
-#define CARAFE_AVX512
 Path best_path() { return Path::baseline; }
 #endif
 
@@ -55,109 +48,23 @@ Path current_path() {
   return path;
 }
 
+// What computes tiles on that path, but for `plain`.
+auto current_run() {
+#ifdef CARAFE_X86
+  if (current_path() == Path::avx512) return &run_avx512;
+  if (current_path() == Path::avx2) return &run_avx2;
+#endif
+  return &run_baseline;
+}
+
 constexpr int64_t kMaxPhases = 64;
 
-// An allocation of this size is fresh memory from the system in every call (it is the most that glibc keeps), which
-// then spends longer on its page faults than on our arithmetic. In huge pages there are 512 times fewer.
-constexpr int64_t kFreshBytes = 32 << 20;
-
-// CARAFE_HUGE_PAGES=0 does without: where a virtual machine hands free memory back to its host, huge pages that were
-// free for some seconds may cost more than they save.
-bool use_huge_pages() {
-  static const bool use = [] {
-    const char* const wanted = std::getenv("CARAFE_HUGE_PAGES");
-    if (wanted == nullptr || *wanted == 0 || std::strcmp(wanted, "1") == 0) return true;
-    STD_TORCH_CHECK(std::strcmp(wanted, "0") == 0, "CARAFE_HUGE_PAGES must be 0 or 1, got ", wanted);
-    return false;
-  }();
-  return use;
-}
-
-template <class T>
-void prepare(const Map<T>& fresh, int64_t elements) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t page = 2 << 20;
-  if (!use_huge_pages() || elements * int64_t(sizeof(T)) < kFreshBytes) return;
-  char* const data = reinterpret_cast<char*>(fresh.data);
-  const int64_t head = (page - reinterpret_cast<intptr_t>(data) % page) % page;
-  // Advice: where the system does not take it, nothing is lost.
-  (void)madvise(data + head, (elements * int64_t(sizeof(T)) - head) / page * page, MADV_HUGEPAGE);
-#endif
-}
-
-// What a call computes, tile by tile (and element by element where the path is `plain` and that exists).
-
-template <class T, class Weights>
-struct Reassemble {
-  using element = T;
-  Map<T> output;
-  Map<const T> features;
-  Weights weights;
-
-  void begin(const Shape& s) const { prepare(output, s.batch * s.channels * s.out_height * s.out_width); }
-  template <class I>
-  void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
-    reassemble_tile<I>(shape, output, features, weights, tile, scratch);
-  }
-};
-
-template <class T, class Weights>
-struct GradFeatures {
-  using element = T;
-  Map<T> grad;
-  Map<const T> grad_output;
-  Weights weights;
-
-  void begin(const Shape& s) const { prepare(grad, s.batch * s.channels * s.height * s.width); }
-  template <class I>
-  void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
-    grad_features_tile<I>(shape, grad, grad_output, weights, tile, scratch);
-  }
-};
-
-template <class T, class Weights>
-struct GradWeights {
-  using element = T;
-  Map<T> grad;
-  Map<const T> grad_output, features;
-  Weights weights;
-
-  void begin(const Shape& s) const { prepare(grad, s.batch * s.mask_channels() * s.out_height * s.out_width); }
-  template <class I>
-  void tile(const Shape& shape, const Tile& tile, Scratch<accumulator_t<T>>& scratch) const {
-    grad_weights_tile<I>(shape, grad, grad_output, features, weights, tile, scratch);
-  }
-};
-
-struct Baseline : Isa<16, 16> {
-  CARAFE_LOOPS()
-};
-struct Avx2 : Isa<32, 16> {
-  CARAFE_LOOPS(CARAFE_AVX2)
-};
-struct Avx512 : Isa<64, 32> {
-  CARAFE_LOOPS(CARAFE_AVX512)
-};
-
-template <class I, class Job>
-void run_tiles(const Shape& shape, const Plan& plan, const Job& job, int64_t begin, int64_t end) {
-  Scratch<accumulator_t<typename Job::element>> scratch;
-  for (int64_t index = begin; index < end; ++index) {
-    job.template tile<I>(shape, make_tile(shape, plan, index), scratch);
-  }
-}
-
-template <class Job>
-void run_by_rows(const Shape& shape, const Job& job) {
-  const Path path = current_path();
-  job.begin(shape);
-  const Plan plan = make_plan<accumulator_t<typename Job::element>>(shape, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, plan.tiles, 1, [&](int64_t begin, int64_t end) {
-    const auto tiles = path == Path::avx512 ? &run_tiles<Avx512, Job>
-                       : path == Path::avx2 ? &run_tiles<Avx2, Job>
-                                            : &run_tiles<Baseline, Job>;
-    tiles(shape, plan, job, begin, end);
-  });
+template <class Operator>
+void run_by_rows(const Shape& shape, const Operator& call) {
+  const auto run = current_run();
+  const Plan plan = plan_tiles<accumulator_t<typename Operator::element>>(shape, torch::stable::get_num_threads());
+  torch::stable::parallel_for(
+      0, plan.tiles, 1, [&](int64_t begin, int64_t end) { run(shape, plan, call, begin, end); });
 }
 
 template <class T, class Element>
@@ -178,13 +85,6 @@ bool by_element(const Shape& shape, Normalizer normalizer) {
          shape.up * shape.down > kMaxPhases;
 }
 
-// Calls run(Masks) or run(Logits): the row kernels are compiled for each of the two.
-template <class T, class Run>
-void with_kernels(const Kernels<T>& kernels, const Run& run) {
-  if (kernels.normalizer == Normalizer::none) return run(Masks<T>{kernels.map});
-  run(Logits<T>{kernels.map, kernels.normalizer});
-}
-
 struct Cpu {
   template <class T>
   static void reassemble(
@@ -194,9 +94,7 @@ struct Cpu {
         return reassemble_element(shape, features, kernels.map, at...);
       });
     }
-    with_kernels(kernels, [&](const auto& staged) {
-      run_by_rows(shape, Reassemble<T, std::decay_t<decltype(staged)>>{output, features, staged});
-    });
+    run_by_rows(shape, Reassemble<T>{output, features, kernels});
   }
 
   template <class T>
@@ -207,9 +105,7 @@ struct Cpu {
         return grad_features_element(shape, grad_output, kernels.map, at...);
       });
     }
-    with_kernels(kernels, [&](const auto& staged) {
-      run_by_rows(shape, GradFeatures<T, std::decay_t<decltype(staged)>>{grad, grad_output, staged});
-    });
+    run_by_rows(shape, GradFeatures<T>{grad, grad_output, kernels});
   }
 
   template <class T>
@@ -221,9 +117,7 @@ struct Cpu {
           grad, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width,
           [&](auto... at) { return grad_masks_element(shape, grad_output, features, at...); });
     }
-    with_kernels(kernels, [&](const auto& staged) {
-      run_by_rows(shape, GradWeights<T, std::decay_t<decltype(staged)>>{grad, grad_output, features, staged});
-    });
+    run_by_rows(shape, GradKernels<T>{grad, grad_output, features, kernels});
   }
 };
 

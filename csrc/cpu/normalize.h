@@ -1,5 +1,5 @@
-// The kernel normaliser on staged buffers, and the way there from the content encoder's raw output: it needs neither a
-// pixel shuffle nor a normalised copy in memory.
+// The kernel normaliser on staged buffers, and the way there from logits, the content encoder's raw output: it needs
+// neither a pixel shuffle nor a normalised copy in memory.
 #pragma once
 
 #include <cmath>
@@ -85,27 +85,28 @@ CARAFE_INLINE void normalize(Normalizer normalizer, const Staged<A>& m, int64_t 
   }
 }
 
-// Turns the gradient to normalised weights into that to logits, in place; `logits` is read by sigmoid_normalized alone.
+// Turns the gradient to masks into that to logits, in place. `logits`, of the masks' form, is read by
+// sigmoid_normalized alone.
 template <class V, class A>
 CARAFE_INLINE void normalize_backward(
-    Normalizer normalizer, const Staged<A>& weights, const A* logits, const Staged<A>& grad, int64_t lanes) {
+    Normalizer normalizer, const Staged<A>& masks, const Staged<A>& logits, const Staged<A>& grad) {
   using Value = typename V::type;
   const Value zero = {};
   for (int64_t place = 0; place < grad.rows * grad.phases; ++place) {
-    for (int64_t q = 0; q < lanes; q += V::lanes) {
-      const A* const kernel = weights.data + place * weights.pitch + q;
+    for (int64_t q = 0; q < grad.lanes; q += V::lanes) {
+      const A* const kernel = masks.data + place * masks.pitch + q;
       A* const g = grad.data + place * grad.pitch + q;
       Value dot = {};
       if (normalizer != Normalizer::sigmoid) {
         for (int64_t tap = 0; tap < grad.channels; ++tap)
-          dot += V::load(kernel + tap * weights.channel_stride()) * V::load(g + tap * grad.channel_stride());
+          dot += V::load(kernel + tap * masks.channel_stride()) * V::load(g + tap * grad.channel_stride());
       }
       for (int64_t tap = 0; tap < grad.channels; ++tap) {
-        const Value weight = V::load(kernel + tap * weights.channel_stride());
-        Value value = weight * (V::load(g + tap * grad.channel_stride()) - dot);
-        if (normalizer == Normalizer::sigmoid) value = value * (1 - weight);
+        const Value mask = V::load(kernel + tap * masks.channel_stride());
+        Value value = mask * (V::load(g + tap * grad.channel_stride()) - dot);
+        if (normalizer == Normalizer::sigmoid) value = value * (1 - mask);
         if (normalizer == Normalizer::sigmoid_normalized) {  // d sigmoid = sigmoid(x) sigmoid(-x)
-          const Value x = V::load(logits + tap * weights.channel_stride() + place * weights.pitch + q);
+          const Value x = V::load(logits.data + tap * logits.channel_stride() + place * logits.pitch + q);
           value = value * sigmoid<V>(-x, zero);
         }
         V::store(g + tap * grad.channel_stride(), value);
@@ -114,63 +115,68 @@ CARAFE_INLINE void normalize_backward(
   }
 }
 
-// The content encoder's raw output is (N, G k^2 up^2, H, W): channel (tap up + row phase) up + column phase. Each lane
-// of it is a lane of a staged buffer already, so that the pixel shuffle costs nothing. For up == 1 or down == 1.
-struct LogitsWindow {
-  int64_t n, group;
-  int64_t first_row;  // of the output
-  int64_t lane;
+// Logits are (N, G k^2 up^2, H, W): channel (tap up + row phase) up + column phase. Each lane of them is a lane of
+// staged masks already, so that the pixel shuffle costs nothing. For up == 1 or down == 1; `region` is that of the
+// masks that they will be, and their buffers' phases are `up`.
+struct LogitsLayout {
+  int64_t up, phases, channel, channels, row, rows;  // `channels` and `rows` of the map from `channel` and `row` on
 
-  // Where the buffer would lie in a map of masks.
-  Window masks(const Shape& shape) const {
-    return {n, group * shape.taps(), 0, first_row, lane, shape.out_height, shape.out_width};
+  template <class A>
+  LogitsLayout(const Region& region, const Staged<A>& buffer)
+      : up(buffer.phases),
+        phases(up * up),
+        channel(region.channel * phases),
+        channels(buffer.channels * phases),
+        row(region.row / up),
+        rows(buffer.rows / up) {}
+
+  // Where channel c of a row of the map goes, from a lane on.
+  template <class A>
+  CARAFE_INLINE auto lanes(const Staged<A>& buffer, int64_t row, int64_t lane) const {
+    return [base = buffer.at(0, row * up) + lane, step = buffer.channel_stride(), pitch = buffer.pitch,
+            phases = phases](int64_t c) CARAFE_ALWAYS_INLINE { return base + c / phases * step + c % phases * pitch; };
   }
 };
 
 template <class V, class T, class A>
-CARAFE_INLINE void stage_logits(
-    const Shape& shape, const Map<const T>& map, const LogitsWindow& window, const Staged<A>& to) {
-  const int64_t phases = shape.up * shape.up, channels = shape.taps() * phases, rows = to.rows / shape.up;
-  const Window masks = window.masks(shape);
-  const Inside inside(masks, to);
-  const int64_t begin = inside.begin, count = inside.count(0, shape.up);
+CARAFE_INLINE void stage_logits(const Map<const T>& map, const Region& region, const Staged<A>& to) {
+  const LogitsLayout at(region, to);
+  const Inside inside(region, to);
+  const int64_t begin = inside.begin, count = inside.count(0, at.up);
   const auto source = [&](int64_t c, int64_t row) {
-    return map.pointer(window.n, window.group * channels + c, window.first_row / shape.up + row, window.lane + begin);
-  };
-  const auto lanes = [&](int64_t row) {
-    return Lanes<A>{to.data + row * phases * to.pitch + begin, to.channel_stride(), phases, to.pitch};
+    return map.pointer(region.n, at.channel + c, at.row + row, region.lane + begin);
   };
   if (map.channel_stride == 1 && map.column_stride != 1) {
-    for (int64_t row = 0; row < rows; ++row) {
-      gather_channels<V>(source(0, row), map.column_stride, count, channels, lanes(row));
+    for (int64_t row = 0; row < at.rows; ++row) {
+      gather_channels<V>(source(0, row), map.column_stride, count, at.channels, at.lanes(to, row, begin));
     }
     return;
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t row = 0; row < rows; ++row) stage_row<V>(source(c, row), map.column_stride, count, lanes(row)(c));
+  for (int64_t c = 0; c < at.channels; ++c) {
+    for (int64_t row = 0; row < at.rows; ++row) {
+      stage_row<V>(source(c, row), map.column_stride, count, at.lanes(to, row, begin)(c));
+    }
   }
 }
 
 // The way back (no halo).
 template <class V, class T, class A>
-CARAFE_INLINE void unstage_logits(
-    const Shape& shape, const Staged<A>& from, const LogitsWindow& window, const Map<T>& map) {
-  const int64_t phases = shape.up * shape.up, channels = shape.taps() * phases, rows = from.rows / shape.up;
-  const int64_t columns = std::min(from.lanes, (shape.up == 1 ? shape.out_width : shape.width) - window.lane);
+CARAFE_INLINE void unstage_logits(const Staged<A>& from, const Region& region, const Map<T>& map) {
+  const LogitsLayout at(region, from);
+  const int64_t columns = std::min(from.lanes, ceil_div(region.map_columns, at.up) - region.lane);
   const auto target = [&](int64_t c, int64_t row) {
-    return map.pointer(window.n, window.group * channels + c, window.first_row / shape.up + row, window.lane);
-  };
-  const auto lanes = [&](int64_t row) {
-    return Lanes<const A>{from.data + row * phases * from.pitch, from.channel_stride(), phases, from.pitch};
+    return map.pointer(region.n, at.channel + c, at.row + row, region.lane);
   };
   if (map.channel_stride == 1 && map.column_stride != 1) {
-    for (int64_t row = 0; row < rows; ++row) {
-      scatter_channels<V>(lanes(row), columns, channels, target(0, row), map.column_stride);
+    for (int64_t row = 0; row < at.rows; ++row) {
+      scatter_channels<V>(at.lanes(from, row, 0), columns, at.channels, target(0, row), map.column_stride);
     }
     return;
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t row = 0; row < rows; ++row) unstage_row<V>(lanes(row)(c), columns, target(c, row), map.column_stride);
+  for (int64_t c = 0; c < at.channels; ++c) {
+    for (int64_t row = 0; row < at.rows; ++row) {
+      unstage_row<V>(at.lanes(from, row, 0)(c), columns, target(c, row), map.column_stride);
+    }
   }
 }
 

@@ -1,9 +1,10 @@
 // The arithmetic where channels lie side by side (channels_last): vectors run along the channels, straight from and to
-// the maps, and a weight serves a whole vector.
+// the maps, and one tap of the masks serves a whole vector.
 //
 // For up == 1 or down == 1, and groups of a vector of channels at least.
 #pragma once
 
+#include "convert.h"
 #include "loops.h"
 
 namespace carafe {
@@ -53,16 +54,16 @@ struct Neighbours {
 };
 
 // Pixels that rows share lie too far apart for the hardware's prefetcher: the ones that a row of taps will reach are
-// asked for this many lanes before their turn, and so is memory to write to.
+// prefetched this many lanes ahead, and so is memory to write to.
 constexpr int64_t kPixelsAhead = 4;
 
-// Calls ask(pixel) for those that tap row u reaches then, and did not before.
-template <class T, class Ask>
-CARAFE_INLINE void ask_ahead(
-    const Shape& shape, const Neighbours<T>& near, int64_t u, int64_t q, int64_t lanes, const Ask& ask) {
+// Calls prefetch(pixel) for those that tap row u reaches then, and did not before.
+template <class T, class Prefetch>
+CARAFE_INLINE void prefetch_ahead(
+    const Shape& shape, const Neighbours<T>& near, int64_t u, int64_t q, int64_t lanes, const Prefetch& prefetch) {
   if (q + kPixelsAhead >= lanes) return;
   const T* const* const end = near.pointers + u * near.columns + (q + kPixelsAhead) * shape.down + shape.kernel;
-  for (int64_t fresh = std::min(shape.down, shape.kernel); fresh > 0; --fresh) ask(end[-fresh]);
+  for (int64_t fresh = std::min(shape.down, shape.kernel); fresh > 0; --fresh) prefetch(end[-fresh]);
 }
 
 // Calls visit(source row, output row, count, place) for every source row that has outputs: `count` at every lane, in
@@ -88,24 +89,24 @@ CARAFE_INLINE void reassemble_pixels(
     for (int64_t q = 0; q < lanes; ++q) {
       const auto block = [&](auto outputs, auto vectors, int64_t first, int64_t c) CARAFE_ALWAYS_INLINE {
         constexpr int P = outputs, C = vectors;
-        const A* weights = m.data + (place + first) * m.pitch + q;
+        const A* masks = m.data + (place + first) * m.pitch + q;
         typename V::type sum[C][P] = {};
         for (int64_t u = 0; u < k; ++u) {
           const T* const* const pixels = near.pointers + u * near.columns + q * shape.down;
           if (first == 0) {
-            ask_ahead(shape, near, u, q, lanes, [&](const T* pixel) CARAFE_ALWAYS_INLINE {
+            prefetch_ahead(shape, near, u, q, lanes, [&](const T* pixel) CARAFE_ALWAYS_INLINE {
 #pragma GCC unroll 8
               for (int i = 0; i < C; ++i) __builtin_prefetch(pixel + c + i * V::lanes, 0, 2);
             });
           }
-          for (int64_t v = 0; v < k; ++v, weights += m.channel_stride()) {
+          for (int64_t v = 0; v < k; ++v, masks += m.channel_stride()) {
             const T* const pixel = pixels[v] + c;
 #pragma GCC unroll 8
             for (int i = 0; i < C; ++i) {
               typename V::type value = load_widened<V>(pixel + i * V::lanes);
               if constexpr (P > 1) value = shared<V>(value);
 #pragma GCC unroll 4
-              for (int p = 0; p < P; ++p) sum[i][p] += value * weights[p * m.pitch];
+              for (int p = 0; p < P; ++p) sum[i][p] += value * masks[p * m.pitch];
             }
           }
         }
@@ -136,7 +137,7 @@ CARAFE_INLINE void reassemble_pixels(
   });
 }
 
-// -------------------------------------------------------------------------------------------- gradient to weights
+// ---------------------------------------------------------------------------------------------- gradient to masks
 
 // The sums of the elements of as many vectors as one has lanes, in order.
 template <class V>
@@ -161,7 +162,7 @@ CARAFE_INLINE typename V::type load_part(const T* from, int64_t count) {
 
 // `partial` has room for a vector for every tap of `up` x `up` outputs, and as many as a vector has lanes besides.
 template <class V, bool ManyRegisters, class T, class A>
-CARAFE_INLINE void grad_weights_pixels(
+CARAFE_INLINE void grad_masks_pixels(
     const Shape& shape, const Tile& tile, const Map<const T>& features, const Map<const T>& grad_output,
     const Staged<A>& sum, const Neighbours<T>& near, A* partial) {
   const int64_t channels = shape.group_channels(), lanes = valid_lanes(shape, tile), k = shape.kernel;
@@ -171,10 +172,10 @@ CARAFE_INLINE void grad_weights_pixels(
       // P outputs times U taps stay in registers while the channels pass by.
       const auto block = [&](auto outputs, auto taps, int64_t first, int64_t tap) CARAFE_ALWAYS_INLINE {
         constexpr int P = outputs, U = taps;
-        const T* cotangents[P];
+        const T* grads[P];
         const T* pixels[U];
         for (int p = 0; p < P; ++p) {
-          cotangents[p] = grad_output.pointer(
+          grads[p] = grad_output.pointer(
               tile.n, tile.group * channels, row + (first + p) / shape.up,
               (tile.lane_begin + q) * shape.up + (first + p) % shape.up);
         }
@@ -184,28 +185,28 @@ CARAFE_INLINE void grad_weights_pixels(
         constexpr int64_t line = 64 / int64_t(sizeof(T));
         if (tap == 0) {
           for (int p = 0; p < P; ++p) {
-            const T* const ahead = cotangents[p] + kPixelsAhead * shape.up * grad_output.column_stride;
+            const T* const ahead = grads[p] + kPixelsAhead * shape.up * grad_output.column_stride;
             for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(ahead + c, 0, 2);
           }
         }
         if (first == 0) {  // the rows that these taps are the first of
           for (int64_t u = ceil_div(tap, k); u <= (tap + U - 1) / k; ++u) {
-            ask_ahead(shape, near, u, q, lanes, [&](const T* pixel) CARAFE_ALWAYS_INLINE {
+            prefetch_ahead(shape, near, u, q, lanes, [&](const T* pixel) CARAFE_ALWAYS_INLINE {
               for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(pixel + c, 0, 2);
             });
           }
         }
         typename V::type total[U][P] = {};
         const auto add = [&](const auto& load) CARAFE_ALWAYS_INLINE {
-          typename V::type cotangent[P];
+          typename V::type outer[P];
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) cotangent[p] = load(cotangents[p]);
+          for (int p = 0; p < P; ++p) outer[p] = load(grads[p]);
 #pragma GCC unroll 5
           for (int u = 0; u < U; ++u) {
             typename V::type value = load(pixels[u]);
             if constexpr (P > 1) value = shared<V>(value);
 #pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) total[u][p] += cotangent[p] * value;
+            for (int p = 0; p < P; ++p) total[u][p] += outer[p] * value;
           }
         };
         int64_t c = 0;
@@ -244,7 +245,7 @@ CARAFE_INLINE void grad_weights_pixels(
 
 // ----------------------------------------------------------------------------------------- gradient to features
 
-// J neighbouring pixels share the cotangents that they gather.
+// J neighbouring pixels share the gradients of outputs that they gather.
 template <class V, bool ManyRegisters, class T, class A>
 CARAFE_INLINE void grad_features_pixels(
     const Shape& shape, const Tile& tile, const Map<const T>& grad_output, const Staged<A>& m, const Map<T>& grad) {
@@ -263,30 +264,30 @@ CARAFE_INLINE void grad_features_pixels(
     typename V::type sum[J][C] = {};
     const OutputRows near(shape, i - radius, i + radius + 1);
     const auto [first_column, last_column] = columns(j - radius, j + J + radius);
-    const int64_t next = j + kPixelsAhead * shape.down;  // the pixel that cotangents are asked for now
+    const int64_t next = j + kPixelsAhead * shape.down;  // the pixel whose outputs are prefetched now
     const auto [first_ahead, last_ahead] = columns(next + radius, next + J + radius);
     for (int64_t row = near.begin; row < near.end; ++row) {
       const int64_t u = i - shape.source(row) + radius;
-      const T* cotangents = grad_output.pointer(tile.n, tile.group * channels + c, row, first_column);
-      const A* const weights = m.data + u * k * m.channel_stride() + (row - rows.begin) * m.row_stride();
+      const T* grads = grad_output.pointer(tile.n, tile.group * channels + c, row, first_column);
+      const A* const masks = m.data + u * k * m.channel_stride() + (row - rows.begin) * m.row_stride();
       for (int64_t column = first_ahead; column < last_ahead; ++column) {
         const T* const ahead = grad_output.pointer(tile.n, tile.group * channels + c, row, column);
 #pragma GCC unroll 4
         for (int each = 0; each < C; ++each) __builtin_prefetch(ahead + each * V::lanes, 0, 2);
       }
       int64_t lane = first_column / shape.up, phase = first_column % shape.up;
-      for (int64_t column = first_column; column < last_column; ++column, cotangents += grad_output.column_stride) {
-        typename V::type cotangent[C];
+      for (int64_t column = first_column; column < last_column; ++column, grads += grad_output.column_stride) {
+        typename V::type outer[C];
 #pragma GCC unroll 4
-        for (int each = 0; each < C; ++each) cotangent[each] = load_widened<V>(cotangents + each * V::lanes);
+        for (int each = 0; each < C; ++each) outer[each] = load_widened<V>(grads + each * V::lanes);
         const int64_t v = j - lane * shape.down + radius;  // of the first pixel: the source is a phase of its lane
-        const A* const weight = weights + phase * m.pitch + lane - tile.lane_begin;
+        const A* const mask = masks + phase * m.pitch + lane - tile.lane_begin;
 #pragma GCC unroll 4
         for (int each = 0; each < J; ++each) {
           if (uint64_t(v + each) >= uint64_t(k)) continue;
-          const A factor = weight[(v + each) * m.channel_stride()];
+          const A factor = mask[(v + each) * m.channel_stride()];
 #pragma GCC unroll 4
-          for (int x = 0; x < C; ++x) sum[each][x] += cotangent[x] * factor;
+          for (int x = 0; x < C; ++x) sum[each][x] += outer[x] * factor;
         }
         if (++phase == shape.up) phase = 0, ++lane;
       }

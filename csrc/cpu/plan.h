@@ -1,15 +1,15 @@
-// How a call is cut into tiles: one image, one group, a band of source rows, a range of lanes (staging.h says what a
-// lane is). A tile stages what it reads, computes, and writes only its own elements; each element's sum has one order,
-// whatever the tiling, so the bits depend neither on the number of threads nor on their timing.
+// The tiles of a call: one image, one group, a band of source rows, a range of lanes (buffer.h says what a lane is). A
+// tile stages what it reads, computes, and writes only its own elements; each element's sum has one order, whatever the
+// tiling, so the bits depend neither on the number of threads nor on their timing.
 #pragma once
 
-#include <memory>
+#include <algorithm>
 
-#include "staging.h"
+#include "../common/shape.h"
+#include "simd.h"
 
 namespace carafe {
 
-// How a call is cut into tiles.
 struct Plan {
   int64_t bands;         // of source rows, as equal as can be
   int64_t spans, lanes;  // spans of at most `lanes` lanes
@@ -23,12 +23,12 @@ struct Tile {
 };
 
 constexpr int64_t kMaxLanes = 192;          // of a span
-constexpr int64_t kMaskBytes = 384 * 1024;  // staged masks of a band: they should stay in the second-level cache
+constexpr int64_t kMaskBytes = 384 * 1024;  // staged masks of a band, to stay in the second-level cache
 constexpr int64_t kMaxRows = 16;            // of a band
 constexpr int64_t kChunk = 16;              // channels staged at a time
 
 template <class A>
-Plan make_plan(const Shape& shape, int64_t threads) {
+Plan plan_tiles(const Shape& shape, int64_t threads) {
   const int64_t vector = kVectorBytes / int64_t(sizeof(A));
   const int64_t all_lanes = std::max(ceil_div(shape.out_width, shape.up), ceil_div(shape.width, shape.down));
   Plan plan;
@@ -71,56 +71,6 @@ struct OutputRows {
       : begin(std::min(shape.out_height, shape.first_output(std::max<int64_t>(first, 0)))),
         end(std::min(shape.out_height, shape.first_output(std::clamp<int64_t>(last, 0, shape.height)))) {}
   int64_t count() const { return std::max<int64_t>(0, end - begin); }
-};
-
-// Memory for the buffers of one thread; it grows to the largest tile and is reused for the next.
-template <class A>
-class Scratch {
- public:
-  Staged<A> take(int64_t channels, int64_t rows, int64_t phases, int64_t lanes, int64_t halo) {
-    constexpr int64_t vector = kVectorBytes / int64_t(sizeof(A));
-    const int64_t left = ceil_div(halo, vector) * vector;
-    const int64_t pitch = left + ceil_div(lanes + halo, vector) * vector;
-    Staged<A> buffer{nullptr, channels, rows, phases, lanes, halo, pitch};
-    const int64_t count = channels * buffer.channel_stride();
-    Block& block = blocks_[next_++];
-    if (!block.memory || block.size < count) {
-      block.memory.reset(new A[count + vector]);
-      block.size = count;
-    }
-    A* const aligned =
-        reinterpret_cast<A*>(ceil_div(reinterpret_cast<intptr_t>(block.memory.get()), kVectorBytes) * kVectorBytes);
-    buffer.data = aligned + left;
-    return buffer;
-  }
-  // Offsets, or pointers; one list a tile.
-  template <class Item>
-  Item* list(int64_t count) {
-    static_assert(sizeof(Item) == sizeof(int64_t), "one list serves both");
-    if (list_size_ < count) {
-      list_.reset(new int64_t[count]);
-      list_size_ = count;
-    }
-    return reinterpret_cast<Item*>(list_.get());
-  }
-  void restart() { next_ = 0; }
-
- private:
-  struct Block {
-    std::unique_ptr<A[]> memory;
-    int64_t size = 0;
-  };
-  Block blocks_[5];
-  int next_ = 0;
-  std::unique_ptr<int64_t[]> list_;
-  int64_t list_size_ = 0;
-};
-
-// Where column `shift` elements right of lane q's source column 0 lies: its phase, and how many lanes further.
-struct LaneOffset {
-  int64_t phase, lanes;
-  CARAFE_INLINE LaneOffset(int64_t column, int64_t period)
-      : phase(column - floor_div(column, period) * period), lanes(floor_div(column, period)) {}
 };
 
 }  // namespace carafe

@@ -13,11 +13,11 @@ namespace gpu {
 
 // Where the weights of a call lie: masks, or logits with their normaliser.
 template <class T>
-struct Source {
+struct KernelMap {
   Map<T> map;
   Normalizer normalizer;
 
-  Weights<T> weights(const Shape& shape) const {
+  KernelView<T> weights(const Shape& shape) const {
     return {View<T>::of(map, 1), normalizer != Normalizer::none && shape.up > 1, normalizer};
   }
 };
@@ -32,9 +32,9 @@ inline bool has_block(const Shape& shape) {
 }
 
 template <class Block>
-bool cut(const Shape& shape, bool channels_last, int64_t shared_bytes, Block* block) {
+bool plan_tiles(const Shape& shape, bool channels_last, int64_t shared_bytes, Block* block) {
   block->sites = make_sites(shape);
-  if (!choose<Block>(shape, block->sites, channels_last, shared_bytes, &block->grid)) return false;
+  if (!pick_tile<Block>(shape, block->sites, channels_last, shared_bytes, &block->grid)) return false;
   block->kernels = Block::kernels_of(block->sites, block->grid);
   block->patch = Block::patch_of(block->sites, block->grid);
   return true;
@@ -42,20 +42,20 @@ bool cut(const Shape& shape, bool channels_last, int64_t shared_bytes, Block* bl
 
 template <int R, class T, class Run>
 bool reassemble_by(
-    const Shape& shape, const Map<T>& output, const Map<const T>& features, const Source<const T>& source,
+    const Shape& shape, const Map<T>& output, const Map<const T>& features, const KernelMap<const T>& source,
     int64_t shared_bytes, const Run& run) {
   ReassembleBlock<T, R> block = {};
   block.output = View<T>::of(output, shape.group_channels());
   block.features = View<const T>::of(features, shape.group_channels());
   block.weights = source.weights(shape);
-  if (!cut(shape, block.output.channels_last, shared_bytes, &block)) return false;
+  if (!plan_tiles(shape, block.output.channels_last, shared_bytes, &block)) return false;
   run(block);
   return true;
 }
 
 template <class T, class Run>
 bool reassemble(
-    const Shape& shape, const Map<T>& output, const Map<const T>& features, const Source<const T>& source,
+    const Shape& shape, const Map<T>& output, const Map<const T>& features, const KernelMap<const T>& source,
     int64_t shared_bytes, const Run& run) {
   if (!has_block(shape)) return false;
   return shape.up == 1 ? reassemble_by<1>(shape, output, features, source, shared_bytes, run)
@@ -64,14 +64,14 @@ bool reassemble(
 
 template <class T, class Run>
 bool grad_features(
-    const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Source<const T>& source,
+    const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const KernelMap<const T>& source,
     int64_t shared_bytes, const Run& run) {
   if (!has_block(shape)) return false;
   GradFeaturesBlock<T> block = {};
   block.grad = View<T>::of(grad, shape.group_channels());
   block.grad_output = View<const T>::of(grad_output, shape.group_channels());
   block.weights = source.weights(shape);
-  if (!cut(shape, block.grad.channels_last, shared_bytes, &block)) return false;
+  if (!plan_tiles(shape, block.grad.channels_last, shared_bytes, &block)) return false;
   run(block);
   return true;
 }
@@ -79,13 +79,13 @@ bool grad_features(
 template <int R, class T, class Run>
 bool grad_weights_by(
     const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
-    const Source<const T>& source, int64_t shared_bytes, const Run& run) {
+    const KernelMap<const T>& source, int64_t shared_bytes, const Run& run) {
   GradWeightsBlock<T, R> block = {};
-  block.grad = Source<T>{grad, source.normalizer}.weights(shape);
+  block.grad = KernelMap<T>{grad, source.normalizer}.weights(shape);
   block.grad_output = View<const T>::of(grad_output, shape.group_channels());
   block.features = View<const T>::of(features, shape.group_channels());
   block.weights = source.weights(shape);
-  if (!cut(shape, block.grad.view.channels_last, shared_bytes, &block)) return false;
+  if (!plan_tiles(shape, block.grad.view.channels_last, shared_bytes, &block)) return false;
   block.grad_patch = block.grad_patch_of(block.sites, block.grid);
   run(block);
   return true;
@@ -95,7 +95,7 @@ bool grad_weights_by(
 template <class T, class Run>
 bool grad_weights(
     const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
-    const Source<const T>& source, int64_t shared_bytes, const Run& run) {
+    const KernelMap<const T>& source, int64_t shared_bytes, const Run& run) {
   if (!has_block(shape)) return false;
   constexpr int kAtOnce = std::is_same_v<T, double> ? 1 : 4;  // four are too many registers for double
   return shape.up == 1 ? grad_weights_by<1>(shape, grad, grad_output, features, source, shared_bytes, run)

@@ -71,7 +71,7 @@ void launch_elements(
 }
 
 template <class T>
-gpu::Source<const T> source(const Kernels<T>& kernels) {
+gpu::KernelMap<const T> source(const Kernels<T>& kernels) {
   return {kernels.map, kernels.normalizer};
 }
 

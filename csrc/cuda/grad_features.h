@@ -27,18 +27,18 @@ struct GradFeaturesBlock {
 
   Sites sites;
   Grid grid;
-  Kernels kernels;
+  KernelLayout kernels;
   Patch patch;
   View<T> grad;
   View<const T> grad_output;
-  Weights<const T> weights;
+  KernelView<const T> weights;
 
   static Patch patch_of(const Sites& sites, const Grid& grid) {
     // Both phase columns of a row are staged together: they share the memory's sectors.
     return Patch::of(grid.rows + sites.reach(), grid.columns + sites.reach(), 1, sites.output_scale(), grid.slots);
   }
-  static Kernels kernels_of(const Sites& sites, const Grid& grid) {
-    return Kernels::of(sites, grid.rows, grid.columns, 1);
+  static KernelLayout kernels_of(const Sites& sites, const Grid& grid) {
+    return KernelLayout::of(sites, grid.rows, grid.columns, 1);
   }
   static int64_t shared_of(const Sites& sites, const Grid& grid) {
     const Patch patch = patch_of(sites, grid);
@@ -101,7 +101,7 @@ struct GradFeaturesBlock {
       return {
           tap, item - tap * phases, i - sites.shift(u), site - i * grid.columns - sites.shift(tap - u * sites.kernel)};
     };
-    share_out<kInFlight>(
+    distribute<kInFlight>(
         channels_last ? items : tile, channels_last ? tile : items, thread, grid.threads,
         [&](int one, int other) {
           const Shifted from = source(one, other);

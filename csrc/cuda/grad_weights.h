@@ -27,14 +27,14 @@ struct GradWeightsBlock {
 
   Sites sites;
   Grid grid;
-  Kernels kernels;
+  KernelLayout kernels;
   Patch patch, grad_patch;
-  Weights<T> grad;
+  KernelView<T> grad;
   View<const T> grad_output, features;
-  Weights<const T> weights;  // the logits; unused where `already`
+  KernelView<const T> weights;  // the logits; unused without a normalizer
 
-  static Kernels kernels_of(const Sites& sites, const Grid& grid) {
-    return Kernels::of(sites, grid.rows, grid.columns, R);
+  static KernelLayout kernels_of(const Sites& sites, const Grid& grid) {
+    return KernelLayout::of(sites, grid.rows, grid.columns, R);
   }
   static Patch patch_of(const Sites& sites, const Grid& grid) {
     const int scale = sites.feature_scale();

@@ -44,7 +44,7 @@ constexpr int64_t kManyBlocks = 1024;  // fill the largest GPU: weights are stag
 
 // The first tile that leaves a block enough threads, or the one with most of them; false where nothing fits.
 template <class Block>
-bool choose(const Shape& shape, const Sites& sites, bool channels_last, int64_t shared_bytes, Grid* chosen) {
+bool pick_tile(const Shape& shape, const Sites& sites, bool channels_last, int64_t shared_bytes, Grid* chosen) {
   constexpr int kTiles[][2] = {{4, 16}, {4, 8}, {2, 8}, {2, 4}, {1, 4}};
   const int64_t group_channels = shape.group_channels();
   bool found = false;

@@ -23,14 +23,14 @@ struct ReassembleBlock {
 
   Sites sites;
   Grid grid;
-  Kernels kernels;
+  KernelLayout kernels;
   Patch patch;
   View<T> output;
   View<const T> features;
-  Weights<const T> weights;
+  KernelView<const T> weights;
 
-  static Kernels kernels_of(const Sites& sites, const Grid& grid) {
-    return Kernels::of(sites, grid.rows, grid.columns, R);
+  static KernelLayout kernels_of(const Sites& sites, const Grid& grid) {
+    return KernelLayout::of(sites, grid.rows, grid.columns, R);
   }
   static Patch patch_of(const Sites& sites, const Grid& grid) {
     const int scale = sites.feature_scale();

@@ -11,7 +11,7 @@
 // ascending and descending give the same bits, or there is a race.
 #pragma once
 
-#include "../common/scalar.h"
+#include "../common/half.h"
 
 // Loops over register arrays must be unrolled, or the arrays go to memory; others must not, or registers run out.
 #ifdef __CUDACC__

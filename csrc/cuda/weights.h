@@ -1,4 +1,4 @@
-// The weights of a block's sites in shared memory: staged from masks or from the content encoder's raw output, and the
+// The weights of a block's sites in shared memory: staged from masks or from logits, and the
 // kernel normaliser (cpu/normalize.h has it for the CPU).
 #pragma once
 
@@ -67,18 +67,18 @@ CARAFE_HOST_DEVICE Statistics<A> statistics(Normalizer normalizer, int taps, con
 // The weights of a call in global memory. Raw, channel (tap scale + phase row) scale + phase column of a site has what
 // lies at a pixel of the masks: the pixel shuffle is an index.
 template <class T>
-struct Weights {
+struct KernelView {
   View<T> view;
-  bool raw;
+  bool from_logits;
   Normalizer normalizer;
 
-  CARAFE_HOST_DEVICE int pixels_per_site(const Sites& sites) const { return raw ? 1 : sites.output_scale(); }
-  CARAFE_HOST_DEVICE int channels_per_tap(const Sites& sites) const { return raw ? sites.phases() : 1; }
+  CARAFE_HOST_DEVICE int pixels_per_site(const Sites& sites) const { return from_logits ? 1 : sites.output_scale(); }
+  CARAFE_HOST_DEVICE int channels_per_tap(const Sites& sites) const { return from_logits ? sites.phases() : 1; }
 
   // Of phase 0 .. phases - 1 of a site within the map.
   CARAFE_HOST_DEVICE T* pointer(const Sites& sites, int n, int group, int tap, int phase, int row, int column) const {
     const int channel = group * sites.taps() + tap;
-    if (raw) return view.map.pointer(n, channel * sites.phases() + phase, row, column);
+    if (from_logits) return view.map.pointer(n, channel * sites.phases() + phase, row, column);
     const int scale = sites.output_scale(), phase_row = sites.by_output_scale(phase);
     return view.map.pointer(n, channel, row * scale + phase_row, column * scale + phase - phase_row * scale);
   }
@@ -89,12 +89,12 @@ struct Weights {
 
 // How weights lie in shared memory: [tap][site][phase], phases filled up to a multiple of the R that a thread takes at
 // once. Four more words a tap keep a column of taps in different banks.
-struct Kernels {
+struct KernelLayout {
   int rows, columns;  // sites
   int taps, phases, pitch;
   Divider by_columns, by_fine_columns, by_phases;
 
-  static Kernels of(const Sites& sites, int rows, int columns, int at_once) {
+  static KernelLayout of(const Sites& sites, int rows, int columns, int at_once) {
     const int phases = sites.phases();
     return {
         rows,
@@ -115,7 +115,8 @@ struct Kernels {
 // threads as there are ones make a team, and each team takes its share of the others, so that what depends on `one` is
 // computed once. A thread issues InFlight loads before it waits for the first of them.
 template <int InFlight, class Load, class Store>
-CARAFE_HOST_DEVICE void share_out(int ones, int others, int thread, int threads, const Load& load, const Store& store) {
+CARAFE_HOST_DEVICE void distribute(
+    int ones, int others, int thread, int threads, const Load& load, const Store& store) {
   const int team = ones < threads ? ones : threads, teams = threads / team;
   if (thread >= team * teams) return;
   CARAFE_ROLLED
@@ -145,8 +146,8 @@ struct Place {
 // Calls store(place, load(place)) for every weight of a rectangle of sites within the map.
 template <int InFlight, class T, class Load, class Store>
 CARAFE_HOST_DEVICE void for_each_weight(
-    const Weights<T>& weights, const Sites& sites, const Kernels& kernels, const Job& job, int thread, int threads,
-    const Load& load, const Store& store) {
+    const KernelView<T>& weights, const Sites& sites, const KernelLayout& kernels, const Job& job, int thread,
+    int threads, const Load& load, const Store& store) {
   const int scale = sites.output_scale();
   const int per_site = weights.pixels_per_site(sites), per_tap = weights.channels_per_tap(sites);
   const int columns = kernels.columns * per_site, pixels = kernels.rows * per_site * columns;
@@ -154,10 +155,13 @@ CARAFE_HOST_DEVICE void for_each_weight(
   const bool channels_last = weights.view.channels_last;
   const auto place = [&](int one, int other) -> Place<T> {
     const int channel = channels_last ? one : other, pixel = channels_last ? other : one;
-    const int i = weights.raw ? kernels.by_columns(pixel) : kernels.by_fine_columns(pixel), j = pixel - i * columns;
-    const int row = weights.raw ? i : sites.by_output_scale(i), column = weights.raw ? j : sites.by_output_scale(j);
-    const int tap = weights.raw ? kernels.by_phases(channel) : channel;
-    const int phase = weights.raw ? channel - tap * per_tap : (i - row * per_site) * scale + j - column * per_site;
+    const int i = weights.from_logits ? kernels.by_columns(pixel) : kernels.by_fine_columns(pixel),
+              j = pixel - i * columns;
+    const int row = weights.from_logits ? i : sites.by_output_scale(i),
+              column = weights.from_logits ? j : sites.by_output_scale(j);
+    const int tap = weights.from_logits ? kernels.by_phases(channel) : channel;
+    const int phase =
+        weights.from_logits ? channel - tap * per_tap : (i - row * per_site) * scale + j - column * per_site;
     const bool inside = job.row + row < sites.height && job.column + column < sites.width;
     return {
         tap * kernels.tap_pitch() + (row * kernels.columns + column) * kernels.pitch + phase,
@@ -165,7 +169,7 @@ CARAFE_HOST_DEVICE void for_each_weight(
                      job.n, job.group * channels + channel, job.row * per_site + i, job.column * per_site + j)
                : nullptr};
   };
-  share_out<InFlight>(
+  distribute<InFlight>(
       channels_last ? channels : pixels, channels_last ? pixels : channels, thread, threads,
       [&](int one, int other) { return load(place(one, other)); },
       [&](int one, int other, auto value) { store(place(one, other), value); });

@@ -45,23 +45,23 @@ bool run(
     int op, int how, bool descending, const Shape& s, int layout, int64_t shared_bytes, T* output, const T* first,
     const T* second, const T* third) {
   const auto normalized = static_cast<Normalizer>(how);
-  const bool raw = normalized != Normalizer::none && s.up > 1;
+  const bool from_logits = normalized != Normalizer::none && s.up > 1;
   const auto weights_map = [&](auto* data) {
-    return raw ? map(data, s.mask_channels() * s.up * s.up, s.height, s.width, layout)
-               : map(data, s.mask_channels(), s.out_height, s.out_width, layout);
+    return from_logits ? map(data, s.mask_channels() * s.up * s.up, s.height, s.width, layout)
+                       : map(data, s.mask_channels(), s.out_height, s.out_width, layout);
   };
   const auto fine_map = [&](auto* data) { return map(data, s.channels, s.out_height, s.out_width, layout); };
   const auto features_map = [&](auto* data) { return map(data, s.channels, s.height, s.width, layout); };
   const RunOnHost run{descending};
   if (op == 0) {
-    const gpu::Source<const T> source{weights_map(second), normalized};
+    const gpu::KernelMap<const T> source{weights_map(second), normalized};
     return gpu::reassemble(s, fine_map(output), features_map(first), source, shared_bytes, run);
   }
   if (op == 1) {
-    const gpu::Source<const T> source{weights_map(second), normalized};
+    const gpu::KernelMap<const T> source{weights_map(second), normalized};
     return gpu::grad_features(s, features_map(output), fine_map(first), source, shared_bytes, run);
   }
-  const gpu::Source<const T> source{weights_map(third), normalized};
+  const gpu::KernelMap<const T> source{weights_map(third), normalized};
   return gpu::grad_weights(s, weights_map(output), fine_map(first), features_map(second), source, shared_bytes, run);
 }
 
@@ -107,16 +107,16 @@ bool block_choice(
   with_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const auto choose = [&](auto block) {
-      if (!gpu::has_block(shape) || !gpu::cut(shape, channels_last, shared_bytes, &block)) return;
+      if (!gpu::has_block(shape) || !gpu::plan_tiles(shape, channels_last, shared_bytes, &block)) return;
       const gpu::Grid& grid = block.grid;
       const int64_t bytes = grid.shared * int64_t(sizeof(accumulator_t<T>));
       const int64_t values[] = {grid.rows, grid.columns, grid.slots, grid.chunks, grid.threads, bytes, grid.blocks};
       std::copy(std::begin(values), std::end(values), choice);
       found = true;
     };
-    if (op == 0) shape.up == 1 ? choose(gpu::ReassembleBlock<T, 1>{}) : choose(gpu::ReassembleBlock<T, 4>{});
-    if (op == 1) choose(gpu::GradFeaturesBlock<T>{});
-    if (op == 2) shape.up == 1 ? choose(gpu::GradWeightsBlock<T, 1>{}) : choose(gpu::GradWeightsBlock<T, 4>{});
+    if (op == 0) shape.up == 1 ? pick_tile(gpu::ReassembleBlock<T, 1>{}) : pick_tile(gpu::ReassembleBlock<T, 4>{});
+    if (op == 1) pick_tile(gpu::GradFeaturesBlock<T>{});
+    if (op == 2) shape.up == 1 ? pick_tile(gpu::GradWeightsBlock<T, 1>{}) : pick_tile(gpu::GradWeightsBlock<T, 4>{});
   });
   return found;
 }

@@ -1,7 +1,7 @@
 // The torch-free kernel headers behind C functions, for ctypes. Compiled by test_kernels.py with g++ alone, once plain
 // and once with the address and undefined-behaviour sanitizers.
 #include "../../csrc/common/element.h"
-#include "../../csrc/cpu/rows.h"
+#include "../../csrc/cpu/tiles.h"
 
 using namespace carafe;
 
@@ -26,17 +26,22 @@ void fill(Map<T> output, int64_t n, int64_t c, int64_t h, int64_t w, const Eleme
         for (int64_t j = 0; j < w; ++j) output.at(b, ch, i, j) = element(b, ch, i, j);
 }
 
-// op: 0 reassemble, 1 gradient to features, 2 gradient to masks. path: 0 element by element, 1 row kernels.
+// op: 0 reassemble, 1 gradient to features, 2 gradient to kernels. path: 0 element by element (masks only), 1 row
+// kernels.
 template <class T>
-void run(int op, int path, const Shape& s, int layout, T* output, const T* first, const T* second) {
+void run(
+    int op, int path, Normalizer normalizer, const Shape& s, int layout, T* output, const T* first, const T* second,
+    const T* third) {
   const int64_t m = s.mask_channels();
-  const int f = layout;
-  const Map<const T> maps[3] = {
-      map(first, s.channels, op == 0 ? s.height : s.out_height, op == 0 ? s.width : s.out_width, f),
-      op == 2 ? map(second, s.channels, s.height, s.width, f) : map(second, m, s.out_height, s.out_width, f)};
-  const Map<T> target = op == 0   ? map(output, s.channels, s.out_height, s.out_width, f)
-                        : op == 1 ? map(output, s.channels, s.height, s.width, f)
-                                  : map(output, m, s.out_height, s.out_width, f);
+  const auto features_map = [&](auto* data) { return map(data, s.channels, s.height, s.width, layout); };
+  const auto output_map = [&](auto* data) { return map(data, s.channels, s.out_height, s.out_width, layout); };
+  const auto kernels_map = [&](auto* data) {
+    return normalizer != Normalizer::none && s.up > 1 ? map(data, m * s.up * s.up, s.height, s.width, layout)
+                                                      : map(data, m, s.out_height, s.out_width, layout);
+  };
+  const Map<const T> maps[] = {
+      op == 0 ? features_map(first) : output_map(first), op == 2 ? features_map(second) : kernels_map(second)};
+  const Map<T> target = op == 0 ? output_map(output) : op == 1 ? features_map(output) : kernels_map(output);
   if (path == 0) {
     if (op == 0)
       fill(target, s.batch, s.channels, s.out_height, s.out_width, [&](auto... at) {
@@ -52,28 +57,28 @@ void run(int op, int path, const Shape& s, int layout, T* output, const T* first
       });
     return;
   }
-  const Plan plan = make_plan<accumulator_t<T>>(s, 3);
-  Scratch<accumulator_t<T>> scratch;
-  for (int64_t index = 0; index < plan.tiles; ++index) {
-    const Tile tile = make_tile(s, plan, index);
-    if (op == 0) reassemble_tile<Baseline>(s, target, maps[0], Masks<T>{maps[1]}, tile, scratch);
-    if (op == 1) grad_features_tile<Baseline>(s, target, maps[0], Masks<T>{maps[1]}, tile, scratch);
-    if (op == 2) grad_weights_tile<Baseline>(s, target, maps[0], maps[1], Masks<T>{}, tile, scratch);
-  }
+  const Plan plan = plan_tiles<accumulator_t<T>>(s, 3);
+  const auto run = [&](const Call& call) { run_tiles<Baseline>(s, plan, call, 0, plan.tiles); };
+  if (op == 0) run(Reassemble<T>{target, maps[0], {maps[1], normalizer}});
+  if (op == 1) run(GradFeatures<T>{target, maps[0], {maps[1], normalizer}});
+  if (op == 2) run(GradKernels<T>{target, maps[0], maps[1], {kernels_map(third), normalizer}});
 }
 
 }  // namespace
 
 extern "C" {
 
-// dtype: 0 double, 1 float, 2 half, 3 bfloat16; geometry: n, c, h, w, k, groups, up, down
+// normalizer: 0 none (masks), 1 softmax, 2 sigmoid, 3 sigmoid_normalized; dtype: 0 double, 1 float, 2 half, 3 bfloat16;
+// geometry: n, c, h, w, k, groups, up, down
 void carafe_run(
-    int op, int path, int dtype, const int64_t* g, int layout, void* output, const void* first, const void* second) {
+    int op, int path, int normalizer, int dtype, const int64_t* g, int layout, void* output, const void* first,
+    const void* second, const void* third) {
   const Shape s{g[0], g[1], g[2], g[3], ceil_div(g[2] * g[6], g[7]), ceil_div(g[3] * g[6], g[7]),
                 g[4], g[5], g[6], g[7]};
   const auto call = [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    run(op, path, s, layout, static_cast<T*>(output), static_cast<const T*>(first), static_cast<const T*>(second));
+    run(op, path, static_cast<Normalizer>(normalizer), s, layout, static_cast<T*>(output), static_cast<const T*>(first),
+        static_cast<const T*>(second), static_cast<const T*>(third));
   };
   if (dtype == 0) call(static_cast<double*>(nullptr));
   if (dtype == 1) call(static_cast<float*>(nullptr));

@@ -86,8 +86,8 @@ def definition(case, features, weights):
     return reference.reassemble(features, masks, *args)
 
 
-def check(library, case, orders=(False, True)):
-    features, weights, grad = tensors_of(case)
+def check(library, case, orders=(False, True), batch=2):
+    features, weights, grad = tensors_of(case, batch)
     exact = [tensor.double().requires_grad_() for tensor in (features, weights)]
     output = definition(case, *exact)
     expected_features, expected_weights = torch.autograd.grad(output, exact, grad.double())
@@ -135,6 +135,18 @@ CASE = dict(
 @pytest.mark.parametrize("ratio", [(2, 1), (1, 2)], ids=str)
 def test_channels_that_no_quad_divides_and_several_chunks(channels, layout, ratio, library):
     check(library, CASE | dict(channels=channels, layout=layout, ratio=ratio))
+
+
+@pytest.mark.parametrize("layout", [0, 2], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("how", ["softmax", "masks"])
+@pytest.mark.parametrize("ratio", [(2, 1), (1, 1), (1, 2)], ids=str)
+def test_every_kernel_with_several_chunks_a_block(ratio, how, layout, library):
+    """Where tiles are many, a block goes over all channels, with what it staged for the first of them."""
+    batch, case = 1024, CASE | dict(kernel_size=3, size=(2, 3), channels=70, ratio=ratio, how=how, layout=layout)
+    for op in (REASSEMBLE, GRAD_FEATURES, GRAD_WEIGHTS):
+        chosen = choice(library, op, case["dtype"], tuple(geometry(case, batch)), layout == 2)
+        assert chosen["chunks"] > 1, f"operator {op}: {chosen}"
+    check(library, case, batch=batch)
 
 
 @pytest.mark.parametrize(

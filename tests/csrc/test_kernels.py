@@ -1,4 +1,4 @@
-"""The kernel mathematics on the host: what a CUDA thread computes (element.h) and what a CPU vector computes (rows.h),
+"""The kernel mathematics on the host: what a CUDA thread computes (element.h) and what a CPU vector computes (tiles.h),
 compiled with g++ alone, without torch's headers, against the reference."""
 
 import ctypes
@@ -11,7 +11,8 @@ import torch
 
 from carafe_plugin.ops import reference
 from carafe_plugin.ops.functional import scale_ratio
-from carafe_plugin.testing import SCALES, assert_close, dtypes, pairwise, random_case
+from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits
+from carafe_plugin.testing import SCALES, TOLERANCES, assert_close, dtypes, pairwise, random_case
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
 from hosts import DTYPES, ORDERS, compile_host, label, run_under_sanitizers
@@ -35,8 +36,8 @@ def library(tmp_path_factory):
     return ctypes.CDLL(str(compile_host("host.cpp", tmp_path_factory.mktemp("host"), "-O2")))
 
 
-def run(library, op, path, case, output, first, second):
-    features_size = (2, 8, *case["size"])
+def run(library, op, path, case, output, *tensors):
+    features_size = (2, case.get("channels", 8), *case["size"])
     geometry = (ctypes.c_int64 * 8)(
         *features_size, case["kernel_size"], case["group_size"], *scale_ratio(case["scale"])
     )
@@ -45,16 +46,22 @@ def run(library, op, path, case, output, first, second):
     def arrange(tensor):
         return tensor.permute(there).contiguous()
 
-    first, second, target = arrange(first), arrange(second), arrange(torch.full_like(output, float("nan")))
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (target, first, second))
-    library.carafe_run(op, path, DTYPES.index(case["dtype"]), geometry, case["layout"], *pointers)
-    return target.permute(back)
+    held = [arrange(tensor) for tensor in (torch.full_like(output, float("nan")), *tensors)]
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in held] + [ctypes.c_void_p()] * (3 - len(tensors))
+    normalizer = ("none", *NORMALIZERS).index(case.get("normalizer", "none"))
+    library.carafe_run(op, path, normalizer, DTYPES.index(case["dtype"]), geometry, case["layout"], *pointers)
+    return held[0].permute(back)
 
 
 def check_all_operators(library, path, case):
     args = (case["kernel_size"], case["group_size"], *scale_ratio(case["scale"]))
     features, masks, grad = random_case(
-        case["size"], 8, case["kernel_size"], case["group_size"], case["scale"], dtype=case["dtype"]
+        case["size"],
+        case.get("channels", 8),
+        case["kernel_size"],
+        case["group_size"],
+        case["scale"],
+        dtype=case["dtype"],
     )
     for op, expected, first, second in (
         (0, reference.reassemble(features, masks, *args), features, masks),
@@ -70,8 +77,54 @@ def test_kernels_equal_the_reference(case, path, library):
     check_all_operators(library, path, case)
 
 
+@pytest.mark.parametrize("layout", [0, 2], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("scale", [2, 3, 1, Fraction(1, 2), Fraction(3, 2)], ids=str)
+def test_several_chunks_bands_and_spans(scale, layout, library):
+    """A band of source rows has at most 16, a span at most 192 lanes, and 8 or 16 channels are staged at a time."""
+    case = dict(kernel_size=3, group_size=2, scale=scale, size=(20, 401), channels=70, dtype=torch.float32)
+    check_all_operators(library, 1, case | dict(layout=layout))
+
+
+def check_from_logits(library, case):
+    k, g, scale, size, channels = (case[name] for name in ("kernel_size", "group_size", "scale", "size", "channels"))
+    up, down = scale_ratio(scale)
+    features, masks, grad = random_case(size, channels, k, g, scale, dtype=case["dtype"])
+    logits = masks if up == 1 else random_case(size, channels, k, g * up * up, 1, dtype=case["dtype"], seed=1)[1]
+    exact = [tensor.double().requires_grad_() for tensor in (features, logits)]
+    kernels = kernels_from_logits(exact[1], k, g, up, down, case["normalizer"])
+    output = reference.reassemble(exact[0], kernels, k, g, up, down)
+    expected, expected_logits = torch.autograd.grad(output, exact, grad.double())
+    assert_close(run(library, 0, 1, case, grad, features, logits), output.detach().to(case["dtype"]))
+    assert_close(run(library, 1, 1, case, features, grad, logits), expected.to(case["dtype"]))
+    got = run(library, 2, 1, case, logits, grad, features, logits)
+    # A difference: what is lost is relative to its terms, not to what remains of them.
+    difference = (got.double() - expected_logits).norm()
+    assert difference <= 4 * TOLERANCES[case["dtype"]] * (expected_logits.norm() + grad.double().norm())
+
+
+FROM_LOGITS = list(
+    pairwise(
+        {
+            "kernel_size": (1, 3, 5),
+            "group_size": (1, 2),
+            "scale": (1, 2, 3, Fraction(1, 2), Fraction(1, 3)),
+            "size": ((6, 8), (1, 1), (19, 209)),
+            "channels": (8, 38),
+            "normalizer": NORMALIZERS,
+            "dtype": dtypes(),
+            "layout": (0, 1, 2),
+        }
+    )
+)
+
+
+@pytest.mark.parametrize("case", FROM_LOGITS, ids=label)
+def test_kernels_from_logits_equal_the_definition(case, library):
+    check_from_logits(library, case)
+
+
 def test_kernels_under_sanitizers(tmp_path):
-    assert run_under_sanitizers(__file__, "host.cpp", tmp_path) == f"{2 * len(CASES)} cases"
+    assert run_under_sanitizers(__file__, "host.cpp", tmp_path) == f"{2 * len(CASES) + len(FROM_LOGITS)} cases"
 
 
 def convert(library, name, source, target):
@@ -125,4 +178,6 @@ if __name__ == "__main__":
     for chosen in CASES:
         for kernel_path in (0, 1):
             check_all_operators(host, kernel_path, chosen)
-    print(f"{2 * len(CASES)} cases")
+    for chosen in FROM_LOGITS:
+        check_from_logits(host, chosen)
+    print(f"{2 * len(CASES) + len(FROM_LOGITS)} cases")

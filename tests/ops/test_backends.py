@@ -325,24 +325,3 @@ def test_mmcv_is_asked_for_once(state, monkeypatch):
         assert _mmcv.extension() is (module if state == "compiled" else None)
     finally:
         _mmcv.extension.cache_clear()
-
-
-HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-LARGE = """
-import torch, carafe_plugin._C
-y = torch.ops.carafe_plugin.carafe(torch.rand(1, 64, 200, 200), torch.rand(1, 1, 400, 400), 1, 1, 2, 1)
-print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
-"""
-
-
-@pytest.mark.skipif(not is_compiled("cpu"), reason="the compiled CPU operators are not built")
-@pytest.mark.skipif(
-    not HUGE.is_file() or "[madvise]" not in HUGE.read_text(), reason="this system's huge pages do not go by advice"
-)
-def test_huge_pages_for_fresh_memory():
-    """An output of 41 MB: most of it lies in huge pages, unless the environment says no."""
-    default, on, off = (int(run(LARGE, CARAFE_HUGE_PAGES=wish).stdout) for wish in ("", "1", "0"))
-    assert min(default, on) > off + 20_000
-    result = run(LARGE, CARAFE_HUGE_PAGES="yes")
-    assert result.returncode != 0
-    assert "CARAFE_HUGE_PAGES must be 0 or 1, got yes" in result.stderr

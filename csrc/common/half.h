@@ -43,7 +43,7 @@ CARAFE_HOST_DEVICE float bits_float(uint32_t bits) {
   return value;
 }
 
-// How the conversions below see 32 bits: as one number here, as a vector of them in staging.h.
+// How the conversions below see 32 bits: as one number here, as a vector of them in cpu/convert.h.
 struct Word {
   using bits = uint32_t;
   using real = float;

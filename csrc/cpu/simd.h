@@ -1,0 +1,121 @@
+// Vectors of one instruction set's width, in the compilers' own vector extension, and the blocks that loops over them
+// fall into.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace carafe {
+
+#define CARAFE_ALWAYS_INLINE __attribute__((always_inline))
+#define CARAFE_INLINE inline CARAFE_ALWAYS_INLINE
+
+constexpr int64_t kVectorBytes = 64;  // the widest, so that one plan serves every instruction set
+
+template <class A, int Bytes>
+struct Vector {
+  typedef A element;
+  typedef A type __attribute__((vector_size(Bytes)));
+  typedef A unaligned __attribute__((vector_size(Bytes), aligned(sizeof(A)), may_alias));
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> index __attribute__((vector_size(Bytes)));
+  typedef uint32_t words __attribute__((vector_size(Bytes)));
+  typedef uint16_t halves __attribute__((vector_size(Bytes / 2)));
+  static constexpr int64_t bytes = Bytes, lanes = Bytes / int64_t(sizeof(A));
+
+  static CARAFE_INLINE type load(const A* address) { return *reinterpret_cast<const unaligned*>(address); }
+  static CARAFE_INLINE void store(A* address, type value) { *reinterpret_cast<unaligned*>(address) = value; }
+};
+
+// Keeps a value that several products share in its register: GCC would rather load it again for each of two or three.
+template <class V>
+CARAFE_INLINE typename V::type shared(typename V::type value) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
+// Half 0 (or 1) of two vectors, their elements taking turns.
+template <class V, int Half, int64_t... I>
+CARAFE_INLINE typename V::type zip(
+    typename V::type first, typename V::type second, std::integer_sequence<int64_t, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(first, second, (Half * V::lanes / 2 + I / 2 + I % 2 * V::lanes)...);
+#else
+  return __builtin_shuffle(first, second, typename V::index{(Half * V::lanes / 2 + I / 2 + I % 2 * V::lanes)...});
+#endif
+}
+
+// The way back: the elements at even (Half 0) or odd places of two vectors.
+template <class V, int Half, int64_t... I>
+CARAFE_INLINE typename V::type unzip(
+    typename V::type first, typename V::type second, std::integer_sequence<int64_t, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(first, second, (2 * I + Half)...);
+#else
+  return __builtin_shuffle(first, second, typename V::index{(2 * I + Half)...});
+#endif
+}
+
+// Transposes a square of as many vectors as one has lanes. A round of zipping rows i and i + lanes / 2 rotates the bits
+// of every element's address by one: after all rounds, row and column have changed places.
+template <class V>
+CARAFE_INLINE void transpose(typename V::type (&rows)[V::lanes]) {
+  constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
+#pragma GCC unroll 4
+  for (int64_t round = 1; round < V::lanes; round *= 2) {
+    typename V::type next[V::lanes];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < V::lanes / 2; ++i) {
+      next[2 * i] = zip<V, 0>(rows[i], rows[i + V::lanes / 2], all);
+      next[2 * i + 1] = zip<V, 1>(rows[i], rows[i + V::lanes / 2], all);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < V::lanes; ++i) rows[i] = next[i];
+  }
+}
+
+// Calls body(q) so that vectors at these q cover 0 .. count - 1: the last one steps back where `count` is no multiple,
+// and false is returned where not even one fits.
+template <class V, class Body>
+CARAFE_INLINE bool for_each_vector(int64_t count, const Body& body) {
+  if (count < V::lanes) return false;
+  for (int64_t q = 0; q + V::lanes <= count; q += V::lanes) body(q);
+  if (count % V::lanes) body(count - V::lanes);
+  return true;
+}
+
+template <int Value>
+using Constant = std::integral_constant<int, Value>;
+
+// Calls body(size, place) for the blocks that 0 .. count - 1 fall into: as many as there are of the first size, then of
+// the next. Sizes of 0 are left out; the last one is 1, or places may remain.
+template <int... Sizes, class Body>
+CARAFE_INLINE void for_each_block(int64_t count, const Body& body) {
+  int64_t place = 0;
+  const auto of_size = [&](auto size) CARAFE_ALWAYS_INLINE {
+    if constexpr (size > 0) {
+      for (; place + size <= count; place += size) body(size, place);
+    }
+  };
+  (of_size(Constant<Sizes>()), ...);
+}
+
+// Calls body(vector, begin, end) for the lanes to go over by whole vectors, then, where half a vector holds what
+// remains, for those to go over by half a one: on processors that take the widest in two turns it costs half. Worth it
+// around whole passes over the channels; deeper inside, two versions of a loop cost each other registers.
+template <class V, class Body>
+CARAFE_INLINE void with_half_tail(int64_t begin, int64_t end, const Body& body) {
+  if constexpr (V::bytes == kVectorBytes) {
+    const int64_t rest = (end - begin) % V::lanes;
+    if (rest > 0 && rest <= V::lanes / 2) {
+      body(V(), begin, end - rest);
+      return body(Vector<typename V::element, V::bytes / 2>(), end - rest, end);
+    }
+  }
+  body(V(), begin, end);
+}
+
+}  // namespace carafe
