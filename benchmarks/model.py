@@ -40,8 +40,9 @@ from rich.table import Table
 import carafe_plugin
 from benchmarks import measure, parts
 from carafe_plugin.engine import bare_models
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend
+from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "mmdet"
 # Name, configuration, and the paper's frames per second on its GPU (Table 5).
@@ -93,7 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, measure.cores()), help="CPU threads (default: 2)")
     parser.add_argument("--profile", action="store_true", help="say where the time goes, in further rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
-    engine.add_config_options(parser)
+    add_config_options(parser)
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "benchmarks/model.py", *(sys.argv[1:] if argv is None else argv)])
     return args
@@ -103,17 +104,17 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured."""
     for name in ("repeats", "threads"):
         if getattr(args, name) < 1:
-            raise engine.UsageError(f"--{name}: expected a positive int, got {getattr(args, name)}")
+            raise UsageError(f"--{name}: expected a positive int, got {getattr(args, name)}")
     if args.shape and min(args.shape) < 1:
-        raise engine.UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
+        raise UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
     if args.threads > measure.cores():
-        raise engine.UsageError(f"--threads: {args.threads} asked for, {measure.cores()} cores available")
+        raise UsageError(f"--threads: {args.threads} asked for, {measure.cores()} cores available")
     if args.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise engine.UsageError(f"--device: expected cpu or cuda, got {args.device!r}")
+        raise UsageError(f"--device: expected cpu or cuda, got {args.device!r}")
     if args.device != "cpu" and not torch.cuda.is_available():
-        raise engine.UsageError(f"--device {args.device}: torch finds no CUDA device")
+        raise UsageError(f"--device {args.device}: torch finds no CUDA device")
     if args.json and not args.json.absolute().parent.is_dir():
-        raise engine.UsageError(f"--json: no folder {args.json.parent} to write {args.json.name} into")
+        raise UsageError(f"--json: no folder {args.json.parent} to write {args.json.name} into")
 
 
 def named_configs(arguments: Sequence[str]) -> list[tuple[str, str, float | None]]:
@@ -130,7 +131,7 @@ def named_configs(arguments: Sequence[str]) -> list[tuple[str, str, float | None
         named.append((name, config, None) if separator else (Path(argument).stem, argument, None))
     names = [name for name, _, _ in named]
     if len(set(names)) < len(names):
-        raise engine.UsageError(f"every model needs a name of its own (NAME=CONFIG), got {', '.join(names)}")
+        raise UsageError(f"every model needs a name of its own (NAME=CONFIG), got {', '.join(names)}")
     return named
 
 
@@ -172,7 +173,7 @@ def warm_up(models: Sequence[Model], device: str) -> None:
             for _ in range(1 if device == "cpu" else 3):
                 model.timing.estimate = measure.seconds(model.predict, device)
         except (RuntimeError, NotImplementedError) as error:
-            raise engine.UsageError(f"{model.name} ({model.config}) does not predict: {error}") from error
+            raise UsageError(f"{model.name} ({model.config}) does not predict: {error}") from error
 
 
 def turns(models: Sequence[Model], round_: int) -> list[Model]:
@@ -293,7 +294,7 @@ def write(report: dict[str, Any], file: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(bench_model, parse_args(argv))
+    return run_tool(bench_model, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from torch import nn
 
 from carafe_plugin.analysis.complexity import carafe_sites
 from carafe_plugin.engine import bare_models
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine.errors import UsageError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="size of the image in pixels (default: the config's, or its toolbox's)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
-    engine.add_config_options(parser)
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 
@@ -105,9 +106,9 @@ def show(report: dict[str, Any], console: Console) -> None:
 def browse_model(args: argparse.Namespace) -> None:
     """Show the model as the command line says."""
     if args.shape and min(args.shape) < 1:
-        raise engine.UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
+        raise UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
     if args.json and not args.json.absolute().parent.is_dir():
-        raise engine.UsageError(f"--json: no folder {args.json.parent} to write {args.json.name} into")
+        raise UsageError(f"--json: no folder {args.json.parent} to write {args.json.name} into")
     cfg = bare_models.read_config(args.config, args.cfg_options, args.drop_in)
     shape = tuple(args.shape) if args.shape else bare_models.image_shape(cfg)
     report = {"config": args.config, **describe(cfg, bare_models.build_model(cfg), shape)}
@@ -119,7 +120,7 @@ def browse_model(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(browse_model, parse_args(argv))
+    return run_tool(browse_model, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.checkpoint import read_checkpoint
+from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.layouts import (
     ACTIVATIONS,
     LAYOUTS,
@@ -109,7 +111,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def read_weights(path: Path) -> Content:
     """The weights in a checkpoint, its ``meta``, and what else there is."""
-    allow_checkpoint_types()
     checkpoint = read_checkpoint(str(path))
     weights: Any = checkpoint
     for key in ("state_dict", "model"):
@@ -117,7 +118,7 @@ def read_weights(path: Path) -> Content:
             weights = checkpoint[key]
             break
     if not isinstance(weights, dict):
-        raise engine.UsageError(
+        raise UsageError(
             f"{path} holds a whole model ({type(weights).__name__}), not its weights: "
             "in the project that it is from, save model.state_dict()"
         )
@@ -154,13 +155,13 @@ def check_activation(
     other = layout if args.to == "mmcv" else args.to
     possible = LAYOUTS[other].compressor_norm is not None
     if (possible or normed) and args.act is None and recorded is None:
-        raise engine.UsageError(
+        raise UsageError(
             f"{f'the layout {other}' if possible else f'{module}, with its compressor_norm,'} does not say which "
             f"activation follows its compressor: give --act ({', '.join(ACTIVATIONS)})"
         )
     none = layout == "mmcv" and not normed and recorded in (None, "identity")
     if none and args.act not in (None, "identity"):
-        raise engine.UsageError(
+        raise UsageError(
             f"{module} is MMCV's, without an activation behind its compressor: "
             f"a module with --act {args.act} cannot compute the same"
         )
@@ -191,7 +192,7 @@ def choose_fork(args: argparse.Namespace, content: Content) -> tuple[Fork, str]:
             origin = f"given, where SRC records {others}" if others else "given"
         elif len({default if value is None else value for value in by_module.values()}) > 1:
             each = ", ".join(f"{name} {value or 'nothing'}" for name, value in by_module.items())
-            raise engine.UsageError(
+            raise UsageError(
                 f"SRC records more than one {option} ({each}): give --{option}, or convert in turns with --below"
             )
         elif recorded:
@@ -228,14 +229,14 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
     """
     source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
     if destination.is_dir():
-        raise engine.UsageError(f"DST must be a file, and is a folder: {destination}")
+        raise UsageError(f"DST must be a file, and is a folder: {destination}")
     if destination.exists() and source.exists() and destination.samefile(source):
-        raise engine.UsageError(f"DST must be another file than SRC: {destination}")
+        raise UsageError(f"DST must be another file than SRC: {destination}")
     if destination.exists() and not args.force:
-        raise engine.UsageError(f"DST exists: {destination}; --force overwrites it")
+        raise UsageError(f"DST exists: {destination}; --force overwrites it")
     wrong = [pair for pair in args.rename if not all(pair.partition("="))]
     if wrong:
-        raise engine.UsageError(f"--rename takes OLD=NEW, got {wrong[0]}")
+        raise UsageError(f"--rename takes OLD=NEW, got {wrong[0]}")
     content = read_weights(source)
     ema = None
     try:
@@ -246,9 +247,9 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
         if content.ema is not None:
             ema = convert_ema(content.ema, convert)
     except LayoutError as error:
-        raise engine.UsageError(f"cannot convert {source}: {error}") from error
+        raise UsageError(f"cannot convert {source}: {error}") from error
     except ValueError as error:  # of an option
-        raise engine.UsageError(f"--{error}") from error
+        raise UsageError(f"--{error}") from error
 
     # No name says which activation belongs to the weights: the file does.
     old = content.meta.get(RECORD)
@@ -264,7 +265,7 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
     try:
         AtomicLocalBackend().put(file.getvalue(), destination)
     except OSError as error:
-        raise engine.UsageError(f"cannot write {destination}: {error}") from error
+        raise UsageError(f"cannot write {destination}: {error}") from error
     report(conversion, args.to, destination, origins)
     if ema is not None:
         worst = max(module.difference for module in ema.modules)
@@ -290,7 +291,7 @@ def report(conversion: Conversion, to: str, destination: Path, origins: str) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(convert_checkpoint, parse_args(argv))
+    return run_tool(convert_checkpoint, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,11 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.checkpoint import read_checkpoint
+from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine.config import dataset_configs, import_adapters, load_config
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.images import read_image
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -53,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out-dir", required=True, help="folder for results.json and pictures/")
     parser.add_argument("--score-thr", type=score, default=0.3, help="leave out what scores less (default: 0.3)")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU where there is one, else cpu)")
-    engine.add_config_options(parser)
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 
@@ -62,26 +65,25 @@ def find_images(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise engine.UsageError(f"no such image or folder: {path.absolute()}")
+        raise UsageError(f"no such image or folder: {path.absolute()}")
     images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
     if not images:
-        raise engine.UsageError(f"no images ({', '.join(IMAGE_ENDINGS)}) in folder {path.absolute()}")
+        raise UsageError(f"no images ({', '.join(IMAGE_ENDINGS)}) in folder {path.absolute()}")
     return images
 
 
 def load_detector(args: argparse.Namespace) -> Any:
     """Build mmdet's detector from the command line, with the checkpoint's weights and classes."""
-    cfg = engine.load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     scope = cfg.get("default_scope", "mmdet")
     if scope not in (None, "mmdet"):
-        raise engine.UsageError(f"tools/infer.py serves detectors (mmdet); {args.config} is of the scope {scope}")
+        raise UsageError(f"tools/infer.py serves detectors (mmdet); {args.config} is of the scope {scope}")
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise engine.UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    engine.import_adapters("mmdet", drop_in=args.drop_in)
-    allow_checkpoint_types()
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    import_adapters("mmdet", drop_in=args.drop_in)
     if "://" not in args.checkpoint:
         read_checkpoint(args.checkpoint)
     from mmdet.apis import init_detector
@@ -91,7 +93,7 @@ def load_detector(args: argparse.Namespace) -> Any:
 
 def category_ids(cfg: Config, classes: Sequence[str]) -> list[int]:
     """The category id of every class: the test annotations' where they name all classes, else 1, 2, ..."""
-    dataset = next(engine.dataset_configs(cfg.test_dataloader.dataset))
+    dataset = next(dataset_configs(cfg.test_dataloader.dataset))
     annotations = Path(dataset.get("data_root") or "", dataset.get("ann_file") or "")
     if annotations.suffix == ".json" and annotations.is_file():
         content = json.loads(annotations.read_text())
@@ -145,7 +147,7 @@ def infer(args: argparse.Namespace) -> int:
     images = find_images(Path(args.images))
     out_dir = Path(args.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
-        raise engine.UsageError(f"--out-dir is a folder; {out_dir.absolute()} is a file")
+        raise UsageError(f"--out-dir is a folder; {out_dir.absolute()} is a file")
     model = load_detector(args)
     from mmdet.apis import inference_detector
     from mmdet.registry import VISUALIZERS
@@ -199,7 +201,7 @@ def _pipeline(cfg: Config) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # drawing into files needs no display
-    return engine.run_tool(infer, parse_args(argv))
+    return run_tool(infer, parse_args(argv))
 
 
 if __name__ == "__main__":

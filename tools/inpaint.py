@@ -29,8 +29,11 @@ from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.checkpoint import read_checkpoint
+from carafe_plugin.engine.cli import ConfigOptions, run_tool
+from carafe_plugin.engine.config import load_config
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.inpainting import InpaintingGAN
 from carafe_plugin.inpainting.generator import STRIDE
 from carafe_plugin.inpainting.images import read_upright
@@ -50,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=engine.ConfigOptions,
+        action=ConfigOptions,
         metavar="KEY=VALUE",
         help="change settings of the config",
     )
@@ -65,10 +68,10 @@ def read_image(path: Path, mode: str) -> Image.Image:
     """
     try:
         if not path.is_file():
-            raise engine.UsageError(f"no such file: {path.absolute()}")
+            raise UsageError(f"no such file: {path.absolute()}")
         return read_upright(path, mode)
     except (OSError, ValueError) as error:  # is_file() takes no name that is too long
-        raise engine.UsageError(f"cannot read {path.absolute()}: {error}") from error
+        raise UsageError(f"cannot read {path.absolute()}: {error}") from error
 
 
 def read_holes(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -80,31 +83,30 @@ def read_holes(path: Path, size: tuple[int, int]) -> np.ndarray:
     holes = np.array(read_image(path, "L")) >= 128
     if holes.shape != size:
         shapes = [f"{width} x {height}" for height, width in (size, holes.shape)]
-        raise engine.UsageError(f"the mask must have the size of the image, {shapes[0]}, got {shapes[1]}: {path}")
+        raise UsageError(f"the mask must have the size of the image, {shapes[0]}, got {shapes[1]}: {path}")
     if holes.all() or not holes.any():
         state = "white everywhere: nothing is known" if holes.all() else "nowhere white: there is nothing to fill"
-        raise engine.UsageError(f"the mask is {state}: {path}")
+        raise UsageError(f"the mask is {state}: {path}")
     return holes
 
 
 def load_model(args: argparse.Namespace) -> InpaintingGAN:
     """Build the model from the command line, with the checkpoint's weights, ready to predict."""
-    cfg = engine.load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     described = cfg.get("model")
     if not isinstance(described, dict) or str(described.get("type")).rpartition(".")[2] != "InpaintingGAN":
-        raise engine.UsageError(f"{args.config} describes no inpainting model (model.type must be InpaintingGAN)")
+        raise UsageError(f"{args.config} describes no inpainting model (model.type must be InpaintingGAN)")
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise engine.UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    allow_checkpoint_types()
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     checkpoint = read_checkpoint(args.checkpoint)
     try:
         with DefaultScope.overwrite_default_scope("mmengine"):
             model = MODELS.build(cfg.model)
     except (KeyError, TypeError, ValueError) as error:
-        raise engine.UsageError(f"cannot build the model of {args.config}: {error}") from error
+        raise UsageError(f"cannot build the model of {args.config}: {error}") from error
     weights = checkpoint.get("state_dict", checkpoint)
     _check_weights(model, weights, args.checkpoint)
     load_state_dict(model, weights, strict=True)
@@ -119,7 +121,7 @@ def _check_weights(model: nn.Module, weights: dict, path: str) -> None:
         if getattr(own.get(name), "shape", 0) != getattr(weights.get(name), "shape", 1)
     ]
     if unlike:
-        raise engine.UsageError(
+        raise UsageError(
             f"checkpoint {path} is of another model: {len(unlike)} parameters do not fit (the first: {unlike[0]})"
         )
 
@@ -158,7 +160,7 @@ def check_out(out: Path) -> None:
         UsageError: another ending, a folder, or a place where nothing can be written.
     """
     if out.suffix.lower() not in ENDINGS:
-        raise engine.UsageError(f"--out must end in one of {', '.join(ENDINGS)}, got {out}")
+        raise UsageError(f"--out must end in one of {', '.join(ENDINGS)}, got {out}")
     try:
         if out.is_dir():
             raise IsADirectoryError("it is a folder")
@@ -166,7 +168,7 @@ def check_out(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise engine.UsageError(f"cannot write --out {out}: {error.strerror or error}") from error
+        raise UsageError(f"cannot write --out {out}: {error.strerror or error}") from error
 
 
 def inpaint(args: argparse.Namespace) -> None:
@@ -182,7 +184,7 @@ def inpaint(args: argparse.Namespace) -> None:
         if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise
         size = f"{pixels.shape[1]} x {pixels.shape[0]}"
-        raise engine.UsageError(f"out of memory: {size} pixels are too many for this network here") from error
+        raise UsageError(f"out of memory: {size} pixels are too many for this network here") from error
     encoded = io.BytesIO()
     kind = Image.registered_extensions()[args.out.suffix.lower()]
     quality = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
@@ -190,13 +192,13 @@ def inpaint(args: argparse.Namespace) -> None:
         filled.save(encoded, format=kind, icc_profile=picture.info.get("icc_profile"), **quality)
         AtomicLocalBackend().put(encoded.getvalue(), args.out)
     except (OSError, ValueError) as error:  # WebP takes no more than 16383 pixels a side
-        raise engine.UsageError(f"cannot write --out {args.out}: {error}") from error
+        raise UsageError(f"cannot write --out {args.out}: {error}") from error
     print(f"{args.out}: {holes.sum():,} of {pixels.shape[1]} x {pixels.shape[0]} pixels filled")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(inpaint, parse_args(argv))
+    return run_tool(inpaint, parse_args(argv))
 
 
 if __name__ == "__main__":

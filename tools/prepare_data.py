@@ -30,10 +30,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend
+from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.data_files import DataError, damaged_images, link, list_images, unpack, whole_files
 from carafe_plugin.engine.data_layouts import IMAGENET, LAYOUTS, Folder, Layout, find_val_labels, some
+from carafe_plugin.engine.errors import UsageError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -130,9 +131,9 @@ def prepare_data(args: argparse.Namespace) -> int:
     layout = LAYOUTS[args.dataset]
     root, out = Path(args.root).expanduser().absolute(), Path(args.out or layout.root).expanduser().absolute()
     if not root.is_dir():
-        raise engine.UsageError(f"ROOT must be the folder that you downloaded into; no such folder: {root}")
+        raise UsageError(f"ROOT must be the folder that you downloaded into; no such folder: {root}")
     if out.exists() and not out.is_dir():
-        raise engine.UsageError(f"--out must be a folder, and is a file: {out}")
+        raise UsageError(f"--out must be a folder, and is a file: {out}")
     console = Console(highlight=False, soft_wrap=True)
     faults: list[str] = []
     for folder in layout.folders:
@@ -174,7 +175,7 @@ def prepare_data(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(prepare_data, parse_args(argv))
+    return run_tool(prepare_data, parse_args(argv))
 
 
 if __name__ == "__main__":

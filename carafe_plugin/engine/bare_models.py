@@ -14,7 +14,8 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from carafe_plugin.analysis.complexity import Complexity, count
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.config import import_adapters, load_config
+from carafe_plugin.engine.errors import UsageError, reading_named_files
 
 # By scope. MMEngine's own is that of our inpainting networks.
 SHAPES = {"mmdet": (800, 1333), "mmseg": (512, 512), "mmpretrain": (224, 224), "mmengine": (256, 256)}
@@ -36,15 +37,15 @@ def read_config(name: str, options: Mapping[str, Any] | None = None, drop_in: bo
     if separator:
         spec = importlib.util.find_spec(toolbox) if toolbox in SHAPES else None
         if spec is None or spec.origin is None:
-            raise engine.UsageError(f"{name}: {toolbox!r} is not one of {', '.join(SHAPES)}, or not installed")
+            raise UsageError(f"{name}: {toolbox!r} is not one of {', '.join(SHAPES)}, or not installed")
         path = str(Path(spec.origin).parent / ".mim" / "configs" / path)
-    cfg = engine.load_config(path if separator else name, options)
+    cfg = load_config(path if separator else name, options)
     scope = cfg.get("default_scope")
     if scope not in SHAPES:
-        raise engine.UsageError(f"{name}: default_scope must be one of {', '.join(SHAPES)}, got {scope!r}")
+        raise UsageError(f"{name}: default_scope must be one of {', '.join(SHAPES)}, got {scope!r}")
     if "model" not in cfg:
-        raise engine.UsageError(f"{name} describes no model")
-    engine.import_adapters(scope, drop_in=drop_in)
+        raise UsageError(f"{name} describes no model")
+    import_adapters(scope, drop_in=drop_in)
     return cfg
 
 
@@ -58,9 +59,10 @@ def build_model(cfg: Config) -> nn.Module:
     if cfg.get("data_preprocessor"):
         settings.setdefault("data_preprocessor", cfg.data_preprocessor)
     try:
-        return revert_sync_batchnorm(MODELS.build(settings)).eval()
+        with reading_named_files():
+            return revert_sync_batchnorm(MODELS.build(settings)).eval()
     except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise engine.UsageError(f"cannot build the model of {cfg.filename}: {error}") from error
+        raise UsageError(f"cannot build the model of {cfg.filename}: {error}") from error
 
 
 def image_shape(cfg: Config) -> tuple[int, int]:
@@ -173,7 +175,7 @@ def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Comple
     """Count a forward pass of ``model`` over one image of ``shape``."""
     mmcv_layers = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
     if mmcv_layers:
-        raise engine.UsageError(
+        raise UsageError(
             f"{cfg.filename}: {', '.join(mmcv_layers)} are mmcv's own layers, which are not counted: add --drop-in"
         )
     fix_boxes(model, shape)
@@ -183,6 +185,4 @@ def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Comple
     try:
         return count(model, inputs, **data, mode="tensor")
     except (RuntimeError, ValueError) as error:
-        raise engine.UsageError(
-            f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}"
-        ) from error
+        raise UsageError(f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}") from error

@@ -28,7 +28,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.errors import UsageError
 from studies.ablation import report as ablation_report
 from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, find_result, plan, train_and_evaluate
 from studies.demo.generate_scenes import add_dataset_options, generate, integer
@@ -115,7 +116,7 @@ def ablation(args: argparse.Namespace) -> int:
     numbers = args.table or list(DEFAULT_TABLES)
     unknown = [number for number in numbers if number not in RECIPES]
     if unknown:
-        raise engine.UsageError(f"--table: expected one of {', '.join(map(str, RECIPES))}, got {unknown[0]}")
+        raise UsageError(f"--table: expected one of {', '.join(map(str, RECIPES))}, got {unknown[0]}")
     setup = Setup.from_args(args)
     runs = plan(dict.fromkeys(numbers), dict.fromkeys(args.seeds), setup)
     to_do = show_plan(runs, setup)
@@ -140,7 +141,7 @@ def ablation(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(ablation, parse_args(argv))
+    return run_tool(ablation, parse_args(argv))
 
 
 if __name__ == "__main__":

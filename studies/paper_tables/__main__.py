@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as RichTable
 
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.errors import UsageError, reading_named_files
 from studies.paper_tables import rows as paper_rows
 from studies.paper_tables.rows import Row, Table
 
@@ -156,14 +157,15 @@ def record(config: str, source: Path, tables: dict[int, Table], folder: Path) ->
     wanted = os.path.relpath(Path(config).absolute(), paper_rows.CONFIGS) if "::" not in config else config
     lines = [(table, row, line) for table in tables.values() for row, line, _ in table.lines if row.config == wanted]
     if not lines:
-        raise engine.UsageError(f"--record: {config} is the config of no row in {paper_rows.TABLES}")
+        raise UsageError(f"--record: {config} is the config of no row in {paper_rows.TABLES}")
     try:
-        metrics = json.loads(source.read_text(encoding="utf-8"))
+        with reading_named_files():
+            metrics = json.loads(source.read_text(encoding="utf-8"))
         found = {key for table, _, line in lines for key in table.measured(line, metrics)}
     except (ValueError, TypeError) as error:
-        raise engine.UsageError(f"--record: {source} holds no metrics of tools/test.py: {error}") from error
+        raise UsageError(f"--record: {source} holds no metrics of tools/test.py: {error}") from error
     if not found:
-        raise engine.UsageError(f"--record: {source} has none of the metrics of the row of {config}")
+        raise UsageError(f"--record: {source} has none of the metrics of the row of {config}")
     path = paper_rows.result_file(lines[0][1], folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"config": lines[0][1].path, "metrics": metrics})
@@ -182,16 +184,16 @@ def paper_tables(args: argparse.Namespace) -> None:
     tables = paper_rows.read_tables()
     unknown = sorted(set(args.table or ()) - tables.keys())
     if unknown:
-        raise engine.UsageError(f"--table: expected one of {', '.join(map(str, tables))}, got {unknown[0]}")
+        raise UsageError(f"--table: expected one of {', '.join(map(str, tables))}, got {unknown[0]}")
     for name in ("markdown", "costs"):
         path = getattr(args, name)
         if path and not path.absolute().parent.is_dir():
-            raise engine.UsageError(f"--{name}: no folder {path.parent} to write {path.name} into")
+            raise UsageError(f"--{name}: no folder {path.parent} to write {path.name} into")
     chosen = [table for number, table in tables.items() if not args.table or number in args.table]
     if args.record:
         print(f"Written: {record(args.record[0], Path(args.record[1]), tables, args.results)}")
     if args.markdown and args.table and args.markdown.resolve() == PAGE:
-        raise engine.UsageError(f"--markdown {args.markdown} is the page of all tables: leave out --table")
+        raise UsageError(f"--markdown {args.markdown} is the page of all tables: leave out --table")
     costs = paper_rows.read_costs(args.costs)
     if args.measure:
         measure([row for table in chosen for row in table.rows], costs, args.costs)
@@ -207,7 +209,7 @@ def paper_tables(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(paper_tables, parse_args(argv))
+    return run_tool(paper_tables, parse_args(argv))
 
 
 if __name__ == "__main__":
