@@ -11,14 +11,10 @@ Example:
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.backbones import (
     ARCHITECTURES,
     backbone_type,
@@ -28,6 +24,7 @@ from carafe_plugin.engine.backbones import (
 )
 from carafe_plugin.engine.checkpoint import read_checkpoint
 from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.conversion import check_destination, write_checkpoint
 from carafe_plugin.engine.errors import UsageError
 
 
@@ -56,10 +53,7 @@ def convert_backbone(args: argparse.Namespace) -> None:
         CheckpointError: the checkpoint is missing or cannot be read.
     """
     source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
-    if destination.is_dir():
-        raise UsageError(f"DST must be a file, and is a folder: {destination}")
-    if destination.exists() and source.exists() and destination.samefile(source):
-        raise UsageError(f"DST must be another file than SRC: {destination}")
+    check_destination(source, destination)
     checkpoint = read_checkpoint(str(source))
     try:
         backbone = extract_backbone(checkpoint.get("state_dict", checkpoint))
@@ -73,13 +67,7 @@ def convert_backbone(args: argparse.Namespace) -> None:
     modules = count_carafe(backbone)
     if not modules and not args.stock:
         raise UsageError(f"{source} holds a ResNet without CARAFE++; pass --stock where that is meant")
-
-    content = io.BytesIO()
-    torch.save(dict(meta=checkpoint.get("meta") or {}, state_dict=backbone), content)
-    try:
-        AtomicLocalBackend().put(content.getvalue(), destination)
-    except OSError as error:
-        raise UsageError(f"cannot write {destination}: {error}") from error
+    write_checkpoint(dict(meta=checkpoint.get("meta") or {}, state_dict=backbone), destination)
     stem = "deep" if "stem.0.weight" in backbone else "plain"
     print(f"{destination}: ResNet-{_listed(depths)}, {stem} stem, {modules} CARAFE++, {len(backbone)} tensors")
     if modules:

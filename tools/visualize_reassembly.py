@@ -3,7 +3,7 @@
 
 For points of an image, the weights with which source locations enter a location of the output, through one CARAFE++ or
 through a chain of them: an FPN's levels (fpn), UperNet's (fpn, fuse), a backbone's main path (backbone). See
-carafe_plugin/analysis.py for what composing a chain means. Configurations of mmdet, mmseg and mmpretrain.
+carafe_plugin.analysis for what composing a chain means. Configurations of mmdet, mmseg and mmpretrain.
 
     python tools/visualize_reassembly.py photo.jpg --config C --checkpoint K --points 120,80 300,210 --out seen
     python tools/visualize_reassembly.py photo.jpg --config C --checkpoint K --points 120,80 --out seen \
@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--points", required=True, nargs="+", type=point, metavar="X,Y", help="in pixels of the image")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for what is drawn")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--chain", choices=list(CHAINS), help="draw this chain alone (default: all that there are)")
+    which.add_argument("--chain", choices=list(CHAINS), help="draw this chain alone (default: all)")
     which.add_argument("--modules", nargs="+", default=[], metavar="NAME", help="draw one CARAFE++, or a chain of them")
     parser.add_argument("--group", type=int, help="group of channels, from 0 (default: their average)")
     parser.add_argument("--html", action="store_true", help="write a page for each chain as well")

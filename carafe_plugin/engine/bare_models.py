@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from carafe_plugin.analysis.complexity import Complexity, count
+from carafe_plugin.analysis.complexity import Complexity, carafe_sites, count
 from carafe_plugin.engine.config import import_adapters, load_config
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 
@@ -186,3 +187,23 @@ def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Comple
         return count(model, inputs, **data, mode="tensor")
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}") from error
+
+
+def describe_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
+    """A model's CARAFE++ and what they cost over one image of ``shape``, as plain values."""
+    found = count_model(cfg, model, shape)
+    sites = list(carafe_sites(model, found))
+    flops, parameters = (sum(getattr(site, name) for site in sites) for name in ("flops", "parameters"))
+    return {
+        "shape": list(shape),
+        "flop": "one multiply-add",
+        "model": {"type": type(model).__name__, "parameters": found.parameters[""], "flops": found.flops[""]},
+        "carafe": {
+            "modules": len(sites),
+            "parameters": parameters,
+            "flops": flops,
+            "share": flops / max(1, found.flops[""]),
+        },
+        "sites": [dataclasses.asdict(site) for site in sites],
+        "uncounted": found.uncounted,
+    }

@@ -34,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from carafe_plugin import modules
 from carafe_plugin.engine.backbones import ARCHITECTURES, matching_depths
-from carafe_plugin.engine.errors import CheckpointError
+from carafe_plugin.engine.checkpoint import CheckpointError
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, build_downsampler, read_cfg
 
 #: The keys of a carafe_cfg that CARAFEDownsample takes; a place in the network sets the first two.

@@ -14,7 +14,7 @@ pytest.importorskip("mmcv", reason="mmcv is not installed")
 from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint
 
-from carafe_plugin.engine.errors import CheckpointError
+from carafe_plugin.engine.checkpoint import CheckpointError
 from carafe_plugin.openmmlab.layers import CARAFEDownsample
 
 pytestmark = pytest.mark.usefixtures("one_thread")

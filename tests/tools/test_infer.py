@@ -10,7 +10,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tiny_runs import COLOURS, call_tool, load_tool, one_line, run, scene, write_config
+from tiny_runs import COLOURS, call_tool, one_line, run, scene, write_config
+
+from carafe_plugin.engine.detection import write_picture
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 COCO = pytest.importorskip("pycocotools.coco", reason="tools: pycocotools is not installed").COCO
@@ -129,7 +131,7 @@ def test_mistakes(trained: Callable, data: Path, tmp_path: Path, capsys: pytest.
 def test_pictures_keep_their_format(tmp_path: Path) -> None:
     pixels = scene(0)[0][..., ::-1]
     for ending in (".png", ".bmp", ".tiff", ".webp", ".jpg"):
-        load_tool("infer").write_picture(tmp_path / f"picture{ending}", pixels)
+        write_picture(tmp_path / f"picture{ending}", pixels)
         again = cv2.imread(str(tmp_path / f"picture{ending}"))[..., ::-1]
         assert np.abs(again.astype(int) - pixels).mean() < (25 if ending in (".jpg", ".webp") else 1e-6)
 
