@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="mmpretrain's checkpoint -> backbone file for mmdet and mmseg.")
     parser.add_argument("source", metavar="SRC", help="mmpretrain's checkpoint")
-    parser.add_argument("destination", metavar="DST", help="the file to write; what stands there is replaced")
+    parser.add_argument("destination", metavar="DST", help="the file to write; an existing one is replaced")
     parser.add_argument(
         "--to",
         choices=["mmdet", "mmseg"],

@@ -16,11 +16,11 @@ Layouts (``X`` is the module's name, of any length or empty; norms and biases ma
 Names do not say everything: --act is the activation behind that compressor (silu in YOLOv5 and later, relu in most
 others), --eps its BatchNorms' eps (1e-3 in the YOLO family), --order how the encoder's channels are read ("taps": pixel
 shuffle first; "positions": pixel shuffle last), --scale the factor. DST's ``meta`` records them for each module, and
-the next conversion of that module takes from there what its command line leaves out. What is given goes before a
-record; what was taken, from where, and which record it contradicts is printed. --act must be known where a layout's
-compressor can have an activation: also for a module of MMCV's names with ``compressor_norm``. One without is taken for
-MMCV's own class, which has no activation: ``CARAFEUpsample(channels, norm=None, act=...)`` has the same names, and is
-not for this tool.
+the next conversion of that module takes from there what its command line leaves out. The command line overrides a
+record; what was used, where it came from and which record it contradicts are printed. --act must be known where a
+layout's compressor can have an activation, and for a module of MMCV's names with ``compressor_norm``. A module without
+one is taken to be MMCV's own class, which has no activation: ``CARAFEUpsample(channels, norm=None, act=...)`` has the
+same names, and is not for this tool.
 
 BatchNorms are folded into their convolutions, except a compressor's that an activation follows: it becomes
 ``compressor_norm``, for ``CARAFEUpsample(channels, norm=nn.BatchNorm2d, act=nn.SiLU)``.
@@ -28,7 +28,7 @@ BatchNorms are folded into their convolutions, except a compressor's that an act
 Both sides are run on the same random input, and the largest difference of outputs and kernels is printed. What matches
 no layout is refused with the list of the keys, and nothing that exists is overwritten without --force. DST holds the
 weights, the checkpoint's ``meta`` and, converted like the weights, mmengine's ``ema_state_dict``. It does not hold the
-optimizer, whose order of parameters is another one, or anything else; what is left out is printed.
+optimizer, whose parameters are in another order, or anything else; what is left out is printed.
 
 Example:
     $ python tools/convert_checkpoint.py yolo_weights.pt carafe.pth --to mmcv --act silu --eps 1e-3

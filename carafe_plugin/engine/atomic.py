@@ -27,8 +27,8 @@ class AtomicLocalBackend(LocalBackend):
         """Write ``obj`` to ``filepath``; readers see the old content or the new, never a part.
 
         Args:
-            obj: the content.
-            filepath: where to; missing folders are made.
+            obj (bytes): the content.
+            filepath (str | Path): where to; missing folders are made.
 
         Raises:
             OSError: the write failed (disk full, no permission); what was at ``filepath`` before is untouched.

@@ -27,12 +27,12 @@ def read_config(name: str, options: Mapping[str, Any] | None = None, drop_in: bo
     """Read the configuration of a model and import the adapters that it needs.
 
     Args:
-        name: a file, or ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py`` for one that a toolbox brings.
-        options: settings to change.
-        drop_in: make mmcv's layer 'carafe' ours.
+        name (str): a file, or ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py`` for one that a toolbox brings.
+        options (Mapping[str, Any] | None): settings to change.
+        drop_in (bool): make mmcv's layer 'carafe' ours.
 
     Raises:
-        UsageError: there is no such configuration, it has no model, or it is of a toolbox that these tools do not know.
+        UsageError: there is no such configuration, it has no model, or it is of an unknown toolbox.
     """
     toolbox, separator, path = name.partition("::")
     if separator:
@@ -84,8 +84,8 @@ def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
     That is its sample; for an inpainting network, a hole over the middle quarter.
 
     Args:
-        cfg: the model's configuration.
-        shape: height and width.
+        cfg (Config): the model's configuration.
+        shape (tuple[int, int]): height and width.
     """
     image = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if cfg.default_scope == "mmengine":
@@ -105,14 +105,14 @@ def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
 
 
 def fix_boxes(model: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
-    """Let every two-stage detector go on with the same boxes, whatever its random weights propose.
+    """Let every two-stage detector continue with the same boxes, whatever its random weights propose.
 
     The region proposal network and the box head run and suppress as always; what they keep is counted, and replaced
-    by as many random boxes as the settings allow at most. So the heads behind them have the same work in every model.
+    by as many random boxes as the settings allow at most, so that the later heads have the same work in every model.
 
     Args:
-        model: any model; one that is no two-stage detector stays as it is.
-        shape: height and width of the image.
+        model (nn.Module): any model; one that is not a two-stage detector stays as it is.
+        shape (tuple[int, int]): height and width of the image.
 
     Returns:
         What the model itself kept in its last forward pass, under 'proposals' and 'detections'; filled as it runs.

@@ -69,9 +69,10 @@ def read_checkpoint(path: str, training: bool = False, map_location: Any = "cpu"
     """Read a local checkpoint.
 
     Args:
-        path: the file.
-        training: whether it must hold what resuming needs (``meta`` with ``epoch`` and ``iter``), not only weights.
-        map_location: where its tensors go, as for ``torch.load``.
+        path (str): the file.
+        training (bool): whether it must hold what resuming needs (``meta`` with ``epoch`` and ``iter``), not only
+            weights.
+        map_location (str | torch.device | Callable): where its tensors go, as for ``torch.load``.
 
     Returns:
         The checkpoint.
@@ -109,12 +110,13 @@ def find_mismatch(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]
     """How a checkpoint does not fit a model, as a message; None where it does.
 
     mmengine only warns, and a model of which a part kept its random weights is then evaluated. What a checkpoint has
-    beyond the model (an auxiliary head, a mask head) does no harm and is no mismatch, except CARAFE++ alone: then the
-    model resizes in another way than the one that was trained.
+    beyond the model (an auxiliary head, a mask head) does no harm and is not a mismatch, except CARAFE++ alone: then
+    the model resizes in another way than the one that was trained.
 
     Args:
-        model: The model; the weights that fit are loaded into it.
-        state_dict: Parameters by name, with or without the prefix ``"module."`` of a wrapped model.
+        model (torch.nn.Module): the weights that fit are loaded into it.
+        state_dict (Mapping[str, torch.Tensor]): parameters by name, with or without the prefix ``"module."`` of a
+            wrapped model.
 
     Example:
         >>> import torch
@@ -144,7 +146,7 @@ def find_mismatch(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]
 
 
 def _stray_carafe(unexpected: Sequence[str], expected: Sequence[str]) -> str | None:
-    """The first CARAFE++ among unexpected parameters that stands alone, not inside a part which the model lacks."""
+    """The first CARAFE++ among unexpected parameters that stands alone, not inside a part that the model lacks."""
     for key in unexpected:
         if not key.endswith(CARAFE_KEY):
             continue
@@ -164,7 +166,7 @@ def newest_checkpoint(folder: str) -> str | None:
     skipped with a warning that names them.
 
     Args:
-        folder: where the run's checkpoints lie.
+        folder (str): where the run's checkpoints lie.
 
     Returns:
         The path, or None where the folder holds no checkpoint.

@@ -22,8 +22,8 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
     Where MMCV has no compiled operators, the command and its processes have torchvision's (see ``mmcv_ops``).
 
     Args:
-        main: called with ``args``; returns the exit code, None for 0.
-        args: the parsed command line.
+        main (Callable[[argparse.Namespace], int | None]): called with ``args``; returns the exit code, None for 0.
+        args (argparse.Namespace): the parsed command line.
 
     Returns:
         The exit code: 2 after a :class:`UsageError` or with an MMCV whose operators do not load.

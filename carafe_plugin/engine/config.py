@@ -28,9 +28,9 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: s
     ``"my_upsample.MyUpsample"``) are found in the current folder too.
 
     Args:
-        path: the file.
-        options: settings to change, by their keys with dots.
-        launcher: what started the processes, of which the first alone prints warnings.
+        path (str): the file.
+        options (Mapping[str, Any] | None): settings to change, by their keys with dots.
+        launcher (str): what started the processes, of which the first alone prints warnings.
 
     Raises:
         UsageError: the file, or one that it builds on, is missing or is not a configuration; a module that it names
@@ -71,7 +71,7 @@ def _report_failed_imports(cfg: Config) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            print(f"warning: custom_imports goes on without {name}: {error}", file=sys.stderr)
+            print(f"warning: custom_imports continues without {name}: {error}", file=sys.stderr)
 
 
 def _check_operators(part: Any, path: str, inside: bool = False) -> None:
@@ -96,7 +96,7 @@ def read_config(args: argparse.Namespace) -> Config:
     """The configuration of a run, as the common options ask for it, with our adapters imported.
 
     Args:
-        args: what :func:`~carafe_plugin.engine.cli.add_run_options` parsed.
+        args (argparse.Namespace): what :func:`~carafe_plugin.engine.cli.add_run_options` parsed.
 
     Raises:
         UsageError: see :func:`load_config` and :func:`import_adapters`.
@@ -126,8 +126,8 @@ def import_adapters(scope: str | None, drop_in: bool = False) -> None:
     """Register CARAFE++'s types for the toolbox ``scope``.
 
     Args:
-        scope: a configuration's ``default_scope``. A toolbox without an adapter gets the layers alone.
-        drop_in: also make the layer 'carafe' ours.
+        scope (str | None): a configuration's ``default_scope``. A toolbox without an adapter gets the layers alone.
+        drop_in (bool): also make the layer 'carafe' ours.
 
     Raises:
         UsageError: the toolbox is not installed.

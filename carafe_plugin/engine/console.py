@@ -17,8 +17,8 @@ def progress_bar(task: str, amount: ProgressColumn | None = None) -> Progress:
     """A progress bar on stderr, which is empty where that is not a terminal.
 
     Args:
-        task: what is under way.
-        amount: how much of it is done; by default a count.
+        task (str): what is under way.
+        amount (ProgressColumn | None): how much of it is done; by default a count.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn(task), BarColumn(), amount or MofNCompleteColumn(), TimeRemainingColumn())

@@ -59,10 +59,10 @@ class Content(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-        weights: by name.
-        ema: the same of :data:`EMA`, with all that stands there; None where there is none.
-        meta: the checkpoint's, or nothing.
-        left_out: names of all the rest.
+        weights (dict[str, torch.Tensor]): by name.
+        ema (dict[str, torch.Tensor] | None): the entry :data:`EMA`, if any.
+        meta (dict): the entry ``meta``; empty if there is none.
+        left_out (list[str]): names of everything else.
     """
 
     weights: dict[str, torch.Tensor]
@@ -102,10 +102,11 @@ class Request(NamedTuple):
     """What a conversion was asked to do.
 
     Attributes:
-        to: the layout to reach.
-        fork: the given fields of :class:`~carafe_plugin.engine.layouts.Fork`; None for one that was not given.
-        below: only modules whose names start so.
-        rename: old name of a module -> its new one.
+        to (str): the layout to reach.
+        fork (Mapping[str, Any]): the fields of :class:`~carafe_plugin.engine.layouts.Fork`, None for those that were
+            not given.
+        below (Sequence[str]): convert only modules whose names start with one of these.
+        rename (Mapping[str, str]): old name of a module -> its new one.
     """
 
     to: str
@@ -118,10 +119,10 @@ class Result(NamedTuple):
     """A converted checkpoint.
 
     Attributes:
-        checkpoint: to be written.
-        weights: the conversion of its weights.
-        ema: that of :data:`EMA`, where there is one.
-        origins: what the names do not tell, and where each value is from, as a line to print.
+        checkpoint (dict): to be written.
+        weights (Conversion): the conversion of its weights.
+        ema (Conversion | None): that of :data:`EMA`, where there is one.
+        origins (str): what the names do not tell, and where each value is from, as a line to print.
     """
 
     checkpoint: dict

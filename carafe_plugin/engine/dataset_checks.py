@@ -23,8 +23,8 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
     their images exist (:func:`~carafe_plugin.engine.annotations.check_annotations`).
 
     Args:
-        cfg: the configuration.
-        splits: which data loaders the run needs: 'train', 'val', 'test'. 'val' may be absent from ``cfg``.
+        cfg (Config): the configuration.
+        *splits (str): which data loaders the run needs: 'train', 'val', 'test'. 'val' may be absent from ``cfg``.
 
     Raises:
         UsageError: a file or folder is missing, an annotation has another size than its image or is at fault itself,
@@ -79,8 +79,8 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
     """Build the datasets of a run.
 
     Args:
-        runner: the run.
-        splits: 'train', 'val', 'test'. 'val' may be absent from the configuration.
+        runner (Runner): the run.
+        *splits (str): 'train', 'val', 'test'. 'val' may be absent from the configuration.
 
     Raises:
         UsageError: a dataset holds no image, or a file that it names is missing.

@@ -38,10 +38,10 @@ def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = Fal
     """Build mmdet's detector, with a checkpoint's weights and classes.
 
     Args:
-        cfg: its configuration.
-        checkpoint: a file, or a URL that mmengine loads.
-        device: where it runs.
-        drop_in: make mmcv's layer 'carafe' ours.
+        cfg (Config): its configuration.
+        checkpoint (str): a file, or a URL that mmengine loads.
+        device (str): where it runs.
+        drop_in (bool): make mmcv's layer 'carafe' ours.
 
     Raises:
         UsageError: the configuration is of another toolbox, or the checkpoint cannot be read.
@@ -85,10 +85,9 @@ def to_coco(instances: Any, image_id: int, categories: Sequence[int]) -> list[di
     """Mmdet's predictions for one image as COCO results.
 
     Args:
-        instances: mmdet's ``InstanceData`` with bboxes (N, 4; x1, y1, x2, y2), scores, labels (N) and perhaps masks
-            (N, H, W).
-        image_id: the id of the image.
-        categories: the category id of every label.
+        instances (InstanceData): with bboxes (N, 4; x1, y1, x2, y2), scores, labels (N) and perhaps masks (N, H, W).
+        image_id (int): the id of the image.
+        categories (Sequence[int]): the category id of every label.
     """
     from pycocotools import mask as coco_mask
 

@@ -22,9 +22,9 @@ def check_out(out: str | None, item: str | None, scope: str | None) -> None:
     """Refuse an ``--out`` that the toolbox could not write, before an hour of testing instead of after.
 
     Args:
-        out: the file or folder.
-        item: ``--out-item``.
-        scope: the configuration's ``default_scope``.
+        out (str | None): the file or folder.
+        item (str | None): ``--out-item``.
+        scope (str | None): the configuration's ``default_scope``.
 
     Raises:
         UsageError: it has another ending than what is written, or the options do not go together.
@@ -48,11 +48,11 @@ def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, i
     """Switch the toolbox's visualisation hook on; each toolbox names the switches in its own way.
 
     Args:
-        cfg: the configuration; changed in place.
-        show: whether to show the predictions in a window.
-        folder: where to draw them into files.
-        wait_time: seconds that the window shows each image.
-        interval: mmpretrain: draw every n-th image.
+        cfg (Config): the configuration; changed in place.
+        show (bool): whether to show the predictions in a window.
+        folder (str | None): where to draw them into files.
+        wait_time (float): seconds that the window shows each image.
+        interval (int): mmpretrain: draw every n-th image.
 
     Raises:
         UsageError: the configuration has no such hook, or the machine no display.
@@ -143,8 +143,8 @@ class CheckWeightsHook(Hook):
     """Refuse a checkpoint of another model: mmengine only warns, and tests what is left of the random weights.
 
     Args:
-        path: what the checkpoint is called in messages.
-        allow_mismatch: warn instead.
+        path (str): what the checkpoint is called in messages.
+        allow_mismatch (bool): warn instead.
 
     Raises:
         CheckpointError: from :meth:`after_load_checkpoint`.

@@ -77,9 +77,9 @@ def load_model(cfg: Config, path: str, device: str) -> InpaintingGAN:
     """Build the network of a configuration with a checkpoint's weights, ready to predict.
 
     Args:
-        cfg: the configuration.
-        path: the checkpoint.
-        device: where the network runs.
+        cfg (Config): the configuration.
+        path (str): the checkpoint.
+        device (str): where the network runs.
 
     Raises:
         UsageError: the configuration describes another kind of model, or the checkpoint is of another one.
@@ -119,9 +119,9 @@ def fill(model: InpaintingGAN, pixels: np.ndarray, holes: np.ndarray) -> np.ndar
     """Fill the holes of a picture.
 
     Args:
-        model: the model.
-        pixels: (H, W, 3) uint8 RGB.
-        holes: (H, W) bool. Where the picture is made larger for the network, its holes are too.
+        model (InpaintingGAN): the model.
+        pixels (np.ndarray): (H, W, 3) uint8 RGB.
+        holes (np.ndarray): (H, W) bool. Where the picture is made larger for the network, its holes are too.
 
     Returns:
         (H, W, 3) uint8 RGB, the same pixels wherever there is no hole.

@@ -27,7 +27,7 @@ def process_rank(launcher: str | None) -> int:
     """The rank of this process: of torch's process group, else as its launcher says.
 
     Args:
-        launcher: a key of :data:`LAUNCHERS`; what another launcher leaves in the environment is not looked at.
+        launcher (str | None): a key of :data:`LAUNCHERS`; variables of other launchers are ignored.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
@@ -72,7 +72,7 @@ def prepare_processes(cfg: Config) -> None:
     wrapper is one that needs no device.
 
     Args:
-        cfg: the configuration of the run; changed in place.
+        cfg (Config): the configuration of the run; changed in place.
 
     Raises:
         UsageError: the launcher's variables are missing, or there are more processes than GPUs.

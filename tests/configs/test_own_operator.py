@@ -104,7 +104,7 @@ def test_an_import_that_may_fail_says_why(operator_file, tmp_path, capsys):
     config.write_text('custom_imports = dict(imports=["my_upsample", "re"], allow_failed_imports=True)\n')
     with pytest.warns(UserWarning, match="my_upsample failed to import"):
         load_config(str(config))
-    expected = "warning: custom_imports goes on without my_upsample: No module named 'absent_c'\n"
+    expected = "warning: custom_imports continues without my_upsample: No module named 'absent_c'\n"
     assert capsys.readouterr().err == expected
 
 

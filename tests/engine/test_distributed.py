@@ -93,7 +93,7 @@ def test_training_a_detector_in_two_processes(trained: Callable, tmp_path: Path)
 
 
 def test_training_an_inpainting_gan_in_two_processes(tmp_path: Path) -> None:
-    """Two networks, each a distributed module of its own; a second run goes on from the first's checkpoint."""
+    """Two networks, each a distributed module of its own; a second run resumes from the first's checkpoint."""
     pytest.importorskip("skimage", reason="the metrics of inpainting need scikit-image")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
