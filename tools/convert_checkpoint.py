@@ -84,10 +84,10 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
     if wrong:
         raise UsageError(f"--rename takes OLD=NEW, got {wrong[0]}")
     content = conversion.read_content(source)
-    fork = {name: getattr(args, name) for name in vars(Fork())}
-    request = conversion.Request(args.to, fork, args.below, dict(pair.split("=", 1) for pair in args.rename))
+    given = {name: getattr(args, name) for name in vars(Fork())}
     try:
-        result = conversion.convert(content, request)
+        rename = dict(pair.split("=", 1) for pair in args.rename)
+        result = conversion.convert(content, args.to, given, args.below, rename)
     except LayoutError as error:
         raise UsageError(f"cannot convert {source}: {error}") from error
     except ValueError as error:  # of an option

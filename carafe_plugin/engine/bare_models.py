@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import get_object_from_string
 from torch import nn
 
 from carafe_plugin.analysis.complexity import Complexity, carafe_sites, count
@@ -20,6 +21,11 @@ from carafe_plugin.engine.errors import UsageError, reading_named_files
 
 # By scope. MMEngine's own is that of our inpainting networks.
 SHAPES = {"mmdet": (800, 1333), "mmseg": (512, 512), "mmpretrain": (224, 224), "mmengine": (256, 256)}
+SAMPLES = {
+    "mmdet": "mmdet.structures.DetDataSample",
+    "mmseg": "mmseg.structures.SegDataSample",
+    "mmpretrain": "mmpretrain.structures.DataSample",
+}
 PROPOSALS, DETECTIONS = 1000, 100  # where a model's own settings do not say
 
 
@@ -92,16 +98,9 @@ def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
         hole = torch.zeros(1, *shape)
         hole[:, shape[0] // 4 : shape[0] * 3 // 4, shape[1] // 4 : shape[1] * 3 // 4] = 1
         return dict(inputs=[image], holes=[hole])
+    sample = get_object_from_string(SAMPLES[cfg.default_scope])
     meta = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
-    sample: Any
-    if cfg.default_scope == "mmdet":
-        from mmdet.structures import DetDataSample as Sample
-    elif cfg.default_scope == "mmseg":
-        from mmseg.structures import SegDataSample as Sample
-    else:
-        from mmpretrain.structures import DataSample as Sample
-    sample = Sample(metainfo=meta)
-    return dict(inputs=[image], data_samples=[sample])
+    return dict(inputs=[image], data_samples=[sample(metainfo=meta)])
 
 
 def fix_boxes(model: nn.Module, shape: tuple[int, int]) -> dict[str, int]:

@@ -98,23 +98,6 @@ def read_content(path: Path) -> Content:
     return content
 
 
-class Request(NamedTuple):
-    """What a conversion was asked to do.
-
-    Attributes:
-        to (str): the layout to reach.
-        fork (Mapping[str, Any]): the fields of :class:`~carafe_plugin.engine.layouts.Fork`, None for those that were
-            not given.
-        below (Sequence[str]): convert only modules whose names start with one of these.
-        rename (Mapping[str, str]): old name of a module -> its new one.
-    """
-
-    to: str
-    fork: Mapping[str, Any]
-    below: Sequence[str]
-    rename: Mapping[str, str]
-
-
 class Result(NamedTuple):
     """A converted checkpoint.
 
@@ -131,22 +114,31 @@ class Result(NamedTuple):
     origins: str
 
 
-def convert(content: Content, request: Request) -> Result:
+def convert(
+    content: Content, to: str, given: Mapping[str, Any], below: Sequence[str], rename: Mapping[str, str]
+) -> Result:
     """Convert a checkpoint and record in its ``meta`` what no name tells.
+
+    Args:
+        content (Content): of the checkpoint.
+        to (str): the layout to reach.
+        given (Mapping[str, Any]): fields of :class:`~carafe_plugin.engine.layouts.Fork`, None where not given.
+        below (Sequence[str]): convert only modules whose names start with one of these.
+        rename (Mapping[str, str]): old name of a module -> its new one.
 
     Raises:
         UsageError: the activation is unclear, or the modules' records differ.
         LayoutError: as :func:`~carafe_plugin.engine.layouts.convert_layout`.
         ValueError: a value is not possible; the message starts with its name.
     """
-    fork, origins = _choose_fork(content, request)
-    apply = partial(convert_layout, to=request.to, fork=fork, below=request.below, rename=request.rename)
+    fork, origins = _choose_fork(content, to, given, below)
+    apply = partial(convert_layout, to=to, fork=fork, below=below, rename=rename)
     weights = apply(content.weights)
     old = content.meta.get(RECORD)
     records = dict(old) if isinstance(old, dict) else {}
     for module in weights.modules:
         records.pop(module.source, None)
-    records |= {module.destination: dict(layout=request.to, **vars(fork)) for module in weights.modules}
+    records |= {module.destination: dict(layout=to, **vars(fork)) for module in weights.modules}
     checkpoint = dict(meta={**content.meta, RECORD: records}, state_dict=weights.state_dict)
     if content.ema is None:
         return Result(checkpoint, weights, None, origins)
@@ -154,28 +146,29 @@ def convert(content: Content, request: Request) -> Result:
     return Result({**checkpoint, EMA: ema.state_dict}, weights, ema, origins)
 
 
-def _choose_fork(content: Content, request: Request) -> tuple[Fork, str]:
+def _choose_fork(content: Content, to: str, given: Mapping[str, Any], below: Sequence[str]) -> tuple[Fork, str]:
     """What the names do not tell: as given, else from the modules' records, else the defaults."""
-    places = find_sources(content.weights, request.to, request.below)
+    places = find_sources(content.weights, to, below)
     records = _read_records(content.meta, places)
     for prefix, layout in places.items():
-        _check_activation(request, content.weights, prefix, layout, records[prefix].get("act"))
+        recorded, normed = records[prefix].get("act"), layout == "mmcv" and norm_of_mmcv(content.weights, prefix)
+        _check_activation(prefix.rstrip(".") or "the module", layout, to, given["act"], recorded, normed)
     values: dict[str, Any] = {}
     origins = []
     for option, default in vars(Fork()).items():
         by_module = {prefix.rstrip(".") or "(root)": record.get(option) for prefix, record in records.items()}
-        recorded = {value for value in by_module.values() if value is not None}
-        value = request.fork[option]
+        known = {value for value in by_module.values() if value is not None}
+        value = given[option]
         if value is not None:
-            others = ", ".join(str(other) for other in recorded - {value})
+            others = ", ".join(str(other) for other in known - {value})
             origin = f"given, where SRC records {others}" if others else "given"
         elif len({default if value is None else value for value in by_module.values()}) > 1:
             each = ", ".join(f"{name} {value or 'nothing'}" for name, value in by_module.items())
             raise UsageError(
                 f"SRC records more than one {option} ({each}): give --{option}, or convert in turns with --below"
             )
-        elif recorded:
-            (value,), origin = recorded, "recorded in SRC"
+        elif known:
+            (value,), origin = known, "recorded in SRC"
         else:
             value, origin = default, "default"
         values[option] = value
@@ -195,13 +188,9 @@ def _read_records(meta: dict, places: dict[str, str]) -> dict[str, dict]:
     return found
 
 
-def _check_activation(
-    request: Request, weights: dict[str, torch.Tensor], prefix: str, layout: str, recorded: str | None
-) -> None:
+def _check_activation(module: str, layout: str, to: str, given: str | None, recorded: str | None, normed: bool) -> None:
     """Refuse a module whose activation nothing tells, and one that has none where ``--act`` says one."""
-    module, given = prefix.rstrip(".") or "the module", request.fork["act"]
-    normed = layout == "mmcv" and norm_of_mmcv(weights, prefix)
-    other = layout if request.to == "mmcv" else request.to
+    other = layout if to == "mmcv" else to
     possible = LAYOUTS[other].compressor_norm is not None
     if (possible or normed) and given is None and recorded is None:
         raise UsageError(
