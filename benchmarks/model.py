@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from benchmarks import command, measure, predictions
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend
+from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.cli import add_config_options, run_tool
 from carafe_plugin.engine.errors import UsageError
 
 CONFIGS = predictions.ROOT / "configs" / "mmdet"
@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threads", type=command.threads, default=min(2, measure.cores()), help="CPU threads (default: 2)")
     add("--profile", action="store_true", help="say where the time goes, in further rounds")
     add("--json", type=command.output_file, metavar="FILE", help="write the results")
-    engine.add_config_options(parser)
+    add_config_options(parser)
     args = parser.parse_args(argv)
     if args.device.partition(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device: expected cpu or cuda, got {args.device!r}")
@@ -125,7 +125,7 @@ def write(record: dict[str, Any], file: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
-    return engine.run_tool(bench_model, parse_args(argv))
+    return run_tool(bench_model, parse_args(argv))
 
 
 if __name__ == "__main__":

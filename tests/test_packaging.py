@@ -66,7 +66,8 @@ def test_sdist_holds_the_sources(dist):
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for folder, patterns in (("csrc", ("*.h", "*.cpp", "*.cu")), ("configs", ("*.py",)), ("carafe_plugin", ("*.py",))):
+    code = dict(csrc=("*.h", "*.cpp", "*.cu"), configs=("*.py",), tools=("*.py", "*.sh"), carafe_plugin=("*.py",))
+    for folder, patterns in code.items():
         for pattern in patterns:
             for source in (ROOT / folder).rglob(pattern):
                 assert str(source.relative_to(ROOT)) in names
@@ -81,8 +82,12 @@ def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     code = {n for n in names if n.startswith("carafe_plugin/") and n.endswith(".py")}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "carafe_plugin").rglob("*.py")}
-    configs = {f"carafe_plugin/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.py")}
-    assert code == sources | configs
+    beside = {
+        f"carafe_plugin/{p.relative_to(ROOT)}" for name in ("configs", "tools") for p in (ROOT / name).rglob("*.py")
+    }
+    assert code == sources | beside
+    launchers = {f"carafe_plugin/tools/{kind}_{tool}.sh" for kind in ("dist", "slurm") for tool in ("train", "test")}
+    assert {name for name in names if name.endswith(".sh")} == launchers
     assert {"carafe_plugin/py.typed", "carafe_plugin/_C.abi3.so"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "tools", "csrc"))]
 
@@ -96,6 +101,50 @@ def test_model_index_lies_beside_the_configs_that_it_names(installed):
         configs = re.findall(r"Config: (\S+)", (index.parent / metafile).read_text())
         assert configs, metafile
         assert not [config for config in configs if not (index.parent / config).is_file()]
+
+
+COMMANDS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__")
+
+
+def call(command, installed, folder):
+    """Run a command of the installed wheel, in a folder with nothing of the checkout."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SLURM"))}
+    environment |= dict(
+        PYTHONPATH=str(installed), PYTHON=sys.executable, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="-1"
+    )
+    return subprocess.run([str(c) for c in command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_wheel_brings_its_commands(installed, tmp_path):
+    """As modules, as console entry points, and with the launchers of a run on several GPUs."""
+    pytest.importorskip("mmdet", reason="the commands run on the toolboxes")
+    scripts = {f"carafe-{name.replace('_', '-')}" for name in COMMANDS}
+    assert {path.name for path in (installed / "bin").iterdir()} == scripts
+    where = "import carafe_plugin.tools.train as train; print(train.__file__)"
+    found = call([sys.executable, "-c", where], installed, tmp_path)
+    assert found.stdout.strip() == str(installed / "carafe_plugin/tools/train.py"), found.stderr
+
+    run_module = [sys.executable, "-m", "carafe_plugin.tools.train"]
+    done = call([*run_module, "--help"], installed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--auto-scale-lr" in done.stdout
+    error = f"error: no such configuration file: {tmp_path}/absent.py\n"
+    for command in (run_module, [sys.executable, installed / "bin/carafe-train"]):
+        done = call([*command, "absent.py"], installed, tmp_path)
+        assert (done.returncode, done.stderr) == (2, error)
+    launcher = installed / "carafe_plugin/tools/dist_train.sh"
+    assert os.access(launcher, os.X_OK)
+    done = call([launcher, "absent.py", "1"], installed, tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.startswith(error), done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_the_wheel_has_help(name, installed, tmp_path):
+    pytest.importorskip("mmdet", reason="the commands run on the toolboxes")
+    done = call([sys.executable, installed / "bin" / f"carafe-{name.replace('_', '-')}", "--help"], installed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: carafe-{name.replace('_', '-')} ")
 
 
 def test_wheel_has_the_cuda_half_where_there_is_a_toolkit(wheel):
@@ -161,7 +210,7 @@ def test_older_torch_gets_a_pure_package(version, tmp_path):
     (shadow / "torch" / "__init__.py").write_text(text)
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("carafe_plugin", "configs", "csrc"):
+    for name in ("carafe_plugin", "configs", "csrc", "tools"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "model-index.yml"):
         shutil.copy(ROOT / name, source)

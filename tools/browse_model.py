@@ -15,21 +15,19 @@ Exit code: 0, or 2 when something that was given does not fit.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from carafe_plugin.analysis.complexity import carafe_sites
 from carafe_plugin.engine import bare_models
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine.console import table_console
+from carafe_plugin.engine.errors import UsageError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,28 +42,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="size of the image in pixels (default: the config's, or its toolbox's)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
-    engine.add_config_options(parser)
+    add_config_options(parser)
     return parser.parse_args(argv)
-
-
-def describe(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
-    """Everything that the tool shows, as plain values."""
-    found = bare_models.count_model(cfg, model, shape)
-    sites = list(carafe_sites(model, found))
-    flops, parameters = (sum(getattr(site, name) for site in sites) for name in ("flops", "parameters"))
-    return {
-        "shape": list(shape),
-        "flop": "one multiply-add",
-        "model": {"type": type(model).__name__, "parameters": found.parameters[""], "flops": found.flops[""]},
-        "carafe": {
-            "modules": len(sites),
-            "parameters": parameters,
-            "flops": flops,
-            "share": flops / max(1, found.flops[""]),
-        },
-        "sites": [dataclasses.asdict(site) for site in sites],
-        "uncounted": found.uncounted,
-    }
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -105,21 +83,20 @@ def show(report: dict[str, Any], console: Console) -> None:
 def browse_model(args: argparse.Namespace) -> None:
     """Show the model as the command line says."""
     if args.shape and min(args.shape) < 1:
-        raise engine.UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
+        raise UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
     if args.json and not args.json.absolute().parent.is_dir():
-        raise engine.UsageError(f"--json: no folder {args.json.parent} to write {args.json.name} into")
+        raise UsageError(f"--json: no folder {args.json.parent} to write {args.json.name} into")
     cfg = bare_models.read_config(args.config, args.cfg_options, args.drop_in)
     shape = tuple(args.shape) if args.shape else bare_models.image_shape(cfg)
-    report = {"config": args.config, **describe(cfg, bare_models.build_model(cfg), shape)}
-    # A terminal is as wide as it is; a file or a pipe gets the whole table.
-    show(report, Console() if Console().is_terminal else Console(width=150))
+    report = {"config": args.config, **bare_models.describe_model(cfg, bare_models.build_model(cfg), shape)}
+    show(report, table_console())
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(browse_model, parse_args(argv))
+    return run_tool(browse_model, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,10 @@ Example:
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from carafe_plugin.engine import run as engine
 from carafe_plugin.engine.backbones import (
     ARCHITECTURES,
     backbone_type,
@@ -26,14 +22,17 @@ from carafe_plugin.engine.backbones import (
     extract_backbone,
     matching_depths,
 )
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine.checkpoint import read_checkpoint
+from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.conversion import check_destination, write_checkpoint
+from carafe_plugin.engine.errors import UsageError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="mmpretrain's checkpoint -> backbone file for mmdet and mmseg.")
     parser.add_argument("source", metavar="SRC", help="mmpretrain's checkpoint")
-    parser.add_argument("destination", metavar="DST", help="the file to write; what stands there is replaced")
+    parser.add_argument("destination", metavar="DST", help="the file to write; an existing one is replaced")
     parser.add_argument(
         "--to",
         choices=["mmdet", "mmseg"],
@@ -54,33 +53,21 @@ def convert_backbone(args: argparse.Namespace) -> None:
         CheckpointError: the checkpoint is missing or cannot be read.
     """
     source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
-    if destination.is_dir():
-        raise engine.UsageError(f"DST must be a file, and is a folder: {destination}")
-    if destination.exists() and source.exists() and destination.samefile(source):
-        raise engine.UsageError(f"DST must be another file than SRC: {destination}")
-    allow_checkpoint_types()
+    check_destination(source, destination)
     checkpoint = read_checkpoint(str(source))
     try:
         backbone = extract_backbone(checkpoint.get("state_dict", checkpoint))
     except ValueError as error:
-        raise engine.UsageError(f"cannot convert {source}: {error}") from error
+        raise UsageError(f"cannot convert {source}: {error}") from error
     depths = matching_depths(backbone)
     if not depths:
-        raise engine.UsageError(
-            f"cannot convert {source}: its blocks are of no ResNet of depth {_listed(ARCHITECTURES)}"
-        )
+        raise UsageError(f"cannot convert {source}: its blocks are of no ResNet of depth {_listed(ARCHITECTURES)}")
     if args.depth is not None and args.depth not in depths:
-        raise engine.UsageError(f"{source} holds a ResNet of depth {_listed(depths)}, expected --depth {args.depth}")
+        raise UsageError(f"{source} holds a ResNet of depth {_listed(depths)}, expected --depth {args.depth}")
     modules = count_carafe(backbone)
     if not modules and not args.stock:
-        raise engine.UsageError(f"{source} holds a ResNet without CARAFE++; pass --stock where that is meant")
-
-    content = io.BytesIO()
-    torch.save(dict(meta=checkpoint.get("meta") or {}, state_dict=backbone), content)
-    try:
-        AtomicLocalBackend().put(content.getvalue(), destination)
-    except OSError as error:
-        raise engine.UsageError(f"cannot write {destination}: {error}") from error
+        raise UsageError(f"{source} holds a ResNet without CARAFE++; pass --stock where that is meant")
+    write_checkpoint(dict(meta=checkpoint.get("meta") or {}, state_dict=backbone), destination)
     stem = "deep" if "stem.0.weight" in backbone else "plain"
     print(f"{destination}: ResNet-{_listed(depths)}, {stem} stem, {modules} CARAFE++, {len(backbone)} tensors")
     if modules:
@@ -95,7 +82,7 @@ def _listed(depths: Sequence[int] | dict) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(convert_backbone, parse_args(argv))
+    return run_tool(convert_backbone, parse_args(argv))
 
 
 if __name__ == "__main__":

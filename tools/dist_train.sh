@@ -11,8 +11,9 @@ fi
 config=$1
 gpus=$2
 tools=$(cd "$(dirname "$0")" && pwd)
+[ ! -d "$tools/../carafe_plugin" ] || export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"  # a checkout
 
-PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -m torch.distributed.run \
+exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
     --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \

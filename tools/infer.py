@@ -2,7 +2,7 @@
 """Detect objects in images: pictures with boxes and masks, and one COCO-style JSON file.
 
 The JSON is a COCO dataset with predictions in place of annotations: ``images`` (id, file_name, width, height),
-``categories`` (id, name; the ids of the configuration's test annotations where that file is at hand, else 1, 2, ... in
+``categories`` (id, name; the ids of the configuration's test annotations where that file exists, else 1, 2, ... in
 the order of the classes) and ``annotations`` (image_id, category_id, bbox as x, y, width, height in pixels, score and,
 from a model with masks, segmentation as compressed RLE). ``pycocotools.coco.COCO`` reads it, and its ``annotations``
 are what ``COCO.loadRes`` takes.
@@ -21,17 +21,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from mmengine.config import Config
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
-from carafe_plugin.images import IMAGE_ENDINGS, read_image
+from carafe_plugin.engine import detection
+from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine.config import load_config
+from carafe_plugin.engine.console import progress_bar
+from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.processes import choose_device
+from carafe_plugin.images import read_image
 
 
 def score(text: str) -> float:
@@ -51,131 +49,44 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out-dir", required=True, help="folder for results.json and pictures/")
     parser.add_argument("--score-thr", type=score, default=0.3, help="leave out what scores less (default: 0.3)")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU where there is one, else cpu)")
-    engine.add_config_options(parser)
+    add_config_options(parser)
     return parser.parse_args(argv)
-
-
-def find_images(path: Path) -> list[Path]:
-    """The image that ``path`` is, or the images directly in the folder that it is, by name."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise engine.UsageError(f"no such image or folder: {path.absolute()}")
-    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
-    if not images:
-        raise engine.UsageError(f"no images ({', '.join(IMAGE_ENDINGS)}) in folder {path.absolute()}")
-    return images
-
-
-def load_detector(args: argparse.Namespace) -> Any:
-    """Build mmdet's detector from the command line, with the checkpoint's weights and classes."""
-    cfg = engine.load_config(args.config, args.cfg_options)
-    scope = cfg.get("default_scope", "mmdet")
-    if scope not in (None, "mmdet"):
-        raise engine.UsageError(f"tools/infer.py serves detectors (mmdet); {args.config} is of the scope {scope}")
-    device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise engine.UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    engine.import_adapters("mmdet", drop_in=args.drop_in)
-    allow_checkpoint_types()
-    if "://" not in args.checkpoint:
-        read_checkpoint(args.checkpoint)
-    from mmdet.apis import init_detector
-
-    return init_detector(cfg, args.checkpoint, device=device)
-
-
-def category_ids(cfg: Config, classes: Sequence[str]) -> list[int]:
-    """The category id of every class: the test annotations' where they name all classes, else 1, 2, ..."""
-    dataset = next(engine.dataset_configs(cfg.test_dataloader.dataset))
-    annotations = Path(dataset.get("data_root") or "", dataset.get("ann_file") or "")
-    if annotations.suffix == ".json" and annotations.is_file():
-        content = json.loads(annotations.read_text())
-        categories = content.get("categories", []) if isinstance(content, dict) else []
-        ids = {category["name"]: category["id"] for category in categories}
-        if set(classes) <= set(ids):
-            return [ids[name] for name in classes]
-    return list(range(1, len(classes) + 1))
-
-
-def to_coco(instances: Any, image_id: int, categories: Sequence[int]) -> list[dict]:
-    """Mmdet's predictions for one image as COCO results.
-
-    Args:
-        instances: mmdet's ``InstanceData`` with bboxes (N, 4; x1, y1, x2, y2), scores, labels (N) and perhaps masks
-            (N, H, W).
-        image_id: the id of the image.
-        categories: the category id of every label.
-    """
-    from pycocotools import mask as coco_mask
-
-    results = []
-    for index, (x1, y1, x2, y2) in enumerate(instances.bboxes.tolist()):
-        result: dict[str, Any] = dict(
-            image_id=image_id,
-            category_id=categories[int(instances.labels[index])],
-            bbox=[round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)],
-            score=round(float(instances.scores[index]), 5),
-        )
-        area = result["bbox"][2] * result["bbox"][3]
-        if "masks" in instances:
-            mask = np.asfortranarray(np.asarray(instances.masks[index]), dtype=np.uint8)
-            rle = coco_mask.encode(mask)
-            area = coco_mask.area(rle)
-            result["segmentation"] = dict(size=list(rle["size"]), counts=rle["counts"].decode())
-        results.append(result | dict(area=float(area), iscrowd=0))
-    return results
-
-
-def write_picture(path: Path, pixels: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 RGB pixels to ``path``, completely or not at all."""
-    import cv2
-
-    ending = path.suffix if path.suffix.lower() in IMAGE_ENDINGS else ".png"
-    encoded = cv2.imencode(ending, np.ascontiguousarray(pixels[..., ::-1]))[1]
-    AtomicLocalBackend().put(encoded.tobytes(), path)
 
 
 def infer(args: argparse.Namespace) -> int:
     """Detect as the command line says; 1 when images were skipped."""
-    images = find_images(Path(args.images))
+    images = detection.find_images(Path(args.images))
     out_dir = Path(args.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
-        raise engine.UsageError(f"--out-dir is a folder; {out_dir.absolute()} is a file")
-    model = load_detector(args)
+        raise UsageError(f"--out-dir is a folder; {out_dir.absolute()} is a file")
+    cfg = load_config(args.config, args.cfg_options)
+    model = detection.load_detector(cfg, args.checkpoint, choose_device(args.device), args.drop_in)
     from mmdet.apis import inference_detector
     from mmdet.registry import VISUALIZERS
 
-    pipeline = _pipeline(model.cfg)
+    pipeline = detection.prediction_pipeline(model.cfg)
     visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", name="infer"))
     visualizer.dataset_meta = model.dataset_meta
     classes = model.dataset_meta["classes"]
-    categories = category_ids(model.cfg, classes)
-    listed: dict[str, list] = dict(
-        images=[],
-        categories=[dict(id=number, name=name) for number, name in zip(categories, classes, strict=True)],
-        annotations=[],
-    )
+    categories = detection.category_ids(model.cfg, classes)
+    named = [dict(id=number, name=name) for number, name in zip(categories, classes, strict=True)]
+    listed: dict[str, list] = dict(images=[], categories=named, annotations=[])
     skipped = []
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (TextColumn("detecting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with progress_bar("detecting") as progress:
         for image_id, path in enumerate(progress.track(images), 1):
             try:
                 pixels = read_image(path)
             except ValueError as error:
                 skipped.append(path)
-                console.print(f"skipped, cannot be read: {path} ({error})", markup=False)
+                progress.console.print(f"skipped, cannot be read: {path} ({error})", markup=False)
                 continue
             sample = inference_detector(model, str(path), test_pipeline=pipeline).cpu()
             sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= args.score_thr]
             visualizer.add_datasample(path.name, pixels, sample, draw_gt=False, pred_score_thr=args.score_thr)
-            write_picture(out_dir / "pictures" / path.name, visualizer.get_image())
+            detection.write_picture(out_dir / "pictures" / path.name, visualizer.get_image())
             height, width = pixels.shape[:2]
             listed["images"].append(dict(id=image_id, file_name=path.name, width=width, height=height))
-            listed["annotations"] += to_coco(sample.pred_instances, image_id, categories)
+            listed["annotations"] += detection.to_coco(sample.pred_instances, image_id, categories)
     for number, result in enumerate(listed["annotations"], 1):
         result["id"] = number
     results = out_dir / "results.json"
@@ -186,18 +97,10 @@ def infer(args: argparse.Namespace) -> int:
     return int(bool(skipped))
 
 
-def _pipeline(cfg: Config) -> Any:
-    from mmcv.transforms import Compose
-    from mmdet.utils import get_test_pipeline_cfg
-
-    # Predicting needs no ground truth, and a folder of photos has none.
-    return Compose([step for step in get_test_pipeline_cfg(cfg) if "LoadAnnotations" not in str(step.get("type"))])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # drawing into files needs no display
-    return engine.run_tool(infer, parse_args(argv))
+    return run_tool(infer, parse_args(argv))
 
 
 if __name__ == "__main__":

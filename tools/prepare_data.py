@@ -30,8 +30,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.datasets import DATASETS, Dataset
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import decode, shorten
 
 
@@ -60,9 +61,9 @@ def prepare_data(args: argparse.Namespace) -> int:
     dataset = DATASETS[args.dataset]
     root, out = Path(args.root).expanduser().absolute(), Path(args.out or dataset.root).expanduser().absolute()
     if not root.is_dir():
-        raise engine.UsageError(f"ROOT must be the folder that you downloaded into; no such folder: {root}")
+        raise UsageError(f"ROOT must be the folder that you downloaded into; no such folder: {root}")
     if out.exists() and not out.is_dir():
-        raise engine.UsageError(f"--out must be a folder, and is a file: {out}")
+        raise UsageError(f"--out must be a folder, and is a file: {out}")
     console = Console(highlight=False, soft_wrap=True)
     faults = [] if args.check else lay_out(dataset, root, out, console)
     table = Table("", "expected", "found", "where", box=None)
@@ -116,7 +117,7 @@ def damaged_images(folder: Path, names: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(prepare_data, parse_args(argv))
+    return run_tool(prepare_data, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the environment in .venv, or completes the active one with CARAFE_ENV=current. Steps that are done are skipped,
-# so it can be run again at any time: it goes on from where it was interrupted.
+# so it can be run again at any time: it resumes where it was interrupted.
 #   MMCV=compiled   compiles mmcv's own operators; without, torchvision's stand in for them (carafe_plugin's mmcv_ops)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,7 +28,7 @@ supported() {
 
 if [ "${CARAFE_ENV:-}" = current ]; then
   python=python3
-  command -v "$python" >/dev/null || fail "CARAFE_ENV=current: there is no python3 on the PATH"
+  command -v "$python" >/dev/null || fail "CARAFE_ENV=current: no python3 on the PATH"
 else
   python=.venv/bin/python
   # None yet, or one that was interrupted before it had pip, or was made without.
@@ -41,7 +41,7 @@ else
         break
       fi
     done
-    command -v "$base" >/dev/null || fail "Python 3.10 to 3.13 is needed, and there is no python3"
+    command -v "$base" >/dev/null || fail "Python 3.10 to 3.13 is needed, and no python3 was found"
     supported "$base" || fail "Python 3.10 to 3.13 is needed, found $("$base" --version 2>&1) as $base"
     echo "env: creating .venv (about 5 s)"
     "$base" -m venv --clear .venv >"$log" 2>&1 ||
@@ -97,7 +97,7 @@ install() {
   shift
   echo "env: installing $description"
   "$python" -m pip install --progress-bar off "$@" >"$log" 2>&1 ||
-    fail "installing ${description%% (*} failed: $(reason); pip's output is in $log; make env goes on from here"
+    fail "installing ${description%% (*} failed: $(reason); pip's output is in $log; make env resumes from here"
   echo "env: done in $((SECONDS - start)) s"
 }
 

@@ -28,8 +28,9 @@ if [ "$gpus_per_node" -eq 0 ]; then
 fi
 read -r -a srun_args <<< "${SRUN_ARGS:-}"
 tools=$(cd "$(dirname "$0")" && pwd)
+[ ! -d "$tools/../carafe_plugin" ] || export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"  # a checkout
 
-PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" exec srun -p "$partition" \
+exec srun -p "$partition" \
     --job-name="$job_name" \
     ${resources[@]+"${resources[@]}"} \
     --ntasks="$gpus" \

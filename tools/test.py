@@ -11,27 +11,27 @@ Example:
 from __future__ import annotations
 
 import argparse
-import copy
-import inspect
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import mmengine
-from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
-from mmengine.registry import METRICS
-from mmengine.runner import Runner
 
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import find_mismatch, read_checkpoint, use_atomic_writes
+from carafe_plugin.engine import evaluation
+from carafe_plugin.engine.atomic import use_atomic_writes
+from carafe_plugin.engine.checkpoint import check_checkpoint_exists
+from carafe_plugin.engine.cli import add_run_options, run_tool
+from carafe_plugin.engine.config import read_config, require_settings
+from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
+from carafe_plugin.engine.errors import reading_named_files
+from carafe_plugin.engine.processes import prepare_processes
+from carafe_plugin.engine.runner import build_runner
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Test a model with CARAFE++ at hand.")
-    engine.add_run_options(parser)
+    parser = argparse.ArgumentParser(description="Test a model with CARAFE++ registered.")
+    add_run_options(parser)
     parser.add_argument("checkpoint", help="checkpoint file (or a URL that mmengine loads)")
     parser.add_argument(
         "--out",
@@ -51,148 +51,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_out(args: argparse.Namespace, scope: str | None) -> None:
-    """Refuse an ``--out`` that the toolbox could not write, before an hour of testing instead of after."""
-    if args.out_item and not args.out:
-        raise engine.UsageError("--out-item says what --out writes: give --out as well")
-    if args.out_item and scope != "mmpretrain":
-        raise engine.UsageError(f"--out-item is for mmpretrain configurations; the scope of this one is {scope}")
-    if not args.out:
-        return
-    if scope == "mmseg":
-        if Path(args.out).is_file():
-            raise engine.UsageError(f"--out of an mmseg configuration is a folder for label maps; {args.out} is a file")
-        return
-    endings = (".pkl", ".pickle") if args.out_item != "metrics" else (".json", ".pkl", ".pickle", ".yaml", ".yml")
-    if not args.out.endswith(endings):
-        raise engine.UsageError(f"--out must end in {' or '.join(endings)}, got {args.out}")
-
-
-def use_drawing(cfg: Config, args: argparse.Namespace) -> None:
-    """Switch the toolbox's visualisation hook on; each toolbox names the switches in its own way."""
-    hook = (cfg.get("default_hooks") or {}).get("visualization")
-    if not hook:
-        raise engine.UsageError(f"--show and --show-dir need default_hooks.visualization, which {cfg.filename} lacks")
-    if args.show and sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
-        raise engine.UsageError("--show needs a display, and this machine has none: use --show-dir")
-    hook.update(show=args.show, wait_time=args.wait_time)
-    scope = cfg.get("default_scope")
-    if scope == "mmpretrain":
-        hook.update(enable=True, interval=args.interval)
-    else:
-        hook.draw = True
-    if args.show_dir:
-        if scope == "mmdet":
-            hook.test_out_dir = args.show_dir
-        elif scope == "mmpretrain":
-            hook.out_dir = args.show_dir
-        else:
-            cfg.visualizer.save_dir = args.show_dir
-
-
-def use_tta(cfg: Config) -> None:
-    """Wrap the model for test-time augmentation, as the configuration says or else with a horizontal flip."""
-    scope = cfg.get("default_scope")
-    datasets = list(engine.dataset_configs(cfg.test_dataloader.dataset))
-    if scope == "mmdet" and "tta_model" not in cfg and (cfg.model.get("roi_head") or cfg.model).get("mask_head"):
-        raise engine.UsageError(
-            f"--tta: mmdet merges boxes, not masks, and the model of {cfg.filename} has a mask head"
-        )
-    if "tta_model" not in cfg:
-        defaults = {
-            "mmdet": dict(type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)),
-            "mmpretrain": dict(type="AverageClsScoreTTA"),
-            "mmseg": dict(type="SegTTAModel"),
-        }
-        if scope not in defaults:
-            raise engine.UsageError(f"--tta needs tta_model and tta_pipeline, which {cfg.filename} does not set")
-        cfg.tta_model = defaults[scope]
-    if "tta_pipeline" not in cfg:
-        cfg.tta_pipeline = _flipped(datasets[0].pipeline)
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    for dataset in datasets:
-        dataset.pipeline = cfg.tta_pipeline
-
-
-def _flipped(pipeline: list) -> list:
-    *steps, pack = copy.deepcopy(pipeline)
-    if "meta_keys" in pack:  # what the toolbox needs to flip predictions back
-        pack.meta_keys = tuple(dict.fromkeys([*pack.meta_keys, "flip", "flip_direction"]))
-    # Unflipped first: the merged sample takes its ground truth from the first one.
-    flips = [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)]
-    return [*steps, dict(type="TestTimeAug", transforms=[flips, [pack]])]
-
-
-def write_label_maps(cfg: Config, folder: str) -> None:
-    """Let the metrics of an mmseg configuration write their label maps into ``folder``."""
-    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
-    written = False
-    for evaluator in evaluators:
-        metric = METRICS.get(f"mmseg.{evaluator.type}") if isinstance(evaluator.type, str) else evaluator.type
-        accepted = inspect.signature(metric).parameters
-        if "output_dir" in accepted:
-            evaluator.output_dir, written = folder, True
-        if "keep_results" in accepted:
-            evaluator.keep_results = True
-    if not written:
-        raise engine.UsageError(f"--out: no metric of {cfg.filename} can write label maps")
-
-
-def dump_predictions(runner: Runner, scope: str | None, path: str) -> None:
-    """Add the toolbox's metric that dumps the predictions to ``path``."""
-    if scope == "mmdet":
-        from mmdet.evaluation import DumpDetResults as DumpResults  # encodes masks as RLE: 100 times smaller
-    else:
-        from mmengine.evaluator import DumpResults
-    runner.test_evaluator.metrics.append(DumpResults(out_file_path=path))
-
-
-def check_weights(runner: Runner, weights: dict, args: argparse.Namespace) -> None:
-    """Refuse a checkpoint of another model: mmengine would only warn, and test what is left of the random weights."""
-    model = runner.model.module if hasattr(runner.model, "module") else runner.model
-    model = getattr(model, "module", model)  # below test-time augmentation
-    mismatch = find_mismatch(model, weights)
-    if mismatch and args.allow_mismatch:
-        runner.logger.warning(f"checkpoint {args.checkpoint} {mismatch}")
-    elif mismatch:
-        hint = "; --allow-mismatch tests it all the same" if "holds no param" not in mismatch else ""
-        raise engine.UsageError(f"checkpoint {args.checkpoint} {mismatch}{hint}")
-
-
 def test(args: argparse.Namespace) -> None:
-    """Test as the command line says."""
-    cfg = engine.read_config(args)
+    """Test as the command line says: the cheap checks first."""
+    cfg = read_config(args)
     scope = cfg.get("default_scope")
-    check_out(args, scope)
-    engine.check_dataset_files(cfg, "test")
-    local = "://" not in args.checkpoint
-    checkpoint = read_checkpoint(args.checkpoint) if local else {}
-    weights = checkpoint.get("state_dict", checkpoint)
-    del checkpoint  # without an optimizer's state
+    require_settings(cfg, "test_dataloader")
+    evaluation.check_out(args.out, args.out_item, scope)
+    if "://" not in args.checkpoint:
+        check_checkpoint_exists(args.checkpoint)
+    if args.show or args.show_dir:
+        evaluation.use_drawing(cfg, args.show, args.show_dir, args.wait_time, args.interval)
+    if args.tta:
+        evaluation.use_tta(cfg)
+    if args.out and scope == "mmseg":
+        evaluation.write_label_maps(cfg, args.out)
+    check_dataset_files(cfg, "test")
     cfg.load_from, cfg.resume = args.checkpoint, False
     use_atomic_writes()
-    if args.show or args.show_dir:
-        use_drawing(cfg, args)
-    if args.tta:
-        use_tta(cfg)
-    if args.out and scope == "mmseg":
-        write_label_maps(cfg, args.out)
-    engine.prepare_processes(cfg)
-    runner = engine.build_runner(cfg)
-    if local:
-        check_weights(runner, weights, args)
-    del weights  # mmengine loads the file itself
-    engine.check_not_empty(runner, "test")
+    prepare_processes(cfg)
+    runner = build_runner(cfg)
+    runner.register_hook(evaluation.CheckWeightsHook(args.checkpoint, args.allow_mismatch))
+    check_not_empty(runner, "test")
     if args.out and scope != "mmseg" and args.out_item != "metrics":
-        dump_predictions(runner, scope, args.out)
-    metrics = runner.test()
+        evaluation.dump_predictions(runner, args.out)
+    with reading_named_files():
+        metrics = runner.test()
     if args.out_item == "metrics" and is_main_process():
         mmengine.dump(metrics, args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(test, parse_args(argv))
+    return run_tool(test, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -16,25 +16,31 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
-from carafe_plugin.engine import run as engine
 from carafe_plugin.engine.checkpoint import (
+    check_checkpoint_exists,
     checkpoint_folder,
     newest_checkpoint,
     read_checkpoint,
-    use_atomic_checkpoints,
 )
+from carafe_plugin.engine.checkpoint_hook import use_atomic_checkpoints
+from carafe_plugin.engine.cli import add_run_options, run_tool
+from carafe_plugin.engine.config import read_config, require_settings
+from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
+from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.processes import prepare_processes, require_gpu_for_amp
+from carafe_plugin.engine.runner import build_runner
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Train a model with CARAFE++ at hand.")
-    engine.add_run_options(parser)
+    parser = argparse.ArgumentParser(description="Train a model with CARAFE++ registered.")
+    add_run_options(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="PATH",
-        help="go on from this checkpoint; without PATH, or with 'auto', from the newest one in the work dir that can "
+        help="resume from this checkpoint; without PATH, or with 'auto', from the newest one in the work dir that can "
         "be read (and from the start where there is none)",
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision (needs a GPU)")
@@ -48,9 +54,7 @@ def use_amp(cfg: Config) -> None:
     """Turn the optimizer wrapper of ``cfg`` into mmengine's AmpOptimWrapper."""
     wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise engine.UsageError(
-            f"--amp works with the optimizer wrapper OptimWrapper, and {cfg.filename} has {wrapper}"
-        )
+        raise UsageError(f"--amp works with the optimizer wrapper OptimWrapper, and {cfg.filename} has {wrapper}")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 
@@ -58,9 +62,7 @@ def use_amp(cfg: Config) -> None:
 def use_scaled_lr(cfg: Config) -> None:
     """Enable mmengine's scaling of the learning rate."""
     if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
-        raise engine.UsageError(
-            f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {cfg.filename} does not set"
-        )
+        raise UsageError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {cfg.filename} does not set")
     cfg.auto_scale_lr.enable = True
 
 
@@ -82,26 +84,30 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train as the command line says."""
-    cfg = engine.read_config(args)
-    engine.check_dataset_files(cfg, "train", "val")
+    """Train as the command line says: the cheap checks first."""
+    cfg = read_config(args)
+    require_settings(cfg, "train_dataloader", "optim_wrapper")
     if args.amp:
         use_amp(cfg)
     if cfg.optim_wrapper.get("type") == "AmpOptimWrapper":
-        engine.require_gpu_for_amp("--amp" if args.amp else "AmpOptimWrapper in the configuration")
+        require_gpu_for_amp("--amp" if args.amp else "AmpOptimWrapper in the configuration")
     if args.auto_scale_lr:
         use_scaled_lr(cfg)
+    if args.resume not in (None, "auto") and "://" not in args.resume:
+        check_checkpoint_exists(args.resume)
+    check_dataset_files(cfg, "train", "val")
     use_atomic_checkpoints(cfg)
-    engine.prepare_processes(cfg)
+    prepare_processes(cfg)
     choose_checkpoint(cfg, args.resume)
-    runner = engine.build_runner(cfg)
-    engine.check_not_empty(runner, "train", "val")
-    runner.train()
+    runner = build_runner(cfg)
+    check_not_empty(runner, "train", "val")
+    with reading_named_files():
+        runner.train()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(train, parse_args(argv))
+    return run_tool(train, parse_args(argv))
 
 
 if __name__ == "__main__":

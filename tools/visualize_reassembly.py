@@ -3,7 +3,7 @@
 
 For points of an image, the weights with which source locations enter a location of the output, through one CARAFE++ or
 through a chain of them: an FPN's levels (fpn), UperNet's (fpn, fuse), a backbone's main path (backbone). See
-carafe_plugin/analysis.py for what composing a chain means. Configurations of mmdet, mmseg and mmpretrain.
+carafe_plugin.analysis for what composing a chain means. Configurations of mmdet, mmseg and mmpretrain.
 
     python tools/visualize_reassembly.py photo.jpg --config C --checkpoint K --points 120,80 300,210 --out seen
     python tools/visualize_reassembly.py photo.jpg --config C --checkpoint K --points 120,80 --out seen \
@@ -23,7 +23,8 @@ from pathlib import Path
 
 from carafe_plugin.analysis import compose
 from carafe_plugin.engine import bare_models, reassembly_page, reassembly_view
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly
 from carafe_plugin.engine.reassembly_view import CHAINS
 from carafe_plugin.images import read_image
@@ -51,11 +52,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--points", required=True, nargs="+", type=point, metavar="X,Y", help="in pixels of the image")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for what is drawn")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--chain", choices=list(CHAINS), help="draw this chain alone (default: all that there are)")
+    which.add_argument("--chain", choices=list(CHAINS), help="draw this chain alone (default: all)")
     which.add_argument("--modules", nargs="+", default=[], metavar="NAME", help="draw one CARAFE++, or a chain of them")
     parser.add_argument("--group", type=int, help="group of channels, from 0 (default: their average)")
     parser.add_argument("--html", action="store_true", help="write a page for each chain as well")
-    engine.add_config_options(parser)
+    add_config_options(parser)
     # argparse takes -1,10 for an option, but nothing with a space in it; float() does not mind the space.
     given = sys.argv[1:] if argv is None else argv
     return parser.parse_args([f" {text}" if re.match(r"-[^-].*,", text) else text for text in given])
@@ -64,16 +65,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def visualize_reassembly(args: argparse.Namespace) -> None:
     """Draw as the command line says."""
     if not args.image.is_file():
-        raise engine.UsageError(f"no such image: {args.image.absolute()}")
+        raise UsageError(f"no such image: {args.image.absolute()}")
     try:
         pixels = read_image(args.image)
     except ValueError as error:
-        raise engine.UsageError(f"cannot read image {args.image.absolute()}: {error}") from error
+        raise UsageError(f"cannot read image {args.image.absolute()}: {error}") from error
     height, width = pixels.shape[:2]
     for x, y in args.points:
         reassembly_view.check_point(x, y, (height, width))
     if args.out.exists() and not args.out.is_dir():
-        raise engine.UsageError(f"--out is a folder; {args.out.absolute()} is a file")
+        raise UsageError(f"--out is a folder; {args.out.absolute()} is a file")
     cfg = bare_models.read_config(args.config, args.cfg_options, args.drop_in)
     model = bare_models.build_model(cfg)
     reassembly_view.check_modules(model, args.modules)
@@ -87,7 +88,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
         try:
             shown[title] = [Shown(pixel, row, col, compose(chain, row, col, args.group)) for pixel, row, col in places]
         except ValueError as error:
-            raise engine.UsageError(f"--group: {title}: {error}") from error
+            raise UsageError(f"--group: {title}: {error}") from error
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.image.stem
     written = [args.out / f"{stem}.png"]
@@ -104,7 +105,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(visualize_reassembly, parse_args(argv))
+    return run_tool(visualize_reassembly, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,13 +12,20 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import get_object_from_string
 from torch import nn
 
-from carafe_plugin.analysis.complexity import Complexity, count
-from carafe_plugin.engine import run as engine
+from carafe_plugin.analysis.complexity import Complexity, carafe_sites, count
+from carafe_plugin.engine.config import import_adapters, load_config
+from carafe_plugin.engine.errors import UsageError, reading_named_files
 
 # By scope. MMEngine's own is that of our inpainting networks.
 SHAPES = {"mmdet": (800, 1333), "mmseg": (512, 512), "mmpretrain": (224, 224), "mmengine": (256, 256)}
+SAMPLES = {
+    "mmdet": "mmdet.structures.DetDataSample",
+    "mmseg": "mmseg.structures.SegDataSample",
+    "mmpretrain": "mmpretrain.structures.DataSample",
+}
 PROPOSALS, DETECTIONS = 1000, 100  # where a model's own settings do not say
 
 
@@ -25,26 +33,26 @@ def read_config(name: str, options: Mapping[str, Any] | None = None, drop_in: bo
     """Read the configuration of a model and import the adapters that it needs.
 
     Args:
-        name: a file, or ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py`` for one that a toolbox brings.
-        options: settings to change.
-        drop_in: make mmcv's layer 'carafe' ours.
+        name (str): a file, or ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py`` for one that a toolbox brings.
+        options (Mapping[str, Any] | None): settings to change.
+        drop_in (bool): make mmcv's layer 'carafe' ours.
 
     Raises:
-        UsageError: there is no such configuration, it has no model, or it is of a toolbox that these tools do not know.
+        UsageError: there is no such configuration, it has no model, or it is of an unknown toolbox.
     """
     toolbox, separator, path = name.partition("::")
     if separator:
         spec = importlib.util.find_spec(toolbox) if toolbox in SHAPES else None
         if spec is None or spec.origin is None:
-            raise engine.UsageError(f"{name}: {toolbox!r} is not one of {', '.join(SHAPES)}, or not installed")
+            raise UsageError(f"{name}: {toolbox!r} is not one of {', '.join(SHAPES)}, or not installed")
         path = str(Path(spec.origin).parent / ".mim" / "configs" / path)
-    cfg = engine.load_config(path if separator else name, options)
+    cfg = load_config(path if separator else name, options)
     scope = cfg.get("default_scope")
     if scope not in SHAPES:
-        raise engine.UsageError(f"{name}: default_scope must be one of {', '.join(SHAPES)}, got {scope!r}")
+        raise UsageError(f"{name}: default_scope must be one of {', '.join(SHAPES)}, got {scope!r}")
     if "model" not in cfg:
-        raise engine.UsageError(f"{name} describes no model")
-    engine.import_adapters(scope, drop_in=drop_in)
+        raise UsageError(f"{name} describes no model")
+    import_adapters(scope, drop_in=drop_in)
     return cfg
 
 
@@ -58,9 +66,10 @@ def build_model(cfg: Config) -> nn.Module:
     if cfg.get("data_preprocessor"):
         settings.setdefault("data_preprocessor", cfg.data_preprocessor)
     try:
-        return revert_sync_batchnorm(MODELS.build(settings)).eval()
+        with reading_named_files():
+            return revert_sync_batchnorm(MODELS.build(settings)).eval()
     except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise engine.UsageError(f"cannot build the model of {cfg.filename}: {error}") from error
+        raise UsageError(f"cannot build the model of {cfg.filename}: {error}") from error
 
 
 def image_shape(cfg: Config) -> tuple[int, int]:
@@ -81,35 +90,28 @@ def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
     That is its sample; for an inpainting network, a hole over the middle quarter.
 
     Args:
-        cfg: the model's configuration.
-        shape: height and width.
+        cfg (Config): the model's configuration.
+        shape (tuple[int, int]): height and width.
     """
     image = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if cfg.default_scope == "mmengine":
         hole = torch.zeros(1, *shape)
         hole[:, shape[0] // 4 : shape[0] * 3 // 4, shape[1] // 4 : shape[1] * 3 // 4] = 1
         return dict(inputs=[image], holes=[hole])
+    sample = get_object_from_string(SAMPLES[cfg.default_scope])
     meta = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
-    sample: Any
-    if cfg.default_scope == "mmdet":
-        from mmdet.structures import DetDataSample as Sample
-    elif cfg.default_scope == "mmseg":
-        from mmseg.structures import SegDataSample as Sample
-    else:
-        from mmpretrain.structures import DataSample as Sample
-    sample = Sample(metainfo=meta)
-    return dict(inputs=[image], data_samples=[sample])
+    return dict(inputs=[image], data_samples=[sample(metainfo=meta)])
 
 
 def fix_boxes(model: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
-    """Let every two-stage detector go on with the same boxes, whatever its random weights propose.
+    """Let every two-stage detector continue with the same boxes, whatever its random weights propose.
 
     The region proposal network and the box head run and suppress as always; what they keep is counted, and replaced
-    by as many random boxes as the settings allow at most. So the heads behind them have the same work in every model.
+    by as many random boxes as the settings allow at most, so that the later heads have the same work in every model.
 
     Args:
-        model: any model; one that is no two-stage detector stays as it is.
-        shape: height and width of the image.
+        model (nn.Module): any model; one that is not a two-stage detector stays as it is.
+        shape (tuple[int, int]): height and width of the image.
 
     Returns:
         What the model itself kept in its last forward pass, under 'proposals' and 'detections'; filled as it runs.
@@ -173,7 +175,7 @@ def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Comple
     """Count a forward pass of ``model`` over one image of ``shape``."""
     mmcv_layers = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
     if mmcv_layers:
-        raise engine.UsageError(
+        raise UsageError(
             f"{cfg.filename}: {', '.join(mmcv_layers)} are mmcv's own layers, which are not counted: add --drop-in"
         )
     fix_boxes(model, shape)
@@ -183,6 +185,24 @@ def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Comple
     try:
         return count(model, inputs, **data, mode="tensor")
     except (RuntimeError, ValueError) as error:
-        raise engine.UsageError(
-            f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}"
-        ) from error
+        raise UsageError(f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}") from error
+
+
+def describe_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
+    """A model's CARAFE++ and what they cost over one image of ``shape``, as plain values."""
+    found = count_model(cfg, model, shape)
+    sites = list(carafe_sites(model, found))
+    flops, parameters = (sum(getattr(site, name) for site in sites) for name in ("flops", "parameters"))
+    return {
+        "shape": list(shape),
+        "flop": "one multiply-add",
+        "model": {"type": type(model).__name__, "parameters": found.parameters[""], "flops": found.flops[""]},
+        "carafe": {
+            "modules": len(sites),
+            "parameters": parameters,
+            "flops": flops,
+            "share": flops / max(1, found.flops[""]),
+        },
+        "sites": [dataclasses.asdict(site) for site in sites],
+        "uncounted": found.uncounted,
+    }

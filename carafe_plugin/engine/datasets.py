@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from carafe_plugin.engine.annotations import AnnotationError, check_coco, read_coco
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend
+from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.downloads import UNFINISHED, has_whole_files, link, unpack
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.label_maps import pair_faults

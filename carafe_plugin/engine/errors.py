@@ -1,7 +1,41 @@
-"""What a user can put right."""
+"""What a user can mend, and how a command tells it from a bug."""
 
 from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(Exception):
     """Something that the user can put right; the message says what was expected, what came, and where."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint cannot be used; the message says which file and why."""
+
+
+@contextmanager
+def reading_named_files() -> Iterator[None]:
+    """Turn a missing file into a :class:`UsageError`, around code that opens what a configuration or option names.
+
+    A missing file that this package's engine wanted for itself is a bug, and keeps its traceback.
+
+    Raises:
+        UsageError: a file is missing.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        _, _, *below = traceback.walk_tb(error.__traceback__)  # this frame, and the one with the code that is guarded
+        modules = [str(frame.f_globals.get("__name__")) for frame, _ in below]
+        modules = [name for name in modules if name.partition(".")[0] not in sys.stdlib_module_names]
+        if modules and modules[-1].startswith("carafe_plugin.engine."):
+            raise
+        if error.filename:
+            message = f"no such file or folder: {Path(error.filename).absolute()}"
+        else:  # from a data loader's worker, with the worker's traceback in its text: the last line is the error
+            message = (str(error).strip() or "a file is missing").splitlines()[-1]
+        raise UsageError(message) from error

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from carafe_plugin.analysis import Reassembly, chain_groups
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend
+from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.reassembly_view import View
 
 TEMPLATE = Path(__file__).with_name("reassembly_page.html")

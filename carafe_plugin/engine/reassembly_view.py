@@ -17,8 +17,9 @@ from mmengine.registry import TRANSFORMS, init_default_scope
 from torch import nn
 
 from carafe_plugin.analysis import Reassembly, check_chain, record_reassemblies
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine.checkpoint import read_checkpoint
+from carafe_plugin.engine.config import dataset_configs
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
 #: What ``--chain`` knows: the names of the modules of each. A shortcut's downsampler runs beside the main path's.
@@ -88,7 +89,7 @@ class View:
         check_point(x, y, self.image_size)
         seen = self.x.scale * (x + 0.5) + self.x.shift, self.y.scale * (y + 0.5) + self.y.shift
         if not (0 <= seen[0] < self.seen_size[1] and 0 <= seen[1] < self.seen_size[0]):
-            raise engine.UsageError(f"point {x:g},{y:g} is in a part of the image that the test pipeline cuts away")
+            raise UsageError(f"point {x:g},{y:g} is in a part of the image that the test pipeline cuts away")
         size = chain[-1].output_size
         left, top, width, height = self.cells(size, chain)
         return min(int((y + 0.5 - top) / height), size[0] - 1), min(int((x + 0.5 - left) / width), size[1] - 1)
@@ -102,7 +103,7 @@ def check_point(x: float, y: float, size: tuple[int, int]) -> None:
     """
     height, width = size
     if not (0 <= x < width and 0 <= y < height):
-        raise engine.UsageError(f"point {x:g},{y:g} is outside the image, which is {width} x {height} pixels")
+        raise UsageError(f"point {x:g},{y:g} is outside the image, which is {width} x {height} pixels")
 
 
 def _stride(input_size: tuple[int, int], size: tuple[int, int], axis: int) -> float:
@@ -120,7 +121,6 @@ def load_weights(model: nn.Module, path: str) -> None:
         UsageError: it is of another model.
         CheckpointError: it is missing or cannot be read.
     """
-    allow_checkpoint_types()
     checkpoint = read_checkpoint(path)
     weights = {
         re.sub(r"^module\.", "", name): value for name, value in checkpoint.get("state_dict", checkpoint).items()
@@ -129,9 +129,9 @@ def load_weights(model: nn.Module, path: str) -> None:
         missing = model.load_state_dict(weights, strict=False).missing_keys
     except (RuntimeError, TypeError) as error:  # other shapes: a line for each, below a headline
         fault = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise engine.UsageError(f"checkpoint {path} is of another model: {fault}") from error
+        raise UsageError(f"checkpoint {path} is of another model: {fault}") from error
     if missing:
-        raise engine.UsageError(
+        raise UsageError(
             f"checkpoint {path} is of another model: {len(missing)} weights of {type(model).__name__} are not in it "
             f"(the first: {missing[0]})"
         )
@@ -169,10 +169,10 @@ def _on_regions(reassembly: Reassembly) -> bool:
 
 
 def _pipeline(cfg: Config) -> list[Any]:
-    dataset = next(engine.dataset_configs(cfg.test_dataloader.dataset)) if cfg.get("test_dataloader") else cfg
+    dataset = next(dataset_configs(cfg.test_dataloader.dataset)) if cfg.get("test_dataloader") else cfg
     steps = dataset.get("pipeline") or cfg.get("test_pipeline")
     if not steps:
-        raise engine.UsageError(f"{cfg.filename} has no test pipeline: neither test_dataloader nor test_pipeline")
+        raise UsageError(f"{cfg.filename} has no test pipeline: neither test_dataloader nor test_pipeline")
     # An image alone has no annotations.
     return [TRANSFORMS.build(step) for step in steps if "LoadAnnotations" not in str(step.get("type"))]
 
@@ -201,7 +201,7 @@ def _follow(pipeline: Sequence[Any], size: tuple[int, int], axis: int) -> Axis:
     inside = (channels[0] > 254) & (channels[2] > 254)
     places = np.flatnonzero(inside.any(1 - axis))
     if len(places) < 2:
-        raise engine.UsageError("the test pipeline does not keep the image: cannot tell where its pixels go")
+        raise UsageError("the test pipeline does not keep the image: cannot tell where its pixels go")
     # Interpolation clamps at the borders.
     trim = len(places) // 10
     places = places[trim : len(places) - trim]
@@ -220,10 +220,10 @@ def check_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
     stock = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
     if not sites:
         hint = f"; {', '.join(stock)} are mmcv's own layers: add --drop-in" if stock else ""
-        raise engine.UsageError(f"the model has no CARAFE++{hint}")
+        raise UsageError(f"the model has no CARAFE++{hint}")
     for name in modules:
         if name not in sites:
-            raise engine.UsageError(f"--modules: {name} is no CARAFE++ of the model, which has {', '.join(sites)}")
+            raise UsageError(f"--modules: {name} is no CARAFE++ of the model, which has {', '.join(sites)}")
     return sites
 
 
@@ -245,7 +245,7 @@ def find_chains(
     ran = {reassembly.name: reassembly for reassembly in view.reassemblies}
     for name in modules:
         if name not in ran:
-            raise engine.UsageError(f"--modules: {name} did not run on maps of the image; these did: {', '.join(ran)}")
+            raise UsageError(f"--modules: {name} did not run on maps of the image; these did: {', '.join(ran)}")
     if modules:
         chains = {", ".join(modules): [reassembly for name, reassembly in ran.items() if name in modules]}
     else:
@@ -254,10 +254,10 @@ def find_chains(
         chains = {title: chain for title, chain in chains.items() if chain}
     if not chains:
         what = f"no chain {wanted}" if wanted else f"none of the chains {', '.join(CHAINS)}"
-        raise engine.UsageError(f"the model has {what}: name some of its CARAFE++ with --modules: {', '.join(sites)}")
+        raise UsageError(f"the model has {what}: name some of its CARAFE++ with --modules: {', '.join(sites)}")
     for title, chain in chains.items():
         try:
             check_chain(chain)
         except ValueError as error:
-            raise engine.UsageError(f"{'--modules' if modules else 'chain'} {title}: {error}") from error
+            raise UsageError(f"{'--modules' if modules else 'chain'} {title}: {error}") from error
     return chains

@@ -26,7 +26,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.errors import UsageError
 from studies.ablation import report as ablation_report
 from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, complete, find_result, plan
@@ -138,7 +138,7 @@ def ablation(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(ablation, parse_args(argv))
+    return run_tool(ablation, parse_args(argv))
 
 
 if __name__ == "__main__":

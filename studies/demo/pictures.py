@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend
+from carafe_plugin.engine.atomic import AtomicLocalBackend
 
 #: Told apart by people with any colour vision (Okabe and Ito), and seen on dark and light backgrounds.
 COLOURS = ("#e69f00", "#56b4e9", "#00c48f", "#f0e442", "#ff2d2d", "#e288bb", "#4d7cff", "#ffffff")

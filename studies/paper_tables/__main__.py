@@ -28,9 +28,9 @@ from typing import Any
 
 from rich.progress import track
 
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend
-from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.errors import UsageError, reading_named_files
 from studies.common import shown, text_table, wide_console, write_json
 from studies.paper_tables import rows as paper_rows
 from studies.paper_tables.pages import PAGE, cells, headings, markdown, pages, title
@@ -76,7 +76,8 @@ def record(config: str, source: Path, tables: dict[int, Table], folder: Path) ->
     if not lines:
         raise UsageError(f"--record: {config} is not the config of a row in {paper_rows.TABLES}")
     try:
-        metrics = json.loads(source.read_text(encoding="utf-8"))
+        with reading_named_files():
+            metrics = json.loads(source.read_text(encoding="utf-8"))
         found = {key for table, _, line in lines for key in table.measured(line, metrics)}
     except (ValueError, TypeError) as error:
         raise UsageError(f"--record: {source} holds no metrics of tools/test.py: {error}") from error
@@ -124,7 +125,7 @@ def paper_tables(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return engine.run_tool(paper_tables, parse_args(argv))
+    return run_tool(paper_tables, parse_args(argv))
 
 
 if __name__ == "__main__":

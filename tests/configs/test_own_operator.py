@@ -14,7 +14,8 @@ pytest.importorskip("mmdet", reason="mmdet is not installed")
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope, Registry
 
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.config import load_config
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.modules import peers
 from carafe_plugin.openmmlab import layers
 from carafe_plugin.openmmlab.mmdet import CARAFEFPN, CARAFEFCNMaskHead, CARAFEResNet
@@ -61,7 +62,7 @@ def test_one_file_and_one_line(operator_file, tmp_path):
     (line,) = [block for block in lines if "class" not in block]
     config = tmp_path / "config.py"
     config.write_text(f'_base_ = "{CONFIGS}/mmdet/faster-rcnn_r50_carafe-fpn_1x_coco.py"\n{line}')
-    check(fpn_of(engine.load_config(str(config))), "MyUpsample")
+    check(fpn_of(load_config(str(config))), "MyUpsample")
 
 
 def test_by_a_registered_name(operator_file, tmp_path):
@@ -75,7 +76,7 @@ def test_by_a_registered_name(operator_file, tmp_path):
         'custom_imports = dict(imports=["my_upsample"])\n'
         'model = dict(neck=dict(carafe_cfg=dict(type="MyShortUpsample")))\n'
     )
-    check(fpn_of(engine.load_config(str(config))), "MyShortUpsample")
+    check(fpn_of(load_config(str(config))), "MyShortUpsample")
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,8 @@ def test_a_file_that_cannot_be_imported(operator_file, tmp_path, first, lines, r
     path.write_text(f"{first}\n{path.read_text()}")
     config = tmp_path / "config.py"
     config.write_text(lines + '\nmodel = dict(necks=[dict(carafe_cfg=dict(type="my_upsample.MyUpsample"))])\n')
-    with pytest.raises(engine.UsageError) as error:
-        engine.load_config(str(config))
+    with pytest.raises(UsageError) as error:
+        load_config(str(config))
     assert reason.format("my_upsample.MyUpsample") in str(error.value)
 
 
@@ -102,8 +103,8 @@ def test_an_import_that_may_fail_says_why(operator_file, tmp_path, capsys):
     config = tmp_path / "config.py"
     config.write_text('custom_imports = dict(imports=["my_upsample", "re"], allow_failed_imports=True)\n')
     with pytest.warns(UserWarning, match="my_upsample failed to import"):
-        engine.load_config(str(config))
-    expected = "warning: custom_imports goes on without my_upsample: No module named 'absent_c'\n"
+        load_config(str(config))
+    expected = "warning: custom_imports continues without my_upsample: No module named 'absent_c'\n"
     assert capsys.readouterr().err == expected
 
 
@@ -112,7 +113,7 @@ def test_types_with_a_scope_are_no_modules(operator_file, tmp_path, monkeypatch)
     config = tmp_path / "config.py"
     monkeypatch.setitem(MODELS.children, "own_scope", Registry("model", scope="own_scope"))
     config.write_text('model = dict(carafe_cfg=dict(type="own_scope.Operator", act_cfg=dict(type="ReLU")))\n')
-    assert engine.load_config(str(config)).model.carafe_cfg.type == "own_scope.Operator"
+    assert load_config(str(config)).model.carafe_cfg.type == "own_scope.Operator"
     assert sys.path[-1] == str(tmp_path)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("mmengine", reason="MMEngine is not installed")
 from config_models import build, carafe_modules, load
 from config_table import BOTTLENECKS, CONFIGS
 
-from carafe_plugin.engine.run import add_config_options
+from carafe_plugin.engine.cli import add_config_options
 
 
 def option_lines(folder, containing):

@@ -114,9 +114,9 @@ bool block_choice(
       std::copy(std::begin(values), std::end(values), choice);
       found = true;
     };
-    if (op == 0) shape.up == 1 ? pick_tile(gpu::ReassembleBlock<T, 1>{}) : pick_tile(gpu::ReassembleBlock<T, 4>{});
-    if (op == 1) pick_tile(gpu::GradFeaturesBlock<T>{});
-    if (op == 2) shape.up == 1 ? pick_tile(gpu::GradWeightsBlock<T, 1>{}) : pick_tile(gpu::GradWeightsBlock<T, 4>{});
+    if (op == 0) shape.up == 1 ? choose(gpu::ReassembleBlock<T, 1>{}) : choose(gpu::ReassembleBlock<T, 4>{});
+    if (op == 1) choose(gpu::GradFeaturesBlock<T>{});
+    if (op == 2) shape.up == 1 ? choose(gpu::GradWeightsBlock<T, 1>{}) : choose(gpu::GradWeightsBlock<T, 4>{});
   });
   return found;
 }

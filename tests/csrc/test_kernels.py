@@ -11,7 +11,7 @@ import torch
 
 from carafe_plugin.ops import reference
 from carafe_plugin.ops.functional import scale_ratio
-from carafe_plugin.ops.fused import NORMALIZERS, kernels_from_logits
+from carafe_plugin.ops.reference import NORMALIZERS, masks_from_logits
 from carafe_plugin.testing import SCALES, TOLERANCES, assert_close, dtypes, pairwise, random_case
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
@@ -91,7 +91,7 @@ def check_from_logits(library, case):
     features, masks, grad = random_case(size, channels, k, g, scale, dtype=case["dtype"])
     logits = masks if up == 1 else random_case(size, channels, k, g * up * up, 1, dtype=case["dtype"], seed=1)[1]
     exact = [tensor.double().requires_grad_() for tensor in (features, logits)]
-    kernels = kernels_from_logits(exact[1], k, g, up, down, case["normalizer"])
+    kernels = masks_from_logits(exact[1], k, g, up, down, case["normalizer"])
     output = reference.reassemble(exact[0], kernels, k, g, up, down)
     expected, expected_logits = torch.autograd.grad(output, exact, grad.double())
     assert_close(run(library, 0, 1, case, grad, features, logits), output.detach().to(case["dtype"]))

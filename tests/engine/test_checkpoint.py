@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
 from tiny_runs import call_tool, forget_runs, run, write_toy
 
 from carafe_plugin import CARAFEUpsample
+from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.checkpoint import (
-    AtomicLocalBackend,
-    CheckpointError,
-    allow_checkpoint_types,
+    checkpoint_types,
     find_mismatch,
     newest_checkpoint,
     read_checkpoint,
+    use_safe_loading,
 )
+from carafe_plugin.engine.errors import CheckpointError
 
 KILL_MODULE = '''
 """Kill this process with SIGKILL at the point that KILL_AT names."""
@@ -216,8 +218,7 @@ def test_reading_what_others_wrote(zipped: bool, tmp_path: Path, monkeypatch: py
     def save(**more: object) -> None:
         torch.save(dict(state_dict=dict(a=torch.ones(2)), meta=more), path, _use_new_zipfile_serialization=zipped)
 
-    allow_checkpoint_types()
-    monkeypatch.setattr(CheckpointLoader, "load_checkpoint", lambda path, map_location, logger: torch.load(path))
+    monkeypatch.setattr("carafe_plugin.engine.checkpoint.load_from_local", lambda path, map_location: torch.load(path))
     save(best=np.float64(0.386), seen=np.int64(7), history=np.arange(3.0), names=("a", "b"))
     assert read_checkpoint(str(path))["meta"]["best"] == 0.386
     save(config=Private())
@@ -233,6 +234,49 @@ def test_reading_what_others_wrote(zipped: bool, tmp_path: Path, monkeypatch: py
     monkeypatch.delitem(sys.modules, "their_project")
     with pytest.raises(CheckpointError, match=r"a module that is not installed, .*their_project"):
         read_checkpoint(str(path))
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5 has no such list")
+def test_what_torch_may_load_is_as_before(tmp_path: Path) -> None:
+    """getattr among the safe globals would undo what torch's default protects from, for all of the process."""
+    path = fake(tmp_path, "epoch_1.pth", age=0)
+    before = set(torch.serialization.get_safe_globals())
+    assert getattr not in before
+    with checkpoint_types():
+        assert getattr in torch.serialization.get_safe_globals()
+    read_checkpoint(str(path))
+    assert set(torch.serialization.get_safe_globals()) == before
+    with torch.serialization.safe_globals([np.ndarray]):
+        (tmp_path / "damaged.pth").write_text("no checkpoint")
+        with pytest.raises(CheckpointError, match="cannot read"):
+            read_checkpoint(str(tmp_path / "damaged.pth"))
+        assert np.ndarray in torch.serialization.get_safe_globals(), "what the user allowed stays allowed"
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_mmengine_loads_what_torch_refuses_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mmengine's releases some leave torch's default as it is: then its own log history needs to be allowed."""
+    history = HistoryBuffer([1.0], [1])
+    torch.save(dict(state_dict=dict(a=torch.ones(2)), message_hub=dict(loss=history)), tmp_path / "a.pth")
+    monkeypatch.setattr("carafe_plugin.engine.checkpoint.load_from_local", lambda path, map_location: torch.load(path))
+    monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
+    use_safe_loading()
+    model = torch.nn.Module()
+    model.a = torch.nn.Parameter(torch.zeros(2))
+    assert load_checkpoint(model, str(tmp_path / "a.pth"))["message_hub"]["loss"].current() == 1
+    assert model.a.sum() == 2
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(model, str(tmp_path / "absent.pth"))
+
+
+def test_only_the_newest_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 5):
+        fake(tmp_path, f"epoch_{step}.pth", age=10 - step)
+    (tmp_path / "epoch_4.pth").write_bytes(b"truncated")
+    opened, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, *a, **k: opened.append(Path(path).name) or load(path, *a, **k))
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "epoch_3.pth")
+    assert opened == ["epoch_4.pth", "epoch_3.pth"]
 
 
 def test_newest_checkpoint_order(tmp_path: Path) -> None:

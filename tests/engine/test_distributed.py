@@ -20,7 +20,9 @@ from mmengine.config import Config
 from PIL import Image
 from tiny_runs import ROOT, call_tool, last_metrics, run, write_toy
 
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine import processes
+from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.errors import UsageError
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the launch scripts are for a Unix shell"),
@@ -91,7 +93,7 @@ def test_training_a_detector_in_two_processes(trained: Callable, tmp_path: Path)
 
 
 def test_training_an_inpainting_gan_in_two_processes(tmp_path: Path) -> None:
-    """Two networks, each a distributed module of its own; a second run goes on from the first's checkpoint."""
+    """Two networks, each a distributed module of its own; a second run resumes from the first's checkpoint."""
     pytest.importorskip("skimage", reason="the metrics of inpainting need scikit-image")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -131,20 +133,20 @@ def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["pytorch", "slurm", "mpi"])
 def test_a_launcher_that_did_not_start_us(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, _ = engine.LAUNCHERS[launcher]
+    names, _ = processes.LAUNCHERS[launcher]
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(engine.UsageError, match=f"--launcher {launcher} needs {names[0]}.*start with"):
-        engine.prepare_processes(Config(dict(launcher=launcher)))
+    with pytest.raises(UsageError, match=f"--launcher {launcher} needs {names[0]}.*start with"):
+        processes.prepare_processes(Config(dict(launcher=launcher)))
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in dict(RANK="2", WORLD_SIZE="4", LOCAL_RANK="2").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(engine, "get_device", lambda: "cuda")
+    monkeypatch.setattr(processes, "get_device", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(engine.UsageError, match=r"process 2 .* no GPU of its own \(2 found\)"):
-        engine.prepare_processes(Config(dict(launcher="pytorch")))
+    with pytest.raises(UsageError, match=r"process 2 .* no GPU of its own \(2 found\)"):
+        processes.prepare_processes(Config(dict(launcher="pytorch")))
 
 
 def test_the_group_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +154,16 @@ def test_the_group_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT=free_port()).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(engine, "get_device", lambda: "cpu")
+    monkeypatch.setattr(processes, "get_device", lambda: "cpu")
     models = []
 
     def main(args: argparse.Namespace) -> None:
-        engine.prepare_processes(Config(dict(launcher="pytorch")))
-        runner = [engine.CPUDistributedDataParallel(torch.nn.Linear(2, 2))]
+        processes.prepare_processes(Config(dict(launcher="pytorch")))
+        runner = [processes.CPUDistributedDataParallel(torch.nn.Linear(2, 2))]
         runner.append(runner)  # as mmengine's runner, which its loops and hooks refer to
         models.append(weakref.ref(runner[0]))
 
-    assert engine.run_tool(main, argparse.Namespace()) == 0
+    assert run_tool(main, argparse.Namespace()) == 0
     assert not torch.distributed.is_initialized()
     assert models[0]() is None
 
@@ -169,16 +171,41 @@ def test_the_group_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrapper_of_the_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT=free_port()).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(engine, "get_device", lambda: "cpu")
+    monkeypatch.setattr(processes, "get_device", lambda: "cpu")
     started = []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: started.append(backend))
     cfg = Config(dict(launcher="pytorch", model_wrapper_cfg=dict(type="Own", find_unused_parameters=True)))
-    engine.prepare_processes(cfg)
+    processes.prepare_processes(cfg)
     assert started == ["gloo"]
     assert cfg.model_wrapper_cfg == dict(type="Own", find_unused_parameters=True, broadcast_buffers=False)
     cfg = Config(dict(launcher="pytorch"))
-    engine.prepare_processes(cfg)
+    processes.prepare_processes(cfg)
     assert cfg.model_wrapper_cfg.type == "mmengine.CPUDistributedDataParallel"
+
+
+@pytest.mark.parametrize(("launcher", "expected"), [("none", 0), (None, 0), ("pytorch", 0), ("slurm", 3), ("mpi", 1)])
+def test_the_environment_counts_under_its_own_launcher_alone(
+    launcher: str | None, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A shell inside a Slurm job has SLURM_PROCID, whatever is started in it."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    assert processes.process_rank(launcher) == expected
+
+    def mistaken(args: argparse.Namespace) -> None:
+        raise UsageError("a mistake")
+
+    given = argparse.Namespace() if launcher is None else argparse.Namespace(launcher=launcher)
+    assert run_tool(mistaken, given) == 2
+    assert capsys.readouterr().err == ("" if expected else "error: a mistake\n")
+
+
+def test_the_process_group_knows_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
+    assert processes.process_rank("none") == 2
 
 
 FAKE_SRUN = """#!/usr/bin/env bash

@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from PIL import Image
 
-from carafe_plugin.engine.checkpoint import allow_checkpoint_types
+from carafe_plugin.engine.checkpoint import use_safe_loading
 from carafe_plugin.inpainting import ExactResumeHook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +96,7 @@ def assert_same(found, expected, where=""):
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
     """A run that nothing interrupts, and what it drew; on one thread, as the others: the sums are the same then."""
-    allow_checkpoint_types()
+    use_safe_loading()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with mock.patch("mmengine.runner.runner.get_device", return_value="cpu"):  # a GPU adds in any order

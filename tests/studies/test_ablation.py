@@ -18,7 +18,7 @@ pytest.importorskip("mmseg", reason="the ablation trains segmentation models: mm
 
 from mmengine.config import Config, utils
 
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.cli import run_tool
 from studies.ablation import report as ablation_report
 from studies.ablation import runs as ablation_runs
 from studies.ablation.runs import Run, Setup, fingerprint, plan
@@ -33,7 +33,7 @@ def call(folder: Path, *arguments: str) -> int:
     forget_runs()
     tool = load_tool("studies.ablation.__main__")
     places = (f"--work-dir={folder / 'work'}", f"--data-root={folder / 'data'}", f"--results={folder / 'results'}")
-    return engine.run_tool(tool.ablation, tool.parse_args([*places, *arguments]))
+    return run_tool(tool.ablation, tool.parse_args([*places, *arguments]))
 
 
 @pytest.fixture(scope="module", autouse=True)

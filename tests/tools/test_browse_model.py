@@ -12,7 +12,7 @@ from tiny_runs import ROOT, call_tool, one_line, run, write_config
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 
 from carafe_plugin.engine import bare_models
-from carafe_plugin.engine import run as engine
+from carafe_plugin.engine.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What upsampling by 2 takes at one location of 256 channels: compressor, encoder, reassembly.
@@ -96,7 +96,7 @@ def test_layers_of_mmcv_are_refused() -> None:
     ops = pytest.importorskip("mmcv.ops", reason="mmcv is not installed")
     model = torch.nn.Sequential(torch.nn.ReLU(), ops.CARAFEPack(8, 2))
     cfg = bare_models.read_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py")
-    with pytest.raises(engine.UsageError, match="1 are mmcv's own layers, which are not counted: add --drop-in"):
+    with pytest.raises(UsageError, match="1 are mmcv's own layers, which are not counted: add --drop-in"):
         bare_models.count_model(cfg, model, (64, 64))
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tiny_runs import COLOURS, call_tool, load_tool, one_line, run, scene, write_config
+from tiny_runs import COLOURS, call_tool, one_line, run, scene, write_config
+
+from carafe_plugin.engine.detection import write_picture
+from carafe_plugin.images import IMAGE_ENDINGS, read_image
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 COCO = pytest.importorskip("pycocotools.coco", reason="tools: pycocotools is not installed").COCO
@@ -129,7 +132,7 @@ def test_mistakes(trained: Callable, data: Path, tmp_path: Path, capsys: pytest.
 def test_pictures_keep_their_format(tmp_path: Path) -> None:
     pixels = scene(0)[0][..., ::-1]
     for ending in (".png", ".bmp", ".tiff", ".webp", ".jpg"):
-        load_tool("infer").write_picture(tmp_path / f"picture{ending}", pixels)
+        write_picture(tmp_path / f"picture{ending}", pixels)
         again = cv2.imread(str(tmp_path / f"picture{ending}"))[..., ::-1]
         assert np.abs(again.astype(int) - pixels).mean() < (25 if ending in (".jpg", ".webp") else 1e-6)
 
@@ -142,3 +145,13 @@ def test_command_line(trained: Callable, data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{tmp_path}/results.json" in done.stdout
     assert (tmp_path / "pictures/00.png").is_file()
+
+
+@pytest.mark.parametrize("ending", IMAGE_ENDINGS)
+def test_pictures_of_every_kind_hold_their_colours(ending: str, tmp_path: Path) -> None:
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[..., 0] = 200
+    write_picture(tmp_path / f"red{ending}", pixels)
+    red, green, blue = read_image(tmp_path / f"red{ending}").mean(axis=(0, 1))
+    assert abs(red - 200) < 5
+    assert max(green, blue) < 5

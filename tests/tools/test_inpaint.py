@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from tiny_runs import ROOT, call_tool, load_tool, one_line, run
+from tiny_runs import ROOT, call_tool, one_line, run
+
+from carafe_plugin.engine import hole_filling
+from carafe_plugin.engine.config import load_config
 
 pytest.importorskip("skimage", reason="tools: the metrics need scikit-image")
 
@@ -79,14 +82,14 @@ def test_fills_the_hole_and_nothing_else(
 
 
 def test_it_is_the_models_prediction(trained: SimpleNamespace, picture: SimpleNamespace) -> None:
-    tool = load_tool("inpaint")
-    arguments = ["x", "y", "--config", CONFIG, "--checkpoint", trained.checkpoint, "--out", "z", "--device", "cpu"]
-    model = tool.load_model(tool.parse_args([str(a) for a in [*arguments, "--cfg-options", *trained.options]]))
+    options = dict(option.split("=") for option in trained.options if option.startswith("model."))
+    cfg = load_config(str(CONFIG), {name: int(value) for name, value in options.items()})
+    model = hole_filling.load_model(cfg, str(trained.checkpoint), "cpu")
     assert not model.training
     saved = torch.load(trained.checkpoint, weights_only=False)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     pixels, holes = picture.pixels[:36, :48], picture.holes[:36, :48]  # nothing to add
-    filled = tool.fill(model, pixels, holes)
+    filled = hole_filling.fill(model, pixels, holes)
     with torch.no_grad():
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         prediction = model.generator(images, torch.from_numpy(holes)[None, None].float())

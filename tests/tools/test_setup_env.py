@@ -166,7 +166,7 @@ def test_what_pip_cannot_do_is_one_line(checkout: Checkout, says: str, reason: s
     checkout.environment(pip=f"cat {checkout.folder / 'says.txt'}; exit 1")
     message = error(checkout.run())
     assert message.startswith(f"installing the build tools failed: {reason}")
-    assert message.endswith("; pip's output is in build/env.log; make env goes on from here")
+    assert message.endswith("; pip's output is in build/env.log; make env resumes from here")
     assert (checkout.folder / "build" / "env.log").read_text() == f"{says}\n"
 
 
@@ -183,8 +183,8 @@ def test_other_pythons_are_refused(checkout: Checkout, version: str) -> None:
 
 
 def test_no_python_at_all(checkout: Checkout) -> None:
-    assert error(checkout.run()) == "Python 3.10 to 3.13 is needed, and there is no python3"
-    assert error(checkout.run(CARAFE_ENV="current")) == "CARAFE_ENV=current: there is no python3 on the PATH"
+    assert error(checkout.run()) == "Python 3.10 to 3.13 is needed, and no python3 was found"
+    assert error(checkout.run(CARAFE_ENV="current")) == "CARAFE_ENV=current: no python3 on the PATH"
 
 
 def test_without_a_compiler_the_reference_serves(checkout: Checkout) -> None:

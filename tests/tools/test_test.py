@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from tiny_runs import SIZE, call_tool, last_metrics, load_tool, one_line, scene
+from tiny_runs import SIZE, call_tool, last_metrics, one_line, scene
+
+from carafe_plugin.engine.evaluation import use_tta
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmseg", reason="tools: mmseg is not installed")
@@ -75,7 +77,7 @@ def test_tta_of_the_configuration_is_kept() -> None:
             test_dataloader=dict(dataset=dict(type="RepeatDataset", dataset=dict(type="CocoDataset", pipeline=[]))),
         )
     )
-    load_tool("test").use_tta(cfg)
+    use_tta(cfg)
     assert cfg.model == dict(type="OwnTTA", module=dict(type="Net"))
     assert cfg.test_dataloader.dataset.dataset.pipeline == [dict(type="Own")]
     assert "pipeline" not in cfg.test_dataloader.dataset
@@ -113,6 +115,9 @@ def test_mistakes(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if options[0] != "--cfg-options":  # an option is refused before the dataset is looked at
+        given = [] if "--cfg-options" in options else ["--cfg-options"]
+        options = [*options, *given, "test_dataloader.dataset.data_root=absent"]
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.platform", "linux")
@@ -138,6 +143,13 @@ def test_checkpoints_that_cannot_be_tested(trained: Callable, tmp_path: Path, ca
     for name, message in expected.items():
         assert call_tool("test", model.config, tmp_path / name, "--work-dir", tmp_path / "test") == 2
         assert message in one_line(capsys)
+
+
+def test_a_checkpoint_is_loaded_once(trained: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, load, loaded = trained("mmseg"), torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, *a, **k: loaded.append(Path(path)) or load(path, *a, **k))
+    assert call_tool("test", model.config, model.checkpoint, "--work-dir", tmp_path) == 0
+    assert loaded == [model.checkpoint]
 
 
 def test_bare_weights_can_be_tested(trained: Callable, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import torch
 from mmengine.config import Config
 from tiny_runs import call_tool, one_line, run, write_config, write_toy
 
-from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import AtomicCheckpointHook
+from carafe_plugin.engine import config as engine_config
+from carafe_plugin.engine import processes
+from carafe_plugin.engine.checkpoint import checkpoint_types
+from carafe_plugin.engine.checkpoint_hook import AtomicCheckpointHook, use_atomic_checkpoints
+from carafe_plugin.engine.errors import UsageError
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmseg", reason="tools: mmseg is not installed")
@@ -35,21 +40,20 @@ def test_every_toolbox_trains(scope: str, metric: str, least: float, trained: Ca
 
 
 def test_checkpoints_of_training_load_with_torchs_default(trained: Callable) -> None:
-    engine.allow_checkpoint_types()
-    content = torch.load(trained("mmdet").checkpoint)  # weights_only=True from torch 2.6 on, as in older mmengine
+    with checkpoint_types():
+        content = torch.load(trained("mmdet").checkpoint)  # weights_only=True from torch 2.6 on, as in older mmengine
     assert {"state_dict", "optimizer", "message_hub", "meta"} <= set(content)
     assert any(key.startswith("neck.upsample_modules.0.") for key in content["state_dict"])
 
 
 def test_our_hook_replaces_only_mmengines() -> None:
-    from carafe_plugin.engine.checkpoint import use_atomic_checkpoints
-
+    ours = "carafe_plugin.engine.checkpoint_hook.AtomicCheckpointHook"
     cfg = Config(dict(default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=3))))
     use_atomic_checkpoints(cfg)
-    assert cfg.default_hooks.checkpoint == dict(type="carafe_plugin.engine.checkpoint.AtomicCheckpointHook", interval=3)
+    assert cfg.default_hooks.checkpoint == dict(type=ours, interval=3)
     cfg = Config({})
     use_atomic_checkpoints(cfg)
-    assert cfg.default_hooks.checkpoint.type == "carafe_plugin.engine.checkpoint.AtomicCheckpointHook"
+    assert cfg.default_hooks.checkpoint.type == ours
     for own in (dict(checkpoint=None), dict(checkpoint=dict(type="EMAHook"))):
         cfg = Config(dict(default_hooks=own))
         use_atomic_checkpoints(cfg)
@@ -75,7 +79,7 @@ def test_auto_scale_lr_and_cfg_options(data: Path, tmp_path: Path, capsys: pytes
 def test_amp_needs_a_gpu(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "get_device", lambda: "cpu")
+    monkeypatch.setattr(processes, "get_device", lambda: "cpu")
     config = write_config(tmp_path / "amp.py", "mmdet", data)
     assert call_tool("train", config, "--amp", "--work-dir", tmp_path / "run") == 2
     assert "--amp needs a GPU" in one_line(capsys)
@@ -84,6 +88,27 @@ def test_amp_needs_a_gpu(
     assert call_tool("train", config, "--amp", "--cfg-options", "optim_wrapper.type=OtherWrapper") == 2
     assert "OptimWrapper" in one_line(capsys)
     assert not (tmp_path / "run").exists(), "found out before anything was written"
+
+
+def test_cheap_checks_come_first(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options are refused before a file of the dataset is looked at, and missing files before annotations are read."""
+    monkeypatch.setattr(processes, "get_device", lambda: "cpu")
+    monkeypatch.setattr(
+        "carafe_plugin.engine.dataset_checks.check_annotations", lambda *_, **__: pytest.fail("annotations were read")
+    )
+    absent = ["train_dataloader.dataset.ann_file=absent.json"]
+    config = write_config(tmp_path / "cheap.py", "mmdet", data)
+    for options, expected in (
+        (["--amp"], "--amp needs a GPU"),
+        (["--auto-scale-lr"], "auto_scale_lr.base_batch_size"),
+        (["--resume", "absent.pth"], "no such checkpoint"),
+    ):
+        assert call_tool("train", config, *options, "--cfg-options", *absent) == 2
+        assert expected in one_line(capsys)
+    assert call_tool("train", config, "--cfg-options", "val_dataloader.dataset.ann_file=absent.json") == 2
+    assert "no such annotation file for val_dataloader" in one_line(capsys)
 
 
 def test_sync_bn_becomes_bn_with_a_warning(data: Path, tmp_path: Path) -> None:
@@ -202,7 +227,7 @@ def test_annotations_are_looked_at_first(
     with config.open("a") as file:
         if kind:
             file.write(f"train_dataloader['dataset'] = {wrapped[kind].format(inner)}\n")
-    monkeypatch.setattr(engine, "build_runner", lambda cfg: pytest.fail("a run was built"))
+    monkeypatch.setattr("mmengine.runner.Runner.from_cfg", lambda cfg: pytest.fail("a run was built"))
     command = ("--work-dir", tmp_path / "run", "--cfg-options", f"{place}.ann_file={tmp_path}/changed.json")
     assert call_tool("train", config, *command) == 2
     message = one_line(capsys)
@@ -237,6 +262,8 @@ def test_bad_configurations(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "bare.py").write_text("default_scope = 'mmdet'\nmodel = dict()\n")
     assert call_tool("train", tmp_path / "bare.py") == 2
     assert "has no train_dataloader" in one_line(capsys)
+    assert call_tool("train", tmp_path / "bare.py", "--cfg-options", "train_dataloader.batch_size=1") == 2
+    assert "has no optim_wrapper" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -258,16 +285,16 @@ def test_bad_cfg_options(option: str, expected: str, data: Path, tmp_path: Path,
 
 
 def test_a_missing_toolbox_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(engine.ADAPTERS, "mmseg", "carafe_plugin.openmmlab.absent")
+    monkeypatch.setitem(engine_config.ADAPTERS, "mmseg", "carafe_plugin.openmmlab.absent")
 
     def fail(name: str) -> None:
         if name == "carafe_plugin.openmmlab.absent":
             raise ImportError("this needs mmseg, which is not installed", name="mmseg")
 
-    monkeypatch.setattr(engine.importlib, "import_module", fail)
-    with pytest.raises(engine.UsageError, match="needs mmseg"):
-        engine.import_adapters("mmseg")
-    engine.import_adapters("mmdet")
+    monkeypatch.setattr(engine_config.importlib, "import_module", fail)
+    with pytest.raises(UsageError, match="needs mmseg"):
+        engine_config.import_adapters("mmseg")
+    engine_config.import_adapters("mmdet")
 
 
 def test_command_line_and_drop_in(data: Path, tmp_path: Path) -> None:
@@ -284,3 +311,12 @@ def test_command_line_and_drop_in(data: Path, tmp_path: Path) -> None:
     done = run("train.py", tmp_path / "absent.py")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"error: no such configuration file: {tmp_path}/absent.py"]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that our own hook does not find, while it writes a checkpoint, is not the user's to mend."""
+    config = write_toy(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(os, "fsync", functools.partial(os.open, str(tmp_path / "absent")))
+    with pytest.raises(FileNotFoundError):
+        call_tool("train", config, "--work-dir", tmp_path / "run")

@@ -1,0 +1,123 @@
+"""Checkpoints that survive a kill at any moment.
+
+mmengine's ``CheckpointHook`` deletes the old checkpoint before it writes the new one, and writes in place: a process
+killed in between leaves neither. Here a file appears under its name only when it is complete and on the disk, and what
+it replaces is deleted afterwards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+
+from carafe_plugin.engine.atomic import UNFINISHED, AtomicLocalBackend, use_atomic_writes
+from carafe_plugin.engine.checkpoint import POINTER
+
+
+class _LateRemoval:
+    """A file backend whose removals wait for :meth:`remove_now`."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._paths: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self._paths.append(path)
+
+    rmtree = remove
+
+    def remove_now(self, keep: set[str]) -> None:
+        for path in self._paths:
+            if path not in keep:
+                _remove(self._backend, path)
+
+
+def _remove(backend: Any, path: str) -> None:
+    if backend.isfile(path):
+        backend.remove(path)
+    elif backend.isdir(path):  # DeepSpeed's checkpoints are folders
+        backend.rmtree(path)
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """The ``CheckpointHook`` of mmengine in an order that a kill cannot hurt. It takes the same arguments.
+
+    The new checkpoint is written under a temporary name, renamed, named in ``last_checkpoint`` (itself renamed into
+    place), and only then are outdated checkpoints deleted. This holds for ``save_best`` and ``published_keys`` too.
+
+    Example:
+        >>> hook = AtomicCheckpointHook(interval=1, max_keep_ckpts=2, save_best='auto', rule='greater')
+    """
+
+    file_backend: Any
+
+    def before_train(self, runner: Any) -> None:
+        """Prepare the folder: see the parent; what a killed run left unfinished is deleted."""
+        use_atomic_writes()
+        super().before_train(runner)
+        if is_main_process():
+            for folder in {str(self.out_dir), runner.work_dir}:
+                for pattern in ("*.pth", POINTER):
+                    for leftover in Path(folder).glob(f"{pattern}.*{UNFINISHED}"):
+                        leftover.unlink(missing_ok=True)
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
+        outdated = []
+        if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
+            steps = [*self.keep_ckpt_ids, step]
+            outdated = steps[: -self.max_keep_ckpts]
+            self.keep_ckpt_ids.append(step)
+            # The file lists the outdated ones as well: a run killed before it deletes them deletes them on resuming.
+            runner.message_hub.update_info("keep_ckpt_ids", steps)
+
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            AtomicLocalBackend().put_text(str(self.last_ckpt), Path(runner.work_dir, POINTER))
+            for old in outdated:
+                _remove(self.file_backend, self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)))
+        if outdated:
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
+        # The parent removes the previous best before it saves the new one: hold the removal back until both are safe.
+        backend = self.file_backend
+        self.file_backend = late = _LateRemoval(backend)
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self.file_backend = backend
+        best = {getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()}
+        late.remove_now(keep=best)
+
+
+def use_atomic_checkpoints(cfg: Config) -> None:
+    """Put :class:`AtomicCheckpointHook` in the place of mmengine's hook in ``cfg``, with the same settings.
+
+    A hook of another type, and ``checkpoint=None`` (no checkpoints), are left alone.
+    """
+    hooks = cfg.get("default_hooks") or {}
+    hook = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
+    if hook and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
+        cfg.default_hooks = {**hooks, "checkpoint": {**hook, "type": f"{__name__}.AtomicCheckpointHook"}}

@@ -1,0 +1,95 @@
+"""What every command shares: the options about a configuration, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.config import DictAction
+
+from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.processes import LAUNCHERS, process_rank
+from carafe_plugin.openmmlab import mmcv_ops
+
+
+def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run a command's main function and turn what the user can put right into one line on stderr.
+
+    Where MMCV has no compiled operators, the command and its processes have torchvision's (see ``mmcv_ops``).
+
+    Args:
+        main (Callable[[argparse.Namespace], int | None]): called with ``args``; returns the exit code, None for 0.
+        args (argparse.Namespace): the parsed command line.
+
+    Returns:
+        The exit code: 2 after a :class:`UsageError` or with an MMCV whose operators do not load.
+    """
+    try:
+        try:
+            mmcv_ops.install()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return main(args) or 0
+    except UsageError as error:
+        # Every process of a distributed run finds the same mistake: one of them says so.
+        if process_rank(getattr(args, "launcher", None)) == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except ImportError as error:
+        if error.name != mmcv_ops.EXTENSION:  # else mmcv_ops has said it
+            raise
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            # The runner is a cycle of references and holds the distributed model, which holds the group: left to the
+            # interpreter's end, gloo's threads would outlive it, and a process that has done its work may abort.
+            gc.collect()
+    return 2
+
+
+class ConfigOptions(DictAction):
+    """``--cfg-options`` whose mistakes are argparse's errors, not tracebacks."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if not value.partition("=")[1] or value.startswith("="):
+                raise argparse.ArgumentError(self, f"expected key=value, got {value!r}")
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (ValueError, AssertionError, SyntaxError) as error:
+            raise argparse.ArgumentError(self, f"cannot read {' '.join(values)!r}: {error}") from error
+
+
+def add_config_options(parser: argparse.ArgumentParser, drop_in: bool = True) -> None:
+    """Add the options about the configuration: ``--cfg-options`` and, unless told otherwise, ``--drop-in``."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=ConfigOptions,
+        metavar="KEY=VALUE",
+        help="change settings of the configuration, for example train_dataloader.batch_size=4 or "
+        'model.neck.type=CARAFEFPN; lists as key=a,b or key="[a,b]" (quoted, no blanks)',
+    )
+    if drop_in:
+        parser.add_argument(
+            "--drop-in",
+            action="store_true",
+            help="run configurations that use mmcv's layer 'carafe' (FPN_CARAFE) on carafe_plugin's operator",
+        )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that is a run of mmengine's Runner."""
+    parser.add_argument(
+        "config", help="configuration file of mmdet, mmseg or mmpretrain, or of mmengine alone (configs/inpainting)"
+    )
+    parser.add_argument("--work-dir", help="folder for logs and results (default: work_dirs/<name of the config>)")
+    add_config_options(parser)
+    parser.add_argument(
+        "--launcher", choices=["none", *LAUNCHERS], default="none", help="what started the processes (default: none)"
+    )
+    # torch.distributed.launch passes it, spelt by its version; torchrun sets LOCAL_RANK instead.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

@@ -1,0 +1,167 @@
+"""Configurations: read from a file, changed by options, completed by the adapters that they need."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from carafe_plugin.engine.checkpoint import use_safe_loading
+from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.processes import process_rank
+
+#: The toolbox of a configuration's ``default_scope`` -> our adapter to it.
+ADAPTERS = {scope: f"carafe_plugin.openmmlab.{scope}" for scope in ("mmdet", "mmseg", "mmpretrain")}
+
+
+def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: str = "none") -> Config:
+    """Read a configuration and merge ``--cfg-options`` into it.
+
+    Modules of the user's own that it names (``custom_imports``, or the ``type`` of a ``carafe_cfg`` as
+    ``"my_upsample.MyUpsample"``) are found in the current folder too.
+
+    Args:
+        path (str): the file.
+        options (Mapping[str, Any] | None): settings to change, by their keys with dots.
+        launcher (str): what started the processes, of which the first alone prints warnings.
+
+    Raises:
+        UsageError: the file, or one that it builds on, is missing or is not a configuration; a module that it names
+            cannot be imported; or an option does not fit.
+    """
+    file = Path(path).absolute()
+    if not file.is_file():
+        raise UsageError(f"no such configuration file: {file}")
+    if str(Path.cwd()) not in sys.path:  # as with python -m, but last, so that it hides nothing
+        sys.path.append(str(Path.cwd()))
+    try:
+        cfg = Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise UsageError(f"configuration {path} builds on a file that is missing: {error}") from error
+    except ImportError as error:
+        # mmengine lists sys.path instead of a reason: that is two errors down.
+        reason = getattr(error.__cause__, "__context__", None) or error
+        raise UsageError(f"configuration {path} needs a module that cannot be imported: {reason}") from error
+    except (SyntaxError, OSError) as error:
+        raise UsageError(f"cannot read configuration {file}: {error}") from error
+    try:
+        cfg.merge_from_dict(dict(options or {}))
+    except (KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"--cfg-options do not fit {path}: {error}") from error
+    if process_rank(launcher) == 0:
+        _report_failed_imports(cfg)
+    _check_operators(cfg.get("model"), path)
+    return cfg
+
+
+def _report_failed_imports(cfg: Config) -> None:
+    """Say why a module that ``custom_imports`` allows to fail did fail; mmengine says that it did."""
+    custom = cfg.get("custom_imports") or {}
+    if not custom.get("allow_failed_imports"):
+        return
+    names = custom.get("imports") or []
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            print(f"warning: custom_imports continues without {name}: {error}", file=sys.stderr)
+
+
+def _check_operators(part: Any, path: str, inside: bool = False) -> None:
+    """Import the modules in which ``carafe_cfg`` says that operators are; the registry would call them unknown."""
+    if isinstance(part, (list, tuple)):
+        for value in part:
+            _check_operators(value, path, inside)
+    if not isinstance(part, Mapping):
+        return
+    kind = part.get("type")
+    module = kind.rpartition(".")[0] if inside and isinstance(kind, str) else ""
+    if module and module not in MODELS.children:  # a registry's scope, as in "mmdet.FPN"
+        try:
+            importlib.import_module(module)
+        except (ImportError, SyntaxError) as error:
+            raise UsageError(f"configuration {path}: cannot import {module} of carafe_cfg's {kind}: {error}") from error
+    for key, value in part.items():
+        _check_operators(value, path, inside or key == "carafe_cfg")
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The configuration of a run, as the common options ask for it, with our adapters imported.
+
+    Args:
+        args (argparse.Namespace): what :func:`~carafe_plugin.engine.cli.add_run_options` parsed.
+
+    Raises:
+        UsageError: see :func:`load_config` and :func:`import_adapters`.
+    """
+    cfg = load_config(args.config, args.cfg_options, args.launcher)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs", Path(args.config).stem))
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    import_adapters(cfg.get("default_scope"), drop_in=args.drop_in)
+    use_safe_loading()
+    if cfg.get("default_scope") == "mmpretrain":
+        _complete_mmpretrain_dataloaders(cfg)
+    return cfg
+
+
+def require_settings(cfg: Config, *names: str) -> None:
+    """Raise a :class:`UsageError` where a configuration lacks one of its top-level settings."""
+    for name in names:
+        if not cfg.get(name):
+            raise UsageError(f"configuration {cfg.filename} has no {name}")
+
+
+def import_adapters(scope: str | None, drop_in: bool = False) -> None:
+    """Register CARAFE++'s types for the toolbox ``scope``.
+
+    Args:
+        scope (str | None): a configuration's ``default_scope``. A toolbox without an adapter gets the layers alone.
+        drop_in (bool): also make the layer 'carafe' ours.
+
+    Raises:
+        UsageError: the toolbox is not installed.
+    """
+    names = ["carafe_plugin.openmmlab.layers"]
+    names += [ADAPTERS[scope]] if scope in ADAPTERS else []
+    names += ["carafe_plugin.openmmlab.drop_in"] if drop_in else []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            if error.name not in (scope, "mmcv"):  # a toolbox that fails by itself: its own error
+                raise
+            raise UsageError(str(error)) from error
+
+
+def _complete_mmpretrain_dataloaders(cfg: Config) -> None:
+    # mmpretrain's configurations leave these to its tools; without the collate function its models get lists.
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        if cfg.get(name):
+            cfg[name].setdefault("pin_memory", True)
+            cfg[name].setdefault("persistent_workers", cfg[name].get("num_workers", 0) > 0)
+            cfg[name].setdefault("collate_fn", dict(type="default_collate"))
+
+
+def dataset_configs(dataset: Any) -> Iterator[Any]:
+    """The datasets inside wrappers (``RepeatDataset``, ``ConcatDataset``, ...) of a dataset's configuration.
+
+    What is not a configuration, such as a dataset that is built already, is passed over.
+    """
+    if not isinstance(dataset, Mapping):
+        return
+    inner = dataset.get("dataset") or dataset.get("datasets")
+    if not inner:
+        yield dataset
+    for part in inner if isinstance(inner, (list, tuple)) else [inner] if inner else []:
+        yield from dataset_configs(part)

@@ -1,0 +1,25 @@
+"""What commands print: tables that a file or a pipe gets whole, and progress in terminals alone."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+WIDTH = 190  # characters in a file or a pipe
+
+
+def table_console() -> Console:
+    """A console as wide as the terminal, or wide enough for every table where the output is not a terminal."""
+    return Console() if Console().is_terminal else Console(width=WIDTH)
+
+
+def progress_bar(task: str, amount: ProgressColumn | None = None) -> Progress:
+    """A progress bar on stderr, which is empty where that is not a terminal.
+
+    Args:
+        task (str): what is under way.
+        amount (ProgressColumn | None): how much of it is done; by default a count.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn(task), BarColumn(), amount or MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)

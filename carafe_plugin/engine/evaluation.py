@@ -1,0 +1,167 @@
+"""What the options of ``tools/test.py`` do: outputs, pictures, test-time augmentation, a checkpoint that must fit."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import sys
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.registry import METRICS
+from mmengine.runner import Runner
+
+from carafe_plugin.engine.checkpoint import find_mismatch
+from carafe_plugin.engine.config import dataset_configs
+from carafe_plugin.engine.errors import CheckpointError, UsageError
+
+
+def check_out(out: str | None, item: str | None, scope: str | None) -> None:
+    """Refuse an ``--out`` that the toolbox could not write, before an hour of testing instead of after.
+
+    Args:
+        out (str | None): the file or folder.
+        item (str | None): ``--out-item``.
+        scope (str | None): the configuration's ``default_scope``.
+
+    Raises:
+        UsageError: it has another ending than what is written, or the options do not go together.
+    """
+    if item and not out:
+        raise UsageError("--out-item says what --out writes: give --out as well")
+    if item and scope != "mmpretrain":
+        raise UsageError(f"--out-item is for mmpretrain configurations; the scope of this one is {scope}")
+    if not out:
+        return
+    if scope == "mmseg":
+        if Path(out).is_file():
+            raise UsageError(f"--out of an mmseg configuration is a folder for label maps; {out} is a file")
+        return
+    endings = (".pkl", ".pickle") if item != "metrics" else (".json", ".pkl", ".pickle", ".yaml", ".yml")
+    if not out.endswith(endings):
+        raise UsageError(f"--out must end in {' or '.join(endings)}, got {out}")
+
+
+def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, interval: int) -> None:
+    """Switch the toolbox's visualisation hook on; each toolbox names the switches in its own way.
+
+    Args:
+        cfg (Config): the configuration; changed in place.
+        show (bool): whether to show the predictions in a window.
+        folder (str | None): where to draw them into files.
+        wait_time (float): seconds that the window shows each image.
+        interval (int): mmpretrain: draw every n-th image.
+
+    Raises:
+        UsageError: the configuration has no such hook, or the machine no display.
+    """
+    hook = (cfg.get("default_hooks") or {}).get("visualization")
+    if not hook:
+        raise UsageError(f"--show and --show-dir need default_hooks.visualization, which {cfg.filename} lacks")
+    if show and sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        raise UsageError("--show needs a display, and this machine has none: use --show-dir")
+    hook.update(show=show, wait_time=wait_time)
+    scope = cfg.get("default_scope")
+    if scope == "mmpretrain":
+        hook.update(enable=True, interval=interval)
+    else:
+        hook.draw = True
+    if folder and scope == "mmdet":
+        hook.test_out_dir = folder
+    elif folder and scope == "mmpretrain":
+        hook.out_dir = folder
+    elif folder:
+        cfg.visualizer.save_dir = folder
+
+
+def use_tta(cfg: Config) -> None:
+    """Wrap the model for test-time augmentation, as the configuration says or else with a horizontal flip.
+
+    Raises:
+        UsageError: mmdet cannot merge what the model predicts, or only the configuration could say how.
+    """
+    scope = cfg.get("default_scope")
+    datasets = list(dataset_configs(cfg.test_dataloader.dataset))
+    if scope == "mmdet" and "tta_model" not in cfg and (cfg.model.get("roi_head") or cfg.model).get("mask_head"):
+        raise UsageError(f"--tta: mmdet merges boxes, not masks, and the model of {cfg.filename} has a mask head")
+    if "tta_model" not in cfg:
+        defaults = {
+            "mmdet": dict(type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)),
+            "mmpretrain": dict(type="AverageClsScoreTTA"),
+            "mmseg": dict(type="SegTTAModel"),
+        }
+        if scope not in defaults:
+            raise UsageError(f"--tta needs tta_model and tta_pipeline, which {cfg.filename} does not set")
+        cfg.tta_model = defaults[scope]
+    if "tta_pipeline" not in cfg:
+        cfg.tta_pipeline = _flipped(datasets[0].pipeline)
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    for dataset in datasets:
+        dataset.pipeline = cfg.tta_pipeline
+
+
+def _flipped(pipeline: list) -> list:
+    *steps, pack = copy.deepcopy(pipeline)
+    if "meta_keys" in pack:  # what the toolbox needs to flip predictions back
+        pack.meta_keys = tuple(dict.fromkeys([*pack.meta_keys, "flip", "flip_direction"]))
+    # Unflipped first: the merged sample takes its ground truth from the first one.
+    flips = [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)]
+    return [*steps, dict(type="TestTimeAug", transforms=[flips, [pack]])]
+
+
+def write_label_maps(cfg: Config, folder: str) -> None:
+    """Let the metrics of an mmseg configuration write their label maps into ``folder``.
+
+    Raises:
+        UsageError: none of them can.
+    """
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
+    written = False
+    for evaluator in evaluators:
+        metric = METRICS.get(f"mmseg.{evaluator.type}") if isinstance(evaluator.type, str) else evaluator.type
+        accepted = inspect.signature(metric).parameters
+        if "output_dir" in accepted:
+            evaluator.output_dir, written = folder, True
+        if "keep_results" in accepted:
+            evaluator.keep_results = True
+    if not written:
+        raise UsageError(f"--out: no metric of {cfg.filename} can write label maps")
+
+
+def dump_predictions(runner: Runner, path: str) -> None:
+    """Add the toolbox's metric that dumps the predictions to ``path``."""
+    if runner.cfg.get("default_scope") == "mmdet":
+        from mmdet.evaluation import DumpDetResults as DumpResults  # encodes masks as RLE: 100 times smaller
+    else:
+        from mmengine.evaluator import DumpResults
+    runner.test_evaluator.metrics.append(DumpResults(out_file_path=path))
+
+
+class CheckWeightsHook(Hook):
+    """Refuse a checkpoint of another model: mmengine only warns, and tests what is left of the random weights.
+
+    Args:
+        path (str): what the checkpoint is called in messages.
+        allow_mismatch (bool): warn instead.
+
+    Raises:
+        CheckpointError: from :meth:`after_load_checkpoint`.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, path: str, allow_mismatch: bool = False) -> None:
+        self.path, self.allow_mismatch = path, allow_mismatch
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare what mmengine has read with the model, before it goes into the model."""
+        model = runner.model.module if hasattr(runner.model, "module") else runner.model
+        model = getattr(model, "module", model)  # below test-time augmentation
+        mismatch = find_mismatch(model, checkpoint.get("state_dict", checkpoint))
+        if mismatch and self.allow_mismatch:
+            runner.logger.warning(f"checkpoint {self.path} {mismatch}")
+        elif mismatch:
+            hint = "; --allow-mismatch tests it all the same" if "holds no param" not in mismatch else ""
+            raise CheckpointError(f"checkpoint {self.path} {mismatch}{hint}")

@@ -1,0 +1,1 @@
+"""The commands. A wheel brings them as ``carafe_plugin.tools``: ``python -m carafe_plugin.tools.train CONFIG``."""
