@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -168,10 +169,12 @@ def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
     are what they are without it. One pass over a model takes as much memory as all its kernels.
 
     Args:
-        model: any module with :class:`~carafe_plugin.CARAFEUpsample` or :class:`~carafe_plugin.CARAFEDownsample` in it.
+        model (nn.Module): any module with :class:`~carafe_plugin.CARAFEUpsample` or
+            :class:`~carafe_plugin.CARAFEDownsample` in it. A subclass that takes more than the features gives the
+            kernels that result by ``effective_kernels(kernels, *others)``, as masked CARAFE++ does.
 
     Yields:
-        A list to which each CARAFE++ adds itself when it has run; twice when it runs twice.
+        list[Reassembly]: each CARAFE++ adds itself when it has run; twice when it runs twice.
 
     Example:
         >>> import torch
@@ -190,12 +193,15 @@ def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
     def keep_logits(site: KernelPrediction, encoder: nn.Module, inputs: Any, output: Tensor) -> None:
         logits[site] = output.detach()
 
-    def keep_kernels(name: str, site: KernelPrediction, inputs: tuple, named: dict[str, Any], output: Tensor) -> None:
+    def keep_kernels(name: str, site: Any, inputs: tuple, named: dict[str, Any], output: Any) -> None:
         k, g = site.kernel_size, site.group_size
-        kernels = kernels_from_logits(logits.pop(site), k, g, site.up, site.down, site.normalizer).cpu()
-        (features,) = (*inputs, *named.values())
+        kernels = kernels_from_logits(logits.pop(site), k, g, site.up, site.down, site.normalizer)
+        features, *rest = signature(site.forward).bind(*inputs, **named).args
+        if rest:  # of which not every location counts
+            kernels = site.effective_kernels(kernels, *rest)
         (height, width), (n, _, *out_size) = features.shape[-2:], kernels.shape
-        found.append(Reassembly(name, kernels.reshape(n, g, k, k, *out_size), (height, width), site.up, site.down))
+        kernels = kernels.cpu().reshape(n, g, k, k, *out_size)
+        found.append(Reassembly(name, kernels, (height, width), site.up, site.down))
 
     handles = []
     for name, site in model.named_modules():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,18 +44,31 @@ def propagate(module: KernelPrediction, features: Tensor, validity: Tensor) -> t
     logits = module.predict_logits(known)
     dtype = logits.dtype  # under autocast the plain modules' too
     settings = (module.kernel_size, module.group_size, module.up, module.down, module.normalizer)
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features.device.type):
         # Where little is valid, a quotient of two small sums: too small for float16.
         exact = torch.float32 if dtype == torch.float16 else dtype
         known, logits = known.to(dtype).to(exact), logits.to(exact)
         total = reassemble_logits(known, logits, *settings)
         valid_weight, weight = _kernel_sums(module, validity, logits)
-        # Above 0, in floating point: the weight's reciprocal and that of its square must be finite (1e-19 in float32).
-        valid = (valid_weight > torch.finfo(exact).tiny ** 0.5).all(dim=1, keepdim=True)
-        factor = torch.where(valid, weight / torch.where(valid, valid_weight, 1), 0)
+        valid, factor = _validity_and_factor(valid_weight, weight)
         n, c, h, w = total.shape
         output = (total.reshape(n, module.group_size, -1, h, w) * factor[:, :, None]).reshape(n, c, h, w)
     return output.to(dtype), valid.to(features.dtype)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off; nothing to do on a device type that has none, such as meta."""
+    try:
+        return torch.autocast(device_type, enabled=False)
+    except RuntimeError:
+        return nullcontext()
+
+
+def _validity_and_factor(valid_weight: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """M' as bool (N, 1, H', W') and sum(W) / sum(W M), 0 where M' is, from sum(W M) and sum(W), (N, G, H', W') each."""
+    # Above 0, in floating point: the weight's reciprocal and that of its square must be finite (1e-19 in float32).
+    valid = (valid_weight > torch.finfo(valid_weight.dtype).tiny ** 0.5).all(dim=1, keepdim=True)
+    return valid, torch.where(valid, weight / torch.where(valid, valid_weight, 1), 0)
 
 
 def _kernel_sums(module: KernelPrediction, validity: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +90,33 @@ def _kernel_sums(module: KernelPrediction, validity: Tensor, logits: Tensor) -> 
     return sums[:, 0::2], sums[:, 1::2]
 
 
-class MaskedCARAFEUpsample(CARAFEUpsample):
+class _MaskedCARAFE(KernelPrediction):
+    def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """X (N, C, H, W) and M (N, 1, H, W) -> X' and M', see :func:`propagate`."""
+        return propagate(self, features, validity)
+
+    def effective_kernels(self, kernels: Tensor, validity: Tensor) -> Tensor:
+        """The weights that the features have in X', W M sum(W) / sum(W M), for :mod:`carafe_plugin.analysis`.
+
+        Args:
+            kernels (Tensor[N, G * k^2, H', W']): W, normalised.
+            validity (Tensor[N, 1, H, W]): M.
+
+        Returns:
+            Tensor[N, G * k^2, H', W']: float32, or float64 as ``kernels``; 0 where M' is 0.
+        """
+        n, _, height, width = kernels.shape
+        k = self.kernel_size
+        padded = F.pad(validity[:, 0] != 0, [k // 2] * 4, value=True)
+        windows = padded.unfold(1, k, 1).unfold(2, k, 1)  # (N, H, W, k, k)
+        rows, columns = (torch.arange(size, device=padded.device) * self.down // self.up for size in (height, width))
+        known = windows[:, rows[:, None], columns].flatten(3).movedim(3, 1)  # (N, k^2, H', W')
+        split = kernels.to(torch.promote_types(kernels.dtype, torch.float32)).reshape(n, -1, k * k, height, width)
+        _, factor = _validity_and_factor((split * known[:, None]).sum(2), split.sum(2))
+        return (split * known[:, None] * factor[:, :, None]).flatten(1, 2)
+
+
+class MaskedCARAFEUpsample(_MaskedCARAFE, CARAFEUpsample):
     """:class:`CARAFEUpsample` for features of which some are unknown; arguments and parameters are the same.
 
     Example:
@@ -87,14 +128,6 @@ class MaskedCARAFEUpsample(CARAFEUpsample):
         (torch.Size([1, 16, 16, 16]), 16)
     """
 
-    def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """X (N, C, H, W) and M (N, 1, H, W) -> X' and M', see :func:`propagate`."""
-        return propagate(self, features, validity)
 
-
-class MaskedCARAFEDownsample(CARAFEDownsample):
+class MaskedCARAFEDownsample(_MaskedCARAFE, CARAFEDownsample):
     """:class:`CARAFEDownsample` for features of which some are unknown; arguments and parameters are the same."""
-
-    def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """X (N, C, H, W) and M (N, 1, H, W) -> X' and M', see :func:`propagate`."""
-        return propagate(self, features, validity)

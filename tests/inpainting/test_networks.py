@@ -88,6 +88,15 @@ def test_mixed_precision(partial, images):
     assert all(parameter.grad.isfinite().all() for parameter in generator.parameters())
 
 
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("carafe_cfg", [None, BOTH])
+def test_shapes_on_the_meta_device(partial, carafe_cfg, images):
+    with torch.device("meta"):
+        generator = InpaintingGenerator(4, partial, carafe_cfg=carafe_cfg)
+    pictures, holes = images
+    assert generator(pictures.to("meta"), holes.to("meta")).shape == pictures.shape
+
+
 def test_masks_travel_through_the_partial_network():
     """The network propagates what the definition says, layer by layer: the hole shrinks and at last is gone."""
     generator = InpaintingGenerator(4, partial=True, carafe_cfg=BOTH)
