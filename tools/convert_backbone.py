@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.backbones import (
+from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
+from carafe_plugin.openmmlab.resnet_checkpoints import (
     ARCHITECTURES,
     backbone_type,
     count_carafe,
     extract_backbone,
     matching_depths,
 )
-from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

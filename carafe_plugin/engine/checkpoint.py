@@ -25,7 +25,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from carafe_plugin.engine.backbones import CARAFE_KEY
+from carafe_plugin.openmmlab.resnet_checkpoints import CARAFE_KEY
 
 __all__ = [
     "AtomicCheckpointHook",

@@ -30,6 +30,7 @@ from carafe_plugin.engine.checkpoint import CheckpointError, allow_checkpoint_ty
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.label_maps import find_fault
 from carafe_plugin.openmmlab import mmcv_ops
+from carafe_plugin.openmmlab.resnet_checkpoints import CheckpointMismatch
 
 __all__ = [
     "UsageError",
@@ -70,7 +71,7 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
     try:
         _use_mmcv_ops()
         return main(args) or 0
-    except (UsageError, CheckpointError) as error:
+    except (UsageError, CheckpointError, CheckpointMismatch) as error:
         # Every process of a distributed run finds the same mistake: one of them says so.
         message = str(error) if _rank() == 0 else ""
     except ImportError as error:

@@ -16,7 +16,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["ARCHITECTURES", "backbone_type", "count_carafe", "extract_backbone", "matching_depths"]
+__all__ = [
+    "ARCHITECTURES",
+    "CARAFE_KEY",
+    "CheckpointMismatch",
+    "backbone_type",
+    "count_carafe",
+    "extract_backbone",
+    "matching_depths",
+]
 
 #: Depth -> whether its blocks are bottlenecks, and their number in each stage.
 ARCHITECTURES = {
@@ -33,6 +41,10 @@ CARAFE_KEY = "content_encoder.weight"
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.")
 _DEEP_STEM = re.compile(r"stem\.(\d+)\.([a-z]\w*)\.(.+)")
 _SHORTCUT = re.compile(r"(layer\d+\.0\.downsample)\.(\d+)\.(.+)")
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint is of another backbone than the one that loads it; the message names both."""
 
 
 def matching_depths(state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple[int, ...]:
