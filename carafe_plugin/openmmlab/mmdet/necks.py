@@ -31,7 +31,8 @@ class _TopDownPath:
     lateral_convs: nn.ModuleList
     fpn_convs: nn.ModuleList
 
-    def _add_upsamplers(self, carafe_cfg: Mapping[str, Any] | None) -> None:
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
         self.upsample_modules = ModuleList(
             build_upsampler(carafe_cfg, self.out_channels) for _ in range(len(self.lateral_convs) - 1)
@@ -88,7 +89,7 @@ class CARAFEFPN(_TopDownPath, FPN):
             so that changing ``type`` is enough, and has no effect.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
         ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``; ``inputs`` does not match ``in_channels``.
         KeyError: ``carafe_cfg`` names a type that is not registered.
 
@@ -99,10 +100,6 @@ class CARAFEFPN(_TopDownPath, FPN):
         ...                                    torch.rand(1, 32, 7, 11)])]
         [(25, 41), (13, 21), (7, 11), (4, 6)]
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""
@@ -132,10 +129,6 @@ class CARAFEPAFPN(_TopDownPath, PAFPN):
         >>> [tuple(m.shape[2:]) for m in neck([torch.rand(1, 8, 25, 41), torch.rand(1, 16, 13, 21)])]
         [(25, 41), (13, 21)]
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""

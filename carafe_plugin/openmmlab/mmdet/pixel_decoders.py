@@ -28,7 +28,8 @@ class _DecoderTopDownPath:
     output_convs: nn.ModuleList
     mask_feature: nn.Conv2d
 
-    def _add_upsamplers(self, carafe_cfg: Mapping[str, Any] | None) -> None:
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if not len(self.lateral_convs):
             raise ValueError("in_channels leaves no level below the coarsest: there is nothing to upsample")
         channels = self.mask_feature.in_channels
@@ -64,7 +65,7 @@ class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
         **kwargs: PixelDecoder's.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
         ValueError: ``in_channels`` leaves nothing to upsample; ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
         KeyError: ``carafe_cfg`` names a type that is not registered.
 
@@ -76,10 +77,6 @@ class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
         >>> mask_feature.shape, memory.shape
         (torch.Size([1, 12, 25, 41]), torch.Size([1, 32, 7, 11]))
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
         """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
@@ -102,10 +99,6 @@ class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncod
     Raises:
         TypeError, ValueError, KeyError: As :class:`CARAFEPixelDecoder`.
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
         """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
@@ -149,10 +142,6 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
         TypeError, KeyError: As :class:`CARAFEPixelDecoder`.
         ValueError: As :class:`CARAFEPixelDecoder`, and where the attention serves all levels.
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The backbone's maps, fine to coarse, to the mask features and ``num_outs`` maps, coarse to fine.
