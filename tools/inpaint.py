@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from carafe_plugin.engine import run as engine
 from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
 from carafe_plugin.inpainting import InpaintingGAN
-from carafe_plugin.inpainting.generator import STRIDE
 from carafe_plugin.inpainting.images import read_upright
+from carafe_plugin.inpainting.networks import STRIDE
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 

@@ -4,15 +4,15 @@ With the kernels of a forward pass held fixed, CARAFE++ is linear: an output loc
 source locations around its centre, zero outside the map. So is a chain of them, and a source's weight in the result is
 the sum, over all paths that lead to it, of the products of the weights on the way.
 
-What stands between two operators of a chain is left out: each location passes its value on as it is.
+What lies between two operators of a chain is left out: each location passes its value on as it is.
 
 * In an FPN's top-down path that is no approximation. A lateral map is added between two operators, and a sum of maps is
   reassembled term by term: the composed weight of a source is exactly the derivative of the finest map (before its
   output convolution) with respect to that location of the coarser one, kernels fixed.
-* In a backbone, whole residual blocks stand between the operators. Their convolutions see further than one location,
+* In a backbone, whole residual blocks lie between the operators. Their convolutions see further than one location,
   so that the composed weights show what reassembly contributes to the receptive field, and not all of it.
 
-The kernels depend on the features themselves; that dependence is no part of the weights.
+The kernels depend on the features themselves; that dependence is not part of the weights.
 
 Plain PyTorch: nothing here needs an OpenMMLab package.
 """

@@ -53,7 +53,7 @@ class Layout:
         encoder: The content encoder's convolution.
         compressor_norm: The BatchNorm behind the compressor; None where there never is one.
         encoder_norm: The BatchNorm behind the encoder.
-        behind: A convolution after the reassembly, which keeps its name: it is no part of the operator.
+        behind: A convolution after the reassembly, which keeps its name: it is not part of the operator.
     """
 
     compressor: str
@@ -181,7 +181,7 @@ def convert_layout(
     Raises:
         LayoutError: No module is found, keys beside a module's are of no known part, shapes do not fit, the target
             cannot express the source, or the two sides' outputs differ.
-        ValueError: ``to`` is no layout.
+        ValueError: ``to`` is not a layout.
 
     Example:
         >>> import torch
@@ -214,8 +214,8 @@ def convert_layout(
     result: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         new = replaced.pop(owner[key], {}) if key in owner else {key: value}  # all of a module, where its first was
-        if doubled := sorted(result.keys() & new.keys()):
-            raise LayoutError(f"the converted checkpoint would hold {', '.join(doubled)} twice")
+        if duplicates := sorted(result.keys() & new.keys()):
+            raise LayoutError(f"the converted checkpoint would hold {', '.join(duplicates)} twice")
         result |= new
     return Conversion(result, modules)
 
@@ -341,7 +341,7 @@ def _kernel_size(parts: Parts, prefix: str, name: str, scale: int) -> int:
     kernel_size, encoder_kernel = math.isqrt(taps), weight.shape[2]
     if rest or kernel_size**2 != taps or kernel_size % 2 == 0:
         raise LayoutError(
-            f"{prefix}{LAYOUTS[name].encoder}.weight has {len(weight)} channels, which is no k^2 * s^2 with an odd k "
+            f"{prefix}{LAYOUTS[name].encoder}.weight has {len(weight)} channels, which is not k^2 * s^2 with an odd k "
             f"and the scale s = {scale}: give the right scale (groups, and downsampling, have no other layout)"
         )
     if encoder_kernel % 2 == 0 or weight.shape[3] != encoder_kernel:

@@ -80,7 +80,7 @@ def page_data(
             )
         )
     about = f"{title}: {len(chain)} CARAFE++ in a row. Red squares are the locations that the green one is reassembled "
-    about += "from, the deeper the more. What stands between two operators is left out, as if each location passed its "
+    about += "from, the deeper the more. What lies between two operators is left out, as if each location passed its "
     about += "value on."
     if len(groups) > 1:
         which = f"group {group} of" if group is not None else "the average over"

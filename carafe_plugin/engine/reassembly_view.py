@@ -223,7 +223,7 @@ def check_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
         raise engine.UsageError(f"the model has no CARAFE++{hint}")
     for name in modules:
         if name not in sites:
-            raise engine.UsageError(f"--modules: {name} is no CARAFE++ of the model, which has {', '.join(sites)}")
+            raise engine.UsageError(f"--modules: {name} is not a CARAFE++ of the model, which has {', '.join(sites)}")
     return sites
 
 

@@ -1,7 +1,7 @@
 """Any folder of images, with a free-form hole in each; and the order in which training draws them.
 
 All randomness is a function of the seed and of *which* draw it is, never of what was drawn before: any number of worker
-processes, and a run that goes on from a checkpoint, see the same crops and holes.
+processes, and a run resumed from a checkpoint, see the same crops and holes.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class DrawSampler(Sampler):
             yield int(order[draw % self.images]), draw
 
     def __len__(self) -> int:
-        """Number of images: of the draws there is no end."""
+        """Number of images; the draws have no end."""
         return self.images
 
     def set_epoch(self, epoch: int) -> None:

@@ -47,7 +47,7 @@ def free_form_mask(
     for name, (low, high) in (("strokes", strokes), ("vertices", vertices), ("width", width)):
         if low <= 0 or high < low:
             raise ValueError(f"{name} must be (least, most) with 0 < least <= most, got {(low, high)}")
-    if not 0.2 <= most <= 1:  # below it, drawing anew could go on for ever
+    if not 0.2 <= most <= 1:  # below it, redrawing might never end
         raise ValueError(f"most must be from 0.2 to 1, got {most}")
     for _ in range(100):
         mask: np.ndarray = np.zeros(size, np.uint8)

@@ -92,7 +92,7 @@ class _MMEngineLayer(_KeepsItsStart):
 class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
     """:class:`carafe_plugin.CARAFEUpsample` for configurations.
 
-    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` in the place of ``norm`` and ``act``.
+    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` instead of ``norm`` and ``act``.
 
     Args:
         *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEUpsample`.
@@ -117,7 +117,7 @@ class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
 class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
     """:class:`carafe_plugin.CARAFEDownsample` for configurations.
 
-    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` in the place of ``norm`` and ``act``.
+    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` instead of ``norm`` and ``act``.
 
     Args:
         *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEDownsample`.
@@ -205,7 +205,7 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
         The upsampler, to be called through :func:`upsample_to`.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
         ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes a downsampler.
         KeyError: ``type`` is not registered.
     """
@@ -229,7 +229,7 @@ def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale
         The downsampler.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
         ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes an upsampler.
         KeyError: ``type`` is not registered.
 

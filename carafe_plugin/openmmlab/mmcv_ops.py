@@ -129,7 +129,7 @@ def fill(module: ModuleType) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Go on as ``python ARGUMENTS``, with the operators at hand; returns for ``--help`` or a usage error."""
+    """Become ``python ARGUMENTS``, with the operators available; returns only for ``--help`` or a usage error."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2

@@ -87,14 +87,14 @@ class DownsampledConv2d(nn.Conv2d):
 
 
 class DownsamplingBackbone(nn.Module):
-    """What a toolbox's ResNet becomes when it stands behind this class: its map shrinks by CARAFE++.
+    """Mixed into a toolbox's ResNet, downsamples by CARAFE++ wherever its map shrinks.
 
     Takes the ResNet's arguments and ``carafe_cfg``, a dictionary of
 
-    * ``stem``: whether CARAFE++ stands in the max pooling's place; a dictionary says yes, with these arguments there
-      instead of those for all places;
-    * ``stages``: one bool for each of the ResNet's stages (the paper's Res-2 first): whether CARAFE++ stands in its
-      strides' places. Left out, ``stem`` and ``stages`` mean every place that has a stride; with all of them False
+    * ``stem``: whether CARAFE++ replaces the max pooling; a dictionary means yes, with these arguments there instead
+      of those for all places;
+    * ``stages``: one bool for each of the ResNet's stages (the paper's Res-2 first): whether CARAFE++ replaces its
+      strides. Left out, ``stem`` and ``stages`` mean every place that has a stride; with all of them False
       the ResNet is the parent bit for bit;
     * ``norm_eval``: whether CARAFE++'s norms follow the backbone's ``norm_eval``. False (the default) lets them learn
       their statistics, which they must where the backbone starts from a stock checkpoint; True keeps them, for a
@@ -237,9 +237,9 @@ class DownsamplingBackbone(nn.Module):
         frozen = [name for name in unloaded if _is_frozen(self.get_submodule(name))]
         if frozen and _has_any(state_dict, prefix):
             print_log(
-                f"frozen_stages={self.frozen_stages} freezes {', '.join(frozen)}, of which the checkpoint has nothing: "
-                "CARAFE++ stays as it was initialised there. Start from a checkpoint that was trained with CARAFE++, "
-                "or set frozen_stages=-1.",
+                f"frozen_stages={self.frozen_stages} freezes {', '.join(frozen)}, for which the checkpoint holds "
+                "nothing: CARAFE++ stays as it was initialised there. Start from a checkpoint that was trained with "
+                "CARAFE++, or set frozen_stages=-1.",
                 logger="current",
                 level=logging.WARNING,
             )

@@ -55,7 +55,7 @@ def matching_depths(state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple
         prefix: What the names of the backbone's parameters start with, such as ``"backbone."``.
 
     Returns:
-        The depths; none where the blocks are no such ResNet's, or where there are no blocks.
+        The depths; none where the blocks are not those of such a ResNet, or where there are no blocks.
 
     Example:
         >>> import torch
@@ -118,7 +118,7 @@ def extract_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         of a backbone expects them; the same tensors.
 
     Raises:
-        ValueError: No parameter starts with ``"backbone."``, or they are no ResNet's of MMPretrain.
+        ValueError: No parameter starts with ``"backbone."``, or they are not a ResNet's in MMPretrain.
 
     Example:
         >>> import torch
@@ -133,7 +133,7 @@ def extract_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(f"no parameter starts with {prefix!r}, as those of MMPretrain's models do; found {some}, ...")
     if "layer1.0.conv1.weight" not in backbone:
         some = ", ".join(list(backbone)[:3])
-        raise ValueError(f"the backbone is no ResNet: it has no layer1.0.conv1.weight; found {some}, ...")
+        raise ValueError(f"the backbone is not a ResNet: it has no layer1.0.conv1.weight; found {some}, ...")
     if "stem.0.weight" in backbone:
         raise ValueError("the deep stem is not MMPretrain's (stem.0.conv.weight): it has stem.0.weight")
     shift = _stages_without_pooling(backbone)

@@ -16,7 +16,7 @@ from carafe_plugin.inpainting import (
     PartialConv2d,
     PatchDiscriminator,
 )
-from carafe_plugin.inpainting.losses import adversarial_loss, reconstruction_losses
+from carafe_plugin.inpainting.model import adversarial_loss, reconstruction_losses
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -203,8 +203,8 @@ def test_a_frozen_carafe_that_nothing_was_loaded_into(toolbox):
     finally:
         logger.removeHandler(handler)
     assert len(messages) == 2
-    assert "frozen_stages=0 freezes maxpool, of which the checkpoint has nothing: " in messages[0]
-    assert "maxpool, layer2.0.conv1.downsampler, layer2.0.downsample.0.downsampler, of" in messages[1]
+    assert "frozen_stages=0 freezes maxpool, for which the checkpoint holds nothing: " in messages[0]
+    assert "maxpool, layer2.0.conv1.downsampler, layer2.0.downsample.0.downsampler, for" in messages[1]
 
 
 @pytest.mark.parametrize("toolbox", TOOLBOXES)

@@ -408,7 +408,7 @@ def test_tool_mistakes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
             ["--to", "mmcv"],
             "layout conv-bn does not say which activation follows its compressor: give --act",
         ),
-        (checkpoint, ["--to", "mmcv", *YOLO, "--scale", 3], "100 channels, which is no k^2 * s^2 with an odd k"),
+        (checkpoint, ["--to", "mmcv", *YOLO, "--scale", 3], "100 channels, which is not k^2 * s^2 with an odd k"),
         (checkpoint, ["--to", "mmcv", *YOLO, "--scale", 0], "--scale must be a positive int, got 0"),
         (checkpoint, ["--to", "mmcv", *YOLO, "--rename", "x=y"], "no CARAFE module is called x; found m.11"),
         (checkpoint, ["--to", "mmcv", *YOLO, "--rename", "x"], "--rename takes OLD=NEW, got x"),

@@ -27,7 +27,7 @@ class CARAFEFCNMaskHead(FCNMaskHead):
         **kwargs: FCNMaskHead's.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
         ValueError: ``upsample_cfg`` has type None, so that there is nothing to replace; ``carafe_cfg`` sets
             ``channels``.
         KeyError: ``carafe_cfg`` names a type that is not registered.

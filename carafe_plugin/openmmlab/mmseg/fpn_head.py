@@ -32,7 +32,7 @@ class CARAFEFPNHead(FPNHead):
         **kwargs: FPNHead's.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
         ValueError: ``feature_strides`` are all the same, so that there is nothing to upsample; ``carafe_cfg`` sets
             ``channels`` or ``scale_factor``.
         KeyError: ``carafe_cfg`` names a type that is not registered.

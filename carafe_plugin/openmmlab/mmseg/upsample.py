@@ -1,4 +1,4 @@
-"""CARAFE++ in the place of MMSegmentation's ``Upsample``, and UNet's upsampling step with it."""
+"""CARAFE++ instead of MMSegmentation's ``Upsample``, and UNet's upsampling step with it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class CARAFEInterpConv(InterpConv):
         **kwargs: InterpConv's: ``conv_first``, ``kernel_size``, ``upsample_cfg`` and so on.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
         ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``; the ``scale_factor`` of ``upsample_cfg`` is
             not one whole number.
         KeyError: ``carafe_cfg`` names a type that is not registered.
