@@ -51,7 +51,7 @@ from rich.table import Table
 
 from carafe_plugin.engine import run as engine
 from carafe_plugin.engine.checkpoint import AtomicLocalBackend, allow_checkpoint_types, read_checkpoint
-from carafe_plugin.engine.layouts import (
+from carafe_plugin.engine.checkpoint_layouts import (
     ACTIVATIONS,
     LAYOUTS,
     ORDERS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Circle, Rectangle
 
 from carafe_plugin.analysis import Reassembly, Sources
+from carafe_plugin.engine.checkpoint import AtomicLocalBackend
 from carafe_plugin.engine.reassembly_view import View
 
 Box = tuple[float, float, float, float]  #: left, top, width and height, in pixels
@@ -87,9 +89,9 @@ def draw_reassembly(
                 _draw_sources(axis, sources, view, chain)
                 _panel(axis, grey, cells, location, part)
                 axis.set_title(f"from {_by(sources.size)}", fontsize=8, pad=3)
-    temporary = out.with_suffix(".partial.png")
-    figure.savefig(temporary, dpi=100)
-    temporary.replace(out)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    AtomicLocalBackend().put(content.getvalue(), out)
 
 
 def _by(size: tuple[int, int]) -> str:

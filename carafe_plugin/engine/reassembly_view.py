@@ -18,7 +18,7 @@ from torch import nn
 
 from carafe_plugin.analysis import Reassembly, check_chain, record_reassemblies
 from carafe_plugin.engine import run as engine
-from carafe_plugin.engine.checkpoint import allow_checkpoint_types, read_checkpoint
+from carafe_plugin.engine.checkpoint import allow_checkpoint_types, find_mismatch, read_checkpoint
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
 #: What ``--chain`` knows: the names of the modules of each. A shortcut's downsampler runs beside the main path's.
@@ -122,19 +122,8 @@ def load_weights(model: nn.Module, path: str) -> None:
     """
     allow_checkpoint_types()
     checkpoint = read_checkpoint(path)
-    weights = {
-        re.sub(r"^module\.", "", name): value for name, value in checkpoint.get("state_dict", checkpoint).items()
-    }
-    try:
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-    except (RuntimeError, TypeError) as error:  # other shapes: a line for each, below a headline
-        fault = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise engine.UsageError(f"checkpoint {path} is of another model: {fault}") from error
-    if missing:
-        raise engine.UsageError(
-            f"checkpoint {path} is of another model: {len(missing)} weights of {type(model).__name__} are not in it "
-            f"(the first: {missing[0]})"
-        )
+    if mismatch := find_mismatch(model, checkpoint.get("state_dict", checkpoint)):
+        raise engine.UsageError(f"checkpoint {path} is of another model: it {mismatch}")
 
 
 def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]) -> View:

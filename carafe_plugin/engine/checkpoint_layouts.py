@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from carafe_plugin.engine.plain_modules import (
+from carafe_plugin.engine.plain_carafe import (
     ACTIVATIONS,
     NORM_PARTS,
     ORDERS,
@@ -185,7 +185,7 @@ def convert_layout(
 
     Example:
         >>> import torch
-        >>> from carafe_plugin.engine.layouts import Fork, convert_layout
+        >>> from carafe_plugin.engine.checkpoint_layouts import Fork, convert_layout
         >>> state = {"up.comp.weight": torch.rand(4, 8, 1, 1), "up.enc.weight": torch.rand(100, 4, 3, 3)}
         >>> list(convert_layout(state, "mmcv").state_dict)[:2]
         ['up.channel_compressor.weight', 'up.channel_compressor.bias']
