@@ -96,9 +96,9 @@ class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
 
     Args:
         *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEUpsample`.
-        norm_cfg: Norm layer after the channel compressor, such as ``dict(type="BN")``.
-        act_cfg: Activation after the norm layer, such as ``dict(type="ReLU")``.
-        **kwargs: The plain module's keyword arguments.
+        norm_cfg (dict | None): norm layer after the channel compressor, such as ``dict(type="BN")``.
+        act_cfg (dict | None): activation after the norm layer, such as ``dict(type="ReLU")``.
+        **kwargs: the plain module's keyword arguments.
 
     Raises:
         TypeError: ``norm_cfg`` or ``act_cfg`` is not a dictionary with a ``type``, or an argument is unknown.
@@ -117,16 +117,8 @@ class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
 class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
     """:class:`carafe_plugin.CARAFEDownsample` for configurations.
 
-    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` instead of ``norm`` and ``act``.
-
-    Args:
-        *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEDownsample`.
-        norm_cfg: Norm layer after the channel compressor (the paper's backbones use ``dict(type="BN")``).
-        act_cfg: Activation after the norm layer (the paper's backbones use ``dict(type="ReLU")``).
-        **kwargs: The plain module's keyword arguments.
-
-    Raises:
-        TypeError: ``norm_cfg`` or ``act_cfg`` is not a dictionary with a ``type``, or an argument is unknown.
+    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` as :class:`CARAFEUpsample`; the paper's
+    backbones have ``dict(type="BN")`` and ``dict(type="ReLU")``.
 
     Example:
         >>> import torch
@@ -163,8 +155,8 @@ class Interpolation(nn.Module):
     """The resizing without parameters that the toolboxes use, as a module: what CARAFE++ replaces.
 
     Args:
-        mode: ``"nearest"`` or ``"bilinear"``.
-        align_corners: As in :func:`torch.nn.functional.interpolate`; for ``"bilinear"`` only.
+        mode (str): ``"nearest"`` or ``"bilinear"``.
+        align_corners (bool | None): as in :func:`torch.nn.functional.interpolate`; for ``"bilinear"`` only.
     """
 
     def __init__(self, mode: str, align_corners: bool | None = None) -> None:
@@ -195,14 +187,14 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
     """Build the upsampler that a ``carafe_cfg`` describes.
 
     Args:
-        carafe_cfg: ``type`` is ``"CARAFEUpsample"`` when left out; ``"nearest"`` and ``"bilinear"`` give
+        carafe_cfg (dict | None): ``type`` is ``"CARAFEUpsample"`` when left out; ``"nearest"`` and ``"bilinear"`` give
             :class:`Interpolation`; any other type that ``MODELS`` knows is built with ``channels``, ``scale_factor``
-            and the remaining keys. None stands for an empty dictionary.
-        channels: Channels of the features, set by the caller, never by ``carafe_cfg``.
-        scale_factor: Upsampling factor, set by the caller as well.
+            and the remaining keys. None means an empty dictionary.
+        channels (int): channels of the features, set by the caller, never by ``carafe_cfg``.
+        scale_factor (int): upsampling factor, set by the caller as well.
 
     Returns:
-        The upsampler, to be called through :func:`upsample_to`.
+        nn.Module: the upsampler, to be called through :func:`upsample_to`.
 
     Raises:
         TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
@@ -218,20 +210,8 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
 def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
     """Build the downsampler that a ``carafe_cfg`` describes: (N, C, H, W) -> (N, C, ceil(H / s), ceil(W / s)).
 
-    Args:
-        carafe_cfg: ``type`` is ``"CARAFEDownsample"`` when left out; any other type that ``MODELS`` knows is built with
-            ``channels``, ``scale_factor`` and the remaining keys, so that other pooling operators can take CARAFE++'s
-            place (Table 3). None stands for an empty dictionary.
-        channels: Channels of the features, set by the caller, never by ``carafe_cfg``.
-        scale_factor: How many times smaller the map becomes, set by the caller as well.
-
-    Returns:
-        The downsampler.
-
-    Raises:
-        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes an upsampler.
-        KeyError: ``type`` is not registered.
+    As :func:`build_upsampler`, with ``"CARAFEDownsample"`` as the ``type`` when left out, and no interpolations. Other
+    pooling operators can take CARAFE++'s place (Table 3).
 
     Example:
         >>> import torch
@@ -289,11 +269,11 @@ def fit_to_size(features: Tensor, size: tuple[int, int]) -> Tensor:
     ``floor(H / 2)`` (backbones that round down) falls short by one.
 
     Args:
-        features: (N, C, H, W), H and W at least 1.
-        size: The wanted (H', W').
+        features (Tensor[N, C, H, W]): H and W at least 1.
+        size (tuple[int, int]): the wanted H' and W'.
 
     Returns:
-        (N, C, H', W'); the input itself where it fits.
+        Tensor[N, C, H', W']: the input itself where it fits.
 
     Example:
         >>> import torch

@@ -82,16 +82,15 @@ class CARAFEFPN(_TopDownPath, FPN):
 
     Args:
         *args: FPN's.
-        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its arguments
-            (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` and ``dict(type="bilinear")`` give
-            what FPN does, bit for bit. Defaults to the paper's setting.
+        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
+            its arguments (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` and
+            ``dict(type="bilinear")`` give what FPN does, bit for bit. Defaults to the paper's setting.
         **kwargs: FPN's. Its ``upsample_cfg`` describes the interpolation that CARAFE++ stands in for: it is accepted,
             so that changing ``type`` is enough, and has no effect.
 
     Raises:
-        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``; ``inputs`` does not match ``in_channels``.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
+        ValueError: ``inputs`` does not match ``in_channels``.
+        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch
@@ -117,7 +116,7 @@ class CARAFEPAFPN(_TopDownPath, PAFPN):
 
     Args:
         *args: PAFPN's.
-        carafe_cfg: The upsampler, as in :class:`CARAFEFPN`.
+        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEFPN`.
         **kwargs: PAFPN's.
 
     Raises:

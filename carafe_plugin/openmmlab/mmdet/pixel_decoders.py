@@ -59,15 +59,14 @@ class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
 
     Args:
         *args: PixelDecoder's.
-        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its arguments
-            (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` gives PixelDecoder, bit for bit.
-            Defaults to the paper's setting.
+        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
+            its arguments (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` gives PixelDecoder,
+            bit for bit. Defaults to the paper's setting.
         **kwargs: PixelDecoder's.
 
     Raises:
-        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
-        ValueError: ``in_channels`` leaves nothing to upsample; ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
+        ValueError: ``in_channels`` leaves nothing to upsample.
+        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch
@@ -93,7 +92,7 @@ class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncod
 
     Args:
         *args: TransformerEncoderPixelDecoder's.
-        carafe_cfg: The upsampler, as in :class:`CARAFEPixelDecoder`.
+        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEPixelDecoder`.
         **kwargs: TransformerEncoderPixelDecoder's.
 
     Raises:
@@ -135,7 +134,7 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
 
     Args:
         *args: MSDeformAttnPixelDecoder's.
-        carafe_cfg: The upsampler, as in :class:`CARAFEPixelDecoder`.
+        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEPixelDecoder`.
         **kwargs: MSDeformAttnPixelDecoder's.
 
     Raises:
@@ -190,31 +189,32 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
         return [x.reshape(n, -1, *size) for x, size in zip(maps, sizes, strict=True)]
 
 
-def project_memory(head: MaskFormerHead, enforce: bool) -> None:
-    """Give a head the projection from the coarsest map to its transformer decoder that it has with PixelDecoder."""
-    if not isinstance(head.pixel_decoder, CARAFEPixelDecoder):
-        return
-    channels = head.pixel_decoder.in_channels[-1]
-    if enforce or channels != head.decoder_embed_dims:
-        head.decoder_input_proj = Conv2d(channels, head.decoder_embed_dims, kernel_size=1)
+class MemoryProjection(nn.Module):
+    """Projects the memory of :class:`CARAFEPixelDecoder` to the channels of a MaskFormerHead's transformer decoder.
 
-
-@MODELS.register_module()
-class CARAFEMaskFormerHead(MaskFormerHead):
-    """MaskFormerHead that projects the memory of :class:`CARAFEPixelDecoder` to its transformer decoder's channels.
-
-    MaskFormerHead does so for PixelDecoder, which it recognises by its exact type. Takes MaskFormerHead's arguments and
-    loads its checkpoints; CARAFE++ is set in its ``pixel_decoder``.
+    MaskFormerHead does so for PixelDecoder, which it recognises by its exact type.
 
     Args:
         *args: MaskFormerHead's.
-        enforce_decoder_input_project: Project even where the channels are the same.
+        enforce_decoder_input_project (bool): project even where the channels are the same.
         **kwargs: MaskFormerHead's.
     """
 
+    pixel_decoder: nn.Module
+    decoder_embed_dims: int
+
     def __init__(self, *args: Any, enforce_decoder_input_project: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, enforce_decoder_input_project=enforce_decoder_input_project, **kwargs)
-        project_memory(self, enforce_decoder_input_project)
+        if not isinstance(self.pixel_decoder, CARAFEPixelDecoder):
+            return
+        channels = self.pixel_decoder.in_channels[-1]
+        if enforce_decoder_input_project or channels != self.decoder_embed_dims:
+            self.decoder_input_proj = Conv2d(channels, self.decoder_embed_dims, kernel_size=1)
+
+
+@MODELS.register_module()
+class CARAFEMaskFormerHead(MemoryProjection, MaskFormerHead):
+    """MaskFormerHead, with its arguments and checkpoints, for a ``pixel_decoder`` that is CARAFEPixelDecoder."""
 
 
 def _as_sequence(features: Tensor) -> Tensor:

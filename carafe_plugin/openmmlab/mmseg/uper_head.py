@@ -34,10 +34,10 @@ class CARAFEUPerHead(UPerHead):
 
     Args:
         *args: UPerHead's.
-        carafe_cfg: ``ppm``, ``fpn`` and ``fuse`` are the switches, each on where it is left out and the head has such
-            a place. The other keys describe the upsampler: ``type`` is ``"CARAFEUpsample"`` when left out, and the
-            rest are its arguments (``up_kernel``, ``compressed_channels``, ...); ``"nearest"`` and ``"bilinear"``
-            interpolate in the same places. Defaults to the paper's setting.
+        carafe_cfg (dict | None): ``ppm``, ``fpn`` and ``fuse`` are the switches, each on where it is left out and the
+            head has such a place. The other keys describe the upsampler: ``type`` is ``"CARAFEUpsample"`` when left
+            out, and the rest are its arguments (``up_kernel``, ``compressed_channels``, ...); ``"nearest"`` and
+            ``"bilinear"`` interpolate in the same places. Defaults to the paper's setting.
         **kwargs: UPerHead's.
 
     Raises:
