@@ -219,7 +219,7 @@ def check_chain(chain: Sequence[Reassembly]) -> None:
     """Check that each operator's output is the next one's source, up to the crop or completion of an FPN.
 
     Args:
-        chain: in the order in which they ran.
+        chain (Sequence[Reassembly]): in the order in which they ran.
 
     Raises:
         ValueError: the chain is empty, or two neighbours' sizes differ by more than the rounding of a scale explains.
@@ -243,7 +243,7 @@ def chain_groups(chain: Sequence[Reassembly]) -> list[tuple[int, ...]]:
     common multiple of these. All of a chain's groups have equally many channels.
 
     Args:
-        chain: consecutive reassemblies in the order in which they ran.
+        chain (Sequence[Reassembly]): consecutive reassemblies in the order in which they ran.
 
     Example:
         >>> import torch
@@ -265,7 +265,8 @@ def compose(
     What a kernel gives to locations outside a map is lost, as the operator has it: it takes zeros there.
 
     Args:
-        chain: consecutive reassemblies in the order in which they ran, such as an FPN's from the coarsest level down.
+        chain (Sequence[Reassembly]): consecutive reassemblies in the order in which they ran, such as an FPN's from the
+            coarsest level down.
         row (int): of the last one's output map.
         column (int): of the last one's output map.
         group (int | None): group of channels, of those of :func:`chain_groups`; None for the average over all channels,

@@ -49,11 +49,11 @@ class Layout:
     """Names of a module's parts below the module's own name.
 
     Attributes:
-        compressor: The channel compressor's convolution.
-        encoder: The content encoder's convolution.
-        compressor_norm: The BatchNorm behind the compressor; None where there never is one.
-        encoder_norm: The BatchNorm behind the encoder.
-        behind: A convolution after the reassembly, which keeps its name: it is not part of the operator.
+        compressor (str): the channel compressor's convolution.
+        encoder (str): the content encoder's convolution.
+        compressor_norm (str | None): the BatchNorm behind the compressor; None where there never is one.
+        encoder_norm (str | None): the BatchNorm behind the encoder.
+        behind (str | None): a convolution after the reassembly, which keeps its name: it is not part of the operator.
     """
 
     compressor: str
@@ -117,8 +117,8 @@ def find_modules(state_dict: Mapping[str, Tensor], layouts: Sequence[str] = tupl
     A module is where a layout's encoder and compressor stand side by side.
 
     Args:
-        state_dict: Parameters by name.
-        layouts: Names of those to look for.
+        state_dict (dict[str, Tensor]): parameters by name.
+        layouts (Sequence[str]): names of those to look for.
 
     Example:
         >>> import torch
@@ -141,9 +141,9 @@ def find_sources(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str]
     """The modules that a conversion takes: prefix -> name of the layout.
 
     Args:
-        state_dict: Parameters by name.
-        to: The layout to reach: ``"mmcv"`` takes every other layout, the others take it.
-        below: Only modules whose names start with one of these.
+        state_dict (dict[str, Tensor]): parameters by name.
+        to (str): the layout to reach: ``"mmcv"`` takes every other layout, the others take it.
+        below (Sequence[str]): only modules whose names start with one of these.
     """
     found = find_modules(state_dict, _sources(to))
     return {prefix: name for prefix, name in found.items() if prefix.startswith(tuple(below))}
@@ -168,18 +168,20 @@ def convert_layout(
     """Convert every CARAFE module of a checkpoint from MMCV's layout to another or from another to MMCV's.
 
     Args:
-        state_dict: Parameters by name; nothing in it is changed.
-        to: The layout to reach, a key of :data:`LAYOUTS`. ``"mmcv"`` takes every other layout, the others take it.
-        fork: What the names do not tell of the side that is not MMCV's. None for ``Fork()``, which has no activation;
-            not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
-        below: Only modules whose names start with one of these.
-        rename: Old name of a module -> its new name, for example ``{"model.11": "neck.upsample_modules.0"}``.
+        state_dict (dict[str, Tensor]): parameters by name; nothing in it is changed.
+        to (str): the layout to reach, a key of :data:`LAYOUTS`. ``"mmcv"`` takes every other layout, the others take
+            it.
+        fork (Fork | None): what the names do not tell about the side that is not MMCV's. None for ``Fork()``, which has no
+            activation; not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
+        below (Sequence[str]): only modules whose names start with one of these.
+        rename (dict[str, str] | None): old name of a module -> its new name, for example ``{"model.11":
+            "neck.upsample_modules.0"}``.
 
     Returns:
         All parameters under their new names, in the old order, and the converted modules.
 
     Raises:
-        LayoutError: No module is found, keys beside a module's are of no known part, shapes do not fit, the target
+        LayoutError: no module is found, keys beside a module's are of no known part, shapes do not fit, the target
             cannot express the source, or the two sides' outputs differ.
         ValueError: ``to`` is not a layout.
 

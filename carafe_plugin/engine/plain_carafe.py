@@ -35,13 +35,13 @@ NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Fork:
-    """What the names do not tell of the side that is not MMCV's.
+    """What the names do not tell about the side that is not MMCV's.
 
     Attributes:
-        act: The activation behind the compressor, one of :data:`ACTIVATIONS`.
-        eps: ``eps`` of the BatchNorms.
-        order: The order of the encoder's channels, one of :data:`ORDERS`.
-        scale: s, the upsampling factor.
+        act (str): the activation behind the compressor, one of :data:`ACTIVATIONS`.
+        eps (float): ``eps`` of the BatchNorms.
+        order (str): the order of the encoder's channels, one of :data:`ORDERS`.
+        scale (int): s, the upsampling factor.
     """
 
     act: str = "identity"
@@ -136,9 +136,9 @@ def plain_carafe(features: Tensor, parts: Parts, fork: Fork) -> tuple[Tensor, Te
     """CARAFE as those projects compute it, from a fork's parameters.
 
     Args:
-        features: (N, C, H, W), float64.
-        parts: The parameters.
-        fork: What their names do not tell.
+        features (Tensor[N, C, H, W]): float64.
+        parts (Parts): the parameters.
+        fork (Fork): what their names do not tell.
 
     Returns:
         The upsampled features (N, C, s * H, s * W), and the logits (N, k^2, s * H, s * W) of their kernels.

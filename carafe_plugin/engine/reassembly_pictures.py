@@ -28,10 +28,10 @@ class Shown:
     """One location of a chain's output and its sources.
 
     Attributes:
-        point: the point of the image that was asked for, x and y in pixels.
-        row: of the location.
-        column: of the location.
-        levels: what :func:`carafe_plugin.analysis.compose` found for it.
+        point (tuple[float, float]): the point of the image that was asked for, x and y in pixels.
+        row (int): of the location.
+        column (int): of the location.
+        levels (list[Sources]): what :func:`carafe_plugin.analysis.compose` found for it.
     """
 
     point: tuple[float, float]
@@ -52,11 +52,11 @@ def draw_reassembly(
     Where the sources take up a small part of a large image, their panels show that part, which is dashed in the first.
 
     Args:
-        pixels: the image, (H, W, 3) uint8 RGB.
-        view: the run on the image.
-        chains: by title, consecutive reassemblies in the order in which they ran.
-        shown: by title, the locations to draw.
-        out: the PNG to write, completely or not at all.
+        pixels (np.ndarray): the image, (H, W, 3) uint8 RGB.
+        view (View): the run on the image.
+        chains (dict[str, Sequence[Reassembly]]): by title, consecutive reassemblies in the order in which they ran.
+        shown (dict[str, Sequence[Shown]]): by title, the locations to draw.
+        out (Path): the PNG to write, completely or not at all.
     """
     height, width = pixels.shape[:2]
     columns = 1 + max(len(chain) for chain in chains.values())

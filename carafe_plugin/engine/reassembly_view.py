@@ -42,12 +42,13 @@ class View:
     """What the network saw of an image, and what reassembled it.
 
     Attributes:
-        image_size: height and width of the image file, in pixels.
-        input_size: height and width of the network's input, padding included.
-        seen_size: the same without padding.
-        x: from columns of the image to columns of the input.
-        y: the same for rows.
-        reassemblies: of every CARAFE++ that ran on maps of the whole image, in the order in which they ran.
+        image_size (tuple[int, int]): height and width of the image file, in pixels.
+        input_size (tuple[int, int]): height and width of the network's input, padding included.
+        seen_size (tuple[int, int]): the same without padding.
+        x (Axis): from columns of the image to columns of the input.
+        y (Axis): the same for rows.
+        reassemblies (list[Reassembly]): of every CARAFE++ that ran on maps of the whole image, in the order in which
+            they ran.
     """
 
     image_size: tuple[int, int]
@@ -65,8 +66,8 @@ class View:
         of the output around location sigma * i of the source, as eq. 3 has both.
 
         Args:
-            size: of the map.
-            chain: that it belongs to.
+            size (tuple[int, int]): of the map.
+            chain (Sequence[Reassembly]): that it belongs to.
 
         Returns:
             In pixels of the image.
@@ -132,10 +133,10 @@ def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]
     A segmentor sees the whole image at once, also where its configuration tests it in windows.
 
     Args:
-        cfg: the model's configuration.
-        model: with its weights, in evaluation mode.
-        image: the file.
-        size: the image's height and width.
+        cfg (Config): the model's configuration.
+        model (nn.Module): with its weights, in evaluation mode.
+        image (Path): the file.
+        size (tuple[int, int]): the image's height and width.
 
     Raises:
         UsageError: the configuration's test pipeline does not keep a plain image of it (see :func:`_follow`).
@@ -222,10 +223,10 @@ def find_chains(
     """The chains to draw, by their titles.
 
     Args:
-        model: the model.
-        view: its run on the image.
-        wanted: the only chain of ``CHAINS`` that is asked for; None for all that there are.
-        modules: instead, the names of the modules of one chain, in any order.
+        model (nn.Module): the model.
+        view (View): its run on the image.
+        wanted (str | None): the only chain of ``CHAINS`` that is asked for; None for all that there are.
+        modules (Sequence[str]): instead, the names of the modules of one chain, in any order.
 
     Raises:
         UsageError: the model has no CARAFE++, or not those, or they do not follow one another.

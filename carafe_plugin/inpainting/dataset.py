@@ -107,7 +107,7 @@ class InpaintingFolder(Dataset):
         """One image and its hole.
 
         Args:
-            draw: the index of an image; from :class:`DrawSampler` also which draw it is.
+            draw (int | tuple[int, int]): the index of an image; from :class:`DrawSampler` also which draw it is.
 
         Returns:
             ``inputs`` (Tensor[3, size, size], uint8, RGB), ``holes`` (Tensor[1, size, size], uint8, 1 in the hole) and

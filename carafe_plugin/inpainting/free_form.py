@@ -23,12 +23,12 @@ def free_form_mask(
     256 x 256 image, in proportion.
 
     Args:
-        rng: the only source of randomness.
-        size: height and width in pixels.
-        strokes: the fewest and the most strokes.
-        vertices: the fewest and the most lines of a stroke.
-        width: the least and the largest width of a stroke, in parts of the shorter edge.
-        most: the largest share of the image that may be hole; a mask beyond it is drawn anew.
+        rng (np.random.Generator): the only source of randomness.
+        size (tuple[int, int]): height and width in pixels.
+        strokes (tuple[int, int]): the fewest and the most strokes.
+        vertices (tuple[int, int]): the fewest and the most lines of a stroke.
+        width (tuple[float, float]): the least and the largest width of a stroke, in parts of the shorter edge.
+        most (float): the largest share of the image that may be hole; a mask beyond it is redrawn.
 
     Returns:
         (H, W) uint8, 1 in the hole. There is always a hole, and always something left.

@@ -105,7 +105,7 @@ def propagate(module: KernelPrediction, features: Tensor, validity: Tensor) -> t
     map gives plain CARAFE++, bit for bit.
 
     Args:
-        module: any of the plain modules: its kernel prediction and its scale.
+        module (KernelPrediction): any of the plain modules: its kernel prediction and its scale.
         features (Tensor[N, C, H, W]): X; what it holds at invalid locations, even NaN, has no influence.
         validity (Tensor[N, 1, H, W]): M, ones and zeros of the dtype of ``features``.
 

@@ -70,9 +70,9 @@ class InpaintingMetric(BaseMetric):
         """Measure a batch.
 
         Args:
-            data_batch: not used.
-            data_samples: of every image ``completed`` and ``original`` (Tensor[3, H, W], in [-1, 1]) and ``holes``
-                (Tensor[1, H, W], 1 in the hole); with ``folder``, ``path`` too (str).
+            data_batch (Any): not used.
+            data_samples (Sequence[dict]): of every image ``completed`` and ``original`` (Tensor[3, H, W], in [-1, 1])
+                and ``holes`` (Tensor[1, H, W], 1 in the hole); with ``folder``, ``path`` too (str).
         """
         for sample in data_samples:
             completed, original = (_unit_range(sample[name]) for name in ("completed", "original"))

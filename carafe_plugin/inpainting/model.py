@@ -105,8 +105,8 @@ class InpaintingGAN(BaseModel):
         """One step of the discriminator, then one of the generator.
 
         Args:
-            data: a batch as the data loader gives it.
-            optim_wrapper: with 'generator' and 'discriminator'.
+            data (Any): a batch as the data loader gives it.
+            optim_wrapper (OptimWrapperDict): with 'generator' and 'discriminator'.
 
         Returns:
             What is logged: ``loss`` and ``loss_...``, the unweighted parts.

@@ -47,8 +47,8 @@ class DownsampledConv2d(nn.Conv2d):
     plain ones, as the paper does with DCNv2 (Sec. 5.2): their weight stays, their offsets go.
 
     Args:
-        conv: The strided convolution. Its Parameter objects are taken over, so that nothing is drawn at random.
-        downsampler: Shrinks (N, conv.in_channels, H, W) as the stride does.
+        conv (Any): the strided convolution. Its Parameter objects are taken over, so that nothing is drawn at random.
+        downsampler (nn.Module): shrinks (N, conv.in_channels, H, W) as the stride does.
 
     Raises:
         TypeError: ``conv`` is neither a plain nor a deformable 2-D convolution.
@@ -113,7 +113,7 @@ class DownsamplingBackbone(nn.Module):
     is ``(True, True, True, False)``. ``fallback_on_stride`` is not needed: leave it out.
 
     Attributes:
-        downsampler_names: The names of the downsamplers among the submodules, the stem's first.
+        downsampler_names (list[str]): the names of the downsamplers among the submodules, the stem's first.
 
     Example:
         >>> from carafe_plugin.openmmlab.mmdet import CARAFEResNet
@@ -291,8 +291,8 @@ def downsampling_resnets(module: str, registry: Registry, *parents: type[nn.Modu
     """Make a toolbox's ResNets downsample by CARAFE++, and register them as ``CARAFE`` and the parent's name.
 
     Args:
-        module: full name of the toolbox's module that assigns the classes, by which they are pickled.
-        registry: the toolbox's ``MODELS``.
+        module (str): full name of the toolbox's module that assigns the classes, by which they are pickled.
+        registry (Registry): the toolbox's ``MODELS``.
         *parents: its ``ResNet``, ``ResNetV1c``, ``ResNetV1d`` and ``ResNeXt``.
 
     Returns:

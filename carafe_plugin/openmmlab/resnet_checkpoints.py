@@ -51,8 +51,8 @@ def matching_depths(state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple
     """The depths of :data:`ARCHITECTURES` whose blocks ``state_dict`` has, in as many stages as it has.
 
     Args:
-        state_dict: Parameters by name.
-        prefix: What the names of the backbone's parameters start with, such as ``"backbone."``.
+        state_dict (dict[str, Tensor]): parameters by name.
+        prefix (str): what the names of the backbone's parameters start with, such as ``"backbone."``.
 
     Returns:
         The depths; none where the blocks are not those of such a ResNet, or where there are no blocks.
@@ -90,7 +90,7 @@ def backbone_type(backbone: Mapping[str, Tensor]) -> str:
     """The class of this package that a converted backbone belongs to.
 
     Args:
-        backbone: What :func:`extract_backbone` returned.
+        backbone (dict[str, Tensor]): what :func:`extract_backbone` returned.
 
     Example:
         >>> import torch
@@ -111,14 +111,14 @@ def extract_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone of an MMPretrain checkpoint under the names of MMDetection and MMSegmentation.
 
     Args:
-        state_dict: The checkpoint's parameters; the backbone's start with ``"backbone."``.
+        state_dict (dict[str, Tensor]): the checkpoint's parameters; the backbone's start with ``"backbone."``.
 
     Returns:
         The backbone's parameters alone, without that prefix, as ``init_cfg=dict(type="Pretrained", checkpoint=...)``
         of a backbone expects them; the same tensors.
 
     Raises:
-        ValueError: No parameter starts with ``"backbone."``, or they are not a ResNet's in MMPretrain.
+        ValueError: no parameter starts with ``"backbone."``, or they are not a ResNet's in MMPretrain.
 
     Example:
         >>> import torch

@@ -152,8 +152,8 @@ class LIPDownsample(Downsampler):
         bottleneck (int | None): width of the bottleneck; None for a single 3x3 convolution.
 
     Raises:
-        ValueError: An argument is out of its range, or the input has other channels or one pixel.
-        IndexError: The batch is empty. Both are of PyTorch's instance normalisation.
+        ValueError: an argument is out of its range, or the input has other channels or one pixel.
+        IndexError: the batch is empty. Both are of PyTorch's instance normalisation.
 
     Example:
         >>> import torch

@@ -139,14 +139,14 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
 
     Raises:
         TypeError, KeyError: As :class:`CARAFEPixelDecoder`.
-        ValueError: As :class:`CARAFEPixelDecoder`, and where the attention serves all levels.
+        ValueError: as :class:`CARAFEPixelDecoder`, and where the attention serves all levels.
     """
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The backbone's maps, fine to coarse, to the mask features and ``num_outs`` maps, coarse to fine.
 
         Args:
-            feats: (N, in_channels[i], H_i, W_i) each.
+            feats (Sequence[Tensor]): (N, in_channels[i], H_i, W_i) each.
 
         Returns:
             The mask features (N, out_channels, H_0, W_0), and the maps that the transformer decoder attends to,

@@ -17,13 +17,13 @@ def replace_upsample(steps: nn.Sequential, carafe_cfg: Mapping[str, Any] | None,
     """Swap every ``Upsample`` of a sequence for CARAFE++, in place: the other steps keep their checkpoint keys.
 
     Args:
-        steps: The sequence.
+        steps (nn.Sequential): the sequence.
         carafe_cfg (dict | None): as for :func:`~carafe_plugin.openmmlab.layers.build_upsampler`. ``"nearest"`` and
             ``"bilinear"`` give an ``Upsample`` of that mode.
-        channels: Channels of the features where they are upsampled.
+        channels (int): channels of the features where they are upsampled.
 
     Raises:
-        ValueError: An ``Upsample`` is not set to one whole scale factor.
+        ValueError: an ``Upsample`` is not set to one whole scale factor.
         TypeError, KeyError: As ``build_upsampler``.
     """
     for i, step in enumerate(steps):
