@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -171,8 +171,8 @@ def convert_layout(
         state_dict (dict[str, Tensor]): parameters by name; nothing in it is changed.
         to (str): the layout to reach, a key of :data:`LAYOUTS`. ``"mmcv"`` takes every other layout, the others take
             it.
-        fork (Fork | None): what the names do not tell about the side that is not MMCV's. None for ``Fork()``, which has no
-            activation; not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
+        fork (Fork | None): what the names do not tell about the side that is not MMCV's. None for ``Fork()``, which has
+            no activation; not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
         below (Sequence[str]): only modules whose names start with one of these.
         rename (dict[str, str] | None): old name of a module -> its new name, for example ``{"model.11":
             "neck.upsample_modules.0"}``.
@@ -198,9 +198,11 @@ def convert_layout(
     places = find_sources(state_dict, to, below)
     if not places:
         raise LayoutError(_nothing_found(state_dict, to, below))
-    _check_names(rename, places)
+    if unknown := [name for name in rename if f"{name}." not in places]:
+        found = ", ".join(prefix.rstrip(".") for prefix in places)
+        raise LayoutError(f"no CARAFE module is called {', '.join(unknown)}; found {found}")
     if fork is None:
-        if normed := [prefix.rstrip(".") or "the module" for prefix in places if norm_of_mmcv(state_dict, prefix)]:
+        if normed := [_called(prefix) for prefix in places if norm_of_mmcv(state_dict, prefix)]:
             raise LayoutError(f"{normed[0]} has a compressor_norm: fork must say which activation follows it")
         fork = Fork()
 
@@ -208,11 +210,13 @@ def convert_layout(
     owner: dict[str, str] = {}
     modules = []
     for prefix, name in places.items():
-        new_prefix = f"{rename.get(prefix.rstrip('.'), prefix.rstrip('.'))}." if prefix else ""
-        parameters, info = _convert_module(state_dict, prefix, name, to, fork)
-        replaced[prefix] = {new_prefix + key: value for key, value in parameters.items()}
-        owner |= dict.fromkeys(_keys_of(state_dict, prefix, name, to), prefix)
-        modules.append(replace(info, source=prefix.rstrip("."), destination=new_prefix.rstrip(".")))
+        source = prefix.rstrip(".")
+        destination = rename.get(source, source)
+        keys = _keys_of(state_dict, prefix, name, to)
+        parameters, settings = _convert_module(state_dict, keys, prefix, name, to, fork)
+        replaced[prefix] = {f"{destination}." * bool(prefix) + key: value for key, value in parameters.items()}
+        owner |= dict.fromkeys(keys, prefix)
+        modules.append(Converted(source, destination, name, *settings))
     result: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         new = replaced.pop(owner[key], {}) if key in owner else {key: value}  # all of a module, where its first was
@@ -222,26 +226,21 @@ def convert_layout(
     return Conversion(result, modules)
 
 
-def _check_names(rename: Mapping[str, str], places: Mapping[str, str]) -> None:
-    if unknown := [name for name in rename if f"{name}." not in places]:
-        found = ", ".join(prefix.rstrip(".") for prefix in places)
-        raise LayoutError(f"no CARAFE module is called {', '.join(unknown)}; found {found}")
+def _called(prefix: str) -> str:
+    return prefix.rstrip(".") or "the module"
 
 
 def _nothing_found(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str]) -> str:
     """The refusal of a checkpoint without a known module; keys that look like one's come first."""
     words = ("carafe", "comp", "enc", "mask", "kernel", "upsample")
-    keys = sorted((key for key in state_dict if key.startswith(tuple(below))), key=lambda key: not _has(key, words))
+    keys = [key for key in state_dict if key.startswith(tuple(below))]
+    keys.sort(key=lambda key: not any(word in key.lower() for word in words))
     listed = ", ".join(keys[:40]) + (f" and {len(keys) - 40} more" if len(keys) > 40 else "")
     if to != "mmcv" and find_modules(state_dict, _sources("mmcv")):
         return f"{to} is made from the layout mmcv alone: convert --to mmcv first"
     return (
         f"no CARAFE module of the layouts {', '.join(_sources(to))}; keys that matched none: {listed or 'none at all'}"
     )
-
-
-def _has(key: str, words: Sequence[str]) -> bool:
-    return any(word in key.lower() for word in words)
 
 
 def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) -> list[str]:
@@ -268,9 +267,9 @@ def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) 
 
 
 def _convert_module(
-    state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str, fork: Fork
-) -> tuple[dict[str, Tensor], Converted]:
-    keys = _keys_of(state_dict, prefix, name, to)
+    state_dict: Mapping[str, Tensor], keys: Sequence[str], prefix: str, name: str, to: str, fork: Fork
+) -> tuple[dict[str, Tensor], tuple[int, int, int, float]]:
+    """A module's new parameters, without a prefix, and what :class:`Converted` holds behind the layout's name."""
     dtype = state_dict[f"{prefix}{LAYOUTS[name].encoder}.weight"].dtype
     if dtype not in TOLERANCE:
         raise LayoutError(f"{prefix}{LAYOUTS[name].encoder}.weight must be of a floating-point dtype, got {dtype}")
@@ -290,11 +289,11 @@ def _convert_module(
     distance = difference(*((written, source) if to == "mmcv" else (source, written)), kernel_size, fork)
     if not distance <= TOLERANCE[dtype]:
         raise LayoutError(
-            f"{prefix.rstrip('.') or 'the module'}: the outputs differ by {distance:.3g} after the conversion from "
+            f"{_called(prefix)}: the outputs differ by {distance:.3g} after the conversion from "
             f"{name} to {to} (tolerance {TOLERANCE[dtype]:g}); nothing was written"
         )
     compressed, channels = source.compressor[0].shape[:2]
-    return parameters, Converted("", "", name, channels, compressed, kernel_size, distance)
+    return parameters, (channels, compressed, kernel_size, distance)
 
 
 def _norms(layout: Layout) -> tuple[bool, bool]:

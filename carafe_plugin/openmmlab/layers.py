@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,26 +29,16 @@ from mmengine.model import initialize  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 
 
-def _build_norm(norm_cfg: dict, channels: int) -> nn.Module:
-    from mmcv.cnn import build_norm_layer
-
-    return build_norm_layer(norm_cfg, channels)[1]
-
-
-def _build_act(act_cfg: dict) -> nn.Module:
-    from mmcv.cnn import build_activation_layer
-
-    return build_activation_layer(act_cfg)
-
-
-def _factory(name: str, build: Callable[..., nn.Module], cfg: Mapping[str, Any] | None) -> Callable | None:
+def _factory(name: str, cfg: Mapping[str, Any]) -> Callable[..., nn.Module]:
     """Translate ``norm_cfg`` or ``act_cfg`` into the callable that the plain modules take."""
-    if cfg is None:
-        return None
     if not isinstance(cfg, Mapping) or "type" not in cfg:
         raise TypeError(f"{name} must be None or a dictionary with the key 'type', got {cfg!r}")
     require("mmcv", name)
-    return partial(build, dict(cfg))
+    from mmcv.cnn import build_activation_layer, build_norm_layer
+
+    if name == "act_cfg":
+        return lambda: build_activation_layer(dict(cfg))
+    return lambda channels: build_norm_layer(dict(cfg), channels)[1]
 
 
 class _KeepsItsStart(nn.Module):
@@ -82,9 +71,9 @@ class _MMEngineLayer(_KeepsItsStart):
         **kwargs: Any,
     ) -> None:
         if norm_cfg is not None:
-            kwargs["norm"] = _factory("norm_cfg", _build_norm, norm_cfg)
+            kwargs["norm"] = _factory("norm_cfg", norm_cfg)
         if act_cfg is not None:
-            kwargs["act"] = _factory("act_cfg", _build_act, act_cfg)
+            kwargs["act"] = _factory("act_cfg", act_cfg)
         super().__init__(*args, **kwargs)
 
 
