@@ -5,8 +5,8 @@ a content encoder, a softmax over the k^2 taps of ``F.unfold`` (row by row, as h
 a dilated unfold instead of a gather. Their parameters have other names (:data:`LAYOUTS`), and four things differ that
 no name tells:
 
-* a BatchNorm behind the encoder: an affine map before the softmax, folded into the convolution;
-* a BatchNorm behind the compressor: folded as well, unless an activation follows (``act``); then it stays a module of
+* a BatchNorm after the encoder: an affine map before the softmax, folded into the convolution;
+* a BatchNorm after the compressor: folded as well, unless an activation follows (``act``); then it stays a module of
   its own, ``compressor_norm``, for ``CARAFEUpsample(..., norm=nn.BatchNorm2d, act=...)``. MMCV's class has neither;
 * the norms' ``eps``: 1e-5 in PyTorch, 1e-3 in the YOLO family. What stays a norm is rescaled to 1e-5;
 * the order of the encoder's k^2 * s^2 channels. ``"taps"``: tap by tap with the s^2 positions inside, which is what a
@@ -51,20 +51,20 @@ class Layout:
     Attributes:
         compressor (str): the channel compressor's convolution.
         encoder (str): the content encoder's convolution.
-        compressor_norm (str | None): the BatchNorm behind the compressor; None where there never is one.
-        encoder_norm (str | None): the BatchNorm behind the encoder.
-        behind (str | None): a convolution after the reassembly, which keeps its name: it is not part of the operator.
+        compressor_norm (str | None): the BatchNorm after the compressor; None where there never is one.
+        encoder_norm (str | None): the BatchNorm after the encoder.
+        after (str | None): a convolution after the reassembly, which keeps its name: it is not part of the operator.
     """
 
     compressor: str
     encoder: str
     compressor_norm: str | None = None
     encoder_norm: str | None = None
-    behind: str | None = None
+    after: str | None = None
 
     def parts(self) -> list[str]:
         """All names."""
-        names = (self.compressor, self.compressor_norm, self.encoder, self.encoder_norm, self.behind)
+        names = (self.compressor, self.compressor_norm, self.encoder, self.encoder_norm, self.after)
         return [name for name in names if name is not None]
 
 
@@ -74,7 +74,7 @@ LAYOUTS = {
     "mmcv": Layout("channel_compressor", "content_encoder", compressor_norm="compressor_norm"),
     # comp and enc are blocks of conv, bn and act; the usual one, also in the YOLO family
     "conv-bn": Layout("comp.conv", "enc.conv", "comp.bn", "enc.bn"),
-    # comp is such a block, enc a convolution with a BatchNorm beside it
+    # comp is such a block, enc a convolution with a BatchNorm next to it
     "conv-bn-split": Layout("comp.conv", "enc", "comp.bn", "bn"),
     # comp and enc are nn.Sequential(convolution, BatchNorm, ...)
     "sequential": Layout("comp.0", "enc.0", "comp.1", "enc.1"),
@@ -83,7 +83,7 @@ LAYOUTS = {
     # two convolutions
     "comp-enc": Layout("comp", "enc"),
     # two convolutions, and a third that changes the channels afterwards
-    "down-encoder": Layout("down", "encoder", behind="out"),
+    "down-encoder": Layout("down", "encoder", after="out"),
 }
 
 #: How far the two sides of a conversion may differ, by the checkpoint's dtype: folding rounds the parameters once.
@@ -150,7 +150,7 @@ def find_sources(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str]
 
 
 def norm_of_mmcv(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
-    """Whether a module of MMCV's names has a norm behind its compressor, as only this package's with ``norm=`` has."""
+    """Whether a module of MMCV's names has a norm after its compressor, as only this package's with ``norm=`` has."""
     return f"{prefix}{LAYOUTS['mmcv'].compressor_norm}.running_mean" in state_dict
 
 
@@ -181,7 +181,7 @@ def convert_layout(
         All parameters under their new names, in the old order, and the converted modules.
 
     Raises:
-        LayoutError: no module is found, keys beside a module's are of no known part, shapes do not fit, the target
+        LayoutError: no module is found, keys next to a module's belong to no known part, shapes do not fit, the target
             cannot express the source, or the two sides' outputs differ.
         ValueError: ``to`` is not a layout.
 
@@ -254,8 +254,8 @@ def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) 
     for norm in (layout.compressor_norm, layout.encoder_norm):
         if norm is not None and f"{prefix}{norm}.running_mean" in state_dict:
             tails |= {f"{norm}.{kind}" for kind in (*NORM_PARTS, "num_batches_tracked")}
-    if behind := layout.behind or LAYOUTS[to].behind:
-        tails |= {f"{behind}.{kind}" for kind in ("weight", "bias")}
+    if after := layout.after or LAYOUTS[to].after:
+        tails |= {f"{after}.{kind}" for kind in ("weight", "bias")}
     keys = [key for key in state_dict if key.startswith(prefix)]
     if strange := [key for key in keys if key[len(prefix) :] not in tails]:
         place = prefix.rstrip(".") or "the checkpoint"
@@ -269,7 +269,7 @@ def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) 
 def _convert_module(
     state_dict: Mapping[str, Tensor], keys: Sequence[str], prefix: str, name: str, to: str, fork: Fork
 ) -> tuple[dict[str, Tensor], tuple[int, int, int, float]]:
-    """A module's new parameters, without a prefix, and what :class:`Converted` holds behind the layout's name."""
+    """A module's new parameters, without a prefix, and what :class:`Converted` holds after the layout's name."""
     dtype = state_dict[f"{prefix}{LAYOUTS[name].encoder}.weight"].dtype
     if dtype not in TOLERANCE:
         raise LayoutError(f"{prefix}{LAYOUTS[name].encoder}.weight must be of a floating-point dtype, got {dtype}")
@@ -281,8 +281,8 @@ def _convert_module(
     for norm in [key.removesuffix("running_mean") for key in list(parameters) if key.endswith("running_mean")]:
         parameters[f"{norm}num_batches_tracked"] = counters[0] if counters else torch.zeros((), dtype=torch.int64)
 
-    if behind := LAYOUTS[name].behind or LAYOUTS[to].behind:
-        parameters |= {key[len(prefix) :]: state_dict[key] for key in keys if key.startswith(f"{prefix}{behind}.")}
+    if after := LAYOUTS[name].after or LAYOUTS[to].after:
+        parameters |= {key[len(prefix) :]: state_dict[key] for key in keys if key.startswith(f"{prefix}{after}.")}
 
     # What was written, in its dtype, against what was read: rounding and naming are part of the check.
     written = _read(parameters, "", to)

@@ -38,7 +38,7 @@ class Fork:
     """What the names do not tell about the side that is not MMCV's.
 
     Attributes:
-        act (str): the activation behind the compressor, one of :data:`ACTIVATIONS`.
+        act (str): the activation after the compressor, one of :data:`ACTIVATIONS`.
         eps (float): ``eps`` of the BatchNorms.
         order (str): the order of the encoder's channels, one of :data:`ORDERS`.
         scale (int): s, the upsampling factor.
@@ -71,7 +71,7 @@ class Parts:
 
 
 def _fold(convolution: tuple[Tensor, Tensor], norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """A convolution with the norm behind it as one convolution."""
+    """A convolution with the norm after it as one convolution."""
     if norm is None:
         return convolution
     weight, bias, mean, variance = norm

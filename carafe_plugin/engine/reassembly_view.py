@@ -114,8 +114,8 @@ def _stride(input_size: tuple[int, int], size: tuple[int, int], axis: int) -> fl
     return input_size[axis] / size[axis]
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a checkpoint that must have every weight of the model; what it has beyond them is left out.
+def load_checkpoint(model: nn.Module, path: str) -> None:
+    """Load a checkpoint that must have every parameter of the model; what else it has is ignored.
 
     Raises:
         UsageError: it is of another model.
@@ -134,7 +134,7 @@ def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]
 
     Args:
         cfg (Config): the model's configuration.
-        model (nn.Module): with its weights, in evaluation mode.
+        model (nn.Module): with its parameters loaded, in evaluation mode.
         image (Path): the file.
         size (tuple[int, int]): the image's height and width.
 

@@ -35,7 +35,7 @@ class InpaintingFolder(Dataset):
     training the next one takes its place.
 
     Args:
-        data_root (str): where the data lies.
+        data_root (str): where the data is.
         data_prefix (str): the folder of images below it.
         size (int): height and width of what the network gets.
         masks (dict | None): arguments of :func:`free_form_mask`.
@@ -179,7 +179,7 @@ class DrawSampler(Sampler):
         self._skipped = 0
 
     def skip(self, draws: int) -> None:
-        """Begin behind this process's first ``draws`` draws."""
+        """Begin after this process's first ``draws`` draws."""
         self._skipped = draws
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ def find_images(folder: Path) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    seen = set()  # a link may lead back to where it lies
+    seen = set()  # a link may lead back to a folder above it
     for parent, folders, names in os.walk(folder, followlinks=True):
         status = Path(parent).stat()
         if (status.st_dev, status.st_ino) in seen:

@@ -41,8 +41,8 @@ class PartialConv2d(nn.Conv2d):
 
         X' = w^T (M * X) * k^2 / sum(M) + b  where sum(M) > 0, else 0;    M' = [sum(M) > 0]
 
-    As in its authors' module, what lies outside the map is invalid: windows at the border are scaled up as those beside
-    a hole are. One validity map serves all channels.
+    As in its authors' module, what lies outside the map is invalid: windows at the border are scaled up as those next
+    to a hole are. One validity map serves all channels.
 
     Args: those of :class:`torch.nn.Conv2d`, without groups and padding modes.
 

@@ -35,8 +35,8 @@ class InpaintingMetric(BaseMetric):
     L1 is the mean absolute difference of values in parts of their range. Nothing is rounded to 8 bits.
 
     Args:
-        folder (str | None): where to write the completed images too: as they lie below the dataset's folder, each as a
-            PNG file with ``.png`` behind its whole name.
+        folder (str | None): where to write the completed images too: with their paths below the dataset's folder,
+            each as a PNG file with ``.png`` appended to its whole name.
         **kwargs: those of MMEngine's ``BaseMetric``.
 
     Raises:

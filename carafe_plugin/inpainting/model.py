@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.registry import MODELS
 from torch import Tensor
 
-#: Liu et al. [26], eq. 7, has 6 for the hole and 1 for the rest. Isola et al. [20] have 1 for the adversary beside 100
+#: Liu et al. [26], eq. 7, has 6 for the hole and 1 for the rest. Isola et al. [20] have 1 for the adversary against 100
 #: for L1; here L1 has the weight 1.
 LOSS_WEIGHTS = dict(hole=6.0, valid=1.0, adversarial=0.01)
 
@@ -22,7 +22,7 @@ class InpaintingPreprocessor(BaseDataPreprocessor):
     """Stacks images and holes, moves them to the device, and scales images linearly to [-1, 1] (Sec. 5.1)."""
 
     def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
-        """Lists of uint8 images (3, H, W) and holes (1, H, W) -> float32 batches, beside what else ``data`` has."""
+        """Lists of uint8 images (3, H, W) and holes (1, H, W) -> float32 batches, with whatever else ``data`` has."""
         data = self.cast_data(data)
         inputs, holes = (_stack(data[name]) for name in ("inputs", "holes"))
         return {**data, "inputs": inputs / 127.5 - 1, "holes": holes}

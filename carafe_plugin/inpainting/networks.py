@@ -68,7 +68,7 @@ class InpaintingGenerator(BaseModule):
 
     Layers and channels are those of the completion network of Iizuka et al., Globally and Locally Consistent Image
     Completion, SIGGRAPH 2017 (the paper's reference [15]); its sigmoid, on images in [-1, 1], is a tanh. ``partial``
-    makes every convolution a partial one (reference [26]): the holes then travel as a validity map beside the features,
+    makes every convolution a partial one (reference [26]): the holes then travel as a validity map with the features,
     not as a fourth channel of the input.
 
     With ``carafe_cfg``, a convolution with stride 2 becomes CARAFE++ and the same convolution with stride 1, and an
@@ -81,7 +81,7 @@ class InpaintingGenerator(BaseModule):
             convolution (as [26]; the only one with partial convolutions). None takes what the network's own paper has.
         carafe_cfg (dict | None): where CARAFE++ is: ``down`` and ``up``, each True, False, or a dictionary of arguments
             of :class:`CARAFEDownsample` and :class:`CARAFEUpsample`. What is left out is False.
-        norm (bool): batch norm behind all convolutions but the last, as [15].
+        norm (bool): batch norm after all convolutions but the last, as [15].
         dilations (Sequence[int]): of the bottleneck's convolutions, at a quarter of the size. [15] has 2, 4, 8 and 16
             for images of 256 x 256. Trained on smaller images, taps that are never inside learn nothing, and spoil
             larger images then.

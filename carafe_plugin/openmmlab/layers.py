@@ -5,7 +5,7 @@ that every toolbox builds them from a configuration by name::
 
     upsample_cfg = dict(type="CARAFEUpsample", compressed_channels=32, norm_cfg=dict(type="BN"))
 
-The operators that the paper compares them with (:mod:`carafe_plugin.modules.peers`) are registered beside them. This
+The operators that the paper compares them with (:mod:`carafe_plugin.modules.peers`) are registered as well. This
 module needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which every toolbox brings.
 """
 

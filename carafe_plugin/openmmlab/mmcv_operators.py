@@ -379,7 +379,7 @@ def softmax_focal_loss_forward(
 def softmax_focal_loss_backward(
     softmax: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Fills ``grad_input`` with the gradient to the logits behind ``softmax``."""
+    """Fills ``grad_input`` with the gradient with respect to the logits of ``softmax``."""
     share, chosen, log = _label_scores(softmax, target, weight)
     slope = alpha * share * (gamma * (1 - chosen) ** (gamma - 1) * chosen * log - (1 - chosen) ** gamma)
     grad_input.copy_(slope[:, None] * (F.one_hot(target.clamp(min=0), softmax.shape[1]) - _single(softmax)))

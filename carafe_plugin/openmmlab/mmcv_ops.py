@@ -94,7 +94,7 @@ def fill(module: ModuleType) -> None:
             that is asked of it, a function that raises.
 
     Raises:
-        ImportError: torchvision is not installed, or does not load beside this torch.
+        ImportError: torchvision is not installed, or does not load with this torch.
     """
     try:
         import torchvision  # noqa: F401  (its operators are registered with torch.ops)
@@ -119,7 +119,7 @@ def fill(module: ModuleType) -> None:
         def call(*args: Any, **kwargs: Any) -> NoReturn:
             raise NotImplementedError(
                 f"mmcv's operator {name} is compiled code, and torchvision has nothing in its place: install mmcv with "
-                "its operators (pip install --no-build-isolation onedl-mmcv, or mmcv, beside the torch that is "
+                "its operators (pip install --no-build-isolation onedl-mmcv, or mmcv, for the torch that is "
                 "installed; make env MMCV=compiled in a checkout of carafe_plugin)"
             )
 

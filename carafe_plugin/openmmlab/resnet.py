@@ -41,7 +41,7 @@ _LAYER_KEYS = [*signature(modules.CARAFEDownsample).parameters, "norm_cfg", "act
 
 
 class DownsampledConv2d(nn.Conv2d):
-    """A strided convolution's parameters at stride 1, behind a module that shrinks the map in the stride's stead.
+    """A strided convolution's parameters at stride 1, after a module that shrinks the map instead of the stride.
 
     The paper's Fig. 4: "CARAFE++ downsamples the feature map before convolution layers". Deformable convolutions become
     plain ones, as the paper does with DCNv2 (Sec. 5.2): their weight stays, their offsets go.
@@ -100,7 +100,7 @@ class DownsamplingBackbone(nn.Module):
       their statistics, which they must where the backbone starts from a stock checkpoint; True keeps them, for a
       backbone that was pretrained with CARAFE++;
     * ``type``, ``"CARAFEDownsample"`` when left out, and its arguments: ``down_kernel``, ``compressed_channels``, ...
-      ``norm_cfg`` and ``act_cfg``, behind the channel compressor, are the backbone's BatchNorm (or BN) and ReLU when
+      ``norm_cfg`` and ``act_cfg``, after the channel compressor, are the backbone's BatchNorm (or BN) and ReLU when
       left out (Sec. 5.1), trained even where the backbone's are not; None leaves them out.
 
     ``frozen_stages`` freezes the stem's CARAFE++ with the stem and the blocks' with their stage; frozen norms keep
@@ -192,7 +192,7 @@ class DownsamplingBackbone(nn.Module):
         parent = self.get_submodule(place.rpartition(".")[0])
         name = place.rpartition(".")[2]
         old: Any = getattr(parent, name)
-        if isinstance(old, nn.AvgPool2d):  # of a shortcut: the convolution behind it knows the channels
+        if isinstance(old, nn.AvgPool2d):  # of a shortcut: the convolution after it knows the channels
             setattr(parent, name, build_downsampler(cfg, getattr(parent, "1").in_channels, _stride(old)))
             return place
         if pointwise:

@@ -86,7 +86,7 @@ def seen(models: Callable, image: Path) -> dict[str, Any]:
     config, weights = models("mmdet")
     cfg = bare_models.read_config(str(config))
     model = bare_models.build_model(cfg)
-    reassembly_view.load_weights(model, str(weights))
+    reassembly_view.load_checkpoint(model, str(weights))
     view = reassembly_view.view_image(cfg, model, image, (64, 96))
     chains = reassembly_view.find_chains(model, view, None, [])
     pixels = cv2.imread(str(image))[..., ::-1]

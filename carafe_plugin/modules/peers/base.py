@@ -1,4 +1,4 @@
-"""What every operator beside CARAFE++ has in common: its two first arguments, and the check of its input."""
+"""What the operators other than CARAFE++ have in common: its two first arguments, and the check of its input."""
 
 from __future__ import annotations
 

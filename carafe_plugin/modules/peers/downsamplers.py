@@ -141,7 +141,7 @@ class LIPDownsample(Downsampler):
     instance normalisation, ReLU between them (in its residual blocks, 128 wide); without, one 3x3 convolution and an
     instance normalisation (in its stem). The last convolution starts at zero: the pooling starts as a plain average.
 
-    The original places it at a ResNet's seven strides, behind the 1x1 of a block, and lets a 1x1 convolution at stride
+    The original places it at a ResNet's seven strides, after the 1x1 of a block, and lets a 1x1 convolution at stride
     1 follow where there was the 3x3: ``carafe_cfg=dict(type="LIPDownsample", stem=dict(bottleneck=None),
     pointwise=True)`` of the package's ResNets. One thing is decided otherwise: its code shares the first two
     convolutions between a block's path and shortcut, here each pooling has its own, predicted from its own input.

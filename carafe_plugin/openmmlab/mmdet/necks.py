@@ -18,7 +18,7 @@ class _TopDownPath:
     """The parts of FPN and PAFPN between the lateral convolutions and the outputs.
 
     Both parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
-    that ``forward`` is stated anew here; everything that holds a parameter is the parent's.
+    that ``forward`` is restated here; everything that holds a parameter is the parent's.
     """
 
     in_channels: list[int]

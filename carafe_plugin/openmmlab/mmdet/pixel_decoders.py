@@ -21,7 +21,7 @@ class _DecoderTopDownPath:
     """What follows the coarsest map in each of the decoders.
 
     The parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
-    that ``forward`` is stated anew in this module; everything that holds a parameter is the parents'.
+    that ``forward`` is restated in this module; everything that holds a parameter is the parents'.
     """
 
     lateral_convs: nn.ModuleList
@@ -123,7 +123,7 @@ class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncod
 
 @MODELS.register_module()
 class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecoder):
-    """Mask2Former's pixel decoder, upsampling by CARAFE++ behind its multi-scale deformable attention.
+    """Mask2Former's pixel decoder, upsampling by CARAFE++ after its multi-scale deformable attention.
 
     The attention serves the coarser levels; the finer ones, as a rule the finest alone, are reached by a top-down path
     whose bilinear interpolation CARAFE++ replaces.

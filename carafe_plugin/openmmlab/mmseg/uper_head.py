@@ -135,5 +135,5 @@ def _build(cfg: Mapping[str, Any], channels: int) -> nn.Module:
         return build_upsampler(cfg, channels)
     except TypeError as error:
         raise TypeError(
-            f"{error} (beside the upsampler's arguments, the switches are {', '.join(SWITCHES)})"
+            f"{error} (apart from the upsampler's arguments, the switches are {', '.join(SWITCHES)})"
         ) from error
