@@ -15,17 +15,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from carafe_plugin.engine.backbones import (
+from carafe_plugin.engine.checkpoint import read_checkpoint
+from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.conversion import check_destination, write_checkpoint
+from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.openmmlab.resnet_checkpoints import (
     ARCHITECTURES,
     backbone_type,
     count_carafe,
     extract_backbone,
     matching_depths,
 )
-from carafe_plugin.engine.checkpoint import read_checkpoint
-from carafe_plugin.engine.cli import run_tool
-from carafe_plugin.engine.conversion import check_destination, write_checkpoint
-from carafe_plugin.engine.errors import UsageError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -46,9 +46,9 @@ from rich.console import Console
 from rich.table import Table
 
 from carafe_plugin.engine import conversion
+from carafe_plugin.engine.checkpoint_layouts import ACTIVATIONS, LAYOUTS, ORDERS, Fork, LayoutError
 from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.engine.layouts import ACTIVATIONS, LAYOUTS, ORDERS, Fork, LayoutError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -78,7 +78,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
     cfg = bare_models.read_config(args.config, args.cfg_options, args.drop_in)
     model = bare_models.build_model(cfg)
     reassembly_view.check_modules(model, args.modules)
-    reassembly_view.load_weights(model, args.checkpoint)
+    reassembly_view.load_checkpoint(model, args.checkpoint)
     view = reassembly_view.view_image(cfg, model, args.image, (height, width))
     chains = reassembly_view.find_chains(model, view, args.chain, args.modules)
 

@@ -4,15 +4,15 @@ With the kernels of a forward pass held fixed, CARAFE++ is linear: an output loc
 source locations around its centre, zero outside the map. So is a chain of them, and a source's weight in the result is
 the sum, over all paths that lead to it, of the products of the weights on the way.
 
-What stands between two operators of a chain is left out: each location passes its value on as it is.
+What lies between two operators of a chain is left out: each location passes its value on as it is.
 
 * In an FPN's top-down path that is no approximation. A lateral map is added between two operators, and a sum of maps is
   reassembled term by term: the composed weight of a source is exactly the derivative of the finest map (before its
   output convolution) with respect to that location of the coarser one, kernels fixed.
-* In a backbone, whole residual blocks stand between the operators. Their convolutions see further than one location,
+* In a backbone, whole residual blocks lie between the operators. Their convolutions see further than one location,
   so that the composed weights show what reassembly contributes to the receptive field, and not all of it.
 
-The kernels depend on the features themselves; that dependence is no part of the weights.
+The kernels depend on the features themselves; that dependence is not part of the weights.
 
 Plain PyTorch: nothing here needs an OpenMMLab package.
 """
@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -168,10 +169,12 @@ def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
     are what they are without it. One pass over a model takes as much memory as all its kernels.
 
     Args:
-        model: any module with :class:`~carafe_plugin.CARAFEUpsample` or :class:`~carafe_plugin.CARAFEDownsample` in it.
+        model (nn.Module): any module with :class:`~carafe_plugin.CARAFEUpsample` or
+            :class:`~carafe_plugin.CARAFEDownsample` in it. A subclass that takes more than the features gives the
+            kernels that result by ``effective_kernels(kernels, *others)``, as masked CARAFE++ does.
 
     Yields:
-        A list to which each CARAFE++ adds itself when it has run; twice when it runs twice.
+        list[Reassembly]: each CARAFE++ adds itself when it has run; twice when it runs twice.
 
     Example:
         >>> import torch
@@ -190,12 +193,15 @@ def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
     def keep_logits(site: KernelPrediction, encoder: nn.Module, inputs: Any, output: Tensor) -> None:
         logits[site] = output.detach()
 
-    def keep_kernels(name: str, site: KernelPrediction, inputs: tuple, named: dict[str, Any], output: Tensor) -> None:
+    def keep_kernels(name: str, site: Any, inputs: tuple, named: dict[str, Any], output: Any) -> None:
         k, g = site.kernel_size, site.group_size
-        kernels = masks_from_logits(logits.pop(site), k, g, site.up, site.down, site.normalizer).cpu()
-        (features,) = (*inputs, *named.values())
+        kernels = masks_from_logits(logits.pop(site), k, g, site.up, site.down, site.normalizer)
+        features, *rest = signature(site.forward).bind(*inputs, **named).args
+        if rest:  # of which not every location counts
+            kernels = site.effective_kernels(kernels, *rest)
         (height, width), (n, _, *out_size) = features.shape[-2:], kernels.shape
-        found.append(Reassembly(name, kernels.reshape(n, g, k, k, *out_size), (height, width), site.up, site.down))
+        kernels = kernels.cpu().reshape(n, g, k, k, *out_size)
+        found.append(Reassembly(name, kernels, (height, width), site.up, site.down))
 
     handles = []
     for name, site in model.named_modules():
@@ -213,7 +219,7 @@ def check_chain(chain: Sequence[Reassembly]) -> None:
     """Check that each operator's output is the next one's source, up to the crop or completion of an FPN.
 
     Args:
-        chain: in the order in which they ran.
+        chain (Sequence[Reassembly]): in the order in which they ran.
 
     Raises:
         ValueError: the chain is empty, or two neighbours' sizes differ by more than the rounding of a scale explains.
@@ -237,7 +243,7 @@ def chain_groups(chain: Sequence[Reassembly]) -> list[tuple[int, ...]]:
     common multiple of these. All of a chain's groups have equally many channels.
 
     Args:
-        chain: consecutive reassemblies in the order in which they ran.
+        chain (Sequence[Reassembly]): consecutive reassemblies in the order in which they ran.
 
     Example:
         >>> import torch
@@ -259,7 +265,8 @@ def compose(
     What a kernel gives to locations outside a map is lost, as the operator has it: it takes zeros there.
 
     Args:
-        chain: consecutive reassemblies in the order in which they ran, such as an FPN's from the coarsest level down.
+        chain (Sequence[Reassembly]): consecutive reassemblies in the order in which they ran, such as an FPN's from the
+            coarsest level down.
         row (int): of the last one's output map.
         column (int): of the last one's output map.
         group (int | None): group of channels, of those of :func:`chain_groups`; None for the average over all channels,

@@ -17,8 +17,8 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 
-from carafe_plugin.engine.backbones import CARAFE_KEY
 from carafe_plugin.engine.errors import CheckpointError
+from carafe_plugin.openmmlab.resnet_checkpoints import CARAFE_KEY
 
 POINTER = "last_checkpoint"  # mmengine's file that names the newest checkpoint
 COUNTER = "num_batches_tracked"

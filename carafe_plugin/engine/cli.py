@@ -14,6 +14,7 @@ from mmengine.config import DictAction
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.processes import LAUNCHERS, process_rank
 from carafe_plugin.openmmlab import mmcv_ops
+from carafe_plugin.openmmlab.resnet_checkpoints import CheckpointMismatch
 
 
 def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
@@ -34,7 +35,7 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
         except ValueError as error:
             raise UsageError(str(error)) from error
         return main(args) or 0
-    except UsageError as error:
+    except (UsageError, CheckpointMismatch) as error:
         # Every process of a distributed run finds the same mistake: one of them says so.
         if process_rank(getattr(args, "launcher", None)) == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

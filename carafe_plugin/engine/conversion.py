@@ -1,7 +1,7 @@
 """Checkpoint files of ``tools/convert_checkpoint.py`` and ``tools/convert_backbone.py``.
 
-:mod:`~carafe_plugin.engine.layouts` converts parameters; here is what surrounds them in a file: the ``meta`` that
-records what no name tells, mmengine's averaged weights, and what a conversion leaves out.
+:mod:`~carafe_plugin.engine.checkpoint_layouts` converts parameters; here is what surrounds them in a file: the ``meta``
+that records what no name tells, mmengine's averaged weights, and what a conversion leaves out.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.checkpoint import read_checkpoint
-from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.engine.layouts import (
+from carafe_plugin.engine.checkpoint_layouts import (
     ACTIVATIONS,
     LAYOUTS,
     Conversion,
@@ -27,6 +26,7 @@ from carafe_plugin.engine.layouts import (
     find_sources,
     norm_of_mmcv,
 )
+from carafe_plugin.engine.errors import UsageError
 
 RECORD = "carafe_layout"  # in a file's meta: module -> its layout there, and the options that it was written with
 EMA = "ema_state_dict"  # what mmengine's EMAHook keeps beside state_dict, under the names of a wrapper
@@ -122,13 +122,13 @@ def convert(
     Args:
         content (Content): of the checkpoint.
         to (str): the layout to reach.
-        given (Mapping[str, Any]): fields of :class:`~carafe_plugin.engine.layouts.Fork`, None where not given.
+        given (Mapping[str, Any]): fields of a ``Fork`` (checkpoint_layouts), None where not given.
         below (Sequence[str]): convert only modules whose names start with one of these.
         rename (Mapping[str, str]): old name of a module -> its new one.
 
     Raises:
         UsageError: the activation is unclear, or the modules' records differ.
-        LayoutError: as :func:`~carafe_plugin.engine.layouts.convert_layout`.
+        LayoutError: as :func:`~carafe_plugin.engine.checkpoint_layouts.convert_layout`.
         ValueError: a value is not possible; the message starts with its name.
     """
     fork, origins = _choose_fork(content, to, given, below)

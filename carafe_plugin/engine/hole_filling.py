@@ -20,7 +20,7 @@ from carafe_plugin.engine.checkpoint import read_checkpoint
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import IMAGE_ENDINGS, read_upright
 from carafe_plugin.inpainting import InpaintingGAN
-from carafe_plugin.inpainting.generator import STRIDE
+from carafe_plugin.inpainting.networks import STRIDE
 
 
 def read_picture(path: Path, mode: str = "RGB") -> Image.Image:

@@ -47,13 +47,13 @@ def page_data(
     """What the page's script reads.
 
     Args:
-        title: of the page.
-        chain: consecutive reassemblies in the order in which they ran.
-        view: the run on the image that they come from.
-        pixels: the image, (H, W, 3) uint8 RGB.
-        start: row and column of the location that is shown first, on the last one's output.
-        group: group of channels, as :func:`carafe_plugin.analysis.compose` takes it; None for the average: the page
-            then holds the kernels of all groups, and composes each before it averages, as that function does.
+        title (str): of the page.
+        chain (Sequence[Reassembly]): consecutive reassemblies in the order in which they ran.
+        view (View): the run on the image that they come from.
+        pixels (np.ndarray): the image, (H, W, 3) uint8 RGB.
+        start (tuple[int, int]): row and column of the location that is shown first, on the last one's output.
+        group (int | None): group of channels, as :func:`carafe_plugin.analysis.compose` takes it; None for the average:
+            the page then holds the kernels of all groups, and composes each before it averages, as that function does.
     """
     image = Image.fromarray(pixels)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -80,7 +80,7 @@ def page_data(
             )
         )
     about = f"{title}: {len(chain)} CARAFE++ in a row. Red squares are the locations that the green one is reassembled "
-    about += "from, the deeper the more. What stands between two operators is left out, as if each location passed its "
+    about += "from, the deeper the more. What lies between two operators is left out, as if each location passed its "
     about += "value on."
     if len(groups) > 1:
         which = f"group {group} of" if group is not None else "the average over"

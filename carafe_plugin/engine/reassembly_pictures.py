@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Circle, Rectangle
 
 from carafe_plugin.analysis import Reassembly, Sources
+from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.reassembly_view import View
 
 Box = tuple[float, float, float, float]  #: left, top, width and height, in pixels
@@ -26,10 +28,10 @@ class Shown:
     """One location of a chain's output and its sources.
 
     Attributes:
-        point: the point of the image that was asked for, x and y in pixels.
-        row: of the location.
-        column: of the location.
-        levels: what :func:`carafe_plugin.analysis.compose` found for it.
+        point (tuple[float, float]): the point of the image that was asked for, x and y in pixels.
+        row (int): of the location.
+        column (int): of the location.
+        levels (list[Sources]): what :func:`carafe_plugin.analysis.compose` found for it.
     """
 
     point: tuple[float, float]
@@ -50,11 +52,11 @@ def draw_reassembly(
     Where the sources take up a small part of a large image, their panels show that part, which is dashed in the first.
 
     Args:
-        pixels: the image, (H, W, 3) uint8 RGB.
-        view: the run on the image.
-        chains: by title, consecutive reassemblies in the order in which they ran.
-        shown: by title, the locations to draw.
-        out: the PNG to write, completely or not at all.
+        pixels (np.ndarray): the image, (H, W, 3) uint8 RGB.
+        view (View): the run on the image.
+        chains (dict[str, Sequence[Reassembly]]): by title, consecutive reassemblies in the order in which they ran.
+        shown (dict[str, Sequence[Shown]]): by title, the locations to draw.
+        out (Path): the PNG to write, completely or not at all.
     """
     height, width = pixels.shape[:2]
     columns = 1 + max(len(chain) for chain in chains.values())
@@ -87,9 +89,9 @@ def draw_reassembly(
                 _draw_sources(axis, sources, view, chain)
                 _panel(axis, grey, cells, location, part)
                 axis.set_title(f"from {_by(sources.size)}", fontsize=8, pad=3)
-    temporary = out.with_suffix(".partial.png")
-    figure.savefig(temporary, dpi=100)
-    temporary.replace(out)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    AtomicLocalBackend().put(content.getvalue(), out)
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -17,7 +17,7 @@ from mmengine.registry import TRANSFORMS, init_default_scope
 from torch import nn
 
 from carafe_plugin.analysis import Reassembly, check_chain, record_reassemblies
-from carafe_plugin.engine.checkpoint import read_checkpoint
+from carafe_plugin.engine.checkpoint import find_mismatch, read_checkpoint
 from carafe_plugin.engine.config import dataset_configs
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
@@ -43,12 +43,13 @@ class View:
     """What the network saw of an image, and what reassembled it.
 
     Attributes:
-        image_size: height and width of the image file, in pixels.
-        input_size: height and width of the network's input, padding included.
-        seen_size: the same without padding.
-        x: from columns of the image to columns of the input.
-        y: the same for rows.
-        reassemblies: of every CARAFE++ that ran on maps of the whole image, in the order in which they ran.
+        image_size (tuple[int, int]): height and width of the image file, in pixels.
+        input_size (tuple[int, int]): height and width of the network's input, padding included.
+        seen_size (tuple[int, int]): the same without padding.
+        x (Axis): from columns of the image to columns of the input.
+        y (Axis): the same for rows.
+        reassemblies (list[Reassembly]): of every CARAFE++ that ran on maps of the whole image, in the order in which
+            they ran.
     """
 
     image_size: tuple[int, int]
@@ -66,8 +67,8 @@ class View:
         of the output around location sigma * i of the source, as eq. 3 has both.
 
         Args:
-            size: of the map.
-            chain: that it belongs to.
+            size (tuple[int, int]): of the map.
+            chain (Sequence[Reassembly]): that it belongs to.
 
         Returns:
             In pixels of the image.
@@ -114,27 +115,16 @@ def _stride(input_size: tuple[int, int], size: tuple[int, int], axis: int) -> fl
     return input_size[axis] / size[axis]
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a checkpoint that must have every weight of the model; what it has beyond them is left out.
+def load_checkpoint(model: nn.Module, path: str) -> None:
+    """Load a checkpoint that must have every parameter of the model; what else it has is ignored.
 
     Raises:
         UsageError: it is of another model.
         CheckpointError: it is missing or cannot be read.
     """
     checkpoint = read_checkpoint(path)
-    weights = {
-        re.sub(r"^module\.", "", name): value for name, value in checkpoint.get("state_dict", checkpoint).items()
-    }
-    try:
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-    except (RuntimeError, TypeError) as error:  # other shapes: a line for each, below a headline
-        fault = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise UsageError(f"checkpoint {path} is of another model: {fault}") from error
-    if missing:
-        raise UsageError(
-            f"checkpoint {path} is of another model: {len(missing)} weights of {type(model).__name__} are not in it "
-            f"(the first: {missing[0]})"
-        )
+    if mismatch := find_mismatch(model, checkpoint.get("state_dict", checkpoint)):
+        raise UsageError(f"checkpoint {path} is of another model: it {mismatch}")
 
 
 def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]) -> View:
@@ -143,10 +133,10 @@ def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]
     A segmentor sees the whole image at once, also where its configuration tests it in windows.
 
     Args:
-        cfg: the model's configuration.
-        model: with its weights, in evaluation mode.
-        image: the file.
-        size: the image's height and width.
+        cfg (Config): the model's configuration.
+        model (nn.Module): with its parameters loaded, in evaluation mode.
+        image (Path): the file.
+        size (tuple[int, int]): the image's height and width.
 
     Raises:
         UsageError: the configuration's test pipeline does not keep a plain image of it (see :func:`_follow`).
@@ -223,7 +213,7 @@ def check_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
         raise UsageError(f"the model has no CARAFE++{hint}")
     for name in modules:
         if name not in sites:
-            raise UsageError(f"--modules: {name} is no CARAFE++ of the model, which has {', '.join(sites)}")
+            raise UsageError(f"--modules: {name} is not a CARAFE++ of the model, which has {', '.join(sites)}")
     return sites
 
 
@@ -233,10 +223,10 @@ def find_chains(
     """The chains to draw, by their titles.
 
     Args:
-        model: the model.
-        view: its run on the image.
-        wanted: the only chain of ``CHAINS`` that is asked for; None for all that there are.
-        modules: instead, the names of the modules of one chain, in any order.
+        model (nn.Module): the model.
+        view (View): its run on the image.
+        wanted (str | None): the only chain of ``CHAINS`` that is asked for; None for all that there are.
+        modules (Sequence[str]): instead, the names of the modules of one chain, in any order.
 
     Raises:
         UsageError: the model has no CARAFE++, or not those, or they do not follow one another.

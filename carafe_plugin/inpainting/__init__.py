@@ -5,13 +5,11 @@ with ``custom_imports = dict(imports=["carafe_plugin.inpainting"])`` names them.
 """
 
 from .dataset import DrawSampler, InpaintingFolder
-from .discriminator import PatchDiscriminator
 from .free_form import free_form_mask
-from .generator import InpaintingGenerator
-from .masked_carafe import MaskedCARAFEDownsample, MaskedCARAFEUpsample
+from .masked import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d
 from .metric import InpaintingMetric
 from .model import InpaintingGAN, InpaintingPreprocessor
-from .partial_conv import PartialConv2d
+from .networks import InpaintingGenerator, PatchDiscriminator
 from .training import ExactResumeHook, PerNetworkDistributedDataParallel, PerNetworkOptimWrapperConstructor
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Any folder of images, with a free-form hole in each; and the order in which training draws them.
 
 All randomness is a function of the seed and of *which* draw it is, never of what was drawn before: any number of worker
-processes, and a run that goes on from a checkpoint, see the same crops and holes.
+processes, and a run resumed from a checkpoint, see the same crops and holes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class InpaintingFolder(Dataset):
     training the next one takes its place.
 
     Args:
-        data_root (str): where the data lies.
+        data_root (str): where the data is.
         data_prefix (str): the folder of images below it.
         size (int): height and width of what the network gets.
         masks (dict | None): arguments of :func:`free_form_mask`.
@@ -108,7 +108,7 @@ class InpaintingFolder(Dataset):
         """One image and its hole.
 
         Args:
-            draw: the index of an image; from :class:`DrawSampler` also which draw it is.
+            draw (int | tuple[int, int]): the index of an image; from :class:`DrawSampler` also which draw it is.
 
         Returns:
             ``inputs`` (Tensor[3, size, size], uint8, RGB), ``holes`` (Tensor[1, size, size], uint8, 1 in the hole) and
@@ -180,7 +180,7 @@ class DrawSampler(Sampler):
         self._skipped = 0
 
     def skip(self, draws: int) -> None:
-        """Begin behind this process's first ``draws`` draws."""
+        """Begin after this process's first ``draws`` draws."""
         self._skipped = draws
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -194,7 +194,7 @@ class DrawSampler(Sampler):
             yield int(order[draw % self.images]), draw
 
     def __len__(self) -> int:
-        """Number of images: of the draws there is no end."""
+        """Number of images; the draws have no end."""
         return self.images
 
     def set_epoch(self, epoch: int) -> None:

@@ -23,12 +23,12 @@ def free_form_mask(
     256 x 256 image, in proportion.
 
     Args:
-        rng: the only source of randomness.
-        size: height and width in pixels.
-        strokes: the fewest and the most strokes.
-        vertices: the fewest and the most lines of a stroke.
-        width: the least and the largest width of a stroke, in parts of the shorter edge.
-        most: the largest share of the image that may be hole; a mask beyond it is drawn anew.
+        rng (np.random.Generator): the only source of randomness.
+        size (tuple[int, int]): height and width in pixels.
+        strokes (tuple[int, int]): the fewest and the most strokes.
+        vertices (tuple[int, int]): the fewest and the most lines of a stroke.
+        width (tuple[float, float]): the least and the largest width of a stroke, in parts of the shorter edge.
+        most (float): the largest share of the image that may be hole; a mask beyond it is redrawn.
 
     Returns:
         (H, W) uint8, 1 in the hole. There is always a hole, and always something left.
@@ -47,7 +47,7 @@ def free_form_mask(
     for name, (low, high) in (("strokes", strokes), ("vertices", vertices), ("width", width)):
         if low <= 0 or high < low:
             raise ValueError(f"{name} must be (least, most) with 0 < least <= most, got {(low, high)}")
-    if not 0.2 <= most <= 1:  # below it, drawing anew could go on for ever
+    if not 0.2 <= most <= 1:  # below it, redrawing might never end
         raise ValueError(f"most must be from 0.2 to 1, got {most}")
     for _ in range(100):
         mask: np.ndarray = np.zeros(size, np.uint8)

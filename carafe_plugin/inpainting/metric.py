@@ -35,8 +35,8 @@ class InpaintingMetric(BaseMetric):
     L1 is the mean absolute difference of values in parts of their range. Nothing is rounded to 8 bits.
 
     Args:
-        folder (str | None): where to write the completed images too: as they lie below the dataset's folder, each as a
-            PNG file with ``.png`` behind its whole name.
+        folder (str | None): where to write the completed images too: with their paths below the dataset's folder,
+            each as a PNG file with ``.png`` appended to its whole name.
         **kwargs: those of MMEngine's ``BaseMetric``.
 
     Raises:
@@ -70,9 +70,9 @@ class InpaintingMetric(BaseMetric):
         """Measure a batch.
 
         Args:
-            data_batch: not used.
-            data_samples: of every image ``completed`` and ``original`` (Tensor[3, H, W], in [-1, 1]) and ``holes``
-                (Tensor[1, H, W], 1 in the hole); with ``folder``, ``path`` too (str).
+            data_batch (Any): not used.
+            data_samples (Sequence[dict]): of every image ``completed`` and ``original`` (Tensor[3, H, W], in [-1, 1])
+                and ``holes`` (Tensor[1, H, W], 1 in the hole); with ``folder``, ``path`` too (str).
         """
         for sample in data_samples:
             completed, original = (_unit_range(sample[name]) for name in ("completed", "original"))

@@ -1,4 +1,4 @@
-"""The model that MMEngine's Runner trains and tests: a generator, a discriminator, and what lies between them."""
+"""The model that MMEngine's Runner trains and tests: a generator, a discriminator, and the losses between them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .losses import adversarial_loss, reconstruction_losses
-
-#: Liu et al. [26], eq. 7, has 6 for the hole and 1 for the rest. Isola et al. [20] have 1 for the adversary beside 100
+#: Liu et al. [26], eq. 7, has 6 for the hole and 1 for the rest. Isola et al. [20] have 1 for the adversary against 100
 #: for L1; here L1 has the weight 1.
 LOSS_WEIGHTS = dict(hole=6.0, valid=1.0, adversarial=0.01)
 
@@ -23,7 +22,7 @@ class InpaintingPreprocessor(BaseDataPreprocessor):
     """Stacks images and holes, moves them to the device, and scales images linearly to [-1, 1] (Sec. 5.1)."""
 
     def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
-        """Lists of uint8 images (3, H, W) and holes (1, H, W) -> float32 batches, beside what else ``data`` has."""
+        """Lists of uint8 images (3, H, W) and holes (1, H, W) -> float32 batches, with whatever else ``data`` has."""
         data = self.cast_data(data)
         inputs, holes = (_stack(data[name]) for name in ("inputs", "holes"))
         return {**data, "inputs": inputs / 127.5 - 1, "holes": holes}
@@ -106,8 +105,8 @@ class InpaintingGAN(BaseModel):
         """One step of the discriminator, then one of the generator.
 
         Args:
-            data: a batch as the data loader gives it.
-            optim_wrapper: with 'generator' and 'discriminator'.
+            data (Any): a batch as the data loader gives it.
+            optim_wrapper (OptimWrapperDict): with 'generator' and 'discriminator'.
 
         Returns:
             What is logged: ``loss`` and ``loss_...``, the unweighted parts.
@@ -142,3 +141,38 @@ class InpaintingGAN(BaseModel):
 def complete(images: Tensor, prediction: Tensor, holes: Tensor) -> Tensor:
     """The combined image, y = (1 - M) x + M y_hat: exact where something is known, whatever lies in the holes."""
     return torch.where(holes > 0, prediction.to(images.dtype), images)
+
+
+def reconstruction_losses(prediction: Tensor, target: Tensor, holes: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 in the holes and L1 elsewhere, each divided by the number of all values, as in Liu et al. [26], eq. 1.
+
+    Args:
+        prediction (Tensor[N, 3, H, W]): the generator's y_hat.
+        target (Tensor[N, 3, H, W]): the original.
+        holes (Tensor[N, 1, H, W]): 1 in the holes.
+
+    Returns:
+        Two scalars.
+    """
+    error = (prediction - target).abs()
+    return (error * holes).mean(), (error * (1 - holes)).mean()
+
+
+def adversarial_loss(logits: Tensor, holes: Tensor, real: bool) -> Tensor:
+    """Binary cross entropy of a discriminator's patches that look at the inpainted region.
+
+    A patch counts where its share of the image (the images' area is divided evenly among the logits) touches a hole;
+    the paper's discriminator judges "the inpainted region", and free-form holes have no box to cut out.
+
+    Args:
+        logits (Tensor[N, 1, h, w]): the discriminator's.
+        holes (Tensor[N, 1, H, W]): 1 in the holes.
+        real (bool): what the patches should be taken for.
+
+    Returns:
+        A scalar: the mean over the patches that count; 0 where none does.
+    """
+    counts = F.adaptive_max_pool2d(holes, logits.shape[-2:])
+    target = logits.new_full(logits.shape, float(real))
+    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (losses * counts).sum() / counts.sum().clamp_min(1)

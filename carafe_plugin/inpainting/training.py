@@ -20,7 +20,7 @@ from torch import nn
 class PerNetworkOptimWrapperConstructor:
     """Builds an optimiser for each part of a model.
 
-    Used through a configuration. What is no part of the model holds for every optimiser, so that ``--amp`` works::
+    Used through a configuration. What is not a part of the model holds for every optimiser, so that ``--amp`` works::
 
         optim_wrapper = dict(
             constructor="PerNetworkOptimWrapperConstructor",
@@ -30,7 +30,7 @@ class PerNetworkOptimWrapperConstructor:
 
     Args:
         optim_wrapper_cfg (dict): the names of parts of the model, with the configuration of an optimiser wrapper each.
-        paramwise_cfg (dict | None): not taken here; it belongs into the part's own configuration.
+        paramwise_cfg (dict | None): not taken here; it belongs in the part's own configuration.
 
     Raises:
         ValueError: no part is named, or ``paramwise_cfg`` is given.
@@ -38,7 +38,7 @@ class PerNetworkOptimWrapperConstructor:
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         if paramwise_cfg is not None:
-            raise ValueError("paramwise_cfg belongs into the configuration of each network's optimiser wrapper")
+            raise ValueError("paramwise_cfg belongs in the configuration of each network's optimiser wrapper")
         # Parts have their optimiser inside; what else is a dictionary, such as clip_grad, is a common setting.
         parts = {
             name: value
@@ -57,7 +57,7 @@ class PerNetworkOptimWrapperConstructor:
         for name, cfg in self.parts.items():
             part: Any = getattr(network, name, None)
             if not isinstance(part, nn.Module):
-                raise ValueError(f"optim_wrapper names {name!r}, which is no part of {type(network).__name__}")
+                raise ValueError(f"optim_wrapper names {name!r}, which is not a part of {type(network).__name__}")
             wrappers[name] = build_optim_wrapper(part, {**self.common, **cfg})
         return OptimWrapperDict(**wrappers)
 
@@ -74,12 +74,12 @@ class PerNetworkDistributedDataParallel(MMSeparateDistributedDataParallel):
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Lets a resumed run go on as if it had never stopped.
+    """Lets a resumed run continue as if it had never stopped.
 
     MMEngine's checkpoints hold the weights and buffers of all parts of the model and the state of every optimiser. This
     hook adds the random numbers' state (torch, CUDA, NumPy, Python) and the seed of the order of the images, and keeps
     the names of weights free of distributed modules within the model, which MMEngine would not find again; with
-    :class:`DrawSampler` and :class:`InpaintingFolder`, the data goes on from the draw that comes next. With several
+    :class:`DrawSampler` and :class:`InpaintingFolder`, the data resumes at the next draw. With several
     processes the random state is the first one's; the data and this package's networks do not depend on it.
     """
 

@@ -25,11 +25,11 @@ def require(toolbox: str, purpose: str) -> None:
     """Import a toolbox, or say which package is missing and what asked for it.
 
     Args:
-        toolbox: The toolbox's import name, such as ``"mmdet"``.
-        purpose: Who needs it, for the message.
+        toolbox (str): the toolbox's import name, such as ``"mmdet"``.
+        purpose (str): who needs it, for the message.
 
     Raises:
-        ImportError: The toolbox is not installed. A toolbox that is installed but fails to import (a version that it
+        ImportError: the toolbox is not installed. A toolbox that is installed but fails to import (a version that it
             does not accept, a missing dependency of its own) keeps its own error.
     """
     try:

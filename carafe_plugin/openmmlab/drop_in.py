@@ -1,6 +1,6 @@
 """Put this package's operator behind MMCV's name ``carafe``: existing configurations and code run on it unmodified.
 
-Importing this module is all there is to it, from Python or from a configuration::
+Import this module, from Python or from a configuration; nothing else is needed::
 
     import carafe_plugin.openmmlab.drop_in
     custom_imports = dict(imports=["carafe_plugin.openmmlab.drop_in"])

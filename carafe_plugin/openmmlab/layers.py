@@ -5,7 +5,7 @@ that every toolbox builds them from a configuration by name::
 
     upsample_cfg = dict(type="CARAFEUpsample", compressed_channels=32, norm_cfg=dict(type="BN"))
 
-The operators that the paper compares them with (:mod:`carafe_plugin.modules.peers`) are registered beside them. This
+The operators that the paper compares them with (:mod:`carafe_plugin.modules.peers`) are registered as well. This
 module needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which every toolbox brings.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,26 +29,16 @@ from mmengine.model import initialize  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 
 
-def _build_norm(norm_cfg: dict, channels: int) -> nn.Module:
-    from mmcv.cnn import build_norm_layer
-
-    return build_norm_layer(norm_cfg, channels)[1]
-
-
-def _build_act(act_cfg: dict) -> nn.Module:
-    from mmcv.cnn import build_activation_layer
-
-    return build_activation_layer(act_cfg)
-
-
-def _factory(name: str, build: Callable[..., nn.Module], cfg: Mapping[str, Any] | None) -> Callable | None:
+def _factory(name: str, cfg: Mapping[str, Any]) -> Callable[..., nn.Module]:
     """Translate ``norm_cfg`` or ``act_cfg`` into the callable that the plain modules take."""
-    if cfg is None:
-        return None
     if not isinstance(cfg, Mapping) or "type" not in cfg:
         raise TypeError(f"{name} must be None or a dictionary with the key 'type', got {cfg!r}")
     require("mmcv", name)
-    return partial(build, dict(cfg))
+    from mmcv.cnn import build_activation_layer, build_norm_layer
+
+    if name == "act_cfg":
+        return lambda: build_activation_layer(dict(cfg))
+    return lambda channels: build_norm_layer(dict(cfg), channels)[1]
 
 
 class _KeepsItsStart(nn.Module):
@@ -82,9 +71,9 @@ class _MMEngineLayer(_KeepsItsStart):
         **kwargs: Any,
     ) -> None:
         if norm_cfg is not None:
-            kwargs["norm"] = _factory("norm_cfg", _build_norm, norm_cfg)
+            kwargs["norm"] = _factory("norm_cfg", norm_cfg)
         if act_cfg is not None:
-            kwargs["act"] = _factory("act_cfg", _build_act, act_cfg)
+            kwargs["act"] = _factory("act_cfg", act_cfg)
         super().__init__(*args, **kwargs)
 
 
@@ -92,13 +81,13 @@ class _MMEngineLayer(_KeepsItsStart):
 class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
     """:class:`carafe_plugin.CARAFEUpsample` for configurations.
 
-    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` in the place of ``norm`` and ``act``.
+    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` instead of ``norm`` and ``act``.
 
     Args:
         *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEUpsample`.
-        norm_cfg: Norm layer after the channel compressor, such as ``dict(type="BN")``.
-        act_cfg: Activation after the norm layer, such as ``dict(type="ReLU")``.
-        **kwargs: The plain module's keyword arguments.
+        norm_cfg (dict | None): norm layer after the channel compressor, such as ``dict(type="BN")``.
+        act_cfg (dict | None): activation after the norm layer, such as ``dict(type="ReLU")``.
+        **kwargs: the plain module's keyword arguments.
 
     Raises:
         TypeError: ``norm_cfg`` or ``act_cfg`` is not a dictionary with a ``type``, or an argument is unknown.
@@ -117,16 +106,8 @@ class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
 class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
     """:class:`carafe_plugin.CARAFEDownsample` for configurations.
 
-    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` in the place of ``norm`` and ``act``.
-
-    Args:
-        *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEDownsample`.
-        norm_cfg: Norm layer after the channel compressor (the paper's backbones use ``dict(type="BN")``).
-        act_cfg: Activation after the norm layer (the paper's backbones use ``dict(type="ReLU")``).
-        **kwargs: The plain module's keyword arguments.
-
-    Raises:
-        TypeError: ``norm_cfg`` or ``act_cfg`` is not a dictionary with a ``type``, or an argument is unknown.
+    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` as :class:`CARAFEUpsample`; the paper's
+    backbones have ``dict(type="BN")`` and ``dict(type="ReLU")``.
 
     Example:
         >>> import torch
@@ -163,8 +144,8 @@ class Interpolation(nn.Module):
     """The resizing without parameters that the toolboxes use, as a module: what CARAFE++ replaces.
 
     Args:
-        mode: ``"nearest"`` or ``"bilinear"``.
-        align_corners: As in :func:`torch.nn.functional.interpolate`; for ``"bilinear"`` only.
+        mode (str): ``"nearest"`` or ``"bilinear"``.
+        align_corners (bool | None): as in :func:`torch.nn.functional.interpolate`; for ``"bilinear"`` only.
     """
 
     def __init__(self, mode: str, align_corners: bool | None = None) -> None:
@@ -195,17 +176,17 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
     """Build the upsampler that a ``carafe_cfg`` describes.
 
     Args:
-        carafe_cfg: ``type`` is ``"CARAFEUpsample"`` when left out; ``"nearest"`` and ``"bilinear"`` give
+        carafe_cfg (dict | None): ``type`` is ``"CARAFEUpsample"`` when left out; ``"nearest"`` and ``"bilinear"`` give
             :class:`Interpolation`; any other type that ``MODELS`` knows is built with ``channels``, ``scale_factor``
-            and the remaining keys. None stands for an empty dictionary.
-        channels: Channels of the features, set by the caller, never by ``carafe_cfg``.
-        scale_factor: Upsampling factor, set by the caller as well.
+            and the remaining keys. None means an empty dictionary.
+        channels (int): channels of the features, set by the caller, never by ``carafe_cfg``.
+        scale_factor (int): upsampling factor, set by the caller as well.
 
     Returns:
-        The upsampler, to be called through :func:`upsample_to`.
+        nn.Module: the upsampler, to be called through :func:`upsample_to`.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
+        TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
         ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes a downsampler.
         KeyError: ``type`` is not registered.
     """
@@ -218,20 +199,8 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
 def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
     """Build the downsampler that a ``carafe_cfg`` describes: (N, C, H, W) -> (N, C, ceil(H / s), ceil(W / s)).
 
-    Args:
-        carafe_cfg: ``type`` is ``"CARAFEDownsample"`` when left out; any other type that ``MODELS`` knows is built with
-            ``channels``, ``scale_factor`` and the remaining keys, so that other pooling operators can take CARAFE++'s
-            place (Table 3). None stands for an empty dictionary.
-        channels: Channels of the features, set by the caller, never by ``carafe_cfg``.
-        scale_factor: How many times smaller the map becomes, set by the caller as well.
-
-    Returns:
-        The downsampler.
-
-    Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes an upsampler.
-        KeyError: ``type`` is not registered.
+    As :func:`build_upsampler`, with ``"CARAFEDownsample"`` as the ``type`` when left out, and no interpolations. Other
+    pooling operators can take CARAFE++'s place (Table 3).
 
     Example:
         >>> import torch
@@ -289,11 +258,11 @@ def fit_to_size(features: Tensor, size: tuple[int, int]) -> Tensor:
     ``floor(H / 2)`` (backbones that round down) falls short by one.
 
     Args:
-        features: (N, C, H, W), H and W at least 1.
-        size: The wanted (H', W').
+        features (Tensor[N, C, H, W]): H and W at least 1.
+        size (tuple[int, int]): the wanted H' and W'.
 
     Returns:
-        (N, C, H', W'); the input itself where it fits.
+        Tensor[N, C, H', W']: the input itself where it fits.
 
     Example:
         >>> import torch

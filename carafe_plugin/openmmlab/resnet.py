@@ -28,28 +28,27 @@ from inspect import signature
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, Registry
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from carafe_plugin import modules
-from carafe_plugin.engine.backbones import ARCHITECTURES, matching_depths
-from carafe_plugin.engine.checkpoint import CheckpointError
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, build_downsampler, read_cfg
+from carafe_plugin.openmmlab.resnet_checkpoints import ARCHITECTURES, CheckpointMismatch, matching_depths
 
 #: The keys of a carafe_cfg that CARAFEDownsample takes; a place in the network sets the first two.
 _LAYER_KEYS = [*signature(modules.CARAFEDownsample).parameters, "norm_cfg", "act_cfg"]
 
 
 class DownsampledConv2d(nn.Conv2d):
-    """A strided convolution's parameters at stride 1, behind a module that shrinks the map in the stride's stead.
+    """A strided convolution's parameters at stride 1, after a module that shrinks the map instead of the stride.
 
     The paper's Fig. 4: "CARAFE++ downsamples the feature map before convolution layers". Deformable convolutions become
     plain ones, as the paper does with DCNv2 (Sec. 5.2): their weight stays, their offsets go.
 
     Args:
-        conv: The strided convolution. Its Parameter objects are taken over, so that nothing is drawn at random.
-        downsampler: Shrinks (N, conv.in_channels, H, W) as the stride does.
+        conv (Any): the strided convolution. Its Parameter objects are taken over, so that nothing is drawn at random.
+        downsampler (nn.Module): shrinks (N, conv.in_channels, H, W) as the stride does.
 
     Raises:
         TypeError: ``conv`` is neither a plain nor a deformable 2-D convolution.
@@ -88,33 +87,33 @@ class DownsampledConv2d(nn.Conv2d):
 
 
 class DownsamplingBackbone(nn.Module):
-    """What a toolbox's ResNet becomes when it stands behind this class: its map shrinks by CARAFE++.
+    """Mixed into a toolbox's ResNet, downsamples by CARAFE++ wherever its map shrinks.
 
     Takes the ResNet's arguments and ``carafe_cfg``, a dictionary of
 
-    * ``stem``: whether CARAFE++ stands in the max pooling's place; a dictionary says yes, with these arguments there
-      instead of those for all places;
-    * ``stages``: one bool for each of the ResNet's stages (the paper's Res-2 first): whether CARAFE++ stands in its
-      strides' places. Left out, ``stem`` and ``stages`` mean every place that has a stride; with all of them False
+    * ``stem``: whether CARAFE++ replaces the max pooling; a dictionary means yes, with these arguments there instead
+      of those for all places;
+    * ``stages``: one bool for each of the ResNet's stages (the paper's Res-2 first): whether CARAFE++ replaces its
+      strides. Left out, ``stem`` and ``stages`` mean every place that has a stride; with all of them False
       the ResNet is the parent bit for bit;
     * ``norm_eval``: whether CARAFE++'s norms follow the backbone's ``norm_eval``. False (the default) lets them learn
       their statistics, which they must where the backbone starts from a stock checkpoint; True keeps them, for a
       backbone that was pretrained with CARAFE++;
     * ``type``, ``"CARAFEDownsample"`` when left out, and its arguments: ``down_kernel``, ``compressed_channels``, ...
-      ``norm_cfg`` and ``act_cfg``, behind the channel compressor, are the backbone's BatchNorm (or BN) and ReLU when
+      ``norm_cfg`` and ``act_cfg``, after the channel compressor, are the backbone's BatchNorm (or BN) and ReLU when
       left out (Sec. 5.1), trained even where the backbone's are not; None leaves them out.
 
     ``frozen_stages`` freezes the stem's CARAFE++ with the stem and the blocks' with their stage; frozen norms keep
     their statistics whatever ``norm_eval`` says. So a backbone that starts from a stock checkpoint, which has nothing
     for CARAFE++, wants ``frozen_stages=-1``; where it does not, loading logs a warning. A checkpoint of another depth
-    is refused: ``CheckpointError``.
+    is refused: ``CheckpointMismatch``.
 
     With DCNv2 the strided deformable convolutions become CARAFE++ and plain ones, the others stay (Sec. 5.2). Everyone
     trains ``stage_with_dcn=(False, True, True, True)``; the paper's text, read to the letter ("Res-2, Res-3, Res-4"),
     is ``(True, True, True, False)``. ``fallback_on_stride`` is not needed: leave it out.
 
     Attributes:
-        downsampler_names: The names of the downsamplers among the submodules, the stem's first.
+        downsampler_names (list[str]): the names of the downsamplers among the submodules, the stem's first.
 
     Example:
         >>> from carafe_plugin.openmmlab.mmdet import CARAFEResNet
@@ -193,7 +192,7 @@ class DownsamplingBackbone(nn.Module):
         parent = self.get_submodule(place.rpartition(".")[0])
         name = place.rpartition(".")[2]
         old: Any = getattr(parent, name)
-        if isinstance(old, nn.AvgPool2d):  # of a shortcut: the convolution behind it knows the channels
+        if isinstance(old, nn.AvgPool2d):  # of a shortcut: the convolution after it knows the channels
             setattr(parent, name, build_downsampler(cfg, getattr(parent, "1").in_channels, _stride(old)))
             return place
         if pointwise:
@@ -226,11 +225,11 @@ class DownsamplingBackbone(nn.Module):
         depths = matching_depths(state_dict, prefix)
         if depths and self.depth in ARCHITECTURES and self.depth not in depths:
             found = " or ".join(map(str, depths))
-            raise CheckpointError(
+            raise CheckpointMismatch(
                 f"{self._checkpoint_name(prefix)} is a ResNet's of depth {found}, the backbone's depth is {self.depth}"
             )
         if f"{prefix}stem.0.conv.weight" in state_dict and "stem.0.weight" in dict(self.named_parameters()):
-            raise CheckpointError(
+            raise CheckpointMismatch(
                 f"{self._checkpoint_name(prefix)} has MMPretrain's names for the stem: "
                 "tools/convert_backbone.py gives it this toolbox's"
             )
@@ -238,9 +237,9 @@ class DownsamplingBackbone(nn.Module):
         frozen = [name for name in unloaded if _is_frozen(self.get_submodule(name))]
         if frozen and _has_any(state_dict, prefix):
             print_log(
-                f"frozen_stages={self.frozen_stages} freezes {', '.join(frozen)}, of which the checkpoint has nothing: "
-                "CARAFE++ stays as it was initialised there. Start from a checkpoint that was trained with CARAFE++, "
-                "or set frozen_stages=-1.",
+                f"frozen_stages={self.frozen_stages} freezes {', '.join(frozen)}, for which the checkpoint holds "
+                "nothing: CARAFE++ stays as it was initialised there. Start from a checkpoint that was trained with "
+                "CARAFE++, or set frozen_stages=-1.",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -253,6 +252,60 @@ class DownsamplingBackbone(nn.Module):
 
     def extra_repr(self) -> str:
         return f"downsampler_names={self.downsampler_names}"
+
+
+_VARIANTS = {
+    "ResNet": "torchvision's checkpoints load as well",
+    "ResNetV1c": "a stem of three 3x3 convolutions",
+    "ResNetV1d": "V1c with average pooling in the shortcuts, in whose place CARAFE++ stands",
+    "ResNeXt": "its grouped convolutions stay grouped",
+}
+
+_DOCSTRING = """{name} ({about}) that downsamples by CARAFE++ (arXiv 2012.04733, Sec. 4.1 and Fig. 4).
+
+    Takes {name}'s arguments and loads its checkpoints, with only CARAFE++'s keys missing. ``carafe_cfg`` switches each
+    place and sets the operator: see :class:`~carafe_plugin.openmmlab.resnet.DownsamplingBackbone`.
+
+    Args:
+        *args: {name}'s.
+        carafe_cfg (dict | None): the places, and CARAFE++'s arguments. Defaults to the paper's setting at every place
+            with a stride: seven in a ResNet-50.
+        **kwargs: {name}'s.
+
+    Raises:
+        TypeError: ``carafe_cfg`` is not a dictionary, has an unknown key, or a value of a wrong type; or a convolution
+            with a stride is of a type (``conv_cfg``) whose stride CARAFE++ cannot take.
+        ValueError: ``carafe_cfg`` asks for CARAFE++ where there is no stride, or ``stages`` has a wrong length.
+        KeyError: ``carafe_cfg`` names a type that is not registered.
+
+    Example:
+        >>> import torch
+        >>> from {package} import CARAFE{name}
+        >>> backbone = CARAFE{name}(depth=50, carafe_cfg=dict(stages=(False, True, True, True)))
+        >>> backbone(torch.rand(1, 3, 64, 96))[-1].shape
+        torch.Size([1, 2048, 2, 3])
+    """
+
+
+def downsampling_resnets(module: str, registry: Registry, *parents: type[nn.Module]) -> list[Any]:
+    """Make a toolbox's ResNets downsample by CARAFE++, and register them as ``CARAFE`` and the parent's name.
+
+    Args:
+        module (str): full name of the toolbox's module that assigns the classes, by which they are pickled.
+        registry (Registry): the toolbox's ``MODELS``.
+        *parents: its ``ResNet``, ``ResNetV1c``, ``ResNetV1d`` and ``ResNeXt``.
+
+    Returns:
+        The classes, in the order of ``parents``.
+    """
+    classes = []
+    for parent in parents:
+        name = parent.__name__
+        text = _DOCSTRING.format(name=name, about=_VARIANTS[name], package=module.rpartition(".")[0])
+        namespace = dict(__module__=module, __doc__=text)
+        classes.append(type(f"CARAFE{name}", (DownsamplingBackbone, parent), namespace))
+        registry.register_module(module=classes[-1])
+    return classes
 
 
 def _pointwise(conv: nn.Module) -> nn.Module:

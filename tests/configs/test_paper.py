@@ -18,10 +18,10 @@ pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
 from config_models import build, parse
 from test_bases import differences
 
-from carafe_plugin.engine.backbones import extract_backbone
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample, peers
 from carafe_plugin.openmmlab.layers import Interpolation
 from carafe_plugin.openmmlab.resnet import DownsampledConv2d
+from carafe_plugin.openmmlab.resnet_checkpoints import extract_backbone
 from studies.paper_tables.pages import END, START
 from studies.paper_tables.rows import read_tables
 

@@ -242,8 +242,8 @@ def test_optimisers():
         assert {id(p) for group in wrapper.param_groups for p in group["params"]} == own
     cases = (
         (dict(constructor="PerNetworkOptimWrapperConstructor"), "must name parts of the model with an 'optimizer'"),
-        (dict(generators=dict(optimizer=dict(type="SGD", lr=1))), "'generators', which is no part of InpaintingGAN"),
-        (dict(paramwise_cfg=dict(norm_decay_mult=0)), "paramwise_cfg belongs into"),
+        (dict(generators=dict(optimizer=dict(type="SGD", lr=1))), "'generators', which is not a part of InpaintingGAN"),
+        (dict(paramwise_cfg=dict(norm_decay_mult=0)), "paramwise_cfg belongs in"),
     )
     for changes, message in cases:
         cfg = {"constructor": "PerNetworkOptimWrapperConstructor", **changes}

@@ -8,9 +8,11 @@ import torch
 pytest.importorskip("mmengine", reason="mmengine is not installed")
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
+from carafe_plugin.analysis import record_reassemblies
 from carafe_plugin.inpainting import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d
-from carafe_plugin.inpainting.masked_carafe import propagate
+from carafe_plugin.inpainting.masked import propagate
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.ops.functional import reassemble
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,3 +271,33 @@ def test_float16_knows_the_same_locations(direction):
     assert 0 < expected_valid.mean() < 1
     # The kernels' logits have half precision: most of what differs.
     torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(("direction", "size", "settings"), CASES)
+def test_recorded_kernels_are_those_that_ran(direction, size, settings, by_name):
+    """The features reassembled by what is recorded are the output: the holes have no weight, the rest theirs."""
+    torch.manual_seed(0)
+    module = trained_looking(PAIRS[direction][1](4, **settings))
+    features, validity = torch.randn(2, 4, *size).double(), some_validity(*size)
+    with torch.no_grad(), record_reassemblies(module) as found:
+        output, valid = module(validity=validity, features=features) if by_name else module(features, validity)
+    (one,) = found
+    again = reassemble(features, one.kernels.flatten(1, 3), module.kernel_size, one.group_size, one.up, one.down)
+    torch.testing.assert_close(again, output)
+    assert one.source_size == size
+    for image, row, column in ((0, 0, 1), (0, 2, 2), (1, 2, 2)):
+        sources = one.sources(row, column, image=image)
+        assert bool((validity[image, 0, sources.rows, sources.columns] == 1).all())
+        assert len(sources.weights) == 0 or valid[image, 0, row, column]
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_shapes_on_the_meta_device(direction):
+    """A device without autocast, as tools that build a model for its shapes alone use it."""
+    module = PAIRS[direction][1](4)
+    features, validity = torch.rand(2, 4, 7, 8), torch.ones(2, 1, 7, 8)
+    expected = module(features, validity)
+    found = module.to("meta")(features.to("meta"), validity.to("meta"))
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
+    assert {tensor.device.type for tensor in found} == {"meta"}

@@ -16,7 +16,7 @@ from carafe_plugin.inpainting import (
     PartialConv2d,
     PatchDiscriminator,
 )
-from carafe_plugin.inpainting.losses import adversarial_loss, reconstruction_losses
+from carafe_plugin.inpainting.model import adversarial_loss, reconstruction_losses
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +86,15 @@ def test_mixed_precision(partial, images):
     assert (prediction.float() - expected).abs().mean() < 0.05
     prediction.float().square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in generator.parameters())
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("carafe_cfg", [None, BOTH])
+def test_shapes_on_the_meta_device(partial, carafe_cfg, images):
+    with torch.device("meta"):
+        generator = InpaintingGenerator(4, partial, carafe_cfg=carafe_cfg)
+    pictures, holes = images
+    assert generator(pictures.to("meta"), holes.to("meta")).shape == pictures.shape
 
 
 def test_masks_travel_through_the_partial_network():

@@ -55,6 +55,6 @@ def values_and_gradients(function, inputs):
     """The output of a function of tensors, and its gradients to those that require one."""
     leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in inputs]
     output = function(*leaves)
-    cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
-    output.backward(cotangent.to(output.device))
+    grad_output = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
+    output.backward(grad_output.to(output.device))
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad and leaf.grad is not None)]

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ pytest.importorskip("mmcv", reason="mmcv is not installed")
 from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint
 
-from carafe_plugin.engine.checkpoint import CheckpointError
+from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.openmmlab.layers import CARAFEDownsample
+from carafe_plugin.openmmlab.resnet_checkpoints import CheckpointMismatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,16 +163,24 @@ def test_another_depth_is_refused(toolbox, depths, tmp_path):
     mine, theirs, message = depths
     path = write(stock(toolbox, theirs, base=4), tmp_path / "other.pth")
     net = ours(toolbox, depth=mine, base=4, init_cfg=dict(type="Pretrained", checkpoint=path))
-    with pytest.raises(CheckpointError, match=f"the checkpoint {re.escape(str(path))} is a ResNet's of {message}"):
+    with pytest.raises(CheckpointMismatch, match=f"the checkpoint {re.escape(str(path))} is a ResNet's of {message}"):
         net.init_weights()
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointMismatch, match=message):
         ours(toolbox, depth=mine, base=4).load_state_dict(torch.load(path), strict=False)
+
+
+def test_a_tool_says_it_in_one_line(capsys):
+    def load(args):
+        ours("mmpretrain").load_state_dict(stock("mmpretrain", 34).state_dict(), strict=False)
+
+    assert run_tool(load, Namespace()) == 2
+    assert capsys.readouterr().err == "error: the checkpoint is a ResNet's of depth 34, the backbone's depth is 18\n"
 
 
 @pytest.mark.parametrize("toolbox", ["mmdet", "mmseg"])
 def test_mmpretrains_deep_stem_is_not_taken_as_it_is(toolbox):
     state = ours("mmpretrain", "ResNetV1c").state_dict()
-    with pytest.raises(CheckpointError, match=r"MMPretrain's names for the stem: tools/convert_backbone\.py"):
+    with pytest.raises(CheckpointMismatch, match=r"MMPretrain's names for the stem: tools/convert_backbone\.py"):
         ours(toolbox, "ResNetV1c").load_state_dict(state, strict=False)
     ours("mmpretrain", "ResNetV1c").load_state_dict(state)
 
@@ -193,8 +203,8 @@ def test_a_frozen_carafe_that_nothing_was_loaded_into(toolbox):
     finally:
         logger.removeHandler(handler)
     assert len(messages) == 2
-    assert "frozen_stages=0 freezes maxpool, of which the checkpoint has nothing: " in messages[0]
-    assert "maxpool, layer2.0.conv1.downsampler, layer2.0.downsample.0.downsampler, of" in messages[1]
+    assert "frozen_stages=0 freezes maxpool, for which the checkpoint holds nothing: " in messages[0]
+    assert "maxpool, layer2.0.conv1.downsampler, layer2.0.downsample.0.downsampler, for" in messages[1]
 
 
 @pytest.mark.parametrize("toolbox", TOOLBOXES)
@@ -205,7 +215,7 @@ def test_a_checkpoint_of_a_whole_model(toolbox, tmp_path):
     load_checkpoint(model, write(whole, tmp_path / "whole.pth"), logger="silent")
     assert torch.equal(model["backbone"].norm1.running_var, whole["backbone"].norm1.running_var)
     other = nn.ModuleDict(dict(backbone=parent(toolbox, depth=34)))
-    with pytest.raises(CheckpointError, match="depth 34"):
+    with pytest.raises(CheckpointMismatch, match="depth 34"):
         load_checkpoint(model, write(other, tmp_path / "other.pth"), logger="silent")
 
 

@@ -196,16 +196,18 @@ def found_max(found):
 
 def test_learning_rates_in_mmpretrains_optimizer():
     pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
+    from mmengine.registry import DefaultScope
     from mmpretrain.engine import LearningRateDecayOptimWrapperConstructor
     from mmpretrain.models import ImageClassifier
 
     from carafe_plugin.openmmlab import mmpretrain  # noqa: F401
 
-    model = ImageClassifier(
-        backbone=dict(type="mmpretrain.CARAFEResNet", depth=50, base_channels=4, stem_channels=4, out_indices=(3,)),
-        neck=dict(type="mmpretrain.GlobalAveragePooling"),
-        head=dict(type="mmpretrain.LinearClsHead", num_classes=2, in_channels=128),
-    )
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # an earlier test's runner may have left another
+        model = ImageClassifier(
+            backbone=dict(type="mmpretrain.CARAFEResNet", depth=50, base_channels=4, stem_channels=4, out_indices=(3,)),
+            neck=dict(type="mmpretrain.GlobalAveragePooling"),
+            head=dict(type="mmpretrain.LinearClsHead", num_classes=2, in_channels=128),
+        )
     build = LearningRateDecayOptimWrapperConstructor(
         dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=1.0, weight_decay=0.1)),
         paramwise_cfg=dict(layer_decay_rate=0.5),

@@ -1,6 +1,7 @@
 """The ResNets with CARAFE++: their parents bit for bit without it, and where it stands and what it computes with it."""
 
 import copy
+import doctest
 import importlib
 import io
 import pickle
@@ -50,6 +51,18 @@ VARIANTS = {
     "deep stem, pooled shortcuts": dict(deep_stem=True, avg_down=True),
     "deformable": dict(BOTTLENECKS, **DCN, stage_with_dcn=(False, True, True)),
 }
+
+
+@pytest.mark.parametrize(("toolbox", "name"), combinations(TOOLBOXES, NAMES))
+def test_each_class_is_found_by_its_names_and_documented(toolbox, name):
+    cls = type(ours(toolbox, name))
+    registry = importlib.import_module(f"{toolbox}.registry").MODELS
+    assert registry.module_dict[f"CARAFE{name}"] is cls
+    assert registry.get(f"carafe_plugin.openmmlab.{toolbox}.CARAFE{name}") is cls
+    assert pickle.loads(pickle.dumps(cls)) is cls
+    assert repr(cls) == f"<class 'carafe_plugin.openmmlab.{toolbox}.backbones.CARAFE{name}'>"
+    (examples,) = (found for found in doctest.DocTestFinder(recurse=False).find(cls) if found.examples)
+    assert doctest.DocTestRunner().run(examples).failed == 0
 
 
 @pytest.mark.parametrize(

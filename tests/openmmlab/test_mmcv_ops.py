@@ -190,7 +190,7 @@ def test_roi_align_in_half_precision(dtype, pool_mode):
     assert torch.equal(found[0], values.to(dtype))
     grads = values_and_gradients(lambda x: pool(x, places.float()), [features.float()])[1]
     assert torch.equal(found[1] == 0, grads.to(dtype) == 0)
-    torch.testing.assert_close(found[1].float(), grads, rtol=0.02, atol=0.02)  # the cotangents differ by a rounding
+    torch.testing.assert_close(found[1].float(), grads, rtol=0.02, atol=0.02)  # grad_output differs by a rounding
 
 
 def naive_roi_pool(features, places, size, scale):

@@ -220,16 +220,16 @@ def test_many_images_in_steps(compare):
 
 @pytest.mark.parametrize("wanted", [("weight",), ("input",), ("offset", "weight")], ids=str)
 def test_gradients_asked_for_one_by_one(compare, wanted):
-    """A second backward pass over the same graph, for other inputs and of another cotangent, is not the first's."""
+    """A second backward pass over the same graph, for other inputs and of another gradient, is not the first's."""
     torch.manual_seed(0)
     tensors = dict(input=torch.randn(1, 2, 5, 6), offset=torch.randn(1, 18, 5, 6), weight=torch.randn(4, 2, 3, 3))
-    cotangents = torch.randn(2, 1, 4, 5, 6)
+    grad_outputs = torch.randn(2, 1, 4, 5, 6)
 
     def twice():
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         output = mmcv.ops.deform_conv2d(*leaves.values(), 1, 1)
-        torch.autograd.grad(output, list(leaves.values()), cotangents[0], retain_graph=True)
-        return torch.autograd.grad(output, [leaves[name] for name in wanted], cotangents[1])
+        torch.autograd.grad(output, list(leaves.values()), grad_outputs[0], retain_graph=True)
+        return torch.autograd.grad(output, [leaves[name] for name in wanted], grad_outputs[1])
 
     compare(twice, 2e-6)
 

@@ -12,7 +12,7 @@ from tiny_runs import call_tool, one_line
 from torch import nn
 
 from carafe_plugin import CARAFEUpsample
-from carafe_plugin.engine.layouts import LAYOUTS, Fork, LayoutError, convert_layout, find_modules
+from carafe_plugin.engine.checkpoint_layouts import LAYOUTS, Fork, LayoutError, convert_layout, find_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -211,7 +211,7 @@ def test_what_the_names_do_not_tell_matters(x: torch.Tensor) -> None:
 
 def test_the_check_finds_a_wrong_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where all kernels are alike, as they are at the start of a training."""
-    import carafe_plugin.engine.plain_modules as maths
+    import carafe_plugin.engine.plain_carafe as maths
 
     fresh = ShuffleLast(conv(C, CM), conv(CM, 100, 3))
     nn.init.normal_(fresh.enc.weight, std=1e-3)
@@ -408,7 +408,7 @@ def test_tool_mistakes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
             ["--to", "mmcv"],
             "layout conv-bn does not say which activation follows its compressor: give --act",
         ),
-        (checkpoint, ["--to", "mmcv", *YOLO, "--scale", 3], "100 channels, which is no k^2 * s^2 with an odd k"),
+        (checkpoint, ["--to", "mmcv", *YOLO, "--scale", 3], "100 channels, which is not k^2 * s^2 with an odd k"),
         (checkpoint, ["--to", "mmcv", *YOLO, "--scale", 0], "--scale must be a positive int, got 0"),
         (checkpoint, ["--to", "mmcv", *YOLO, "--rename", "x=y"], "no CARAFE module is called x; found m.11"),
         (checkpoint, ["--to", "mmcv", *YOLO, "--rename", "x"], "--rename takes OLD=NEW, got x"),

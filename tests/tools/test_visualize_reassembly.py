@@ -86,7 +86,7 @@ def seen(models: Callable, image: Path) -> dict[str, Any]:
     config, weights = models("mmdet")
     cfg = bare_models.read_config(str(config))
     model = bare_models.build_model(cfg)
-    reassembly_view.load_weights(model, str(weights))
+    reassembly_view.load_checkpoint(model, str(weights))
     view = reassembly_view.view_image(cfg, model, image, (64, 96))
     chains = reassembly_view.find_chains(model, view, None, [])
     pixels = cv2.imread(str(image))[..., ::-1]
@@ -273,7 +273,7 @@ def test_mistakes_end_in_one_line(
         (dict(points=("30,40", "-.5,-2")), "point -0.5,-2 is outside the image"),
         (dict(path=tmp_path / "none.png"), f"no such image: {tmp_path}/none.png"),
         (dict(path=broken), f"cannot read image {broken}"),
-        (["--modules", "neck.fpn"], f"neck.fpn is no CARAFE++ of the model, which has {', '.join(BACKBONE[:1])}"),
+        (["--modules", "neck.fpn"], f"neck.fpn is not a CARAFE++ of the model, which has {', '.join(BACKBONE[:1])}"),
         (["--modules", "roi_head.mask_head.upsample"], "roi_head.mask_head.upsample did not run on maps of the image"),
         (["--modules", *BACKBONE[:2], FPN[0]], "neck.upsample_modules.2 do not follow one another"),
         (["--chain", "fuse"], "the model has no chain fuse: name some of its CARAFE++ with --modules"),

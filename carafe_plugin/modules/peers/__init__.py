@@ -1,20 +1,25 @@
 """The operators that the paper compares CARAFE++ with (Tables 3, 4 and 6), as plain ``torch.nn`` modules.
 
-One operator a file, each with ``channels`` and ``scale_factor`` first, so that it fits wherever CARAFE++ does. Nearest
-and bilinear interpolation are not here: PyTorch and the toolboxes bring them.
+Each has ``channels`` and ``scale_factor`` first, so that it fits wherever CARAFE++ does. Nearest and bilinear
+interpolation are not here: PyTorch and the toolboxes bring them.
 """
 
-from .average_pool import AveragePoolDownsample
 from .base import Downsampler, Upsampler
-from .deconv import DeconvUpsample
-from .dpp import DPPDownsample
-from .gum import GUMUpsample
-from .interpolation_conv import BilinearConvUpsample, NearestConvUpsample
-from .lip import LIPDownsample
-from .max_pool import MaxPoolDownsample
-from .pixel_shuffle import PixelShuffleUpsample
-from .spatial_attention import SpatialAttentionUpsample
-from .strided_conv import StridedConvDownsample
+from .downsamplers import (
+    AveragePoolDownsample,
+    DPPDownsample,
+    LIPDownsample,
+    MaxPoolDownsample,
+    StridedConvDownsample,
+)
+from .upsamplers import (
+    BilinearConvUpsample,
+    DeconvUpsample,
+    GUMUpsample,
+    NearestConvUpsample,
+    PixelShuffleUpsample,
+    SpatialAttentionUpsample,
+)
 
 DOWNSAMPLERS = (StridedConvDownsample, MaxPoolDownsample, AveragePoolDownsample, DPPDownsample, LIPDownsample)
 UPSAMPLERS = (
@@ -26,20 +31,5 @@ UPSAMPLERS = (
     SpatialAttentionUpsample,
 )
 
-__all__ = [
-    "DOWNSAMPLERS",
-    "UPSAMPLERS",
-    "AveragePoolDownsample",
-    "BilinearConvUpsample",
-    "DPPDownsample",
-    "DeconvUpsample",
-    "Downsampler",
-    "GUMUpsample",
-    "LIPDownsample",
-    "MaxPoolDownsample",
-    "NearestConvUpsample",
-    "PixelShuffleUpsample",
-    "SpatialAttentionUpsample",
-    "StridedConvDownsample",
-    "Upsampler",
-]
+__all__ = ["DOWNSAMPLERS", "UPSAMPLERS", "Downsampler", "Upsampler"]
+__all__ += [peer.__name__ for peer in (*DOWNSAMPLERS, *UPSAMPLERS)]

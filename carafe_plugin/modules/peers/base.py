@@ -1,4 +1,4 @@
-"""What every operator beside CARAFE++ has in common: its two first arguments, and the check of its input."""
+"""What the operators other than CARAFE++ have in common: its two first arguments, and the check of its input."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ class Resampler(nn.Module):
     """An operator that keeps the channels of a map and changes its size by an integer factor.
 
     Args:
-        channels: C.
-        scale_factor: sigma, how many times larger or smaller the map becomes.
+        channels (int): C.
+        scale_factor (int): sigma, how many times larger or smaller the map becomes.
 
     Raises:
-        ValueError: ``channels`` or ``scale_factor`` is no positive int; or the input is no map of C channels.
+        ValueError: ``channels`` or ``scale_factor`` is not a positive int, another argument is out of its range, or the
+            input is not a map of C channels.
     """
 
     def __init__(self, channels: int, scale_factor: int = 2) -> None:

@@ -20,17 +20,15 @@ class CARAFEFCNMaskHead(FCNMaskHead):
 
     Args:
         *args: FCNMaskHead's, up to ``class_agnostic``.
-        upsample_cfg: What CARAFE++ stands in for; only its ``scale_factor`` is read.
-        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its
-            arguments; ``scale_factor`` overrides that of ``upsample_cfg``. ``dict(type="deconv")``, ``"nearest"`` and
-            ``"bilinear"`` give FCNMaskHead with that upsampler, bit for bit.
+        upsample_cfg (dict): what CARAFE++ stands in for; only its ``scale_factor`` is read.
+        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
+            its arguments; ``scale_factor`` overrides that of ``upsample_cfg``. ``dict(type="deconv")``, ``"nearest"``
+            and ``"bilinear"`` give FCNMaskHead with that upsampler, bit for bit.
         **kwargs: FCNMaskHead's.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``upsample_cfg`` has type None, so that there is nothing to replace; ``carafe_cfg`` sets
-            ``channels``.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
+        ValueError: ``upsample_cfg`` has type None, so that there is nothing to replace.
+        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch

@@ -18,7 +18,7 @@ class _TopDownPath:
     """The parts of FPN and PAFPN between the lateral convolutions and the outputs.
 
     Both parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
-    that ``forward`` is stated anew here; everything that holds a parameter is the parent's.
+    that ``forward`` is restated here; everything that holds a parameter is the parent's.
     """
 
     in_channels: list[int]
@@ -31,7 +31,8 @@ class _TopDownPath:
     lateral_convs: nn.ModuleList
     fpn_convs: nn.ModuleList
 
-    def _add_upsamplers(self, carafe_cfg: Mapping[str, Any] | None) -> None:
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
         self.upsample_modules = ModuleList(
             build_upsampler(carafe_cfg, self.out_channels) for _ in range(len(self.lateral_convs) - 1)
@@ -81,16 +82,15 @@ class CARAFEFPN(_TopDownPath, FPN):
 
     Args:
         *args: FPN's.
-        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its arguments
-            (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` and ``dict(type="bilinear")`` give
-            what FPN does, bit for bit. Defaults to the paper's setting.
+        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
+            its arguments (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` and
+            ``dict(type="bilinear")`` give what FPN does, bit for bit. Defaults to the paper's setting.
         **kwargs: FPN's. Its ``upsample_cfg`` describes the interpolation that CARAFE++ stands in for: it is accepted,
             so that changing ``type`` is enough, and has no effect.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``; ``inputs`` does not match ``in_channels``.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
+        ValueError: ``inputs`` does not match ``in_channels``.
+        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch
@@ -99,10 +99,6 @@ class CARAFEFPN(_TopDownPath, FPN):
         ...                                    torch.rand(1, 32, 7, 11)])]
         [(25, 41), (13, 21), (7, 11), (4, 6)]
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""
@@ -120,7 +116,7 @@ class CARAFEPAFPN(_TopDownPath, PAFPN):
 
     Args:
         *args: PAFPN's.
-        carafe_cfg: The upsampler, as in :class:`CARAFEFPN`.
+        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEFPN`.
         **kwargs: PAFPN's.
 
     Raises:
@@ -132,10 +128,6 @@ class CARAFEPAFPN(_TopDownPath, PAFPN):
         >>> [tuple(m.shape[2:]) for m in neck([torch.rand(1, 8, 25, 41), torch.rand(1, 16, 13, 21)])]
         [(25, 41), (13, 21)]
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""

@@ -21,14 +21,15 @@ class _DecoderTopDownPath:
     """What follows the coarsest map in each of the decoders.
 
     The parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
-    that ``forward`` is stated anew in this module; everything that holds a parameter is the parents'.
+    that ``forward`` is restated in this module; everything that holds a parameter is the parents'.
     """
 
     lateral_convs: nn.ModuleList
     output_convs: nn.ModuleList
     mask_feature: nn.Conv2d
 
-    def _add_upsamplers(self, carafe_cfg: Mapping[str, Any] | None) -> None:
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if not len(self.lateral_convs):
             raise ValueError("in_channels leaves no level below the coarsest: there is nothing to upsample")
         channels = self.mask_feature.in_channels
@@ -58,15 +59,14 @@ class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
 
     Args:
         *args: PixelDecoder's.
-        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its arguments
-            (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` gives PixelDecoder, bit for bit.
-            Defaults to the paper's setting.
+        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
+            its arguments (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` gives PixelDecoder,
+            bit for bit. Defaults to the paper's setting.
         **kwargs: PixelDecoder's.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``in_channels`` leaves nothing to upsample; ``carafe_cfg`` sets ``channels`` or ``scale_factor``.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
+        ValueError: ``in_channels`` leaves nothing to upsample.
+        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch
@@ -76,10 +76,6 @@ class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
         >>> mask_feature.shape, memory.shape
         (torch.Size([1, 12, 25, 41]), torch.Size([1, 32, 7, 11]))
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
         """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
@@ -96,16 +92,12 @@ class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncod
 
     Args:
         *args: TransformerEncoderPixelDecoder's.
-        carafe_cfg: The upsampler, as in :class:`CARAFEPixelDecoder`.
+        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEPixelDecoder`.
         **kwargs: TransformerEncoderPixelDecoder's.
 
     Raises:
         TypeError, ValueError, KeyError: As :class:`CARAFEPixelDecoder`.
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
         """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
@@ -131,7 +123,7 @@ class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncod
 
 @MODELS.register_module()
 class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecoder):
-    """Mask2Former's pixel decoder, upsampling by CARAFE++ behind its multi-scale deformable attention.
+    """Mask2Former's pixel decoder, upsampling by CARAFE++ after its multi-scale deformable attention.
 
     The attention serves the coarser levels; the finer ones, as a rule the finest alone, are reached by a top-down path
     whose bilinear interpolation CARAFE++ replaces.
@@ -142,23 +134,19 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
 
     Args:
         *args: MSDeformAttnPixelDecoder's.
-        carafe_cfg: The upsampler, as in :class:`CARAFEPixelDecoder`.
+        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEPixelDecoder`.
         **kwargs: MSDeformAttnPixelDecoder's.
 
     Raises:
         TypeError, KeyError: As :class:`CARAFEPixelDecoder`.
-        ValueError: As :class:`CARAFEPixelDecoder`, and where the attention serves all levels.
+        ValueError: as :class:`CARAFEPixelDecoder`, and where the attention serves all levels.
     """
-
-    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_upsamplers(carafe_cfg)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The backbone's maps, fine to coarse, to the mask features and ``num_outs`` maps, coarse to fine.
 
         Args:
-            feats: (N, in_channels[i], H_i, W_i) each.
+            feats (Sequence[Tensor]): (N, in_channels[i], H_i, W_i) each.
 
         Returns:
             The mask features (N, out_channels, H_0, W_0), and the maps that the transformer decoder attends to,
@@ -201,31 +189,32 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
         return [x.reshape(n, -1, *size) for x, size in zip(maps, sizes, strict=True)]
 
 
-def project_memory(head: MaskFormerHead, enforce: bool) -> None:
-    """Give a head the projection from the coarsest map to its transformer decoder that it has with PixelDecoder."""
-    if not isinstance(head.pixel_decoder, CARAFEPixelDecoder):
-        return
-    channels = head.pixel_decoder.in_channels[-1]
-    if enforce or channels != head.decoder_embed_dims:
-        head.decoder_input_proj = Conv2d(channels, head.decoder_embed_dims, kernel_size=1)
+class MemoryProjection(nn.Module):
+    """Projects the memory of :class:`CARAFEPixelDecoder` to the channels of a MaskFormerHead's transformer decoder.
 
-
-@MODELS.register_module()
-class CARAFEMaskFormerHead(MaskFormerHead):
-    """MaskFormerHead that projects the memory of :class:`CARAFEPixelDecoder` to its transformer decoder's channels.
-
-    MaskFormerHead does so for PixelDecoder, which it recognises by its exact type. Takes MaskFormerHead's arguments and
-    loads its checkpoints; CARAFE++ is set in its ``pixel_decoder``.
+    MaskFormerHead does so for PixelDecoder, which it recognises by its exact type.
 
     Args:
         *args: MaskFormerHead's.
-        enforce_decoder_input_project: Project even where the channels are the same.
+        enforce_decoder_input_project (bool): project even where the channels are the same.
         **kwargs: MaskFormerHead's.
     """
 
+    pixel_decoder: nn.Module
+    decoder_embed_dims: int
+
     def __init__(self, *args: Any, enforce_decoder_input_project: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, enforce_decoder_input_project=enforce_decoder_input_project, **kwargs)
-        project_memory(self, enforce_decoder_input_project)
+        if not isinstance(self.pixel_decoder, CARAFEPixelDecoder):
+            return
+        channels = self.pixel_decoder.in_channels[-1]
+        if enforce_decoder_input_project or channels != self.decoder_embed_dims:
+            self.decoder_input_proj = Conv2d(channels, self.decoder_embed_dims, kernel_size=1)
+
+
+@MODELS.register_module()
+class CARAFEMaskFormerHead(MemoryProjection, MaskFormerHead):
+    """MaskFormerHead, with its arguments and checkpoints, for a ``pixel_decoder`` that is CARAFEPixelDecoder."""
 
 
 def _as_sequence(features: Tensor) -> Tensor:

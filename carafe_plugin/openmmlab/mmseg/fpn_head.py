@@ -26,16 +26,14 @@ class CARAFEFPNHead(FPNHead):
 
     Args:
         *args: FPNHead's.
-        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its arguments
-            (``up_kernel``, ``compressed_channels``, ...); ``dict(type="bilinear")`` with the head's ``align_corners``
-            is FPNHead, bit for bit. Defaults to the paper's setting.
+        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
+            its arguments (``up_kernel``, ``compressed_channels``, ...); ``dict(type="bilinear")`` with the head's
+            ``align_corners`` is FPNHead, bit for bit. Defaults to the paper's setting.
         **kwargs: FPNHead's.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``feature_strides`` are all the same, so that there is nothing to upsample; ``carafe_cfg`` sets
-            ``channels`` or ``scale_factor``.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
+        ValueError: ``feature_strides`` are all the same, so that there is nothing to upsample.
+        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch

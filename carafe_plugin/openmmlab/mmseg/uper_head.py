@@ -23,10 +23,10 @@ class CARAFEUPerHead(UPerHead):
 
     * ``ppm``: a pooled map returns to full size by bilinear interpolation to half of it, rounded up, and CARAFE++ from
       there; ``ppm_upsamplers.{i}`` serves the pooled map ``i``.
-    * ``fpn``: CARAFE++ in the place of bilinear interpolation; ``upsample_modules.{i}`` feeds lateral ``i``.
+    * ``fpn``: CARAFE++ instead of bilinear interpolation; ``upsample_modules.{i}`` feeds lateral ``i``.
     * ``fuse``: instead of interpolating every level to the finest size at once, upsample and concatenate in turn:
       ``[P2, up([P3, up([P4, up(P5)])])]`` with P2 the finest. The channels lie as UPerHead has them;
-      ``fuse_upsamplers.{i}`` makes what stands behind level ``i``.
+      ``fuse_upsamplers.{i}`` makes what follows level ``i``.
 
     Takes UPerHead's arguments and loads UPerHead's checkpoints, whichever switches are on: the only new parameters are
     in these modules. With every switch off it is UPerHead, bit for bit. The maps may have any size: see
@@ -34,15 +34,15 @@ class CARAFEUPerHead(UPerHead):
 
     Args:
         *args: UPerHead's.
-        carafe_cfg: ``ppm``, ``fpn`` and ``fuse`` are the switches, each on where it is left out and the head has such
-            a place. The other keys describe the upsampler: ``type`` is ``"CARAFEUpsample"`` when left out, and the
-            rest are its arguments (``up_kernel``, ``compressed_channels``, ...); ``"nearest"`` and ``"bilinear"``
-            interpolate in the same places. Defaults to the paper's setting.
+        carafe_cfg (dict | None): ``ppm``, ``fpn`` and ``fuse`` are the switches, each on where it is left out and the
+            head has such a place. The other keys describe the upsampler: ``type`` is ``"CARAFEUpsample"`` when left
+            out, and the rest are its arguments (``up_kernel``, ``compressed_channels``, ...); ``"nearest"`` and
+            ``"bilinear"`` interpolate in the same places. Defaults to the paper's setting.
         **kwargs: UPerHead's.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, a switch is no bool, or a key is neither a switch nor known to the
-            upsampler's type.
+        TypeError: ``carafe_cfg`` is not a dictionary, a switch is not a bool, or a key is neither a switch nor
+            known to the upsampler's type.
         ValueError: ``carafe_cfg`` turns a switch on where the head has nothing to upsample, or sets ``channels`` or
             ``scale_factor``.
         KeyError: ``carafe_cfg`` names a type that is not registered.
@@ -135,5 +135,5 @@ def _build(cfg: Mapping[str, Any], channels: int) -> nn.Module:
         return build_upsampler(cfg, channels)
     except TypeError as error:
         raise TypeError(
-            f"{error} (beside the upsampler's arguments, the switches are {', '.join(SWITCHES)})"
+            f"{error} (apart from the upsampler's arguments, the switches are {', '.join(SWITCHES)})"
         ) from error

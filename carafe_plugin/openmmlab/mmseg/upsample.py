@@ -1,4 +1,4 @@
-"""CARAFE++ in the place of MMSegmentation's ``Upsample``, and UNet's upsampling step with it."""
+"""CARAFE++ instead of MMSegmentation's ``Upsample``, and UNet's upsampling step with it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def replace_upsample(steps: nn.Sequential, carafe_cfg: Mapping[str, Any] | None,
     """Swap every ``Upsample`` of a sequence for CARAFE++, in place: the other steps keep their checkpoint keys.
 
     Args:
-        steps: The sequence.
-        carafe_cfg: As for :func:`~carafe_plugin.openmmlab.layers.build_upsampler`. ``"nearest"`` and ``"bilinear"``
-            give an ``Upsample`` of that mode.
-        channels: Channels of the features where they are upsampled.
+        steps (nn.Sequential): the sequence.
+        carafe_cfg (dict | None): as for :func:`~carafe_plugin.openmmlab.layers.build_upsampler`. ``"nearest"`` and
+            ``"bilinear"`` give an ``Upsample`` of that mode.
+        channels (int): channels of the features where they are upsampled.
 
     Raises:
-        ValueError: An ``Upsample`` is not set to one whole scale factor.
+        ValueError: an ``Upsample`` is not set to one whole scale factor.
         TypeError, KeyError: As ``build_upsampler``.
     """
     for i, step in enumerate(steps):
@@ -56,16 +56,14 @@ class CARAFEInterpConv(InterpConv):
     Args:
         *args: InterpConv's, which UNet passes: ``in_channels``, ``out_channels``, ``with_cp``, ``norm_cfg``,
             ``act_cfg``.
-        carafe_cfg: The upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are its arguments;
-            its channels are those of the features at that point, its factor the ``scale_factor`` of InterpConv's
-            ``upsample_cfg``. ``"nearest"`` and ``"bilinear"`` give InterpConv, bit for bit.
+        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
+            its arguments; its channels are those of the features at that point, its factor the ``scale_factor`` of
+            InterpConv's ``upsample_cfg``. ``"nearest"`` and ``"bilinear"`` give InterpConv, bit for bit.
         **kwargs: InterpConv's: ``conv_first``, ``kernel_size``, ``upsample_cfg`` and so on.
 
     Raises:
-        TypeError: ``carafe_cfg`` is no dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``; the ``scale_factor`` of ``upsample_cfg`` is
-            not one whole number.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
+        ValueError: the ``scale_factor`` of ``upsample_cfg`` is not one whole number.
+        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch

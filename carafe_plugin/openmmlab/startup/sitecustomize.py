@@ -78,7 +78,7 @@ class CompiledLoader(Loader):
                 self.loader = StandInLoader(f"{reason}, and {VARIABLE} asks for it")
                 return None
             remedy = f"install an mmcv built for this torch, or set {VARIABLE}=torchvision to run on torchvision's"
-            _say(f"error: {reason}: {remedy}")  # toolboxes catch an ImportError and go on without operators
+            _say(f"error: {reason}: {remedy}")  # toolboxes catch an ImportError and continue without operators
             raise ImportError(f"{reason}: {remedy}", name=EXTENSION) from error
 
     def exec_module(self, module: ModuleType) -> None:

@@ -16,7 +16,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["ARCHITECTURES", "backbone_type", "count_carafe", "extract_backbone", "matching_depths"]
+__all__ = [
+    "ARCHITECTURES",
+    "CARAFE_KEY",
+    "CheckpointMismatch",
+    "backbone_type",
+    "count_carafe",
+    "extract_backbone",
+    "matching_depths",
+]
 
 #: Depth -> whether its blocks are bottlenecks, and their number in each stage.
 ARCHITECTURES = {
@@ -35,15 +43,19 @@ _DEEP_STEM = re.compile(r"stem\.(\d+)\.([a-z]\w*)\.(.+)")
 _SHORTCUT = re.compile(r"(layer\d+\.0\.downsample)\.(\d+)\.(.+)")
 
 
+class CheckpointMismatch(ValueError):
+    """A checkpoint is of another backbone than the one that loads it; the message names both."""
+
+
 def matching_depths(state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple[int, ...]:
     """The depths of :data:`ARCHITECTURES` whose blocks ``state_dict`` has, in as many stages as it has.
 
     Args:
-        state_dict: Parameters by name.
-        prefix: What the names of the backbone's parameters start with, such as ``"backbone."``.
+        state_dict (dict[str, Tensor]): parameters by name.
+        prefix (str): what the names of the backbone's parameters start with, such as ``"backbone."``.
 
     Returns:
-        The depths; none where the blocks are no such ResNet's, or where there are no blocks.
+        The depths; none where the blocks are not those of such a ResNet, or where there are no blocks.
 
     Example:
         >>> import torch
@@ -78,7 +90,7 @@ def backbone_type(backbone: Mapping[str, Tensor]) -> str:
     """The class of this package that a converted backbone belongs to.
 
     Args:
-        backbone: What :func:`extract_backbone` returned.
+        backbone (dict[str, Tensor]): what :func:`extract_backbone` returned.
 
     Example:
         >>> import torch
@@ -99,14 +111,14 @@ def extract_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone of an MMPretrain checkpoint under the names of MMDetection and MMSegmentation.
 
     Args:
-        state_dict: The checkpoint's parameters; the backbone's start with ``"backbone."``.
+        state_dict (dict[str, Tensor]): the checkpoint's parameters; the backbone's start with ``"backbone."``.
 
     Returns:
         The backbone's parameters alone, without that prefix, as ``init_cfg=dict(type="Pretrained", checkpoint=...)``
         of a backbone expects them; the same tensors.
 
     Raises:
-        ValueError: No parameter starts with ``"backbone."``, or they are no ResNet's of MMPretrain.
+        ValueError: no parameter starts with ``"backbone."``, or they are not a ResNet's in MMPretrain.
 
     Example:
         >>> import torch
@@ -121,7 +133,7 @@ def extract_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(f"no parameter starts with {prefix!r}, as those of MMPretrain's models do; found {some}, ...")
     if "layer1.0.conv1.weight" not in backbone:
         some = ", ".join(list(backbone)[:3])
-        raise ValueError(f"the backbone is no ResNet: it has no layer1.0.conv1.weight; found {some}, ...")
+        raise ValueError(f"the backbone is not a ResNet: it has no layer1.0.conv1.weight; found {some}, ...")
     if "stem.0.weight" in backbone:
         raise ValueError("the deep stem is not MMPretrain's (stem.0.conv.weight): it has stem.0.weight")
     shift = _stages_without_pooling(backbone)

@@ -1,20 +1,20 @@
-"""The generator: Global&Local's completion network, its Partial Conv variant, and CARAFE++ in both."""
+"""Networks: Global&Local's completion network, its Partial Conv variant, CARAFE++ in both, and the discriminator."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, kaiming_init, xavier_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample
 
-from .masked_carafe import MaskedCARAFEDownsample, MaskedCARAFEUpsample
-from .partial_conv import PartialConv2d, fill_unknown
+from .masked import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d, fill_unknown
 
 #: Height and width of an image must be multiples of it: two halvings.
 STRIDE = 4
@@ -24,6 +24,11 @@ UPSAMPLINGS = ("deconv", "nearest")
 Masked = tuple[Tensor, Tensor | None]
 
 
+def _apply(layer: nn.Module, features: Tensor, validity: Tensor | None) -> Masked:
+    """Call a layer that takes and returns a validity where there is one, and a plain layer where there is none."""
+    return (layer(features), None) if validity is None else layer(features, validity)
+
+
 class _Convolution(nn.Module):
     """A convolution, plain, partial or transposed, its norm and its activation."""
 
@@ -31,15 +36,10 @@ class _Convolution(nn.Module):
         super().__init__()
         self.convolution = convolution
         self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
-        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-        if convolution.bias is not None:
-            nn.init.zeros_(convolution.bias)
+        kaiming_init(convolution, mode="fan_in")
 
     def forward(self, features: Tensor, validity: Tensor | None) -> Masked:
-        if isinstance(self.convolution, PartialConv2d):
-            features, validity = self.convolution(features, validity)
-        else:
-            features = self.convolution(features)
+        features, validity = _apply(self.convolution, features, validity)
         return F.relu(self.norm(features)), validity
 
 
@@ -51,9 +51,7 @@ class _CARAFE(nn.Module):
         self.resampler = resampler
 
     def forward(self, features: Tensor, validity: Tensor | None) -> Masked:
-        if validity is None:
-            return self.resampler(features), None
-        return self.resampler(features, validity)
+        return _apply(self.resampler, features, validity)
 
 
 class _Nearest(nn.Module):
@@ -70,7 +68,7 @@ class InpaintingGenerator(BaseModule):
 
     Layers and channels are those of the completion network of Iizuka et al., Globally and Locally Consistent Image
     Completion, SIGGRAPH 2017 (the paper's reference [15]); its sigmoid, on images in [-1, 1], is a tanh. ``partial``
-    makes every convolution a partial one (reference [26]): the holes then travel as a validity map beside the features,
+    makes every convolution a partial one (reference [26]): the holes then travel as a validity map with the features,
     not as a fourth channel of the input.
 
     With ``carafe_cfg``, a convolution with stride 2 becomes CARAFE++ and the same convolution with stride 1, and an
@@ -83,14 +81,14 @@ class InpaintingGenerator(BaseModule):
             convolution (as [26]; the only one with partial convolutions). None takes what the network's own paper has.
         carafe_cfg (dict | None): where CARAFE++ is: ``down`` and ``up``, each True, False, or a dictionary of arguments
             of :class:`CARAFEDownsample` and :class:`CARAFEUpsample`. What is left out is False.
-        norm (bool): batch norm behind all convolutions but the last, as [15].
+        norm (bool): batch norm after all convolutions but the last, as [15].
         dilations (Sequence[int]): of the bottleneck's convolutions, at a quarter of the size. [15] has 2, 4, 8 and 16
             for images of 256 x 256. Trained on smaller images, taps that are never inside learn nothing, and spoil
             larger images then.
         init_cfg (dict | None): MMEngine's.
 
     Raises:
-        ValueError: an argument is out of its range; or, calling, the image's size is no multiple of 4.
+        ValueError: an argument is out of its range; or, calling, the image's size is not a multiple of 4.
 
     Example:
         >>> import torch
@@ -147,9 +145,7 @@ class InpaintingGenerator(BaseModule):
         )
         kind: type[nn.Conv2d] = PartialConv2d if partial else nn.Conv2d
         self.to_image = kind(full // 2, 3, 3, padding=1)
-        nn.init.xavier_normal_(self.to_image.weight)
-        if self.to_image.bias is not None:
-            nn.init.zeros_(self.to_image.bias)
+        xavier_init(self.to_image, distribution="normal")
 
     def _convolution(
         self, channels: int, out_channels: int, kernel: int = 3, stride: int = 1, dilation: int = 1
@@ -195,11 +191,7 @@ class InpaintingGenerator(BaseModule):
             features = torch.cat([features, holes], dim=1)
         for layer in (*self.encoder, *self.bottleneck, *self.decoder):
             features, validity = layer(features, validity)
-        if self.partial:
-            features, _ = self.to_image(features, validity)
-        else:
-            features = self.to_image(features)
-        return features.tanh()
+        return _apply(self.to_image, features, validity)[0].tanh()
 
 
 def _switches(carafe_cfg: Mapping[str, Any] | None) -> tuple[dict | None, dict | None]:
@@ -216,3 +208,48 @@ def _switches(carafe_cfg: Mapping[str, Any] | None) -> tuple[dict | None, dict |
     if cfg:
         raise ValueError(f"carafe_cfg must have no keys but 'down' and 'up', got {', '.join(map(repr, cfg))}")
     return found[0], found[1]
+
+
+@MODELS.register_module()
+class PatchDiscriminator(BaseModule):
+    """Judges of every patch of an image whether it looks real.
+
+    Layers are those of Isola et al., Image-to-Image Translation with Conditional Adversarial Networks, CVPR 2017 (the
+    paper's reference [20]): 4 x 4 convolutions with stride 2, then two with stride 1, leaky ReLU 0.2, batch norm
+    everywhere but in the first and last layer; with three strided ones a patch is 70 x 70 pixels. It sees the holes as
+    a fourth channel, as [20]'s sees its condition; that the *inpainted region* is judged is the loss's part
+    (:func:`adversarial_loss`).
+
+    Args:
+        base_channels (int): channels of the first layer, doubled by each that follows, up to eight times as many.
+        strided (int): how many convolutions have stride 2.
+        init_cfg (dict | None): MMEngine's.
+
+    Example:
+        >>> import torch
+        >>> PatchDiscriminator()(torch.rand(1, 3, 256, 256), torch.ones(1, 1, 256, 256)).shape
+        torch.Size([1, 1, 30, 30])
+    """
+
+    def __init__(self, base_channels: int = 64, strided: int = 3, init_cfg: dict | None = None) -> None:
+        super().__init__(init_cfg)
+        for name, value in (("base_channels", base_channels), ("strided", strided)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        widths = [base_channels * min(2**level, 8) for level in range(strided + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(4, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for level, (before, after) in enumerate(pairwise(widths), 1):
+            stride = 2 if level < strided else 1
+            layers += [
+                nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.02)  # as [20]
+
+    def forward(self, images: Tensor, holes: Tensor) -> Tensor:
+        """Judge completed images, (N, 3, H, W) in [-1, 1] with holes (N, 1, H, W) -> logits (N, 1, H', W')."""
+        return self.layers(torch.cat([images, holes], dim=1))

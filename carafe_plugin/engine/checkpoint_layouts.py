@@ -5,8 +5,8 @@ a content encoder, a softmax over the k^2 taps of ``F.unfold`` (row by row, as h
 a dilated unfold instead of a gather. Their parameters have other names (:data:`LAYOUTS`), and four things differ that
 no name tells:
 
-* a BatchNorm behind the encoder: an affine map before the softmax, folded into the convolution;
-* a BatchNorm behind the compressor: folded as well, unless an activation follows (``act``); then it stays a module of
+* a BatchNorm after the encoder: an affine map before the softmax, folded into the convolution;
+* a BatchNorm after the compressor: folded as well, unless an activation follows (``act``); then it stays a module of
   its own, ``compressor_norm``, for ``CARAFEUpsample(..., norm=nn.BatchNorm2d, act=...)``. MMCV's class has neither;
 * the norms' ``eps``: 1e-5 in PyTorch, 1e-3 in the YOLO family. What stays a norm is rescaled to 1e-5;
 * the order of the encoder's k^2 * s^2 channels. ``"taps"``: tap by tap with the s^2 positions inside, which is what a
@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from carafe_plugin.engine.plain_modules import (
+from carafe_plugin.engine.plain_carafe import (
     ACTIVATIONS,
     NORM_PARTS,
     ORDERS,
@@ -49,22 +49,22 @@ class Layout:
     """Names of a module's parts below the module's own name.
 
     Attributes:
-        compressor: The channel compressor's convolution.
-        encoder: The content encoder's convolution.
-        compressor_norm: The BatchNorm behind the compressor; None where there never is one.
-        encoder_norm: The BatchNorm behind the encoder.
-        behind: A convolution after the reassembly, which keeps its name: it is no part of the operator.
+        compressor (str): the channel compressor's convolution.
+        encoder (str): the content encoder's convolution.
+        compressor_norm (str | None): the BatchNorm after the compressor; None where there never is one.
+        encoder_norm (str | None): the BatchNorm after the encoder.
+        after (str | None): a convolution after the reassembly, which keeps its name: it is not part of the operator.
     """
 
     compressor: str
     encoder: str
     compressor_norm: str | None = None
     encoder_norm: str | None = None
-    behind: str | None = None
+    after: str | None = None
 
     def parts(self) -> list[str]:
         """All names."""
-        names = (self.compressor, self.compressor_norm, self.encoder, self.encoder_norm, self.behind)
+        names = (self.compressor, self.compressor_norm, self.encoder, self.encoder_norm, self.after)
         return [name for name in names if name is not None]
 
 
@@ -74,7 +74,7 @@ LAYOUTS = {
     "mmcv": Layout("channel_compressor", "content_encoder", compressor_norm="compressor_norm"),
     # comp and enc are blocks of conv, bn and act; the usual one, also in the YOLO family
     "conv-bn": Layout("comp.conv", "enc.conv", "comp.bn", "enc.bn"),
-    # comp is such a block, enc a convolution with a BatchNorm beside it
+    # comp is such a block, enc a convolution with a BatchNorm next to it
     "conv-bn-split": Layout("comp.conv", "enc", "comp.bn", "bn"),
     # comp and enc are nn.Sequential(convolution, BatchNorm, ...)
     "sequential": Layout("comp.0", "enc.0", "comp.1", "enc.1"),
@@ -83,7 +83,7 @@ LAYOUTS = {
     # two convolutions
     "comp-enc": Layout("comp", "enc"),
     # two convolutions, and a third that changes the channels afterwards
-    "down-encoder": Layout("down", "encoder", behind="out"),
+    "down-encoder": Layout("down", "encoder", after="out"),
 }
 
 #: How far the two sides of a conversion may differ, by the checkpoint's dtype: folding rounds the parameters once.
@@ -117,8 +117,8 @@ def find_modules(state_dict: Mapping[str, Tensor], layouts: Sequence[str] = tupl
     A module is where a layout's encoder and compressor stand side by side.
 
     Args:
-        state_dict: Parameters by name.
-        layouts: Names of those to look for.
+        state_dict (dict[str, Tensor]): parameters by name.
+        layouts (Sequence[str]): names of those to look for.
 
     Example:
         >>> import torch
@@ -141,16 +141,16 @@ def find_sources(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str]
     """The modules that a conversion takes: prefix -> name of the layout.
 
     Args:
-        state_dict: Parameters by name.
-        to: The layout to reach: ``"mmcv"`` takes every other layout, the others take it.
-        below: Only modules whose names start with one of these.
+        state_dict (dict[str, Tensor]): parameters by name.
+        to (str): the layout to reach: ``"mmcv"`` takes every other layout, the others take it.
+        below (Sequence[str]): only modules whose names start with one of these.
     """
     found = find_modules(state_dict, _sources(to))
     return {prefix: name for prefix, name in found.items() if prefix.startswith(tuple(below))}
 
 
 def norm_of_mmcv(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
-    """Whether a module of MMCV's names has a norm behind its compressor, as only this package's with ``norm=`` has."""
+    """Whether a module of MMCV's names has a norm after its compressor, as only this package's with ``norm=`` has."""
     return f"{prefix}{LAYOUTS['mmcv'].compressor_norm}.running_mean" in state_dict
 
 
@@ -168,24 +168,26 @@ def convert_layout(
     """Convert every CARAFE module of a checkpoint from MMCV's layout to another or from another to MMCV's.
 
     Args:
-        state_dict: Parameters by name; nothing in it is changed.
-        to: The layout to reach, a key of :data:`LAYOUTS`. ``"mmcv"`` takes every other layout, the others take it.
-        fork: What the names do not tell of the side that is not MMCV's. None for ``Fork()``, which has no activation;
-            not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
-        below: Only modules whose names start with one of these.
-        rename: Old name of a module -> its new name, for example ``{"model.11": "neck.upsample_modules.0"}``.
+        state_dict (dict[str, Tensor]): parameters by name; nothing in it is changed.
+        to (str): the layout to reach, a key of :data:`LAYOUTS`. ``"mmcv"`` takes every other layout, the others take
+            it.
+        fork (Fork | None): what the names do not tell about the side that is not MMCV's. None for ``Fork()``, which has
+            no activation; not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
+        below (Sequence[str]): only modules whose names start with one of these.
+        rename (dict[str, str] | None): old name of a module -> its new name, for example ``{"model.11":
+            "neck.upsample_modules.0"}``.
 
     Returns:
         All parameters under their new names, in the old order, and the converted modules.
 
     Raises:
-        LayoutError: No module is found, keys beside a module's are of no known part, shapes do not fit, the target
+        LayoutError: no module is found, keys next to a module's belong to no known part, shapes do not fit, the target
             cannot express the source, or the two sides' outputs differ.
-        ValueError: ``to`` is no layout.
+        ValueError: ``to`` is not a layout.
 
     Example:
         >>> import torch
-        >>> from carafe_plugin.engine.layouts import Fork, convert_layout
+        >>> from carafe_plugin.engine.checkpoint_layouts import Fork, convert_layout
         >>> state = {"up.comp.weight": torch.rand(4, 8, 1, 1), "up.enc.weight": torch.rand(100, 4, 3, 3)}
         >>> list(convert_layout(state, "mmcv").state_dict)[:2]
         ['up.channel_compressor.weight', 'up.channel_compressor.bias']
@@ -196,9 +198,11 @@ def convert_layout(
     places = find_sources(state_dict, to, below)
     if not places:
         raise LayoutError(_nothing_found(state_dict, to, below))
-    _check_names(rename, places)
+    if unknown := [name for name in rename if f"{name}." not in places]:
+        found = ", ".join(prefix.rstrip(".") for prefix in places)
+        raise LayoutError(f"no CARAFE module is called {', '.join(unknown)}; found {found}")
     if fork is None:
-        if normed := [prefix.rstrip(".") or "the module" for prefix in places if norm_of_mmcv(state_dict, prefix)]:
+        if normed := [_called(prefix) for prefix in places if norm_of_mmcv(state_dict, prefix)]:
             raise LayoutError(f"{normed[0]} has a compressor_norm: fork must say which activation follows it")
         fork = Fork()
 
@@ -206,40 +210,37 @@ def convert_layout(
     owner: dict[str, str] = {}
     modules = []
     for prefix, name in places.items():
-        new_prefix = f"{rename.get(prefix.rstrip('.'), prefix.rstrip('.'))}." if prefix else ""
-        parameters, info = _convert_module(state_dict, prefix, name, to, fork)
-        replaced[prefix] = {new_prefix + key: value for key, value in parameters.items()}
-        owner |= dict.fromkeys(_keys_of(state_dict, prefix, name, to), prefix)
-        modules.append(replace(info, source=prefix.rstrip("."), destination=new_prefix.rstrip(".")))
+        source = prefix.rstrip(".")
+        destination = rename.get(source, source)
+        keys = _keys_of(state_dict, prefix, name, to)
+        parameters, settings = _convert_module(state_dict, keys, prefix, name, to, fork)
+        replaced[prefix] = {f"{destination}." * bool(prefix) + key: value for key, value in parameters.items()}
+        owner |= dict.fromkeys(keys, prefix)
+        modules.append(Converted(source, destination, name, *settings))
     result: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         new = replaced.pop(owner[key], {}) if key in owner else {key: value}  # all of a module, where its first was
-        if doubled := sorted(result.keys() & new.keys()):
-            raise LayoutError(f"the converted checkpoint would hold {', '.join(doubled)} twice")
+        if duplicates := sorted(result.keys() & new.keys()):
+            raise LayoutError(f"the converted checkpoint would hold {', '.join(duplicates)} twice")
         result |= new
     return Conversion(result, modules)
 
 
-def _check_names(rename: Mapping[str, str], places: Mapping[str, str]) -> None:
-    if unknown := [name for name in rename if f"{name}." not in places]:
-        found = ", ".join(prefix.rstrip(".") for prefix in places)
-        raise LayoutError(f"no CARAFE module is called {', '.join(unknown)}; found {found}")
+def _called(prefix: str) -> str:
+    return prefix.rstrip(".") or "the module"
 
 
 def _nothing_found(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str]) -> str:
     """The refusal of a checkpoint without a known module; keys that look like one's come first."""
     words = ("carafe", "comp", "enc", "mask", "kernel", "upsample")
-    keys = sorted((key for key in state_dict if key.startswith(tuple(below))), key=lambda key: not _has(key, words))
+    keys = [key for key in state_dict if key.startswith(tuple(below))]
+    keys.sort(key=lambda key: not any(word in key.lower() for word in words))
     listed = ", ".join(keys[:40]) + (f" and {len(keys) - 40} more" if len(keys) > 40 else "")
     if to != "mmcv" and find_modules(state_dict, _sources("mmcv")):
         return f"{to} is made from the layout mmcv alone: convert --to mmcv first"
     return (
         f"no CARAFE module of the layouts {', '.join(_sources(to))}; keys that matched none: {listed or 'none at all'}"
     )
-
-
-def _has(key: str, words: Sequence[str]) -> bool:
-    return any(word in key.lower() for word in words)
 
 
 def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) -> list[str]:
@@ -253,8 +254,8 @@ def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) 
     for norm in (layout.compressor_norm, layout.encoder_norm):
         if norm is not None and f"{prefix}{norm}.running_mean" in state_dict:
             tails |= {f"{norm}.{kind}" for kind in (*NORM_PARTS, "num_batches_tracked")}
-    if behind := layout.behind or LAYOUTS[to].behind:
-        tails |= {f"{behind}.{kind}" for kind in ("weight", "bias")}
+    if after := layout.after or LAYOUTS[to].after:
+        tails |= {f"{after}.{kind}" for kind in ("weight", "bias")}
     keys = [key for key in state_dict if key.startswith(prefix)]
     if strange := [key for key in keys if key[len(prefix) :] not in tails]:
         place = prefix.rstrip(".") or "the checkpoint"
@@ -266,9 +267,9 @@ def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) 
 
 
 def _convert_module(
-    state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str, fork: Fork
-) -> tuple[dict[str, Tensor], Converted]:
-    keys = _keys_of(state_dict, prefix, name, to)
+    state_dict: Mapping[str, Tensor], keys: Sequence[str], prefix: str, name: str, to: str, fork: Fork
+) -> tuple[dict[str, Tensor], tuple[int, int, int, float]]:
+    """A module's new parameters, without a prefix, and what :class:`Converted` holds after the layout's name."""
     dtype = state_dict[f"{prefix}{LAYOUTS[name].encoder}.weight"].dtype
     if dtype not in TOLERANCE:
         raise LayoutError(f"{prefix}{LAYOUTS[name].encoder}.weight must be of a floating-point dtype, got {dtype}")
@@ -280,19 +281,19 @@ def _convert_module(
     for norm in [key.removesuffix("running_mean") for key in list(parameters) if key.endswith("running_mean")]:
         parameters[f"{norm}num_batches_tracked"] = counters[0] if counters else torch.zeros((), dtype=torch.int64)
 
-    if behind := LAYOUTS[name].behind or LAYOUTS[to].behind:
-        parameters |= {key[len(prefix) :]: state_dict[key] for key in keys if key.startswith(f"{prefix}{behind}.")}
+    if after := LAYOUTS[name].after or LAYOUTS[to].after:
+        parameters |= {key[len(prefix) :]: state_dict[key] for key in keys if key.startswith(f"{prefix}{after}.")}
 
     # What was written, in its dtype, against what was read: rounding and naming are part of the check.
     written = _read(parameters, "", to)
     distance = difference(*((written, source) if to == "mmcv" else (source, written)), kernel_size, fork)
     if not distance <= TOLERANCE[dtype]:
         raise LayoutError(
-            f"{prefix.rstrip('.') or 'the module'}: the outputs differ by {distance:.3g} after the conversion from "
+            f"{_called(prefix)}: the outputs differ by {distance:.3g} after the conversion from "
             f"{name} to {to} (tolerance {TOLERANCE[dtype]:g}); nothing was written"
         )
     compressed, channels = source.compressor[0].shape[:2]
-    return parameters, Converted("", "", name, channels, compressed, kernel_size, distance)
+    return parameters, (channels, compressed, kernel_size, distance)
 
 
 def _norms(layout: Layout) -> tuple[bool, bool]:
@@ -341,7 +342,7 @@ def _kernel_size(parts: Parts, prefix: str, name: str, scale: int) -> int:
     kernel_size, encoder_kernel = math.isqrt(taps), weight.shape[2]
     if rest or kernel_size**2 != taps or kernel_size % 2 == 0:
         raise LayoutError(
-            f"{prefix}{LAYOUTS[name].encoder}.weight has {len(weight)} channels, which is no k^2 * s^2 with an odd k "
+            f"{prefix}{LAYOUTS[name].encoder}.weight has {len(weight)} channels, which is not k^2 * s^2 with an odd k "
             f"and the scale s = {scale}: give the right scale (groups, and downsampling, have no other layout)"
         )
     if encoder_kernel % 2 == 0 or weight.shape[3] != encoder_kernel:

@@ -1,6 +1,6 @@
 """The parameters of a plain-PyTorch CARAFE module, from and to those of MMCV's, and what the two compute.
 
-:mod:`~carafe_plugin.engine.layouts` says what this is for; here are numbers alone, no names.
+:mod:`~carafe_plugin.engine.checkpoint_layouts` says what this is for; here are numbers alone, no names.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Fork:
-    """What the names do not tell of the side that is not MMCV's.
+    """What the names do not tell about the side that is not MMCV's.
 
     Attributes:
-        act: The activation behind the compressor, one of :data:`ACTIVATIONS`.
-        eps: ``eps`` of the BatchNorms.
-        order: The order of the encoder's channels, one of :data:`ORDERS`.
-        scale: s, the upsampling factor.
+        act (str): the activation after the compressor, one of :data:`ACTIVATIONS`.
+        eps (float): ``eps`` of the BatchNorms.
+        order (str): the order of the encoder's channels, one of :data:`ORDERS`.
+        scale (int): s, the upsampling factor.
     """
 
     act: str = "identity"
@@ -71,12 +71,18 @@ class Parts:
 
 
 def _fold(convolution: tuple[Tensor, Tensor], norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """A convolution with the norm behind it as one convolution."""
+    """A convolution with the norm after it as one convolution."""
     if norm is None:
         return convolution
     weight, bias, mean, variance = norm
     factor = weight / (variance + eps).sqrt()
     return convolution[0] * factor[:, None, None, None], (convolution[1] - mean) * factor + bias
+
+
+def _at_eps(norm: Tensor, old: float, new: float) -> Tensor:
+    """A norm that computes the same with another ``eps``."""
+    weight, bias, mean, variance = norm
+    return torch.stack((weight * ((variance + new) / (variance + old)).sqrt(), bias, mean, variance))
 
 
 def _reorder(convolution: tuple[Tensor, Tensor], scale: int, to_taps: bool) -> tuple[Tensor, Tensor]:
@@ -97,9 +103,7 @@ def to_mmcv(source: Parts, fork: Fork) -> Parts:
     norm = source.compressor_norm
     if fork.act == "identity" or norm is None:
         return Parts(_fold(source.compressor, norm, fork.eps), None, encoder, None)
-    weight, bias, mean, variance = norm
-    weight = weight * ((variance + MMCV_EPS) / (variance + fork.eps)).sqrt()  # the same values at the other eps
-    return Parts(source.compressor, torch.stack((weight, bias, mean, variance)), encoder, None)
+    return Parts(source.compressor, _at_eps(norm, fork.eps, MMCV_EPS), encoder, None)
 
 
 def from_mmcv(source: Parts, fork: Fork, compressor_norm: bool, encoder_norm: bool) -> Parts:
@@ -110,8 +114,7 @@ def from_mmcv(source: Parts, fork: Fork, compressor_norm: bool, encoder_norm: bo
     compressor = source.compressor
     norm = source.compressor_norm
     if norm is not None and compressor_norm:
-        weight, bias, mean, variance = norm
-        weight = weight * ((variance + fork.eps) / (variance + MMCV_EPS)).sqrt()
+        weight, bias, mean, variance = _at_eps(norm, MMCV_EPS, fork.eps)
         # Such a block's convolution has no bias: what it adds, the norm need not subtract.
         norm = torch.stack((weight, bias, mean - compressor[1], variance))
         compressor = compressor[0], torch.zeros_like(compressor[1])
@@ -133,9 +136,9 @@ def plain_carafe(features: Tensor, parts: Parts, fork: Fork) -> tuple[Tensor, Te
     """CARAFE as those projects compute it, from a fork's parameters.
 
     Args:
-        features: (N, C, H, W), float64.
-        parts: The parameters.
-        fork: What their names do not tell.
+        features (Tensor[N, C, H, W]): float64.
+        parts (Parts): the parameters.
+        fork (Fork): what their names do not tell.
 
     Returns:
         The upsampled features (N, C, s * H, s * W), and the logits (N, k^2, s * H, s * W) of their kernels.
@@ -182,18 +185,13 @@ def difference(mmcv: Parts, other: Parts, kernel_size: int, fork: Fork) -> float
         norm=None if mmcv.compressor_norm is None else nn.BatchNorm2d,
         act=ACTIVATIONS[fork.act],
     ).double()
-    parameters = {
-        "channel_compressor.weight": mmcv.compressor[0],
-        "channel_compressor.bias": mmcv.compressor[1],
-        "content_encoder.weight": mmcv.encoder[0],
-        "content_encoder.bias": mmcv.encoder[1],
-    }
-    if mmcv.compressor_norm is not None:
-        parameters |= {
-            f"compressor_norm.{kind}": row for kind, row in zip(NORM_PARTS, mmcv.compressor_norm, strict=True)
-        }
-        parameters["compressor_norm.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
-    module.load_state_dict(parameters, strict=True)
+    with torch.no_grad():
+        for layer, values in ((module.channel_compressor, mmcv.compressor), (module.content_encoder, mmcv.encoder)):
+            for name, value in zip(("weight", "bias"), values, strict=True):
+                getattr(layer, name).copy_(value)
+        if mmcv.compressor_norm is not None:
+            for name, value in zip(NORM_PARTS, mmcv.compressor_norm, strict=True):
+                getattr(module.compressor_norm, name).copy_(value)
     features = torch.randn(1, channels, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         outputs, logits = module.eval()(features), F.pixel_shuffle(module.predict_logits(features), fork.scale)
