@@ -42,7 +42,7 @@ format: env
 bench: env
 	$(PYTHON) -m benchmarks.op $(BENCH_FLAGS)
 
-# On a machine with a GPU; needs torch, pytest and hypothesis alone.
+# On a machine with a GPU; needs no OpenMMLab package (benchmarks/gpu_check.py lists what it needs).
 gpu-check:
 	$(or $(wildcard $(PYTHON)),python3) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
 

@@ -115,6 +115,7 @@ def extensions() -> dict:
     # -std=c++17 alone would forbid fused multiply-adds, half of the arithmetic rate.
     cxx = [*common, *prefixes, "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     nvcc = [*common, "-DUSE_CUDA", "--threads=0", *(f"-Xcompiler={prefix}" for prefix in prefixes)]
+    nvcc.append(f"-DCARAFE_PTX={int('+PTX' in os.environ.get('TORCH_CUDA_ARCH_LIST', ''))}")
     sources = ["csrc/registration.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("carafe", "baseline", "avx2", "avx512"))]
     modules = [CppExtension("carafe_plugin._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True)]
     if with_cuda:

@@ -20,6 +20,7 @@ from benchmarks import comparison, measure, report
 from benchmarks.mmcv_operator import LAUNCHERS, find_source
 from benchmarks.peers import mmcv
 from benchmarks.problem import Peer, Problem
+from carafe_plugin.engine.errors import UsageError
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 # An FPN's levels P5, P4 and P3 for an image of 800 x 1333, as the upsamplers of its top-down path see them.
@@ -152,6 +153,10 @@ def complete(
     options.problems = list(_problems(options, kind))
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
+    try:
+        measure.cpu_path()
+    except UsageError as error:
+        parser.error(str(error))
     if options.kernel_size % 2 == 0:
         parser.error(f"--kernel-size: expected an odd number, got {options.kernel_size}")
     for problem in options.problems:

@@ -20,6 +20,7 @@ import torch
 from torch.utils import benchmark
 
 import carafe_plugin
+from carafe_plugin.engine.errors import UsageError
 
 # A sample lasts at least this long, so that neither the clock nor the cost of a call's Python shows.
 SAMPLE_SECONDS = 0.02
@@ -27,7 +28,7 @@ SAMPLE_SECONDS = 0.02
 WARM_CALL_SECONDS = 0.05
 
 # Variables of the environment that change what is measured.
-SETTINGS = re.compile(r"(MALLOC|CARAFE|OMP|KMP|GOMP|MKL|ATEN|PYTORCH|TORCH)_|(GLIBC_TUNABLES|LD_PRELOAD)$")
+SETTINGS = re.compile(r"(MALLOC|THP|CARAFE|OMP|KMP|GOMP|MKL|ATEN|PYTORCH|TORCH)_|(GLIBC_TUNABLES|LD_PRELOAD)$")
 
 Work = Callable[[], object]
 
@@ -242,7 +243,9 @@ def cpu_path() -> str | None:
         return None
     library = ctypes.CDLL(importlib.import_module("carafe_plugin._C").__file__)
     library.carafe_cpu_path.restype = ctypes.c_char_p
-    return library.carafe_cpu_path().decode()
+    if (path := library.carafe_cpu_path()) is None:
+        raise UsageError(f"CARAFE_CPU_PATH={os.environ['CARAFE_CPU_PATH']} is not a path of this machine")
+    return path.decode()
 
 
 def _cpu_model() -> str:

@@ -13,7 +13,7 @@ Layouts (``X`` is the module's name, of any length or empty; norms and biases ma
     down-encoder      X.down                 X.encoder  X.out          the 1x1 convolution X.out follows the reassembly:
                                                                        it keeps its name
 
-Names do not say everything: --act is the activation behind that compressor (silu in YOLOv5 and later, relu in most
+Names do not say everything: --act is the activation after that compressor (silu in YOLOv5 and later, relu in most
 others), --eps its BatchNorms' eps (1e-3 in the YOLO family), --order how the encoder's channels are read ("taps": pixel
 shuffle first; "positions": pixel shuffle last), --scale the factor. DST's ``meta`` records them for each module, and
 the next conversion of that module takes from there what its command line leaves out. The command line overrides a
@@ -54,7 +54,9 @@ from carafe_plugin.engine.errors import UsageError
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[0], epilog="The layouts are described at the top of this file."
+        description=(__doc__ or "").partition("\n\n")[0],
+        epilog=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", help="the checkpoint: weights, or weights under state_dict or model")
     parser.add_argument("destination", metavar="DST", help="the file to write")
@@ -63,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     recorded = "default: as recorded in SRC"
     parser.add_argument(
-        "--act", choices=list(ACTIVATIONS), help=f"activation behind the other layout's compressor ({recorded})"
+        "--act", choices=list(ACTIVATIONS), help=f"activation after the other layout's compressor ({recorded})"
     )
     parser.add_argument("--eps", type=float, help=f"eps of the other layout's norms ({recorded}, else 1e-5)")
     parser.add_argument("--order", choices=ORDERS, help=f"of the other layout's encoder ({recorded}, else taps)")

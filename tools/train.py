@@ -95,10 +95,10 @@ def train(args: argparse.Namespace) -> None:
         use_scaled_lr(cfg)
     if args.resume not in (None, "auto") and "://" not in args.resume:
         check_checkpoint_exists(args.resume)
-    check_dataset_files(cfg, "train", "val")
     use_atomic_checkpoints(cfg)
     prepare_processes(cfg)
     choose_checkpoint(cfg, args.resume)
+    check_dataset_files(cfg, "train", "val")
     runner = build_runner(cfg)
     check_not_empty(runner, "train", "val")
     with reading_named_files():

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from carafe_plugin._require import require
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
-from carafe_plugin.openmmlab import require
 
 require("mmengine", __name__)
 

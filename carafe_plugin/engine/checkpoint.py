@@ -123,7 +123,9 @@ def find_mismatch(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]
         >>> find_mismatch(torch.nn.Linear(2, 1), dict(weight=torch.zeros(1, 2)))
         'lacks 1 of the 2 parameters of Linear, the first: bias'
     """
-    weights = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    # A distributed model has "module." in its names: in front, or in front of each network of a GAN.
+    names = {_unwrapped(key): key for key in model.state_dict()}
+    weights = {names.get(_unwrapped(name), _unwrapped(name)): value for name, value in state_dict.items()}
     # BatchNorm's counters came after 2017: older checkpoints lack them, and evaluation does not need them.
     name, expected = type(model).__name__, [key for key in model.state_dict() if not key.endswith(COUNTER)]
     if not any(isinstance(value, torch.Tensor) for value in weights.values()):
@@ -143,6 +145,10 @@ def find_mismatch(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]
     if stray := _stray_carafe(unexpected, expected):
         return f"holds CARAFE++ where {name} has none: {stray}"
     return None
+
+
+def _unwrapped(name: str) -> str:
+    return re.sub(r"(^|\.)module\.", r"\1", name)
 
 
 def _stray_carafe(unexpected: Sequence[str], expected: Sequence[str]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from mmengine.config import DictAction
 
-from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.errors import ProcessError, UsageError
 from carafe_plugin.engine.processes import LAUNCHERS, process_rank
 from carafe_plugin.openmmlab import mmcv_ops
 from carafe_plugin.openmmlab.resnet_checkpoints import CheckpointMismatch
@@ -37,7 +37,7 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
         return main(args) or 0
     except (UsageError, CheckpointMismatch) as error:
         # Every process of a distributed run finds the same mistake: one of them says so.
-        if process_rank(getattr(args, "launcher", None)) == 0:
+        if isinstance(error, ProcessError) or process_rank(getattr(args, "launcher", None)) == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except ImportError as error:
         if error.name != mmcv_ops.EXTENSION:  # else mmcv_ops has said it

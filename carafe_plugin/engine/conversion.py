@@ -200,7 +200,7 @@ def _check_activation(module: str, layout: str, to: str, given: str | None, reco
     none = layout == "mmcv" and not normed and recorded in (None, "identity")
     if none and given not in (None, "identity"):
         raise UsageError(
-            f"{module} is MMCV's, without an activation behind its compressor: "
+            f"{module} is MMCV's, without an activation after its compressor: "
             f"a module with --act {given} cannot compute the same"
         )
 

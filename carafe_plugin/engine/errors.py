@@ -13,6 +13,10 @@ class UsageError(Exception):
     """Something that the user can put right; the message says what was expected, what came, and where."""
 
 
+class ProcessError(UsageError):
+    """What one process of a distributed run has found and the others may not have: it says so, whatever its rank."""
+
+
 class CheckpointError(UsageError):
     """A checkpoint cannot be used; the message says which file and why."""
 
@@ -35,7 +39,6 @@ def reading_named_files() -> Iterator[None]:
         if modules and modules[-1].startswith("carafe_plugin.engine."):
             raise
         if error.filename:
-            message = f"no such file or folder: {Path(error.filename).absolute()}"
-        else:  # from a data loader's worker, with the worker's traceback in its text: the last line is the error
-            message = (str(error).strip() or "a file is missing").splitlines()[-1]
-        raise UsageError(message) from error
+            raise UsageError(f"no such file or folder: {Path(error.filename).absolute()}") from error
+        # From a data loader's worker, with the worker's traceback in its text: the last line is the error.
+        raise ProcessError((str(error).strip() or "a file is missing").splitlines()[-1]) from error

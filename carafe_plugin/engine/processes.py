@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS
 
-from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.errors import ProcessError, UsageError
 
 #: Per launcher: how it tells a process its rank, the number of processes and its rank on the machine; how to start it.
 LAUNCHERS = {
@@ -87,7 +87,7 @@ def prepare_processes(cfg: Config) -> None:
     rank, world_size, local_rank = (os.environ[name] for name in names)
     if get_device() == "cuda" and int(local_rank) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise UsageError(f"process {local_rank} of this machine has no GPU of its own ({found} found)")
+        raise ProcessError(f"process {local_rank} of this machine has no GPU of its own ({found} found)")
     if get_device() != "cpu" or torch.distributed.is_initialized():
         return
     os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local_rank)

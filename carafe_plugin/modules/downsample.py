@@ -26,8 +26,8 @@ class CARAFEDownsample(KernelPrediction):
         encoder_dilation (int): dilation of the content encoder, whose stride is sigma.
         compressed_channels (int | None): Cm, channels after the channel compressor; None removes the compressor.
         normalizer (str): the kernel normaliser, 'softmax', 'sigmoid' or 'sigmoid_normalized' (Table 14).
-        norm (Callable[[int], nn.Module] | None): builds a normalisation layer behind the compressor.
-        act (Callable[[], nn.Module] | None): builds an activation behind that.
+        norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor.
+        act (Callable[[], nn.Module] | None): builds an activation after that.
 
     Raises:
         ValueError: an argument is out of its range, or the input has other channels.

@@ -25,9 +25,9 @@ class CARAFEUpsample(KernelPrediction):
         encoder_dilation (int): dilation of the content encoder.
         compressed_channels (int | None): Cm, channels after the channel compressor; None removes the compressor.
         normalizer (str): the kernel normaliser, 'softmax', 'sigmoid' or 'sigmoid_normalized' (Table 14).
-        norm (Callable[[int], nn.Module] | None): builds a normalisation layer behind the compressor, e.g.
+        norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor, e.g.
             ``nn.BatchNorm2d``.
-        act (Callable[[], nn.Module] | None): builds an activation behind that, e.g. ``nn.ReLU``.
+        act (Callable[[], nn.Module] | None): builds an activation after that, e.g. ``nn.ReLU``.
 
     Raises:
         ValueError: an argument is out of its range, or the input has other channels.

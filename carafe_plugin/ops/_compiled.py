@@ -66,16 +66,21 @@ def load() -> None:
         serving.add("cuda")
 
 
-def compiled_architectures() -> list[int]:
-    """The GPU architectures that ``_C_cuda``, which is loaded, has code for: ascending, 80 for sm_80."""
-    architecture = ctypes.CDLL(str(sys.modules["carafe_plugin._C_cuda"].__file__)).carafe_cuda_architecture
+def compiled_architectures() -> tuple[list[int], bool]:
+    """What ``_C_cuda``, which is loaded, has code for.
+
+    Returns:
+        (list[int], bool): GPU architectures, ascending, 80 for sm_80; whether it has PTX of the last of them.
+    """
+    library = ctypes.CDLL(str(sys.modules["carafe_plugin._C_cuda"].__file__))
+    architecture = library.carafe_cuda_architecture
     found: list[int] = []
     while number := architecture(len(found)):
         found.append(number // 10)
-    return found
+    return found, bool(library.carafe_cuda_has_ptx())
 
 
-def has_code_for(capability: tuple[int, int], architectures: Sequence[int]) -> bool:
+def has_code_for(capability: tuple[int, int], architectures: Sequence[int], ptx: bool = True) -> bool:
     """Whether code for ``architectures`` runs on a GPU: that of its own generation, or PTX of the newest architecture.
 
     Example:
@@ -84,4 +89,4 @@ def has_code_for(capability: tuple[int, int], architectures: Sequence[int]) -> b
     """
     number = 10 * capability[0] + capability[1]
     same_generation = any(each // 10 == capability[0] and each <= number for each in architectures)
-    return same_generation or number >= architectures[-1]
+    return same_generation or (ptx and number >= architectures[-1])

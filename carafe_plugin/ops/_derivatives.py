@@ -69,7 +69,7 @@ def _curvature(direction: Tensor, tensors: Sequence[Tensor], geometry: Geometry)
     if normalizer == NONE:
         return None
     name = NORMALIZERS[normalizer]
-    masks = reference.masks_from_logits(kernels, k, g, up, down, name)  # no value of theirs is read
+    masks = reference.shuffle_logits(kernels, up, down)  # their size alone matters
     grad_masks = call("_carafe_grad_kernels", grad_output, features, masks, k, g, up, down, NONE)
     return reference.curvature_of_masks(direction, grad_masks, kernels, k, g, up, name)
 
@@ -110,5 +110,6 @@ def grad_kernels_tangent(tensors: Sequence[Tensor], tangents: Tangents, geometry
         yield call("_carafe_grad_kernels", tangents[0], features, kernels, *geometry)
     if tangents[1] is not None:
         yield call("_carafe_grad_kernels", grad_output, tangents[1], kernels, *geometry)
-    if tangents[2] is not None and (term := _curvature(tangents[2], tensors, geometry)) is not None:
-        yield term
+    if tangents[2] is not None:
+        term = _curvature(tangents[2], tensors, geometry)
+        yield torch.zeros_like(kernels) if term is None else term

@@ -1,7 +1,8 @@
 """The CUDA kernel of mmcv, where it is all there is: no compiled CUDA operators of this package, but mmcv's.
 
 It reads raw NCHW memory, knows integer upsampling only, and sums in the dtype of its inputs; each call here makes sure
-of the first two and hands it float32.
+of the first two and hands it float32. Each of the two gradients is a call of its own, of which the kernel, which
+computes both, throws one away.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def extension() -> Any:
     return None if hasattr(_ext, "is_stand_in") or not hasattr(_ext, "carafe_forward") else _ext
 
 
-def serves(maps: Tensor, masks: Tensor, kernel_size: int, group_size: int, down: int) -> bool:
-    """Whether mmcv's kernel is right for a map (features or their gradient) and masks that lie on a GPU."""
+def serves(maps: Tensor, kernels: Tensor, kernel_size: int, group_size: int, down: int) -> bool:
+    """Whether mmcv's kernel is right for a map (features or their gradient) and masks, or logits, that lie on a GPU."""
     return (
         down == 1
         and group_size * kernel_size**2 <= _MAX_WEIGHTS_OF_PIXEL
-        and 0 < masks.numel() <= _MAX_WEIGHTS
+        and 0 < kernels.numel() <= _MAX_WEIGHTS
         and maps.numel() > 0
         and maps.dtype != torch.float64
         and extension() is not None

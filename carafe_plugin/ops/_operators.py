@@ -27,22 +27,20 @@ from . import _derivatives, _mmcv, reference
 from ._autocast import cast_together
 from ._compiled import chosen_backend, compiled_architectures, has_code_for, load, serving
 from ._derivatives import NONE, NORMALIZERS, call
+from .reference import DTYPES
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # Device types on which autocast knows the operators, where torch has autocast for them.
-_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
+_AUTOCAST_KEYS = {
+    "cpu": "AutocastCPU",
+    "cuda": "AutocastCUDA",
+    "hpu": "AutocastHPU",
+    "mps": "AutocastMPS",
+    "xpu": "AutocastXPU",
+    torch._C._get_privateuse1_backend_name(): "AutocastPrivateUse1",  # npu, mlu and others
+}
 
 _libraries: list[Any] = []  # torch.library.Library: registrations last as long as they do
-
-
-def normalizer_number(name: str) -> int:
-    """How the operators number a kernel normaliser.
-
-    Example:
-        >>> normalizer_number("softmax")
-        1
-    """
-    return NORMALIZERS.index(name)
 
 
 # ------------------------------------------------------------------------------------------------- by the reference
@@ -61,7 +59,7 @@ def _grad_kernels_from(grad_masks: Tensor, kernels: Tensor, k: int, g: int, up: 
 
 
 def _carafe(features: Tensor, kernels: Tensor, k: int, g: int, up: int, down: int, normalizer: int = NONE) -> Tensor:
-    _check_dtypes(features=features, kernels=kernels)
+    _check(features.shape, k, g, up, down, normalizer, features=features, kernels=kernels)
     masks = _masks(kernels, k, g, up, down, normalizer)
     return _like(reference.reassemble(features, masks, k, g, up, down), features)
 
@@ -77,7 +75,8 @@ def _grad_features(
     down: int,
     normalizer: int = NONE,
 ) -> Tensor:
-    _check_dtypes(grad_output=grad_output, kernels=kernels)
+    size = (*grad_output.shape[:2], height, width)
+    _check(size, k, g, up, down, normalizer, grad_output=grad_output, kernels=kernels)
     masks = _masks(kernels, k, g, up, down, normalizer)
     return _like(reference.grad_features(grad_output, masks, height, width, k, g, up, down), grad_output)
 
@@ -85,15 +84,45 @@ def _grad_features(
 def _grad_kernels(
     grad_output: Tensor, features: Tensor, kernels: Tensor, k: int, g: int, up: int, down: int, normalizer: int = NONE
 ) -> Tensor:
-    _check_dtypes(grad_output=grad_output, features=features, kernels=kernels)
+    tensors = {"grad_output": grad_output, "features": features, "kernels": kernels}
+    _check(features.shape, k, g, up, down, normalizer, **tensors)
     grad_masks = reference.grad_masks(grad_output, features, k, g, up, down)
     return _grad_kernels_from(grad_masks, kernels, k, g, up, normalizer)
 
 
-def _check_dtypes(**tensors: Tensor) -> None:
+def _check(size: Sequence[int], k: int, g: int, up: int, down: int, normalizer: int, **tensors: Tensor) -> None:
+    """What every kernel checks, as csrc/arguments.h does for the compiled ones: ``size`` is that of the features."""
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            raise RuntimeError(f"{name} must have 4 dimensions, got {tensor.dim()}")
+        if tensor.dtype not in DTYPES:
+            raise RuntimeError(f"{name}: the dtype must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
-        raise RuntimeError(f"{' and '.join(tensors)} must have the same dtype, got {found}")
+        raise RuntimeError(f"{' and '.join(tensors)} must have the same dtype")
+    if not (k >= 1 and k % 2 == 1):
+        raise RuntimeError(f"kernel_size must be odd and at least 1, got {k}")
+    if up < 1 or down < 1:
+        raise RuntimeError(f"up and down must be at least 1, got {up} and {down}")
+    n, c, h, w = size
+    if k >= 2**15 or max(up, down, h, w) >= 2**31:  # beyond it, products of two do not fit into 64 bits
+        raise RuntimeError(
+            f"kernel_size must be at most 32767, up, down, height and width at most 2147483647, got {k}, {up}, {down}, "
+            f"{h}, {w}"
+        )
+    if g < 1 or c % g:
+        raise RuntimeError(f"group_size must be at least 1 and divide the channels, got {g} for {c} channels")
+    if not NONE <= normalizer < len(NORMALIZERS):
+        raise RuntimeError(f"normalizer must be 0, 1, 2 or 3, got {normalizer}")
+    out = tuple(reference.output_size(length, up, down) for length in (h, w))
+    phases = 1 if normalizer == NONE else up
+    expected = {
+        "features": (n, c, h, w),
+        "grad_output": (n, c, *out),
+        "kernels": (n, g * k * k * phases**2, *(out if normalizer == NONE or up == 1 else (h, w))),
+    }
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise RuntimeError(f"{name} must have shape {expected[name]}, got {tuple(tensor.shape)}")
 
 
 def _like(result: Tensor, source: Tensor) -> Tensor:
@@ -109,30 +138,34 @@ def _memory_format(maps: Tensor) -> torch.memory_format:
 # -------------------------------------------------------------------------------------------------- by mmcv's kernel
 
 
+def _by_mmcv(
+    features: Tensor, kernels: Tensor, geometry: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, int, int]] | None:
+    """Masks and geometry as mmcv's kernel takes them; None where it does not serve."""
+    k, g, up, down, _ = geometry
+    if not _mmcv.serves(features, kernels, k, g, down):
+        return None
+    return _masks(kernels, *geometry), (k, g, up)
+
+
 def _carafe_mmcv(features: Tensor, kernels: Tensor, *geometry: int) -> Tensor:
-    k, g, up, down, _ = geometry = _complete(geometry)
-    masks = _masks(kernels, *geometry)
-    if not _mmcv.serves(features, masks, k, g, down):
+    if (served := _by_mmcv(features, kernels, _complete(geometry))) is None:
         return _carafe(features, kernels, *geometry)
-    return _like(_mmcv.reassemble(features, masks, k, g, up), features)
+    return _like(_mmcv.reassemble(features, served[0], *served[1]), features)
 
 
 def _grad_features_mmcv(grad_output: Tensor, kernels: Tensor, height: int, width: int, *geometry: int) -> Tensor:
-    k, g, up, down, _ = geometry = _complete(geometry)
-    masks = _masks(kernels, *geometry)
-    if not _mmcv.serves(grad_output, masks, k, g, down):
+    if (served := _by_mmcv(grad_output, kernels, _complete(geometry))) is None:
         return _grad_features(grad_output, kernels, height, width, *geometry)
-    n, c, _, _ = grad_output.shape
-    anything = grad_output.new_zeros((n, c, height, width))
-    return _like(_mmcv.gradients(grad_output, anything, masks, k, g, up)[0], grad_output)
+    anything = grad_output.new_zeros((*grad_output.shape[:2], height, width))
+    return _like(_mmcv.gradients(grad_output, anything, served[0], *served[1])[0], grad_output)
 
 
 def _grad_kernels_mmcv(grad_output: Tensor, features: Tensor, kernels: Tensor, *geometry: int) -> Tensor:
-    k, g, up, down, normalizer = geometry = _complete(geometry)
-    masks = _masks(kernels, *geometry)
-    if not _mmcv.serves(grad_output, masks, k, g, down):
+    k, g, up, _, normalizer = _complete(geometry)
+    if (served := _by_mmcv(grad_output, kernels, _complete(geometry))) is None:
         return _grad_kernels(grad_output, features, kernels, *geometry)
-    grad_masks = _mmcv.gradients(grad_output, features, masks, k, g, up)[1]
+    grad_masks = _mmcv.gradients(grad_output, features, served[0], *served[1])[1]
     return _grad_kernels_from(grad_masks, kernels, k, g, up, normalizer)
 
 
@@ -261,41 +294,47 @@ def _flops(operator: Operator) -> Callable[..., int]:
 def _autograd(operator: Operator) -> Callable[..., Tensor]:
     """The kernel of the key Autograd; torch.library.register_autograd has no forward mode and drops tangents unsaid."""
 
+    def below_autograd(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(operator.name, *arguments)
+
     class Function(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensor:
+        def forward(ctx: Any, grad_enabled: bool, *arguments: Any) -> Tensor:
             tensors, rest = arguments[: operator.tensors], arguments[operator.tensors :]
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
             ctx.sizes, ctx.geometry = rest[: operator.sizes], _complete(rest[operator.sizes :])
             ctx.nothing = (None,) * len(rest)
             ctx.set_materialize_grads(False)
-            # Both modes are off in here, and without them the other levels of torch.func's transforms would find
-            # derivatives of zero.
-            with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return call(operator.name, *arguments)
+            # Both modes are off in here: other levels of torch.func's transforms would find derivatives of zero.
+            with torch.set_grad_enabled(grad_enabled), forward_ad._set_fwd_grad_enabled(True):
+                return below_autograd(*arguments)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
             if grad is None:
                 return (None,) * len(ctx.needs_input_grad)
-            wanted = ctx.needs_input_grad[: operator.tensors]
-            return *operator.backward(grad, ctx.saved_tensors, ctx.geometry, wanted), *ctx.nothing
+            wanted = ctx.needs_input_grad[1 : operator.tensors + 1]
+            return None, *operator.backward(grad, ctx.saved_tensors, ctx.geometry, wanted), *ctx.nothing
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
-            given = tangents[: operator.tensors]
+        def jvp(ctx: Any, *tangents: Any) -> Tensor:
+            given = tangents[1 : operator.tensors + 1]
             primals = [forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
             with forward_ad._set_fwd_grad_enabled(True):
                 terms = list(operator.tangent(primals, given, ctx.geometry, *ctx.sizes))
-            return functools.reduce(torch.add, terms) if terms else None
+            return functools.reduce(torch.add, terms)
 
     Function.__name__ = Function.__qualname__ = operator.name
 
     def differentiate(*arguments: Any) -> Tensor:
+        grad_enabled = torch.is_grad_enabled()
+        if not grad_enabled and forward_ad._current_level < 0:
+            return below_autograd(*arguments)
         # Each transform of torch.func, as autograd itself, calls this kernel for a level of its own.
         with enable_single_level_autograd_function():
-            return Function.apply(*arguments)  # type: ignore[attr-defined]
+            return Function.apply(grad_enabled, *arguments)  # type: ignore[attr-defined]
 
     return differentiate
 
@@ -335,7 +374,7 @@ def _register() -> None:
             flop_counter.register_flop_formula(packet)(_flops(operator))
         else:  # torch 2.1 has the table alone
             vars(flop_counter)["flop_mapping"][packet] = _flops(operator)
-    if torch.version.cuda and "cuda" not in serving and chosen_backend() != "reference":
+    if (torch.version.cuda or torch.version.hip) and "cuda" not in serving and chosen_backend() != "reference":
         for operator in OPERATORS:
             library.impl(operator.name, operator.mmcv, "CUDA")
     if "cuda" in serving:
@@ -348,15 +387,17 @@ def _register() -> None:
 
 def _check_gpus() -> None:
     """Let the reference serve the GPUs of this process that the binary has no code for, after one warning."""
-    compiled = compiled_architectures()
+    compiled, ptx = compiled_architectures()
     gpus = {index: torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
-    lacking = {index for index, capability in gpus.items() if not has_code_for(capability, compiled)}
+    lacking = {index for index, capability in gpus.items() if not has_code_for(capability, compiled, ptx)}
     if not lacking:
         return
-    named = ", ".join(f"{torch.cuda.get_device_name(index)} {gpus[index]}" for index in sorted(lacking))
+    versions = {index: f"{gpus[index][0]}.{gpus[index][1]}" for index in sorted(lacking)}
+    named = ", ".join(f"{torch.cuda.get_device_name(index)} ({version})" for index, version in versions.items())
     warnings.warn(
         f"carafe_plugin: the CUDA operators were compiled for sm_{', sm_'.join(map(str, compiled))}, so the slower "
-        f"PyTorch reference serves on {named}; building the package with TORCH_CUDA_ARCH_LIST set mends it",
+        f"PyTorch reference serves on {named}; to use the compiled operators there, rebuild the package with "
+        f"TORCH_CUDA_ARCH_LIST='{';'.join(sorted(set(versions.values())))}'",
         stacklevel=2,
     )
     if len(lacking) == len(gpus):
@@ -383,12 +424,12 @@ def serve_by_reference(device_type: str, indices: set[int] | None = None) -> Non
 def _by_device(operator: Operator, key: str, indices: set[int] | None) -> Callable[..., Tensor]:
     compiled = torch.library.get_kernel(f"carafe_plugin::{operator.name}", key)
 
-    def call(keys: Any, *arguments: Any) -> Tensor:
+    def choose(keys: Any, *arguments: Any) -> Tensor:
         if indices is None or arguments[0].device.index in indices:
             return operator.reference(*arguments)
         return compiled.call_boxed(keys, *arguments)
 
-    return call
+    return choose
 
 
 load()

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from ._autocast import autocast_enabled
-from .reference import output_size
+from .reference import DTYPES, output_size
 
 # An "exact" float has a small power of two below the line (0.5, 1.5, 0.75): anything longer is a rounded third or
 # tenth, for which guessing the intended fraction would be wrong as often as right.
 _MAX_FLOAT_DENOMINATOR = 64
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def carafe(
@@ -92,6 +90,7 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
         return scale_factor, 1
     if isinstance(scale_factor, Fraction):
         return scale_factor.numerator, scale_factor.denominator
+    scale_factor = float(scale_factor)  # NumPy's has another repr()
     up, down = scale_factor.as_integer_ratio()
     if down > _MAX_FLOAT_DENOMINATOR:
         guess = Fraction(scale_factor).limit_denominator(1000)
@@ -108,7 +107,7 @@ def _check(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, u
     for name, value in (("features", features), ("masks", masks)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in _DTYPES:
+        if value.dtype not in DTYPES:
             raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}")
         if value.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(value.shape)}")

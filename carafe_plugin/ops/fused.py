@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._operators import NONE, normalizer_number
-from .reference import masks_from_logits
+from ._derivatives import NONE
+from .reference import NORMALIZERS, masks_from_logits
 
 _MAX_SCALE = {"cuda": 8}  # of the CUDA kernels; else:
 _MAX_SCALE_ELSEWHERE = 64
@@ -35,7 +35,7 @@ def reassemble_logits(features: Tensor, logits: Tensor, k: int, g: int, up: int,
     """
     operator = torch.ops.carafe_plugin.carafe.default
     if _has_one_pass(features.device.type, k, up, down):
-        return operator(features, logits, k, g, up, down, normalizer_number(normalizer))
+        return operator(features, logits, k, g, up, down, 1 + NORMALIZERS.index(normalizer))
     return operator(features, masks_from_logits(logits, k, g, up, down, normalizer), k, g, up, down, NONE)
 
 

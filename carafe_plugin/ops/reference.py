@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: The kernel normalisers (Sec. 3.2; the alternatives to the softmax are those of Table 14).
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized")
 

@@ -151,6 +151,9 @@ extern "C" __attribute__((visibility("default"))) int carafe_cuda_architecture(i
   return index >= 0 && index < kCount ? kArchitectures[index] : 0;
 }
 
+// Whether it has PTX of the last of them, which newer GPUs compile for themselves.
+extern "C" __attribute__((visibility("default"))) int carafe_cuda_has_ptx() { return CARAFE_PTX; }
+
 PyMODINIT_FUNC PyInit__C_cuda() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

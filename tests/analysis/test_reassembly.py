@@ -11,7 +11,7 @@ from torch import nn
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.analysis import Reassembly, Sources, chain_groups, check_chain, compose, record_reassemblies
-from carafe_plugin.ops.functional import reassemble
+from carafe_plugin.ops.reference import reassemble
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -111,12 +112,12 @@ def test_peak_of_ours_is_no_multiple_of_its_tensors_and_hides_nothing() -> None:
 def test_settings_of_the_environment_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/somewhere/libjemalloc.so.2:/elsewhere/libomp.so")
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
-    monkeypatch.setenv("CARAFE_HUGE_PAGES", "0")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     monkeypatch.setenv("OTHER_", "1")
     settings = measure.machine("cpu")["environment"]
     assert isinstance(settings, dict)
     assert settings["LD_PRELOAD"] == "libjemalloc.so.2 libomp.so"
-    assert settings["MALLOC_MMAP_MAX_"] == settings["CARAFE_HUGE_PAGES"] == "0"
+    assert settings["MALLOC_MMAP_MAX_"] == settings["THP_MEM_ALLOC_ENABLE"] == "0"
     assert "OTHER_" not in settings
 
 
@@ -441,3 +442,11 @@ def test_committed_results_can_be_shown(file: Path, tmp_path: Path, capsys: pyte
     shown = capsys.readouterr().out
     peers_or_models = record.get("models") or (record["results"] or record["growth"])[0]["peers"]
     assert all(each["name"] in shown for each in peers_or_models)
+
+
+def test_a_cpu_path_that_does_not_exist_is_one_line() -> None:
+    command = [sys.executable, "-m", "benchmarks.op", *TINY]
+    environment = {**os.environ, "CARAFE_CPU_PATH": "bogus"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("error: CARAFE_CPU_PATH=bogus is not a path of this machine")

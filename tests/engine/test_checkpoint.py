@@ -340,3 +340,20 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_the_names_of_distributed_models_are_no_mismatch():
+    """DistributedDataParallel around a model, or around each network of a GAN, puts "module." into its names."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    networks = torch.nn.ModuleDict(dict(generator=torch.nn.Linear(2, 1), discriminator=torch.nn.Linear(2, 2)))
+    wrapped = torch.nn.ModuleDict({name: Wrapper(network) for name, network in networks.items()})
+    for source in (networks, Wrapper(networks), wrapped):
+        for model in (networks, wrapped):
+            assert find_mismatch(model, source.state_dict()) is None
+    del networks["discriminator"]
+    assert "lacks 2 of the 4 parameters" in find_mismatch(wrapped, networks.state_dict())

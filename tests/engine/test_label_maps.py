@@ -58,7 +58,9 @@ def test_damaged_annotation_is_named(
     config = ROOT / "configs/demo/upernet_r18_scenes.py"
     options = [f"{split}_dataloader.dataset.data_root={data}" for split in ("train", "test")]
     expected = damage(data / "annotations" / {"train": "training", "test": "validation"}[tool] / "000002.png")
-    checkpoint = [tmp_path / "not_read.pth"] if tool == "test" else []
+    checkpoint = [tmp_path / "not_loaded.pth"] if tool == "test" else []
+    for path in checkpoint:
+        path.touch()
     assert call_tool(tool, config, *checkpoint, "--work-dir", tmp_path / "run", "--cfg-options", *options) == 2
     message = one_line(capsys)
     assert expected in message

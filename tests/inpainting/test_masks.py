@@ -12,7 +12,7 @@ from carafe_plugin.analysis import record_reassemblies
 from carafe_plugin.inpainting import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d
 from carafe_plugin.inpainting.masked import propagate
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
-from carafe_plugin.ops.functional import reassemble
+from carafe_plugin.ops.reference import reassemble
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

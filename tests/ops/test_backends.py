@@ -98,8 +98,12 @@ def test_unknown_cpu_path_does_not_end_a_process_that_asks_by_ctypes():
 def test_the_operators_behave_on_the_reference():
     """Derivatives, opcheck, autocast, torch.compile and FLOPs do not depend on what computes."""
     tests = Path(__file__).parent
-    files = [tests / f"test_{name}.py" for name in ("autograd", "autocast", "compile", "flops")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    files = [
+        tests / f"test_{name}.py"
+        for name in ("autograd", "autocast", "compile", "errors", "flops", "logits", "transforms")
+    ]
+    compiled_alone = "not same_bits and not short_way and not direct_callers"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", compiled_alone, *map(str, files)]
     environment = {**os.environ, "CARAFE_BACKEND": "reference"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:]
@@ -151,6 +155,7 @@ def test_missing_extension_is_an_error_where_it_is_required():
 
 def test_unknown_backend_is_an_error():
     result = run("import carafe_plugin", CARAFE_BACKEND="fast")
+    assert result.returncode == 1
     assert "CARAFE_BACKEND must be 'auto', 'compiled' or 'reference', got 'fast'" in result.stderr
 
 
@@ -166,6 +171,8 @@ def test_every_operator_has_every_registration(operator, key):
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_both_languages_have_the_same_schema(operator):
+    if not is_compiled("cpu"):
+        pytest.skip("the compiled CPU operators are not built")
     defined = str(getattr(torch.ops.carafe_plugin, operator.name).default._schema)
     assert defined == f"carafe_plugin::{operator.name}{operator.schema}"
 
@@ -196,7 +203,7 @@ serve_by_reference("cpu")
 x.requires_grad_(), m.requires_grad_()
 y = carafe(x, m, 5, 2)
 expected = reference.reassemble(x, m, 5, 2, 2, 1)
-assert torch.equal(y, expected) and not torch.equal(y, compiled)
+assert torch.equal(y, expected)
 for ours, theirs in zip(torch.autograd.grad(y, (x, m), z), torch.autograd.grad(expected, (x, m), z)):
     torch.testing.assert_close(ours, theirs)
 """
@@ -210,7 +217,7 @@ def test_old_gpus_are_served_by_the_reference_after_one_warning(capabilities, mo
     from carafe_plugin.ops import _operators
 
     served = []
-    monkeypatch.setattr(_operators, "compiled_architectures", lambda: [80, 90])
+    monkeypatch.setattr(_operators, "compiled_architectures", lambda: ([80, 90], True))
     monkeypatch.setattr(_operators, "serve_by_reference", lambda *arguments: served.append(arguments))
     monkeypatch.setattr(_operators, "serving", {"cpu", "cuda"})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -232,9 +239,10 @@ def test_the_binary_knows_its_architectures():
 
     if not is_compiled("cuda"):
         pytest.skip(reason_for_no_cuda_half() or "the CUDA half is not built")
-    found = compiled_architectures()
+    found, ptx = compiled_architectures()
     assert found == sorted(found)
     assert {80, 90} <= set(found)
+    assert ptx
 
 
 class FakeExtension:

@@ -50,6 +50,11 @@ def test_the_unchanged_case_is_right():
         ({"scale_factor": 1 / 300}, ValueError, r"did you mean fractions\.Fraction\(1, 300\)\?$"),
         ({"scale_factor": 0.1}, ValueError, r"did you mean fractions\.Fraction\(1, 10\)\?$"),
         ({"scale_factor": 1e-9}, ValueError, r"did you mean fractions\.Fraction\(1, 1000000000\)\?$"),
+        (
+            {"scale_factor": np.float64(0.1)},
+            ValueError,
+            r"got the float 0\.1, which .* fractions\.Fraction\(1, 10\)\?$",
+        ),
         ({"scale_factor": 100.01}, ValueError, r"did you mean fractions\.Fraction\(10001, 100\)\?$"),
         ({"scale_factor": "2"}, TypeError, r"^scale_factor must be an int, a float or a fractions\.Fraction, got str$"),
         ({"scale_factor": True}, TypeError, r"got bool$"),

@@ -58,6 +58,27 @@ def test_every_mode_and_order(normalizer, name, one_thread):
             torch.testing.assert_close(found, TRANSFORMS[name](expected, argument)(*arguments), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_where_a_derivative_is_zero(name, one_thread):
+    """A function that is linear in the masks, and a part that no_grad() hides from reverse mode, at every level."""
+    features, masks, weight = torch.randn(1, 2, 1, 2), torch.randn(1, 9, 2, 4), torch.randn(1, 2, 2, 4)
+
+    def linear(reassemble):
+        return lambda m: (reassemble(features, m, 3, 1, 2, 1) * weight).sum()
+
+    def hidden(reassemble):
+        def function(x):
+            with torch.no_grad():
+                y = reassemble(x, masks, 3, 1, 2, 1)
+            return (y * weight * x.sum()).sum()
+
+        return function
+
+    for function, argument in ((linear, masks), (hidden, features)):
+        found = TRANSFORMS[name](function(torch.ops.carafe_plugin.carafe), 0)(argument)
+        torch.testing.assert_close(found, TRANSFORMS[name](function(reference.reassemble), 0)(argument))
+
+
 def test_tangents_outside_torch_func():
     forward_ad = torch.autograd.forward_ad
     module = CARAFEUpsample(4).double()

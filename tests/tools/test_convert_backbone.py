@@ -111,7 +111,7 @@ def test_checkpoints_of_something_else(write: Any, tmp_path: Path, capsys: pytes
     for state, message in (
         (backbone("mmdet").state_dict(), "no parameter starts with 'backbone.'.* found conv1.weight, "),
         ({}, "no parameter starts with 'backbone.'.* found none at all"),
-        (nn.ModuleDict(dict(backbone=nn.Linear(2, 2))).state_dict(), "no ResNet: .* found weight, bias"),
+        (nn.ModuleDict(dict(backbone=nn.Linear(2, 2))).state_dict(), "not a ResNet: .* found weight, bias"),
         (
             nn.ModuleDict(dict(backbone=backbone("mmdet", "CARAFEResNetV1c"))).state_dict(),
             "the deep stem is not MMPretrain's .*stem.0.weight",

@@ -414,7 +414,7 @@ def test_tool_mistakes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
         (checkpoint, ["--to", "mmcv", *YOLO, "--rename", "x"], "--rename takes OLD=NEW, got x"),
         (checkpoint, ["--to", "mmcv", *YOLO, "--below", "n"], "no CARAFE module of the layouts conv-bn"),
         (checkpoint, ["--to", "comp-enc"], "made from the layout mmcv alone: convert --to mmcv first"),
-        (pack, ["--to", "conv-bn", "--act", "silu"], "up is MMCV's, without an activation behind its compressor"),
+        (pack, ["--to", "conv-bn", "--act", "silu"], "up is MMCV's, without an activation after its compressor"),
         (other, ["--to", "mmcv"], "keys that matched none: backbone, neck"),
         (whole, ["--to", "mmcv"], "holds a whole model (Linear), not its weights"),
         (tmp_path / "absent.pth", ["--to", "mmcv"], f"no such checkpoint: {tmp_path}/absent.pth"),

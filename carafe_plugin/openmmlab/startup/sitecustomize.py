@@ -58,7 +58,7 @@ class StandInLoader(Loader):
         try:
             _mmcv_ops().fill(module)
         except ImportError as error:
-            _say(f"error: {error}")
+            _say(f"error: {error}", always=True)
             raise
         _say(f"{self.reason}: torchvision's take their place (carafe_plugin.openmmlab.mmcv_ops)")
 
@@ -78,7 +78,9 @@ class CompiledLoader(Loader):
                 self.loader = StandInLoader(f"{reason}, and {VARIABLE} asks for it")
                 return None
             remedy = f"install an mmcv built for this torch, or set {VARIABLE}=torchvision to run on torchvision's"
-            _say(f"error: {reason}: {remedy}")  # toolboxes catch an ImportError and continue without operators
+            _say(
+                f"error: {reason}: {remedy}", always=True
+            )  # toolboxes catch an ImportError and continue without operators
             raise ImportError(f"{reason}: {remedy}", name=EXTENSION) from error
 
     def exec_module(self, module: ModuleType) -> None:
@@ -96,11 +98,11 @@ def _mmcv_ops() -> ModuleType:
 
 
 @functools.lru_cache(None)  # older Pythons that a run may start read this file too
-def _say(line: str) -> None:
-    """Print a line, once for a run: not at every import, in its data workers, or in its other ranks."""
+def _say(line: str, always: bool = False) -> None:
+    """Print a line, once for a run: not at every import, in its data workers or, unless ``always``, its other ranks."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
     spawned = any(argument.startswith("from multiprocessing") for argument in sys.orig_argv)
-    if not spawned and set(ranks) == {"0"}:
+    if not spawned and (always or set(ranks) == {"0"}):
         print(line, file=sys.stderr)
 
 
