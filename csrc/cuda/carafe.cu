@@ -70,17 +70,12 @@ void launch_elements(
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <class T>
-gpu::KernelMap<const T> source(const Kernels<T>& kernels) {
-  return {kernels.map, kernels.normalizer};
-}
-
 struct Cuda {
   template <class T>
   static void reassemble(
       const Shape& shape, const Map<T>& output, const Map<const T>& features, const Kernels<T>& kernels) {
     const bool launched = launch_block(
-        [&](int64_t bytes) { return gpu::reassemble(shape, output, features, source(kernels), bytes, LaunchBlock{}); });
+        [&](int64_t bytes) { return gpu::reassemble(shape, output, features, kernels, bytes, LaunchBlock{}); });
     if (launched) return;
     check_masks(kernels);
     const ReassembleElement<T> element{shape, features, kernels.map};
@@ -90,9 +85,8 @@ struct Cuda {
   template <class T>
   static void grad_features(
       const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Kernels<T>& kernels) {
-    const bool launched = launch_block([&](int64_t bytes) {
-      return gpu::grad_features(shape, grad, grad_output, source(kernels), bytes, LaunchBlock{});
-    });
+    const bool launched = launch_block(
+        [&](int64_t bytes) { return gpu::grad_features(shape, grad, grad_output, kernels, bytes, LaunchBlock{}); });
     if (launched) return;
     check_masks(kernels);
     const GradFeaturesElement<T> element{shape, grad_output, kernels.map};
@@ -104,7 +98,7 @@ struct Cuda {
       const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
       const Kernels<T>& kernels) {
     const bool launched = launch_block([&](int64_t bytes) {
-      return gpu::grad_weights(shape, grad, grad_output, features, source(kernels), bytes, LaunchBlock{});
+      return gpu::grad_kernels(shape, grad, grad_output, features, kernels, bytes, LaunchBlock{});
     });
     if (launched) return;
     check_masks(kernels);

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "grid.h"
+#include "kernels.h"
 #include "patch.h"
-#include "weights.h"
 
 namespace carafe {
 namespace gpu {

@@ -54,15 +54,15 @@ bool run(
   const auto features_map = [&](auto* data) { return map(data, s.channels, s.height, s.width, layout); };
   const RunOnHost run{descending};
   if (op == 0) {
-    const gpu::KernelMap<const T> source{weights_map(second), normalized};
-    return gpu::reassemble(s, fine_map(output), features_map(first), source, shared_bytes, run);
+    const Kernels<T> kernels{weights_map(second), normalized};
+    return gpu::reassemble(s, fine_map(output), features_map(first), kernels, shared_bytes, run);
   }
   if (op == 1) {
-    const gpu::KernelMap<const T> source{weights_map(second), normalized};
-    return gpu::grad_features(s, features_map(output), fine_map(first), source, shared_bytes, run);
+    const Kernels<T> kernels{weights_map(second), normalized};
+    return gpu::grad_features(s, features_map(output), fine_map(first), kernels, shared_bytes, run);
   }
-  const gpu::KernelMap<const T> source{weights_map(third), normalized};
-  return gpu::grad_weights(s, weights_map(output), fine_map(first), features_map(second), source, shared_bytes, run);
+  const Kernels<T> kernels{weights_map(third), normalized};
+  return gpu::grad_kernels(s, weights_map(output), fine_map(first), features_map(second), kernels, shared_bytes, run);
 }
 
 Shape make_shape(const int64_t* g) {
@@ -116,7 +116,7 @@ bool block_choice(
     };
     if (op == 0) shape.up == 1 ? choose(gpu::ReassembleBlock<T, 1>{}) : choose(gpu::ReassembleBlock<T, 4>{});
     if (op == 1) choose(gpu::GradFeaturesBlock<T>{});
-    if (op == 2) shape.up == 1 ? choose(gpu::GradWeightsBlock<T, 1>{}) : choose(gpu::GradWeightsBlock<T, 4>{});
+    if (op == 2) shape.up == 1 ? choose(gpu::GradKernelsBlock<T, 1>{}) : choose(gpu::GradKernelsBlock<T, 4>{});
   });
   return found;
 }

@@ -19,7 +19,7 @@ from hosts import DTYPES, ORDERS, compile_host, label, run_under_sanitizers
 # Bytes of shared memory less the 64 that the kernel itself takes: what every GPU gives a block, and what each of the
 # architectures we build for gives on request.
 DEFAULT_SHARED, LARGE_SHARED = (48 << 10) - 64, (99 << 10) - 64
-REASSEMBLE, GRAD_FEATURES, GRAD_WEIGHTS = range(3)
+REASSEMBLE, GRAD_FEATURES, GRAD_KERNELS = range(3)
 RATIOS = ((2, 1), (3, 1), (4, 1), (1, 1), (1, 2), (1, 3), (1, 4))
 OPTIONS = {
     "kernel_size": (1, 3, 5, 7),
@@ -94,12 +94,12 @@ def check(library, case, orders=(False, True), batch=2):
     calls = (
         (REASSEMBLE, output.detach(), grad, (features, weights)),
         (GRAD_FEATURES, expected_features, features, (grad, weights)),
-        (GRAD_WEIGHTS, expected_weights, weights, (grad, features, weights)),
+        (GRAD_KERNELS, expected_weights, weights, (grad, features, weights)),
     )
     for op, expected, like, tensors in calls:
         results = [call(library, op, case, like, *tensors, descending=order) for order in orders]
         got = results[0]
-        if op == GRAD_WEIGHTS and case["how"] != "masks":
+        if op == GRAD_KERNELS and case["how"] != "masks":
             # A difference: what is lost is relative to its terms, not to what remains of them.
             difference = (got.double() - expected).norm()
             assert difference <= 4 * TOLERANCES[case["dtype"]] * (expected.norm() + grad.double().norm())
@@ -143,7 +143,7 @@ def test_channels_that_no_quad_divides_and_several_chunks(channels, layout, rati
 def test_every_kernel_with_several_chunks_a_block(ratio, how, layout, library):
     """Where tiles are many, a block goes over all channels, with what it staged for the first of them."""
     batch, case = 1024, CASE | dict(kernel_size=3, size=(2, 3), channels=70, ratio=ratio, how=how, layout=layout)
-    for op in (REASSEMBLE, GRAD_FEATURES, GRAD_WEIGHTS):
+    for op in (REASSEMBLE, GRAD_FEATURES, GRAD_KERNELS):
         chosen = choice(library, op, case["dtype"], tuple(geometry(case, batch)), layout == 2)
         assert chosen["chunks"] > 1, f"operator {op}: {chosen}"
     check(library, case, batch=batch)
@@ -166,7 +166,7 @@ def test_saturated_logits(how, offset, library):
     expected = definition(case, features.double(), exact)
     (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
     assert (call(library, REASSEMBLE, case, grad, features, weights) - expected).abs().max() < 1e-5
-    got = call(library, GRAD_WEIGHTS, case, weights, grad, features, weights)
+    got = call(library, GRAD_KERNELS, case, weights, grad, features, weights)
     assert (got - expected_grad).abs().max() < 1e-4
 
 
@@ -197,7 +197,7 @@ def test_what_is_not_finite(ratio, how, value, library):
                     (gradient, weights),
                 ),
                 (
-                    GRAD_WEIGHTS,
+                    GRAD_KERNELS,
                     weights,
                     reference.grad_masks(gradient, args[0], k, 1, up, down),
                     (gradient, args[0], weights),

@@ -15,7 +15,7 @@ import carafe_plugin
 LIBRARY = Path(carafe_plugin.__file__).with_name("_C_cuda.abi3.so")
 KERNEL = re.compile(r"^ Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", re.MULTILINE)
 # Threads of a block, times the blocks that a multiprocessor with 65536 registers is to hold, at the least.
-RESIDENT = {"ReassembleBlock": 3 * 256, "GradFeaturesBlock": 3 * 128, "GradWeightsBlock": 640}
+RESIDENT = {"ReassembleBlock": 3 * 256, "GradFeaturesBlock": 3 * 128, "GradKernelsBlock": 640}
 
 
 def find_cuobjdump():

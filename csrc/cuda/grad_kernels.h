@@ -4,14 +4,14 @@
 #pragma once
 
 #include "grid.h"
+#include "kernels.h"
 #include "patch.h"
-#include "weights.h"
 
 namespace carafe {
 namespace gpu {
 
 template <class T, int R>
-struct GradWeightsBlock {
+struct GradKernelsBlock {
   using element = T;
   using A = accumulator_t<T>;
   static constexpr int kQuad = Patch::kQuad;
