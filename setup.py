@@ -41,7 +41,7 @@ def reason_for_no_extension() -> str | None:
     if shutil.which(compiler[0]) is None:
         if os.environ.get("CXX"):
             sys.exit(f"CXX={os.environ['CXX']}: there is no command {compiler[0]!r}")
-        return "no C++ compiler; CXX names another one"
+        return "no C++ compiler found; set CXX to name one"
     if len(compiler) > 1 and not compiler[1].startswith("-"):
         os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")  # torch would ask ccache for g++'s version
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")

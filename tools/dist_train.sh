@@ -2,21 +2,6 @@
 # Train on several GPUs of this machine, or on several machines; without GPUs, with as many processes on the CPU.
 #   tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
 # NNODES, NODE_RANK, MASTER_ADDR and PORT (environment) say how this machine takes part in a run on several.
-set -euo pipefail
-
-if [ "$#" -lt 2 ]; then
-    echo "usage: $0 CONFIG GPUS [options of tools/train.py]" >&2
-    exit 2
-fi
-config=$1
-gpus=$2
-tools=$(cd "$(dirname "$0")" && pwd)
-[ ! -d "$tools/../carafe_plugin" ] || export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"  # a checkout
-
-exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="${NNODES:-1}" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
-    --nproc_per_node="$gpus" \
-    "$tools/train.py" "$config" --launcher pytorch "${@:3}"
+source "$(dirname "$0")/launch.sh"
+require 2 "CONFIG GPUS [options of tools/train.py]" "$@"
+by_torchrun "$2" train.py "$1" --launcher pytorch "${@:3}"

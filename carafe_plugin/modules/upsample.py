@@ -53,17 +53,6 @@ class CARAFEUpsample(KernelPrediction):
         act: Callable[[], nn.Module] | None = None,
     ) -> None:
         up, down = resize_ratio(scale_factor, invert=False)
-        super().__init__(
-            channels,
-            up,
-            down,
-            up_kernel,
-            up_group,
-            encoder_kernel,
-            encoder_dilation,
-            compressed_channels,
-            normalizer,
-            norm,
-            act,
-        )
+        kernel, encoder = (up_kernel, up_group), (encoder_kernel, encoder_dilation)
+        super().__init__(channels, up, down, *kernel, *encoder, compressed_channels, normalizer, norm, act)
         self.scale_factor = scale_factor

@@ -52,7 +52,7 @@ CARAFE_INLINE void store_narrowed(T* to, typename V::type value) {
   }
 }
 
-// Two vectors whose elements take turns: two to the left of each other, or, of half precision, both in one.
+// Stores two vectors whose elements take turns: as two vectors or, in half precision, packed into one.
 template <class V, class T>
 CARAFE_INLINE void store_pairs(T* to, typename V::type even, typename V::type odd) {
   if constexpr (sizeof(T) == 2) {

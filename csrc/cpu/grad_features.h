@@ -85,8 +85,8 @@ CARAFE_INLINE void grad_features_block(
 // is loaded serves up to four of them, the phases of `grad`. Contributions have a mask for each of the four, kAbsent
 // where it gets nothing.
 constexpr int kSquare = 4;
-constexpr int64_t kAbsent =
-    -1;  // not an offset: only tap 0 lies within a few lanes of the start, and it shifts upwards
+// Not an offset: only tap 0 lies within a few lanes of the start, and it shifts upwards.
+constexpr int64_t kAbsent = -1;
 
 template <class V, int C, class A>
 CARAFE_INLINE void grad_features_square(

@@ -7,7 +7,7 @@
 
 namespace carafe {
 
-// Where a block of outputs goes: to a buffer,
+// A block of outputs goes to a buffer.
 template <class A>
 struct ToBuffer {
   Lanes<A> lanes;
@@ -24,7 +24,7 @@ struct ToBuffer {
   }
 };
 
-// or straight to a map, where each row holds one phase, or two that take turns.
+// A block of outputs goes straight to a map, where each row holds one phase, or two that take turns.
 template <class T, int Phases>
 struct ToMap {
   T* data;

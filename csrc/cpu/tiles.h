@@ -23,13 +23,13 @@ Neighbours<T> make_neighbours(const Shape& shape, const Tile& tile, Scratch<A>& 
   return {scratch.template list<const T*>(shape.kernel * columns), reinterpret_cast<const T*>(zeros.data), columns};
 }
 
-// What a tile covers of the features, rows from `row` on, all channels of its group,
+// What a tile covers of the features: rows from `row` on, all channels of its group.
 inline Region feature_region(const Shape& shape, const Tile& tile, int64_t row) {
   const int64_t channels = shape.group_channels(), first = tile.group * channels;
   return {tile.n, first, first + channels, row, tile.lane_begin, shape.height, shape.width};
 }
 
-// and of a map of the output's size with `channels` channels a group.
+// What a tile covers of a map of the output's size with `channels` channels a group.
 inline Region output_region(const Shape& shape, const Tile& tile, int64_t row, int64_t channels) {
   const int64_t first = tile.group * channels;
   return {tile.n, first, first + channels, row, tile.lane_begin, shape.out_height, shape.out_width};

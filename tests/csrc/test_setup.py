@@ -71,4 +71,4 @@ def test_a_compiler_that_does_not_exist_is_an_error(compiler, source):
 def test_no_compiler_at_all_leaves_the_reference(source):
     result = build(source, CXX="", PATH="")
     assert result.returncode == 0, result.stderr
-    assert "no extension, the PyTorch reference serves (no C++ compiler; CXX names another one)" in result.stdout
+    assert "no extension, the PyTorch reference serves (no C++ compiler found; set CXX to name one)" in result.stdout
