@@ -87,7 +87,7 @@ def test_wheel_contents(wheel):
     }
     assert code == sources | beside
     launchers = {f"carafe_plugin/tools/{kind}_{tool}.sh" for kind in ("dist", "slurm") for tool in ("train", "test")}
-    assert {name for name in names if name.endswith(".sh")} >= {*launchers, "carafe_plugin/tools/launch.sh"}
+    assert {name for name in names if name.endswith(".sh")} == {*launchers, "carafe_plugin/tools/launch.sh"}
     assert {"carafe_plugin/py.typed", "carafe_plugin/_C.abi3.so"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "tools", "csrc"))]
 
