@@ -6,7 +6,7 @@ the sum, over all paths that lead to it, of the products of the weights on the w
 
 What lies between two operators of a chain is left out: each location passes its value on as it is.
 
-* In an FPN's top-down path that is no approximation. A lateral map is added between two operators, and a sum of maps is
+* In an FPN's top-down path that is exact. A lateral map is added between two operators, and a sum of maps is
   reassembled term by term: the composed weight of a source is exactly the derivative of the finest map (before its
   output convolution) with respect to that location of the coarser one, kernels fixed.
 * In a backbone, whole residual blocks lie between the operators. Their convolutions see further than one location,

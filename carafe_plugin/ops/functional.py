@@ -71,7 +71,7 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
     """The coprime ``(up, down)`` of a scale factor.
 
     Raises:
-        TypeError: ``scale_factor`` is no number.
+        TypeError: ``scale_factor`` is not a number.
         ValueError: it is not positive, or a float that is not an exact ratio.
 
     Example:

@@ -56,7 +56,7 @@ class StandInLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         try:
-            _mmcv_ops().fill(module)
+            _stand_in().fill(module)
         except ImportError as error:
             _say(f"error: {error}", always=True)
             raise
@@ -87,14 +87,14 @@ class CompiledLoader(Loader):
         self.loader.exec_module(module)
 
 
-def _mmcv_ops() -> ModuleType:
+def _stand_in() -> ModuleType:
     try:
-        return importlib.import_module("carafe_plugin.openmmlab.mmcv_ops")
+        return importlib.import_module("carafe_plugin.openmmlab.mmcv_stand_in")
     except ModuleNotFoundError as error:
         if error.name != "carafe_plugin":
             raise
         sys.path.append(str(FOLDER.parents[2]))  # a checkout that is not installed, in a process of another folder
-        return importlib.import_module("carafe_plugin.openmmlab.mmcv_ops")
+        return importlib.import_module("carafe_plugin.openmmlab.mmcv_stand_in")
 
 
 @functools.lru_cache(None)  # older Pythons that a run may start read this file too
