@@ -22,7 +22,7 @@ from tiny_runs import ROOT, call_tool, last_metrics, run, write_toy
 
 from carafe_plugin.engine import processes
 from carafe_plugin.engine.cli import run_tool
-from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.errors import ProcessError, UsageError
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the launch scripts are for a Unix shell"),
@@ -199,6 +199,17 @@ def test_the_environment_counts_under_its_own_launcher_alone(
     given = argparse.Namespace() if launcher is None else argparse.Namespace(launcher=launcher)
     assert run_tool(mistaken, given) == 2
     assert capsys.readouterr().err == ("" if expected else "error: a mistake\n")
+
+
+def test_what_one_process_alone_finds_it_says_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(args: argparse.Namespace) -> None:
+        raise ProcessError("process 2 of this machine has no GPU of its own")
+
+    monkeypatch.setenv("RANK", "2")
+    assert run_tool(lacking, argparse.Namespace(launcher="pytorch")) == 2
+    assert capsys.readouterr().err == "error: process 2 of this machine has no GPU of its own\n"
 
 
 def test_the_process_group_knows_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:

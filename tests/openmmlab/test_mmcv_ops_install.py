@@ -232,10 +232,11 @@ def test_tools_use_it_and_say_so(site):
     assert said(result) == [LINE]
 
 
-def test_tools_end_where_the_extension_does_not_load(site):
+@pytest.mark.parametrize("stray", [{}, {"SLURM_PROCID": "3"}], ids=["alone", "in a Slurm job's shell"])
+def test_tools_end_where_the_extension_does_not_load(stray, site):
     pytest.importorskip("mmdet", reason="MMDetection is not installed")
     (site / "mmcv" / f"_ext{SUFFIX}").write_bytes(b"built for another torch")
-    result = python(site, ROOT / "tools" / TOOLS[0], *TOOLS[1:])
+    result = python(site, ROOT / "tools" / TOOLS[0], *TOOLS[1:], **stray)
     assert result.returncode == 2, result.stderr
     (line,) = said(result)
     assert line.startswith("error: mmcv's compiled operators do not load here (")
