@@ -260,22 +260,8 @@ OPERATORS = (
 )
 
 
-def multiply_adds(output: Sequence[int], kernel_size: int) -> int:
-    """Multiply-adds of a reassembly, or of one of its two gradients.
-
-    Args:
-        output (Sequence[int]): shape of the reassembled map, (N, C, H', W').
-        kernel_size (int): ``k``.
-
-    Example:
-        >>> multiply_adds((1, 256, 2, 2), kernel_size=5)  # what upsampling by 2 makes of one location
-        25600
-    """
-    return prod(output) * kernel_size**2
-
-
 def _flops(operator: Operator) -> Callable[..., int]:
-    """Two for each multiply-add, as torch counts convolutions; the kernel normaliser counts nothing, as its softmax."""
+    """N * C * H' * W' * k^2 multiply-adds, two FLOPs each as in a convolution; the normaliser counts nothing."""
 
     def count(*arguments: Any, **_: Any) -> int:
         shapes, geometry = arguments[: operator.tensors], _complete(arguments[operator.tensors + operator.sizes :])
@@ -283,7 +269,7 @@ def _flops(operator: Operator) -> Callable[..., int]:
         if operator.name == "carafe":
             phases = 1 if geometry[4] == NONE else geometry[2]
             output = (*shapes[0][:2], *(phases * length for length in shapes[1][2:]))
-        return 2 * multiply_adds(output, geometry[0])
+        return 2 * prod(output) * geometry[0] ** 2
 
     return count
 
