@@ -14,16 +14,10 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff
 
 
 def list_images(folder: str | Path, suffix: str | None = None) -> list[str]:
-    """The images of a folder and of all folders below it, linked ones too.
+    """The images of a folder and of all folders below it, linked ones too: sorted paths below it, with slashes, as
+    text, as there may be millions. ``suffix``, to the letter, replaces ``IMAGE_ENDINGS``, which count in any case.
 
     No file is opened or asked for its size, so links that lead nowhere are listed. Hidden files are left out.
-
-    Args:
-        folder (str | Path): where to look.
-        suffix (str | None): how names must end, to the letter, instead of with one of ``IMAGE_ENDINGS`` in any case.
-
-    Returns:
-        list[str]: paths below ``folder``, with slashes, sorted; as text, as there may be millions.
     """
     images, seen, waiting = [], set(), [""]
     while waiting:
@@ -44,14 +38,11 @@ def list_images(folder: str | Path, suffix: str | None = None) -> list[str]:
 
 
 def file_faults(folder: Path, names: Iterable[str], source: str, sizes: bool = True) -> list[str]:
-    """Which files a folder lacks, and which are there with nothing in them, as messages.
+    """Which of the files ``names`` a folder lacks, and which are there with nothing in them, as messages that call them
+    ``source`` ('images of a.json').
 
-    Args:
-        folder (Path): where to look.
-        names (Iterable[str]): paths below it.
-        source (str): what they are, for the messages: 'images of a.json'.
-        sizes (bool): whether to look for empty files. This asks for every file's size: on a network file system
-            minutes for a hundred thousand, while listing each folder once, which finds the missing ones, takes seconds.
+    ``sizes`` has it look for empty files, which asks for every file's size: on a network file system minutes for a
+    hundred thousand, while listing each folder once, which finds the missing ones, takes seconds.
     """
     places = {name: os.path.split(name) for name in names}
     found: dict[tuple[str, str], int | None] = {}
@@ -77,11 +68,7 @@ def shorten(names: Iterable[object], most: int = 10) -> str:
 
 
 def decode(path: str | Path) -> Image.Image:
-    """Read an image completely, as it is stored.
-
-    Raises:
-        ValueError: it is missing, truncated, damaged or not an image.
-    """
+    """Read an image completely, as it is stored. Raises ValueError where it is missing, damaged or not an image."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -91,11 +78,8 @@ def decode(path: str | Path) -> Image.Image:
 
 
 def read_upright(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """Read an image completely, turned as its EXIF data say, in Pillow's ``mode``.
-
-    Raises:
-        ValueError: it is missing, truncated, damaged or not an image, or has pixels of more than 8 bits (Pillow would
-            cut them off at 255); the message says which.
+    """Read an image completely, turned as its EXIF data say, in Pillow's ``mode``. Raises ValueError, saying why, where
+    it is missing, damaged or not an image, or has pixels of more than 8 bits (Pillow would cut them off at 255).
     """
     image = decode(path)
     try:
@@ -111,11 +95,7 @@ def read_upright(path: str | Path, mode: str = "RGB") -> Image.Image:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image as MMCV does, as (H, W, 3) uint8 RGB.
-
-    Raises:
-        ValueError: it is missing, truncated, damaged or not an image.
-    """
+    """Read an image as MMCV does, as (H, W, 3) uint8 RGB. Raises ValueError as :func:`decode` does."""
     import mmcv
 
     decode(path)  # OpenCV fills the missing part of a truncated file with grey; Pillow refuses it

@@ -45,13 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def convert_backbone(args: argparse.Namespace) -> None:
-    """Read, check, convert and write.
-
-    Raises:
-        UsageError: the checkpoint is not one of mmpretrain's ResNets, is of another depth than asked for or holds no
-            CARAFE++; or the destination is the source or a folder, or cannot be written.
-        CheckpointError: the checkpoint is missing or cannot be read.
-    """
+    """Read, check, convert and write."""
     source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
     check_destination(source, destination)
     checkpoint = read_checkpoint(str(source))

@@ -53,11 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def prepare_data(args: argparse.Namespace) -> int:
-    """Lay out and check; 1 when the dataset is not complete.
-
-    Raises:
-        UsageError: ROOT is not a folder, or --out is a file.
-    """
+    """Lay out and check; 1 when the dataset is not complete."""
     dataset = DATASETS[args.dataset]
     root, out = Path(args.root).expanduser().absolute(), Path(args.out or dataset.root).expanduser().absolute()
     if not root.is_dir():

@@ -1,9 +1,7 @@
 """Whether a detection dataset in COCO's format can be used: what its annotations say, and which images are there.
 
-mmdet and pycocotools take both for granted. An unknown category is left out, and a class that the file does not name
-shifts the numbers of the others. A box that is empty or NaN is an object that nothing can find, as is one whose
-annotation has the id 0 or another's. A missing key ends an evaluation after its last image, and a missing image ends
-the run in the middle. All of it would cost an hour, or a wrong AP; here it is one message before anything starts.
+mmdet and pycocotools take both for granted: an unsound box, id or class costs an hour or gives a wrong AP, and a
+missing key or image ends the run in the middle. Here it is one message before anything starts.
 """
 
 from __future__ import annotations
@@ -27,16 +25,8 @@ class AnnotationError(UsageError):
 
 
 def read_coco(path: Path) -> dict[str, Any]:
-    """Read an annotation file.
-
-    Args:
-        path (Path): a JSON file with the lists ``images``, ``annotations`` and ``categories``, as COCO's are.
-
-    Returns:
-        dict: its content. COCO's own files of test images have no annotations: then the list is empty.
-
-    Raises:
-        AnnotationError: it cannot be read, is truncated or not JSON, or lacks one of the lists.
+    """Read an annotation file in COCO's format; one without annotations, as COCO's own of test images, gets an empty
+    list of them. Raises AnnotationError where it cannot be read or lacks another list.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -62,20 +52,12 @@ def check_coco(
     measured: bool = True,
     masks: bool = False,
 ) -> None:
-    """Check what an annotation file says.
+    """Raise an AnnotationError where what :func:`read_coco` returned lacks what mmdet or pycocotools reads, or has an
+    unsuitable value there, where an id occurs twice, or where one of ``classes`` has no category, or several.
 
-    Args:
-        content (Mapping): what :func:`read_coco` returned.
-        path (Path): the file, for the messages.
-        classes (Sequence[str] | None): names that its categories must include.
-        empty_boxes (bool): whether boxes without an area may occur; COCO's training annotations have some.
-        measured (bool): whether pycocotools measures predictions against the file. It needs ``iscrowd``, and it takes
-            an object with the id 0 for one that nothing found. A training needs neither.
-        masks (bool): whether annotations need a ``segmentation``.
-
-    Raises:
-        AnnotationError: an image, a category or an annotation lacks a key that mmdet or pycocotools reads, or has an
-            unsuitable value there; an id occurs twice; or a class has no category, or several.
+    ``path`` is for the messages. ``empty_boxes`` allows boxes without an area, which COCO's training annotations have.
+    ``measured`` says that pycocotools measures predictions against the file: it needs ``iscrowd``, and takes an object
+    with the id 0 for one that nothing found. ``masks`` asks for a ``segmentation`` too.
     """
     try:
         images = _by_id(content["images"], "image", id=_ID, file_name=_TEXT, width=_PIXELS, height=_PIXELS)
@@ -212,19 +194,12 @@ def _uncompress(counts: str) -> list[int]:
 
 
 def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, training: bool = False) -> None:
-    """Check one of mmdet's COCO datasets on this machine, as an evaluation or a training will use it.
+    """Raise an AnnotationError where an evaluation, or a training, cannot use one of mmdet's COCO datasets: faulty
+    annotations, missing or empty images, nothing to find, or a metric's file that is at fault or of other images.
 
-    A dataset that reads its annotations in a way of its own is not looked at.
-
-    Args:
-        dataset (Mapping): the configuration of the dataset, not of a wrapper around it.
-        evaluators (Mapping | Sequence[Mapping] | None): the configuration of the metric or the metrics.
-        training (bool): whether it is trained on. Then boxes may be empty, as mmdet leaves them out, images that it
-            leaves out may be missing, and no file is asked for its size.
-
-    Raises:
-        AnnotationError: its annotations are at fault (:func:`check_coco`), an image is missing or empty, there is
-            nothing to find in any image, or the metric's file is at fault or of other images.
+    ``dataset`` is its configuration, not that of a wrapper; one that reads annotations in a way of its own is not
+    looked at. ``evaluators`` is the configuration of the metric or metrics. In a training, boxes may be empty, as mmdet
+    leaves them out, images that it leaves out may be missing, and no file is asked for its size.
     """
     from mmdet.datasets import CocoDataset
     from mmdet.registry import DATASETS

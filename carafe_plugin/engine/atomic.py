@@ -24,14 +24,8 @@ class AtomicLocalBackend(LocalBackend):
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj`` to ``filepath``; readers see the old content or the new, never a part.
-
-        Args:
-            obj (bytes): the content.
-            filepath (str | Path): where to; missing folders are made.
-
-        Raises:
-            OSError: the write failed (disk full, no permission); what was at ``filepath`` before is untouched.
+        """Write ``obj`` and make missing folders. Readers see the old content or the new, never a part, also after an
+        OSError (disk full, no permission).
         """
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)

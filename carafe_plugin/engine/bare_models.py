@@ -30,15 +30,9 @@ PROPOSALS, DETECTIONS = 1000, 100  # where a model's own settings do not say
 
 
 def read_config(name: str, options: Mapping[str, Any] | None = None, drop_in: bool = False) -> Config:
-    """Read the configuration of a model and import the adapters that it needs.
-
-    Args:
-        name (str): a file, or ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py`` for one that a toolbox brings.
-        options (Mapping[str, Any] | None): settings to change.
-        drop_in (bool): make mmcv's layer 'carafe' ours.
-
-    Raises:
-        UsageError: there is no such configuration, it has no model, or it is of an unknown toolbox.
+    """Read a model's configuration and import the adapters that it needs. Raises UsageError where there is none, it has
+    no model, or its toolbox is unknown. A toolbox's own is called
+    ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
     """
     toolbox, separator, path = name.partition("::")
     if separator:
@@ -85,13 +79,8 @@ def image_shape(cfg: Config) -> tuple[int, int]:
 
 
 def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
-    """A batch as a data loader makes it: one image of random pixels, the same for every model, and what goes with it.
-
-    That is its sample; for an inpainting network, a hole over the middle quarter.
-
-    Args:
-        cfg (Config): the model's configuration.
-        shape (tuple[int, int]): height and width.
+    """A batch as a data loader makes it: one image of random pixels, the same for every model, and its sample. An
+    inpainting network gets a hole over the middle quarter. ``shape`` is height and width.
     """
     image = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if cfg.default_scope == "mmengine":
@@ -106,15 +95,9 @@ def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
 def fix_boxes(model: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
     """Let every two-stage detector continue with the same boxes, whatever its random weights propose.
 
-    The region proposal network and the box head run and suppress as always; what they keep is counted, and replaced
-    by as many random boxes as the settings allow at most, so that the later heads have the same work in every model.
-
-    Args:
-        model (nn.Module): any model; one that is not a two-stage detector stays as it is.
-        shape (tuple[int, int]): height and width of the image.
-
-    Returns:
-        What the model itself kept in its last forward pass, under 'proposals' and 'detections'; filled as it runs.
+    The region proposal network and the box head run and suppress as always; what they keep is replaced by as many
+    random boxes as the settings allow at most, so that later heads have the same work in every model. The result is
+    filled as the model runs: what it kept itself in its last forward pass, under 'proposals' and 'detections'.
     """
     kept: dict[str, int] = {}
     rpn, heads = getattr(model, "rpn_head", None), getattr(model, "roi_head", None)

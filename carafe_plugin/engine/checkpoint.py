@@ -66,19 +66,8 @@ def check_checkpoint_exists(path: str) -> Path:
 
 
 def read_checkpoint(path: str, training: bool = False, map_location: Any = "cpu") -> dict:
-    """Read a local checkpoint.
-
-    Args:
-        path (str): the file.
-        training (bool): whether it must hold what resuming needs (``meta`` with ``epoch`` and ``iter``), not only
-            weights.
-        map_location (str | torch.device | Callable): where its tensors go, as for ``torch.load``.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        CheckpointError: there is no such file, it is truncated or damaged, or it is not a checkpoint.
+    """Read a local checkpoint; with ``training``, one that holds what resuming needs, not only weights. Raises
+    CheckpointError where it is missing, truncated, damaged or no checkpoint. ``map_location`` is as for ``torch.load``.
     """
     file = check_checkpoint_exists(path)
     try:
@@ -113,10 +102,7 @@ def find_mismatch(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]
     beyond the model (an auxiliary head, a mask head) does no harm and is not a mismatch, except CARAFE++ alone: then
     the model resizes in another way than the one that was trained.
 
-    Args:
-        model (torch.nn.Module): the weights that fit are loaded into it.
-        state_dict (Mapping[str, torch.Tensor]): parameters by name, with or without the prefix ``"module."`` of a
-            wrapped model.
+    The weights that fit are loaded into the model. Names may have the prefix ``"module."`` of a wrapped model.
 
     Example:
         >>> import torch
@@ -165,20 +151,11 @@ def _stray_carafe(unexpected: Sequence[str], expected: Sequence[str]) -> str | N
 
 
 def newest_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint in a training run's folder that can be read.
+    """The newest checkpoint in a training run's folder that can be read; None where there are none. Raises
+    CheckpointError where there are some and none can be read.
 
-    ``last_checkpoint`` says which one that is, unless the run was killed just before it was brought up to date: a
-    later step written after it goes first. Then the others follow, latest written first. The unreadable ones are
-    skipped with a warning that names them.
-
-    Args:
-        folder (str): where the run's checkpoints lie.
-
-    Returns:
-        The path, or None where the folder holds no checkpoint.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none can be read.
+    ``last_checkpoint`` names it, unless the run was killed just before that was brought up to date: a later step
+    written after it goes first. Then the others follow, latest written first. A warning names each that is unreadable.
     """
     order = _newest_first(Path(folder))
     for path in order:

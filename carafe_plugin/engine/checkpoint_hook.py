@@ -1,8 +1,7 @@
 """Checkpoints that survive a kill at any moment.
 
-mmengine's ``CheckpointHook`` deletes the old checkpoint before it writes the new one, and writes in place: a process
-killed in between leaves neither. Here a file appears under its name only when it is complete and on the disk, and what
-it replaces is deleted afterwards.
+mmengine's ``CheckpointHook`` deletes the old checkpoint before it writes the new one, in place. Here a file appears
+under its name only when it is complete and on the disk, and what it replaces is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -53,9 +52,6 @@ class AtomicCheckpointHook(CheckpointHook):
 
     The new checkpoint is written under a temporary name, renamed, named in ``last_checkpoint`` (itself renamed into
     place), and only then are outdated checkpoints deleted. This holds for ``save_best`` and ``published_keys`` too.
-
-    Example:
-        >>> hook = AtomicCheckpointHook(interval=1, max_keep_ckpts=2, save_best='auto', rule='greater')
     """
 
     file_backend: Any

@@ -1,19 +1,8 @@
-"""Checkpoints of plain-PyTorch CARAFE modules that many projects carry, to and from MMCV's names.
+"""Checkpoints of plain-PyTorch CARAFE modules that many projects carry, to and from MMCV's names (:data:`LAYOUTS`).
 
-They compute what ``mmcv.ops.CARAFEPack`` and :class:`carafe_plugin.CARAFEUpsample` compute: a channel compressor (1x1),
-a content encoder, a softmax over the k^2 taps of ``F.unfold`` (row by row, as here), and a nearest interpolation before
-a dilated unfold instead of a gather. Their parameters have other names (:data:`LAYOUTS`), and four things differ that
-no name tells:
-
-* a BatchNorm after the encoder: an affine map before the softmax, folded into the convolution;
-* a BatchNorm after the compressor: folded as well, unless an activation follows (``act``); then it stays a module of
-  its own, ``compressor_norm``, for ``CARAFEUpsample(..., norm=nn.BatchNorm2d, act=...)``. MMCV's class has neither;
-* the norms' ``eps``: 1e-5 in PyTorch, 1e-3 in the YOLO family. What stays a norm is rescaled to 1e-5;
-* the order of the encoder's k^2 * s^2 channels. ``"taps"``: tap by tap with the s^2 positions inside, which is what a
-  pixel shuffle before the softmax reads, and MMCV. ``"positions"``: position by position with the k^2 taps inside,
-  where the logits are viewed as (s^2, k^2), normalised and applied, and the result is pixel-shuffled.
-
-Every conversion is checked by numbers: both sides are run on the same input (:func:`convert_layout`).
+BatchNorms are folded into their convolutions, except a compressor's that an activation follows: it becomes
+``compressor_norm``, for ``CARAFEUpsample(..., norm=nn.BatchNorm2d, act=...)``, with the eps 1e-5. :class:`Fork` has
+what no name tells. Both sides of every conversion are run on the same input (:func:`convert_layout`).
 """
 
 from __future__ import annotations
@@ -46,21 +35,13 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of a module's parts below the module's own name.
-
-    Attributes:
-        compressor (str): the channel compressor's convolution.
-        encoder (str): the content encoder's convolution.
-        compressor_norm (str | None): the BatchNorm after the compressor; None where there never is one.
-        encoder_norm (str | None): the BatchNorm after the encoder.
-        after (str | None): a convolution after the reassembly, which keeps its name: it is not part of the operator.
-    """
+    """Names of a module's parts below the module's own name; None where there never is such a part."""
 
     compressor: str
     encoder: str
-    compressor_norm: str | None = None
+    compressor_norm: str | None = None  # the BatchNorm after the compressor
     encoder_norm: str | None = None
-    after: str | None = None
+    after: str | None = None  # a convolution after the reassembly, not part of the operator: it keeps its name
 
     def parts(self) -> list[str]:
         """All names."""
@@ -114,17 +95,7 @@ class Conversion:
 def find_modules(state_dict: Mapping[str, Tensor], layouts: Sequence[str] = tuple(LAYOUTS)) -> dict[str, str]:
     """The CARAFE modules of a checkpoint: prefix (``"neck.up.0."`` or ``""``) -> name of the layout.
 
-    A module is where a layout's encoder and compressor stand side by side.
-
-    Args:
-        state_dict (dict[str, Tensor]): parameters by name.
-        layouts (Sequence[str]): names of those to look for.
-
-    Example:
-        >>> import torch
-        >>> names = ["model.11.comp.conv.weight", "model.11.enc.conv.weight", "model.12.conv.weight"]
-        >>> find_modules(dict.fromkeys(names, torch.zeros(())))
-        {'model.11.': 'conv-bn'}
+    A module is where the encoder and the compressor of one of ``layouts`` stand side by side.
     """
     found = {}
     for key in state_dict:
@@ -138,12 +109,8 @@ def find_modules(state_dict: Mapping[str, Tensor], layouts: Sequence[str] = tupl
 
 
 def find_sources(state_dict: Mapping[str, Tensor], to: str, below: Sequence[str] = ("",)) -> dict[str, str]:
-    """The modules that a conversion takes: prefix -> name of the layout.
-
-    Args:
-        state_dict (dict[str, Tensor]): parameters by name.
-        to (str): the layout to reach: ``"mmcv"`` takes every other layout, the others take it.
-        below (Sequence[str]): only modules whose names start with one of these.
+    """The modules that a conversion to the layout ``to`` takes, of those whose names start with one of ``below``:
+    prefix -> name of the layout. ``"mmcv"`` takes every other layout, the others take it.
     """
     found = find_modules(state_dict, _sources(to))
     return {prefix: name for prefix, name in found.items() if prefix.startswith(tuple(below))}
@@ -165,32 +132,15 @@ def convert_layout(
     below: Sequence[str] = ("",),
     rename: Mapping[str, str] | None = None,
 ) -> Conversion:
-    """Convert every CARAFE module of a checkpoint from MMCV's layout to another or from another to MMCV's.
+    """Convert every CARAFE module of a checkpoint whose name starts with one of ``below``, from MMCV's layout to
+    another or from another to MMCV's. ``state_dict`` stays as it is; the result has all parameters in the old order.
 
-    Args:
-        state_dict (dict[str, Tensor]): parameters by name; nothing in it is changed.
-        to (str): the layout to reach, a key of :data:`LAYOUTS`. ``"mmcv"`` takes every other layout, the others take
-            it.
-        fork (Fork | None): what the names do not tell about the side that is not MMCV's. None for ``Fork()``, which has
-            no activation; not where a module of MMCV's names has a ``compressor_norm``, which is there for one.
-        below (Sequence[str]): only modules whose names start with one of these.
-        rename (dict[str, str] | None): old name of a module -> its new name, for example ``{"model.11":
-            "neck.upsample_modules.0"}``.
+    ``to`` is a key of :data:`LAYOUTS`. ``fork`` says what the names do not tell about the side that is not MMCV's; None
+    is ``Fork()``, without an activation, and not enough where a module of MMCV's names has a ``compressor_norm``.
+    ``rename`` maps modules' old names to new ones: ``{"model.11": "neck.upsample_modules.0"}``.
 
-    Returns:
-        All parameters under their new names, in the old order, and the converted modules.
-
-    Raises:
-        LayoutError: no module is found, keys next to a module's belong to no known part, shapes do not fit, the target
-            cannot express the source, or the two sides' outputs differ.
-        ValueError: ``to`` is not a layout.
-
-    Example:
-        >>> import torch
-        >>> from carafe_plugin.engine.checkpoint_layouts import Fork, convert_layout
-        >>> state = {"up.comp.weight": torch.rand(4, 8, 1, 1), "up.enc.weight": torch.rand(100, 4, 3, 3)}
-        >>> list(convert_layout(state, "mmcv").state_dict)[:2]
-        ['up.channel_compressor.weight', 'up.channel_compressor.bias']
+    Raises LayoutError where no module is found, keys next to a module's belong to no known part, shapes do not fit, the
+    target cannot express the source, or the two sides' outputs differ.
     """
     rename = dict(rename or {})
     if to not in LAYOUTS:
@@ -244,11 +194,7 @@ def _nothing_found(state_dict: Mapping[str, Tensor], to: str, below: Sequence[st
 
 
 def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) -> list[str]:
-    """The keys of a module.
-
-    Raises:
-        LayoutError: some are of no known part.
-    """
+    """The keys of a module. Raises LayoutError where some are of no known part."""
     layout = LAYOUTS[name]
     tails = {f"{part}.{kind}" for part in (layout.compressor, layout.encoder) for kind in ("weight", "bias")}
     for norm in (layout.compressor_norm, layout.encoder_norm):

@@ -18,16 +18,10 @@ from carafe_plugin.openmmlab.resnet_checkpoints import CheckpointMismatch
 
 
 def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
-    """Run a command's main function and turn what the user can put right into one line on stderr.
+    """Run a command's main function and return the exit code. What the user can put right (a :class:`UsageError`, an
+    MMCV whose operators do not load) becomes one line on stderr and the code 2.
 
     Where MMCV has no compiled operators, the command and its processes have torchvision's (see ``mmcv_ops``).
-
-    Args:
-        main (Callable[[argparse.Namespace], int | None]): called with ``args``; returns the exit code, None for 0.
-        args (argparse.Namespace): the parsed command line.
-
-    Returns:
-        The exit code: 2 after a :class:`UsageError` or with an MMCV whose operators do not load.
     """
     try:
         try:

@@ -22,19 +22,12 @@ ADAPTERS = {scope: f"carafe_plugin.openmmlab.{scope}" for scope in ("mmdet", "mm
 
 
 def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: str = "none") -> Config:
-    """Read a configuration and merge ``--cfg-options`` into it.
+    """Read a configuration and merge ``--cfg-options`` (keys with dots) into it. Raises UsageError where a file or
+    module that it names is missing or unusable, or an option does not fit. Of several processes, the first alone prints
+    warnings.
 
     Modules of the user's own that it names (``custom_imports``, or the ``type`` of a ``carafe_cfg`` as
     ``"my_upsample.MyUpsample"``) are found in the current folder too.
-
-    Args:
-        path (str): the file.
-        options (Mapping[str, Any] | None): settings to change, by their keys with dots.
-        launcher (str): what started the processes, of which the first alone prints warnings.
-
-    Raises:
-        UsageError: the file, or one that it builds on, is missing or is not a configuration; a module that it names
-            cannot be imported; or an option does not fit.
     """
     file = Path(path).absolute()
     if not file.is_file():
@@ -93,14 +86,7 @@ def _check_operators(part: Any, path: str, inside: bool = False) -> None:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The configuration of a run, as the common options ask for it, with our adapters imported.
-
-    Args:
-        args (argparse.Namespace): what :func:`~carafe_plugin.engine.cli.add_run_options` parsed.
-
-    Raises:
-        UsageError: see :func:`load_config` and :func:`import_adapters`.
-    """
+    """The configuration that a command's common options ask for, with our adapters imported."""
     cfg = load_config(args.config, args.cfg_options, args.launcher)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
@@ -123,14 +109,8 @@ def require_settings(cfg: Config, *names: str) -> None:
 
 
 def import_adapters(scope: str | None, drop_in: bool = False) -> None:
-    """Register CARAFE++'s types for the toolbox ``scope``.
-
-    Args:
-        scope (str | None): a configuration's ``default_scope``. A toolbox without an adapter gets the layers alone.
-        drop_in (bool): also make the layer 'carafe' ours.
-
-    Raises:
-        UsageError: the toolbox is not installed.
+    """Register CARAFE++'s types for the toolbox ``scope``; one without an adapter gets the layers alone. ``drop_in``
+    also makes the layer 'carafe' ours. Raises UsageError where the toolbox is not installed.
     """
     names = ["carafe_plugin.openmmlab.layers"]
     names += [ADAPTERS[scope]] if scope in ADAPTERS else []

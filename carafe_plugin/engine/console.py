@@ -14,12 +14,7 @@ def table_console() -> Console:
 
 
 def progress_bar(task: str, amount: ProgressColumn | None = None) -> Progress:
-    """A progress bar on stderr, which is empty where that is not a terminal.
-
-    Args:
-        task (str): what is under way.
-        amount (ProgressColumn | None): how much of it is done; by default a count.
-    """
+    """A progress bar on stderr, empty where that is not a terminal; by default it shows a count."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn(task), BarColumn(), amount or MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)

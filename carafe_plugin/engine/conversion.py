@@ -42,11 +42,7 @@ def check_destination(source: Path, destination: Path) -> None:
 
 
 def write_checkpoint(checkpoint: dict, destination: Path) -> None:
-    """Write a checkpoint, completely or not at all.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
+    """Write a checkpoint, completely or not at all. Raises UsageError where it cannot be written."""
     content = io.BytesIO()
     torch.save(checkpoint, content)
     try:
@@ -56,14 +52,7 @@ def write_checkpoint(checkpoint: dict, destination: Path) -> None:
 
 
 class Content(NamedTuple):
-    """What a checkpoint holds.
-
-    Attributes:
-        weights (dict[str, torch.Tensor]): by name.
-        ema (dict[str, torch.Tensor] | None): the entry :data:`EMA`, if any.
-        meta (dict): the entry ``meta``; empty if there is none.
-        left_out (list[str]): names of everything else.
-    """
+    """What a checkpoint holds: weights by name, the entries :data:`EMA` and ``meta``, and the names of all else."""
 
     weights: dict[str, torch.Tensor]
     ema: dict[str, torch.Tensor] | None
@@ -72,11 +61,8 @@ class Content(NamedTuple):
 
 
 def read_content(path: Path) -> Content:
-    """The weights in a checkpoint, its ``meta``, and what else there is.
-
-    Raises:
-        UsageError: it holds a model, not its weights.
-        CheckpointError: it is missing or cannot be read.
+    """The content of a checkpoint. Raises UsageError where it holds a model instead of weights, CheckpointError where
+    it is missing or cannot be read.
     """
     checkpoint = read_checkpoint(str(path))
     weights: Any = checkpoint
@@ -99,13 +85,8 @@ def read_content(path: Path) -> Content:
 
 
 class Result(NamedTuple):
-    """A converted checkpoint.
-
-    Attributes:
-        checkpoint (dict): to be written.
-        weights (Conversion): the conversion of its weights.
-        ema (Conversion | None): that of :data:`EMA`, where there is one.
-        origins (str): what the names do not tell, and where each value is from, as a line to print.
+    """A checkpoint to be written, the conversions of its weights and of :data:`EMA`, and ``origins``: a line to print
+    with what the names do not tell and where each value is from.
     """
 
     checkpoint: dict
@@ -117,19 +98,11 @@ class Result(NamedTuple):
 def convert(
     content: Content, to: str, given: Mapping[str, Any], below: Sequence[str], rename: Mapping[str, str]
 ) -> Result:
-    """Convert a checkpoint and record in its ``meta`` what no name tells.
+    """Convert a checkpoint and record in its ``meta`` what no name tells. ``given`` has fields of a ``Fork``, None
+    where not given; the rest is as for :func:`~carafe_plugin.engine.checkpoint_layouts.convert_layout`.
 
-    Args:
-        content (Content): of the checkpoint.
-        to (str): the layout to reach.
-        given (Mapping[str, Any]): fields of a ``Fork`` (checkpoint_layouts), None where not given.
-        below (Sequence[str]): convert only modules whose names start with one of these.
-        rename (Mapping[str, str]): old name of a module -> its new one.
-
-    Raises:
-        UsageError: the activation is unclear, or the modules' records differ.
-        LayoutError: as :func:`~carafe_plugin.engine.checkpoint_layouts.convert_layout`.
-        ValueError: a value is not possible; the message starts with its name.
+    Raises UsageError where the activation is unclear or the modules' records differ, LayoutError as that function does,
+    and ValueError, with a message that starts with the field's name, for an impossible value.
     """
     fork, origins = _choose_fork(content, to, given, below)
     apply = partial(convert_layout, to=to, fork=fork, below=below, rename=rename)

@@ -17,18 +17,11 @@ from carafe_plugin.engine.processes import process_rank
 
 
 def check_dataset_files(cfg: Config, *splits: str) -> None:
-    """Check that the annotation files and image folders that ``cfg`` names exist, before anything is built.
+    """Raise a UsageError where an annotation file or image folder of ``cfg`` is missing, before anything is built.
 
-    Then, in mmseg, that every image has its annotation, of the same size; in mmdet, what the annotations say, and that
-    their images exist (:func:`~carafe_plugin.engine.annotations.check_annotations`).
-
-    Args:
-        cfg (Config): the configuration.
-        *splits (str): which data loaders the run needs: 'train', 'val', 'test'. 'val' may be absent from ``cfg``.
-
-    Raises:
-        UsageError: a file or folder is missing, an annotation has another size than its image or is at fault itself,
-            or a data loader is missing.
+    Then, in mmseg, every image must have its annotation, of the same size; in mmdet, annotations must be sound and
+    their images there (:func:`~carafe_plugin.engine.annotations.check_annotations`). ``splits`` are the data loaders
+    that the run needs: 'train', 'val', 'test'; only 'val' may be absent from ``cfg``.
     """
     require_settings(cfg, *(f"{split}_dataloader" for split in splits if split != "val"))
     datasets = []
@@ -76,14 +69,8 @@ def _type_name(dataset: Any) -> str:
 
 
 def check_not_empty(runner: Runner, *splits: str) -> None:
-    """Build the datasets of a run.
-
-    Args:
-        runner (Runner): the run.
-        *splits (str): 'train', 'val', 'test'. 'val' may be absent from the configuration.
-
-    Raises:
-        UsageError: a dataset holds no image, or a file that it names is missing.
+    """Build a run's datasets for ``splits`` ('train', 'val', 'test'), skipping those without a data loader. Raises
+    UsageError where one holds no image, or a file that it names is missing.
     """
     for split in splits:
         if not runner.cfg.get(f"{split}_dataloader"):

@@ -23,21 +23,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of a dataset.
+    """A folder of a dataset, and the archive in which it is downloaded."""
 
-    Attributes:
-        path (str): where the configurations look for it, below the dataset's root.
-        size (int): how many images it holds, or how many annotation files.
-        archive (str): the file in which it is downloaded.
-        inside (str): the folder in that file.
-        files (tuple[str, ...]): the annotation files that it must hold; none in a folder of images.
-    """
-
-    path: str
-    size: int
+    path: str  # where the configurations look for it, below the dataset's root
+    size: int  # how many images it holds, or how many annotation files
     archive: str
-    inside: str
-    files: tuple[str, ...] = ()
+    inside: str  # the folder in the archive
+    files: tuple[str, ...] = ()  # the annotation files that it must hold; none in a folder of images
 
     def is_whole(self, path: Path, archive: Path) -> bool:
         """Whether an unpacked folder holds enough images, or its annotation files as the archive has them."""
@@ -50,23 +42,14 @@ class Folder:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset.
+    """What a dataset consists of, and what is checked and written beyond its folders."""
 
-    Attributes:
-        root (str): where the configurations look for it.
-        folders (tuple[Folder, ...]): what it consists of.
-        prefixes (tuple[str, ...]): what a download may have before the folders' paths.
-        check (Callable[[Path], Iterator[str]]): yields what is wrong with a copy, apart from the numbers of images.
-        complete (Callable[[Path, Path], object]): writes what else a copy needs, given the download and the copy.
-        classes (int): how many folders of images a split may have; 0 for any number.
-    """
-
-    root: str
+    root: str  # where the configurations look for it
     folders: tuple[Folder, ...]
-    prefixes: tuple[str, ...]
-    check: Callable[[Path], Iterator[str]]
-    complete: Callable[[Path, Path], object] = lambda root, out: None
-    classes: int = 0
+    prefixes: tuple[str, ...]  # what a download may have before the folders' paths
+    check: Callable[[Path], Iterator[str]]  # yields what is wrong with a copy, apart from the numbers of images
+    complete: Callable[[Path, Path], object] = lambda root, out: None  # of download and copy: writes the rest
+    classes: int = 0  # how many folders of images a split may have; 0 for any number
 
     def lay_out(self, root: Path, out: Path, advance: Progress) -> list[str]:
         """Link or unpack what was downloaded into ``root``, and write what else is needed; returns what went wrong."""

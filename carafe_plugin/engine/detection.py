@@ -18,11 +18,7 @@ from carafe_plugin.images import IMAGE_ENDINGS
 
 
 def find_images(path: Path) -> list[Path]:
-    """The image that ``path`` is, or the images directly in the folder that it is, by name.
-
-    Raises:
-        UsageError: it does not exist, or holds no image.
-    """
+    """The image that ``path`` is, or those directly in the folder, by name. Raises UsageError where there is none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -34,16 +30,8 @@ def find_images(path: Path) -> list[Path]:
 
 
 def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = False) -> Any:
-    """Build mmdet's detector, with a checkpoint's weights and classes.
-
-    Args:
-        cfg (Config): its configuration.
-        checkpoint (str): a file, or a URL that mmengine loads.
-        device (str): where it runs.
-        drop_in (bool): make mmcv's layer 'carafe' ours.
-
-    Raises:
-        UsageError: the configuration is of another toolbox, or the checkpoint cannot be read.
+    """Build mmdet's detector with the weights and classes of a checkpoint: a file, or a URL that mmengine loads. Raises
+    UsageError where the configuration is of another toolbox, or the checkpoint cannot be read.
     """
     scope = cfg.get("default_scope", "mmdet")
     if scope not in (None, "mmdet"):
@@ -81,12 +69,8 @@ def category_ids(cfg: Config, classes: Sequence[str]) -> list[int]:
 
 
 def to_coco(instances: Any, image_id: int, categories: Sequence[int]) -> list[dict]:
-    """Mmdet's predictions for one image as COCO results.
-
-    Args:
-        instances (InstanceData): with bboxes (N, 4; x1, y1, x2, y2), scores, labels (N) and perhaps masks (N, H, W).
-        image_id (int): the id of the image.
-        categories (Sequence[int]): the category id of every label.
+    """Mmdet's predictions for one image as COCO results. ``instances`` has bboxes (N, 4; x1, y1, x2, y2), scores,
+    labels (N) and perhaps masks (N, H, W), ``categories`` the category id of every label.
     """
     from pycocotools import mask as coco_mask
 

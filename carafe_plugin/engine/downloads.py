@@ -18,11 +18,7 @@ UNFINISHED = ".unpacking"
 
 
 def link(target: Path, place: Path) -> None:
-    """Make ``place`` a symbolic link to ``target``, replacing an existing link.
-
-    Raises:
-        UsageError: something other than a link is there.
-    """
+    """Make ``place`` a symbolic link to ``target``. Raises UsageError where a file or a filled folder is there."""
     target = target.resolve()
     if place.is_symlink():
         place.unlink()
@@ -60,16 +56,11 @@ def _is_unpacked(place: Path, size: int, checksum: int | None) -> bool:
 
 
 def unpack(archive: Path, inside: str, folder: Path, advance: Callable[[int], None]) -> None:
-    """Unpack one folder of an archive. Files that are there already, in their full size, are not written again.
+    """Unpack the folder ``inside`` (``""`` for all) of a .zip or .tar into ``folder``. Files that are there already, in
+    their full size, are not written again; a .tar of .tar files, one per class, becomes a folder per class.
 
-    Args:
-        archive (Path): a .zip or .tar file. A .tar of .tar files, one per class, becomes a folder per class.
-        inside (str): the folder in the archive; ``""`` for all of it.
-        folder (Path): where its files go.
-        advance (Callable[[int], None]): called with the number of further bytes of the archive that are done.
-
-    Raises:
-        UsageError: the archive is truncated or damaged, or has no such folder.
+    ``advance`` is called with the number of further bytes of the archive that are done. Raises UsageError where the
+    archive is truncated or damaged, or has no such folder.
     """
     found, start = False, PurePosixPath(inside).parts
     try:
@@ -93,12 +84,9 @@ def unpack(archive: Path, inside: str, folder: Path, advance: Callable[[int], No
 
 
 def write_file(place: Path, content: IO[bytes], size: int) -> None:
-    """Write a file, or remove it where that fails.
+    """Write a file, or remove it where that fails; fewer than ``size`` bytes raise an EOFError.
 
     A hundred thousand times in a row, so it does not wait for the disk as an atomic write does; see ``UNFINISHED``.
-
-    Raises:
-        EOFError: there are fewer than ``size`` bytes of it.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)  # a link leads to somebody's own file

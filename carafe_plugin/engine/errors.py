@@ -26,9 +26,6 @@ def reading_named_files() -> Iterator[None]:
     """Turn a missing file into a :class:`UsageError`, around code that opens what a configuration or option names.
 
     A missing file that this package's engine wanted for itself is a bug, and keeps its traceback.
-
-    Raises:
-        UsageError: a file is missing.
     """
     try:
         yield

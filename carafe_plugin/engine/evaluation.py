@@ -19,15 +19,8 @@ from carafe_plugin.engine.errors import CheckpointError, UsageError
 
 
 def check_out(out: str | None, item: str | None, scope: str | None) -> None:
-    """Refuse an ``--out`` that the toolbox could not write, before an hour of testing instead of after.
-
-    Args:
-        out (str | None): the file or folder.
-        item (str | None): ``--out-item``.
-        scope (str | None): the configuration's ``default_scope``.
-
-    Raises:
-        UsageError: it has another ending than what is written, or the options do not go together.
+    """Raise a UsageError for an ``--out`` that the toolbox could not write, or an ``--out-item`` (``item``) that does
+    not go with it, before an hour of testing instead of after.
     """
     if item and not out:
         raise UsageError("--out-item says what --out writes: give --out as well")
@@ -45,17 +38,8 @@ def check_out(out: str | None, item: str | None, scope: str | None) -> None:
 
 
 def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, interval: int) -> None:
-    """Switch the toolbox's visualisation hook on; each toolbox names the switches in its own way.
-
-    Args:
-        cfg (Config): the configuration; changed in place.
-        show (bool): whether to show the predictions in a window.
-        folder (str | None): where to draw them into files.
-        wait_time (float): seconds that the window shows each image.
-        interval (int): mmpretrain: draw every n-th image.
-
-    Raises:
-        UsageError: the configuration has no such hook, or the machine no display.
+    """Let the toolbox's visualisation hook show predictions in a window, ``wait_time`` seconds each, or draw them into
+    ``folder``; in mmpretrain every ``interval``-th image. Raises UsageError without a hook in ``cfg``, or a display.
     """
     hook = (cfg.get("default_hooks") or {}).get("visualization")
     if not hook:
@@ -77,10 +61,8 @@ def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, i
 
 
 def use_tta(cfg: Config) -> None:
-    """Wrap the model for test-time augmentation, as the configuration says or else with a horizontal flip.
-
-    Raises:
-        UsageError: mmdet cannot merge what the model predicts, or only the configuration could say how.
+    """Wrap the model for test-time augmentation, as the configuration says or else with a horizontal flip. Raises
+    UsageError where mmdet cannot merge what the model predicts, or only the configuration could say how.
     """
     scope = cfg.get("default_scope")
     datasets = list(dataset_configs(cfg.test_dataloader.dataset))
@@ -112,11 +94,7 @@ def _flipped(pipeline: list) -> list:
 
 
 def write_label_maps(cfg: Config, folder: str) -> None:
-    """Let the metrics of an mmseg configuration write their label maps into ``folder``.
-
-    Raises:
-        UsageError: none of them can.
-    """
+    """Let an mmseg configuration's metrics write label maps into ``folder``. Raises UsageError where none can."""
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
     written = False
     for evaluator in evaluators:
@@ -140,14 +118,8 @@ def dump_predictions(runner: Runner, path: str) -> None:
 
 
 class CheckWeightsHook(Hook):
-    """Refuse a checkpoint of another model: mmengine only warns, and tests what is left of the random weights.
-
-    Args:
-        path (str): what the checkpoint is called in messages.
-        allow_mismatch (bool): warn instead.
-
-    Raises:
-        CheckpointError: from :meth:`after_load_checkpoint`.
+    """Raise a CheckpointError (or warn, with ``allow_mismatch``) for a checkpoint of another model: mmengine only
+    warns, and tests what is left of the random weights. ``path`` is what messages call the checkpoint.
     """
 
     priority = "VERY_LOW"

@@ -24,11 +24,7 @@ from carafe_plugin.inpainting.networks import STRIDE
 
 
 def read_picture(path: Path, mode: str = "RGB") -> Image.Image:
-    """Read a picture, or a mask (mode 'L'), upright.
-
-    Raises:
-        UsageError: there is no such file, or it is not an image that can be read.
-    """
+    """Read a picture, or a mask (mode 'L'), upright. Raises UsageError where it is missing or cannot be read."""
     try:
         if not path.is_file():
             raise UsageError(f"no such file: {path.absolute()}")
@@ -38,10 +34,8 @@ def read_picture(path: Path, mode: str = "RGB") -> Image.Image:
 
 
 def read_holes(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Read a mask for a picture of ``size`` (height, width), as bool: True is filled.
-
-    Raises:
-        UsageError: its size is another one, or it leaves nothing to fill or nothing to fill it from.
+    """Read a mask for a picture of ``size`` (height, width), as bool: True is filled. Raises UsageError where its size
+    is another one, or it leaves nothing to fill or nothing to fill it from.
     """
     holes = np.array(read_picture(path, "L")) >= 128
     if holes.shape != size:
@@ -54,11 +48,7 @@ def read_holes(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def check_out(out: Path) -> None:
-    """Refuse what cannot be written, before the network runs instead of after.
-
-    Raises:
-        UsageError: another ending, a folder, or a place where nothing can be written.
-    """
+    """Raise a UsageError for a path that cannot be written, before the network runs instead of after."""
     if out.suffix.lower() not in IMAGE_ENDINGS:
         raise UsageError(f"--out must end in one of {', '.join(IMAGE_ENDINGS)}, got {out}")
     try:
@@ -72,15 +62,8 @@ def check_out(out: Path) -> None:
 
 
 def load_model(cfg: Config, path: str, device: str) -> InpaintingGAN:
-    """Build the network of a configuration with a checkpoint's weights, ready to predict.
-
-    Args:
-        cfg (Config): the configuration.
-        path (str): the checkpoint.
-        device (str): where the network runs.
-
-    Raises:
-        UsageError: the configuration describes another kind of model, or the checkpoint is of another one.
+    """Build the network of a configuration with a checkpoint's weights, ready to predict. Raises UsageError where the
+    configuration describes another kind of model, or the checkpoint is of another one.
     """
     described = cfg.get("model")
     if not isinstance(described, dict) or str(described.get("type")).rpartition(".")[2] != "InpaintingGAN":
@@ -114,18 +97,8 @@ def _to_batch(maps: np.ndarray, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def fill(model: InpaintingGAN, pixels: np.ndarray, holes: np.ndarray) -> np.ndarray:
-    """Fill the holes of a picture.
-
-    Args:
-        model (InpaintingGAN): the model.
-        pixels (np.ndarray): (H, W, 3) uint8 RGB.
-        holes (np.ndarray): (H, W) bool. Where the picture is made larger for the network, its holes are too.
-
-    Returns:
-        (H, W, 3) uint8 RGB, the same pixels wherever there is no hole.
-
-    Raises:
-        UsageError: the network needs more memory for it than there is.
+    """Fill the holes (H, W; bool) of a picture (H, W, 3; uint8 RGB); all other pixels stay the same. Raises UsageError
+    where memory does not suffice. Where the picture is made larger for the network, its holes are too.
     """
     height, width = holes.shape
     device = next(model.parameters()).device
@@ -141,10 +114,8 @@ def fill(model: InpaintingGAN, pixels: np.ndarray, holes: np.ndarray) -> np.ndar
 
 
 def write_picture(out: Path, pixels: np.ndarray, profile: bytes | None) -> None:
-    """Write (H, W, 3) uint8 RGB pixels, with a colour profile, completely or not at all.
-
-    Raises:
-        UsageError: they cannot be written.
+    """Write (H, W, 3) uint8 RGB pixels, with a colour profile, completely or not at all. Raises UsageError where they
+    cannot be written.
     """
     encoded = io.BytesIO()
     kind = Image.registered_extensions()[out.suffix.lower()]

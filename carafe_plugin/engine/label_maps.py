@@ -1,8 +1,7 @@
 """Whether images and label maps of a local segmentation dataset in ADE20k's style belong together.
 
-mmseg lists the images of a folder (or of a text file) and takes for granted that each has a label map of the same name
-beside it. Without one a training ends in the middle, in a data loader; with one of another size, in the loss or, where
-images are cropped first, never. A missing image goes unnoticed there, too.
+mmseg takes that for granted. Without a label map a training ends in the middle, in a data loader; with one of another
+size, in the loss or, where images are cropped first, never. A missing image goes unnoticed there, too.
 """
 
 from __future__ import annotations
@@ -23,13 +22,10 @@ _ONE_BAND = ("1", "L", "P", "I", "I;16", "I;16B", "F")  # Pillow's modes that mm
 
 
 def find_fault(dataset: Mapping[str, Any]) -> str | None:
-    """The first thing that is wrong with a dataset's files, as a message, or None.
+    """The first thing that is wrong with the files of one of mmseg's datasets, given its configuration, as a message,
+    or None. Its folders must be there; only headers are read.
 
-    Only headers are read. A dataset is not looked at if it lists its files in a way of its own, names no folder of
-    label maps or lies on another machine.
-
-    Args:
-        dataset (Mapping): the configuration of one of mmseg's datasets. Its folders must be there.
+    One that lists its files in a way of its own, names no folder of label maps or lies on another machine is left out.
     """
     from mmseg.datasets import BaseSegDataset
     from mmseg.registry import DATASETS
@@ -59,12 +55,8 @@ def pair_faults(
 ) -> Iterator[str]:
     """What is wrong with a folder of images and their label maps, as messages: first what takes the least to find.
 
-    Args:
-        images (Path): the folder of images.
-        maps (Path): the folder of label maps.
-        suffixes (tuple[str, str]): the endings of images and label maps.
-        listed (Sequence[str] | None): the images that are used, without ending (default: all, as mmseg finds them).
-        modes (Collection[str]): Pillow's modes that a label map may have (default: any).
+    ``suffixes`` are the endings of images and label maps, ``listed`` the images that are used, without ending (default:
+    all, as mmseg finds them), ``modes`` Pillow's modes that a label map may have (default: any).
     """
     found, labelled = (
         [name.removesuffix(suffix) for name in list_images(folder, suffix)]

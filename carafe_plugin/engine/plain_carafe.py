@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "hardswish": nn.Hardswish,
 }
 
+#: How the encoder's k^2 * s^2 channels lie. "taps": tap by tap with the s^2 positions inside, which is what a pixel
+#: shuffle before the softmax reads, and MMCV. "positions": position by position with the k^2 taps inside, where the
+#: logits are viewed as (s^2, k^2), normalised and applied, and the result is pixel-shuffled.
 ORDERS = ("taps", "positions")
 MMCV_EPS = 1e-5  # torch's default, and with it that of compressor_norm
 NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
@@ -35,19 +38,12 @@ NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Fork:
-    """What the names do not tell about the side that is not MMCV's.
+    """What the names do not tell about the side that is not MMCV's."""
 
-    Attributes:
-        act (str): the activation after the compressor, one of :data:`ACTIVATIONS`.
-        eps (float): ``eps`` of the BatchNorms.
-        order (str): the order of the encoder's channels, one of :data:`ORDERS`.
-        scale (int): s, the upsampling factor.
-    """
-
-    act: str = "identity"
-    eps: float = 1e-5
-    order: str = "taps"
-    scale: int = 2
+    act: str = "identity"  # after the compressor, one of ACTIVATIONS
+    eps: float = 1e-5  # of the BatchNorms: 1e-3 in the YOLO family
+    order: str = "taps"  # of the encoder's channels, one of ORDERS
+    scale: int = 2  # s, the upsampling factor
 
     def __post_init__(self) -> None:
         if self.act not in ACTIVATIONS:
@@ -133,15 +129,8 @@ def _split(convolution: tuple[Tensor, Tensor], norm: bool, eps: float) -> tuple[
 
 
 def plain_carafe(features: Tensor, parts: Parts, fork: Fork) -> tuple[Tensor, Tensor]:
-    """CARAFE as those projects compute it, from a fork's parameters.
-
-    Args:
-        features (Tensor[N, C, H, W]): float64.
-        parts (Parts): the parameters.
-        fork (Fork): what their names do not tell.
-
-    Returns:
-        The upsampled features (N, C, s * H, s * W), and the logits (N, k^2, s * H, s * W) of their kernels.
+    """CARAFE as those projects compute it, from float64 features (N, C, H, W): the upsampled features, (N, C, sH, sW),
+    and the logits of their kernels, (N, k^2, sH, sW).
     """
     n, channels, height, width = features.shape
     s = fork.scale

@@ -24,10 +24,8 @@ LAUNCHERS = {
 
 
 def process_rank(launcher: str | None) -> int:
-    """The rank of this process: of torch's process group, else as its launcher says.
-
-    Args:
-        launcher (str | None): a key of :data:`LAUNCHERS`; variables of other launchers are ignored.
+    """The rank of this process: of torch's process group, else as its launcher, a key of :data:`LAUNCHERS`, says;
+    variables of other launchers are ignored.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
@@ -43,10 +41,8 @@ def require_gpu_for_amp(reason: str) -> None:
 
 
 def choose_device(asked: str | None) -> str:
-    """The device of a command that runs on one: what ``--device`` says, else the first GPU, else the CPU.
-
-    Raises:
-        UsageError: torch cannot use it here.
+    """The device of a command that runs on one: what ``--device`` says, else the first GPU, else the CPU. Raises
+    UsageError where torch cannot use it here.
     """
     device = asked or ("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -66,16 +62,11 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
 
 
 def prepare_processes(cfg: Config) -> None:
-    """Make ``cfg.launcher`` work on this machine, with GPUs or without.
+    """Make ``cfg.launcher`` work on this machine, with GPUs or without; ``cfg`` is changed in place. Raises UsageError
+    where the launcher's variables are missing, or there are more processes than GPUs.
 
     mmengine initialises processes through CUDA alone; without a GPU the group is made here, on gloo, and the model
     wrapper is one that needs no device.
-
-    Args:
-        cfg (Config): the configuration of the run; changed in place.
-
-    Raises:
-        UsageError: the launcher's variables are missing, or there are more processes than GPUs.
     """
     launcher = cfg.get("launcher", "none")
     if launcher == "none":

@@ -24,15 +24,9 @@ DRAWN_WIDTH = 640  # of the page's canvases: small images are drawn larger, so t
 
 
 def pack_kernels(kernels: Tensor) -> tuple[np.ndarray, bool]:
-    """Kernels in a byte a weight.
-
-    Args:
-        kernels (Tensor[G, k, k, H', W']): no weight is negative or greater than 1.
-
-    Returns:
-        (G, H', W', k * k) uint8 and whether the kernels are normalised. Then each kernel is divided by its largest
-        weight, for precision, and a weight is its byte over the sum of its kernel's bytes; else a weight is its byte
-        over 255.
+    """Kernels (G, k, k, H', W') of weights from 0 to 1 in a byte a weight, (G, H', W', k * k) uint8, and whether they
+    are normalised. Then each kernel is divided by its largest weight, for precision, and a weight is its byte over the
+    sum of its kernel's bytes; else a weight is its byte over 255.
     """
     flat = kernels.flatten(1, 2).permute(0, 2, 3, 1).double()
     normalised = bool(torch.allclose(flat.sum(-1), torch.ones(()).double(), atol=0.02))  # half precision included
@@ -44,16 +38,11 @@ def pack_kernels(kernels: Tensor) -> tuple[np.ndarray, bool]:
 def page_data(
     title: str, chain: Sequence[Reassembly], view: View, pixels: np.ndarray, start: tuple[int, int], group: int | None
 ) -> dict[str, Any]:
-    """What the page's script reads.
+    """What the page's script reads of a chain, in the order in which it ran, on an image of (H, W, 3) uint8 RGB pixels.
 
-    Args:
-        title (str): of the page.
-        chain (Sequence[Reassembly]): consecutive reassemblies in the order in which they ran.
-        view (View): the run on the image that they come from.
-        pixels (np.ndarray): the image, (H, W, 3) uint8 RGB.
-        start (tuple[int, int]): row and column of the location that is shown first, on the last one's output.
-        group (int | None): group of channels, as :func:`carafe_plugin.analysis.compose` takes it; None for the average:
-            the page then holds the kernels of all groups, and composes each before it averages, as that function does.
+    ``start`` is row and column of the location that is shown first, on the last output, ``group`` as
+    :func:`carafe_plugin.analysis.compose` takes it: for None, the average, the page holds the kernels of all groups,
+    and composes each before it averages, as that function does.
     """
     image = Image.fromarray(pixels)
     image.thumbnail((MAX_SIDE, MAX_SIDE))

@@ -25,16 +25,9 @@ OUTLINE = (("black", 2.2), (CENTRE, 1.1))  # of the location: colours and widths
 
 @dataclass(frozen=True)
 class Shown:
-    """One location of a chain's output and its sources.
+    """One location of a chain's output and the sources that :func:`carafe_plugin.analysis.compose` found for it."""
 
-    Attributes:
-        point (tuple[float, float]): the point of the image that was asked for, x and y in pixels.
-        row (int): of the location.
-        column (int): of the location.
-        levels (list[Sources]): what :func:`carafe_plugin.analysis.compose` found for it.
-    """
-
-    point: tuple[float, float]
+    point: tuple[float, float]  # of the image, as asked for: x and y in pixels
     row: int
     column: int
     levels: list[Sources]
@@ -50,13 +43,7 @@ def draw_reassembly(
     """Draw a row for each location: the image with the location, then the sources on each map back to the first.
 
     Where the sources take up a small part of a large image, their panels show that part, which is dashed in the first.
-
-    Args:
-        pixels (np.ndarray): the image, (H, W, 3) uint8 RGB.
-        view (View): the run on the image.
-        chains (dict[str, Sequence[Reassembly]]): by title, consecutive reassemblies in the order in which they ran.
-        shown (dict[str, Sequence[Shown]]): by title, the locations to draw.
-        out (Path): the PNG to write, completely or not at all.
+    ``pixels`` are (H, W, 3) uint8 RGB; ``chains``, in the order in which they ran, and ``shown`` go by title.
     """
     height, width = pixels.shape[:2]
     columns = 1 + max(len(chain) for chain in chains.values())

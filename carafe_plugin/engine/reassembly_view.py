@@ -40,38 +40,22 @@ class Axis:
 
 @dataclass(frozen=True)
 class View:
-    """What the network saw of an image, and what reassembled it.
+    """What the network saw of an image, and what reassembled it. Sizes are height and width."""
 
-    Attributes:
-        image_size (tuple[int, int]): height and width of the image file, in pixels.
-        input_size (tuple[int, int]): height and width of the network's input, padding included.
-        seen_size (tuple[int, int]): the same without padding.
-        x (Axis): from columns of the image to columns of the input.
-        y (Axis): the same for rows.
-        reassemblies (list[Reassembly]): of every CARAFE++ that ran on maps of the whole image, in the order in which
-            they ran.
-    """
-
-    image_size: tuple[int, int]
-    input_size: tuple[int, int]
-    seen_size: tuple[int, int]
-    x: Axis
+    image_size: tuple[int, int]  # of the image file
+    input_size: tuple[int, int]  # of the network's input, padding included
+    seen_size: tuple[int, int]  # the same without padding
+    x: Axis  # from columns of the image to columns of the input
     y: Axis
-    reassemblies: list[Reassembly]
+    reassemblies: list[Reassembly]  # of every CARAFE++ that ran on maps of the whole image, in the order they ran
 
     def cells(self, size: tuple[int, int], chain: Sequence[Reassembly]) -> tuple[float, float, float, float]:
-        """How a map of a chain lies on the image: left and top edge of location (0, 0), width and height of each.
+        """How a map of a chain lies on the image, in pixels: left and top edge of location (0, 0), its width and
+        height.
 
         With a stride of s, a location stands for s x s pixels. In a chain upwards these squares tile the image, so that
-        a source covers the outputs whose centre it is; in a chain downwards they lie around their centre: location i
-        of the output around location sigma * i of the source, as eq. 3 has both.
-
-        Args:
-            size (tuple[int, int]): of the map.
-            chain (Sequence[Reassembly]): that it belongs to.
-
-        Returns:
-            In pixels of the image.
+        a source covers the outputs whose centre it is; in a chain downwards they lie around their centre: location i of
+        the output around location sigma * i of the source, as eq. 3 has both.
         """
         width, height = (_stride(self.input_size, size, axis) for axis in (1, 0))
         left = top = 0.0
@@ -82,10 +66,8 @@ class View:
         return (left - x.shift) / x.scale, (top - y.shift) / y.scale, width / x.scale, height / y.scale
 
     def locate(self, x: float, y: float, chain: Sequence[Reassembly]) -> tuple[int, int]:
-        """Row and column of the location on a chain's output that the pixel (x, y) of the image belongs to.
-
-        Raises:
-            UsageError: the point is not in the image, or the pipeline cuts it away.
+        """Row and column of the location on a chain's output that the pixel (x, y) of the image belongs to. Raises
+        UsageError where the point is not in the image, or the pipeline cuts it away.
         """
         check_point(x, y, self.image_size)
         seen = self.x.scale * (x + 0.5) + self.x.shift, self.y.scale * (y + 0.5) + self.y.shift
@@ -97,11 +79,7 @@ class View:
 
 
 def check_point(x: float, y: float, size: tuple[int, int]) -> None:
-    """Check that a point lies in an image of ``size`` (height, width).
-
-    Raises:
-        UsageError: it does not.
-    """
+    """Raise a UsageError for a point that is not in an image of ``size`` (height, width)."""
     height, width = size
     if not (0 <= x < width and 0 <= y < height):
         raise UsageError(f"point {x:g},{y:g} is outside the image, which is {width} x {height} pixels")
@@ -116,11 +94,8 @@ def _stride(input_size: tuple[int, int], size: tuple[int, int], axis: int) -> fl
 
 
 def load_checkpoint(model: nn.Module, path: str) -> None:
-    """Load a checkpoint that must have every parameter of the model; what else it has is ignored.
-
-    Raises:
-        UsageError: it is of another model.
-        CheckpointError: it is missing or cannot be read.
+    """Load a checkpoint that must have every parameter of the model; what else it has is ignored. Raises UsageError
+    where it is of another model, CheckpointError where it is missing or cannot be read.
     """
     checkpoint = read_checkpoint(path)
     if mismatch := find_mismatch(model, checkpoint.get("state_dict", checkpoint)):
@@ -128,18 +103,10 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
 
 
 def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]) -> View:
-    """Run the model on an image as in a test and record its reassemblies.
+    """Run a model in evaluation mode on an image of ``size`` (height, width) as in a test, and record its reassemblies.
+    Raises UsageError where the test pipeline does not keep a plain image of it (see :func:`_follow`).
 
     A segmentor sees the whole image at once, also where its configuration tests it in windows.
-
-    Args:
-        cfg (Config): the model's configuration.
-        model (nn.Module): with its parameters loaded, in evaluation mode.
-        image (Path): the file.
-        size (tuple[int, int]): the image's height and width.
-
-    Raises:
-        UsageError: the configuration's test pipeline does not keep a plain image of it (see :func:`_follow`).
     """
     init_default_scope(cfg.default_scope)
     pipeline = _pipeline(cfg)
@@ -201,11 +168,7 @@ def _follow(pipeline: Sequence[Any], size: tuple[int, int], axis: int) -> Axis:
 
 
 def check_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
-    """The names of a model's CARAFE++, after checking that ``modules`` are among them.
-
-    Raises:
-        UsageError: one is not, or the model has none.
-    """
+    """The names of a model's CARAFE++. Raises UsageError where it has none, or one of ``modules`` is not among them."""
     sites = [name for name, part in model.named_modules() if isinstance(part, KernelPrediction)]
     stock = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
     if not sites:
@@ -220,16 +183,8 @@ def check_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
 def find_chains(
     model: nn.Module, view: View, wanted: str | None, modules: Sequence[str]
 ) -> dict[str, list[Reassembly]]:
-    """The chains to draw, by their titles.
-
-    Args:
-        model (nn.Module): the model.
-        view (View): its run on the image.
-        wanted (str | None): the only chain of ``CHAINS`` that is asked for; None for all that there are.
-        modules (Sequence[str]): instead, the names of the modules of one chain, in any order.
-
-    Raises:
-        UsageError: the model has no CARAFE++, or not those, or they do not follow one another.
+    """The chains to draw, by their titles: ``modules`` as one chain, in any order, else the chain ``wanted`` of
+    ``CHAINS``, or all that there are. Raises UsageError where the model lacks them, or they do not follow one another.
     """
     sites = check_modules(model, modules)
     ran = {reassembly.name: reassembly for reassembly in view.reassemblies}

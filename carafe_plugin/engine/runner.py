@@ -11,10 +11,8 @@ from carafe_plugin.engine.errors import reading_named_files
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build mmengine's Runner (or the ``runner_type`` of ``cfg``), and say so where SyncBN had to become BN.
-
-    Raises:
-        UsageError: a file that the configuration names is missing.
+    """Build mmengine's Runner (or the ``runner_type`` of ``cfg``), and say so where SyncBN had to become BN. Raises
+    UsageError where a file that the configuration names is missing.
     """
     with reading_named_files():
         runner = Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
