@@ -135,18 +135,7 @@ def complete(
     known: Sequence[Peer],
     kind: type[Problem] = Problem,
 ) -> argparse.Namespace:
-    """Completes what was parsed; exits with code 2 and one clear line where options do not fit together.
-
-    Args:
-        parser (ArgumentParser): what `make_parser` made.
-        options (Namespace): what it parsed; gains `problems` and `command`, and `peers` become those to measure.
-        arguments (Sequence[str] | None): what it parsed them from.
-        known (Sequence[Peer]): the peers to choose from.
-        kind (type[Problem]): the class of the problems.
-
-    Returns:
-        Namespace: `options`.
-    """
+    """Adds `problems` and `command`, chooses `peers`; exits with code 2 and one clear line where options conflict."""
     options.command = command_line(parser, arguments, options)
     options.repeats = options.repeats or (3 if options.quick else 10)
     options.time_limit = options.time_limit or (3.0 if options.quick else 15.0)
@@ -243,11 +232,7 @@ def start(options: argparse.Namespace) -> dict[str, Any]:
 def compare(
     options: argparse.Namespace, ours: Sequence[Peer], tolerances: Mapping[torch.dtype, float] = comparison.TOLERANCES
 ) -> int:
-    """Measures ours and the peers that can run on every problem, and shows each result as it comes.
-
-    Returns:
-        int: the exit code.
-    """
+    """Measures the peers on every problem and shows each result as it comes; returns the exit code."""
     record = start(options)
     record["results"] = []
     for problem in options.problems:

@@ -34,18 +34,11 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """How to measure; a tolerance, by dtype, is relative to ours' largest value."""
 
-    Attributes:
-        repeats (int): turns that each peer is given.
-        time_limit (float): seconds that a peer which is not ours may take in a pass; `FEWEST_REPEATS` must fit.
-        memory_limit (int | None): bytes that a peer may allocate on CPU; None for what is available.
-        tolerances (Mapping): by dtype, the largest difference from ours, relative to ours' largest value.
-    """
-
-    repeats: int = 10
-    time_limit: float = 15.0
-    memory_limit: int | None = None
+    repeats: int = 10  # turns that each peer is given
+    time_limit: float = 15.0  # seconds that a peer which is not ours may take in a pass; `FEWEST_REPEATS` must fit
+    memory_limit: int | None = None  # bytes that a peer may allocate on CPU; None for what is available
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCES)
 
 
@@ -72,13 +65,7 @@ def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
 
 
 class Comparison:
-    """Measures all peers for one problem.
-
-    Args:
-        problem (Problem): the size.
-        peers (Sequence[Peer]): what to measure, each `reference` before those that name it.
-        settings (Settings): how.
-    """
+    """Measures all peers for one problem; each `reference` must come before the peers that name it."""
 
     def __init__(self, problem: Problem, peers: Sequence[Peer], settings: Settings) -> None:
         self.problem, self.settings = problem, settings
@@ -218,12 +205,7 @@ class Comparison:
 
 
 def saved_memory(call: Call) -> dict[str, int]:
-    """What autograd keeps between forward and backward: distinct memory, learnt parameters left out.
-
-    Returns:
-        dict: 'saved_tensors', the number of distinct allocations, and 'saved_bytes', their size; the inputs count where
-        they are kept.
-    """
+    """Number and bytes of the distinct allocations that autograd keeps for backward, learnt parameters left out."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in call.parameters}
     kept: list[Tensor] = []  # holding them keeps their memory from being handed out again
 

@@ -44,27 +44,18 @@ SLOW_PEERS = ("upsample-unfold", "steps-compiled")
 
 @dataclass(frozen=True)
 class Step:
-    """A process to run.
-
-    Attributes:
-        name (str): of the step and its log.
-        command (Sequence[str]): arguments; `{out}` stands for the folder of results.
-        limit (float): seconds it may take.
-        missing (str | None): why it need not or cannot run on this machine; None where it runs.
-    """
+    """A process to run."""
 
     name: str
-    command: Sequence[str]
-    limit: float
-    missing: str | None = None
+    command: Sequence[str]  # `{out}` stands for the folder of results
+    limit: float  # seconds
+    missing: str | None = None  # why it need not or cannot run on this machine; None where it runs
 
 
 def run_step(step: Step, out: Path, deadline: float) -> dict[str, Any]:
     """Runs a step within its limit and the time left; its output goes to `out`/NAME.log.
 
-    Returns:
-        dict: its 'name', 'status' ('ok', 'failed', 'timed out', 'skipped'), exit 'code', 'seconds' and, where it
-        matters, 'detail'.
+    The 'status' returned is 'ok', 'failed', 'timed out' or 'skipped'; 'detail' is there unless it is 'ok'.
     """
     record: dict[str, Any] = {"name": step.name, "status": "skipped", "code": None, "seconds": 0.0}
     begin = time.monotonic()

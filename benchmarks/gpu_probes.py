@@ -57,14 +57,6 @@ def errors(device: str, dtype: torch.dtype, size: tuple[int, int], channels: int
     """Relative errors of the output and both gradients, upsampling by 2, against the reference in float64.
 
     As `carafe_plugin.testing.relative_error` has them, without copying gigabytes to the host.
-
-    Args:
-        device (str): where both are computed.
-        dtype (torch.dtype): of the operator's tensors.
-        size (tuple[int, int]): height and width of the features.
-        channels (int): their channels.
-        k (int): size of the kernels.
-        g (int): groups.
     """
     features, masks, grad_output = random_case(size, channels, k, g, 2, batch=1, dtype=dtype, device=device)
     features.requires_grad_()
@@ -134,12 +126,7 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 class UpsamplingFPN(nn.Module):
-    """torchvision's FPN with an upsampler of ours in place of nearest interpolation.
-
-    Args:
-        fpn (FeaturePyramidNetwork): torchvision's; its convolutions are shared.
-        channels (int): of its outputs.
-    """
+    """torchvision's FPN, its convolutions shared, with an upsampler of ours in place of nearest interpolation."""
 
     def __init__(self, fpn: nn.Module, channels: int) -> None:
         super().__init__()

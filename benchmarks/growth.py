@@ -32,21 +32,13 @@ LABELS = {"size": "H * W", "kernel-size": "k", "scale": "sigma"}
 
 
 class Point(NamedTuple):
-    """One problem of a series.
+    """One problem of a series."""
 
-    Attributes:
-        axis (str): what is varied.
-        value (str): its value, as a table shows it.
-        position (float): the same as a number, for the figure.
-        problem (Problem): the problem.
-        threads (int): CPU threads.
-    """
-
-    axis: str
-    value: str
-    position: float
+    axis: str  # what is varied
+    value: str  # as a table shows it
+    position: float  # the value as a number, for the figure
     problem: Problem
-    threads: int
+    threads: int  # of the CPU
 
 
 def base(usual: Problem) -> Problem:
@@ -56,14 +48,7 @@ def base(usual: Problem) -> Problem:
 
 
 def points(axes: Sequence[str], base: Problem, threads: int, quick: bool = False) -> Iterator[Point]:
-    """The problems of each axis, in order; with `quick` the first two of each.
-
-    Args:
-        axes (Sequence[str]): of `AXES`; that of threads is left out on a GPU.
-        base (Problem): every axis's usual value.
-        threads (int): most CPU threads, and the usual number.
-        quick (bool): whether to stop early.
-    """
+    """The problems of each axis (threads: on CPU only, up to `threads`); with `quick` the first two of each."""
     for axis in axes:
         values = VALUES[axis]
         if axis == "threads":

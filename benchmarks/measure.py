@@ -34,28 +34,21 @@ Work = Callable[[], object]
 
 
 def seconds(work: Work, calls: int = 1) -> float:
-    """Mean duration of one call, over `calls` of them in a row; a GPU is waited for before and after.
+    """Mean duration of one of `calls` calls in a row; a GPU is waited for before and after.
 
-    `torch.utils.benchmark.Timer` without its warm-up of two calls or more, which would triple what slow peers take.
+    `torch.utils.benchmark.Timer` would warm up with two calls or more, which would triple what slow peers take.
     """
     return timeit.Timer(work, timer=benchmark.timer).timeit(calls) / calls
 
 
 @dataclass
 class Timing:
-    """The samples of one piece of work.
-
-    Attributes:
-        work (Callable): what is timed.
-        estimate (float): seconds of one warm call; decides how many calls make a sample.
-        repeats (int): samples to take.
-        samples (list[float]): seconds of a call, as far as they have been taken.
-    """
+    """The samples of one piece of work."""
 
     work: Work
-    estimate: float
-    repeats: int
-    samples: list[float] = field(default_factory=list)
+    estimate: float  # seconds of one warm call; decides how many calls make a sample
+    repeats: int  # samples to take
+    samples: list[float] = field(default_factory=list)  # seconds of a call
 
     @property
     def calls(self) -> int:
@@ -93,10 +86,8 @@ def interleave(timings: Sequence[Timing]) -> None:
 def peak_bytes(work: Work, device: str) -> int:
     """Most memory that `work` holds at once beyond what was held before it, its result included.
 
-    Both devices count what torch's allocators hand out. On CPU the profiler reports every allocation and release, of
-    compiled operators too (they get outputs and scratch space from torch), and the running sum has an exact peak.
-    A process's resident size would also show memory from elsewhere, but shrinks and grows with what malloc keeps, with
-    pages not yet touched and with libraries being loaded, and can be reset on Linux alone.
+    Both devices count what torch's allocators hand out; on CPU the profiler reports it, for compiled operators too. A
+    process's resident size would depend on malloc, untouched pages and loaded libraries as well.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -190,12 +181,7 @@ def cores() -> int:
 
 
 def run_record(command: str, device: str) -> dict[str, Any]:
-    """What a result file says about its run, beside the results.
-
-    Args:
-        command (str): the command line, without this machine's paths.
-        device (str): what the run computes on.
-    """
+    """What a result file says about its run beside the results; `command` must not contain this machine's paths."""
     compiled = carafe_plugin.is_compiled(torch.device(device).type)
     return {
         "command": command,

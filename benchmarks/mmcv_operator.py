@@ -26,11 +26,9 @@ LAUNCHERS = Path("pytorch/cuda/carafe_cuda.cu")
 
 
 def find_source(folder: Path | None = None) -> Path | None:
-    """The folder ``csrc`` that holds mmcv's launchers; None where there is none.
+    """The ``csrc`` of mmcv, given its repository, its package or a folder below these; None where it is not there.
 
-    Args:
-        folder (Path | None): mmcv's repository or package, or a folder below it; None looks at the installed mmcv,
-            without importing it.
+    Without `folder` the installed mmcv is looked at, but not imported.
     """
     if folder is None:
         spec = importlib.util.find_spec("mmcv")
@@ -45,15 +43,7 @@ def find_source(folder: Path | None = None) -> Path | None:
 def compile_source(csrc: Path, verbose: bool = False) -> Any:
     """Compiles mmcv's launchers with a binding of ours, or loads what an earlier call compiled.
 
-    Args:
-        csrc (Path): what `find_source` returned.
-        verbose (bool): show the compiler's commands.
-
-    Returns:
-        ModuleType: the extension, with ``forward`` and ``backward``.
-
-    Raises:
-        RuntimeError, OSError: there is no CUDA compiler, or it fails.
+    Raises RuntimeError or OSError where there is no CUDA compiler, or it fails.
     """
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architecture())
     from torch.utils import cpp_extension
@@ -93,13 +83,9 @@ def architecture() -> str:
 
 
 class MmcvOperator:
-    """mmcv's CUDA operator: the installed one or, with a source folder, that source alone.
+    """mmcv's CUDA operator: the installed one or, with a source folder, that source alone."""
 
-    Attributes:
-        source (Path | None): the ``csrc`` folder to compile; None for the installed operator.
-    """
-
-    source: Path | None = None
+    source: Path | None = None  # the ``csrc`` folder to compile
 
     def unavailable(self, problem: Problem) -> str | None:
         """Why it cannot run on a problem; None where it can."""
@@ -120,12 +106,7 @@ class MmcvOperator:
         return None
 
     def reassembly(self) -> Callable[[Tensor, Tensor, int, int, int, int], Tensor]:
-        """The operator itself; compiles it where it has a source.
-
-        Raises:
-            ImportError: mmcv or its compiled part is not installed.
-            RuntimeError, OSError: see `compile_source`.
-        """
+        """The operator, compiled where it has a source; ImportError where mmcv's compiled part is not installed."""
         if self.source is None:
             operator = self._installed()
             return lambda features, masks, k, g, up, down: operator(features, masks, k, g, up)

@@ -76,11 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def named_configs(arguments: Sequence[str]) -> list[tuple[str, str, float | None]]:
-    """Name, configuration and the paper's speed of every model asked for.
-
-    Raises:
-        UsageError: two have the same name.
-    """
+    """Name, configuration and the paper's speed of every model; UsageError where two have the same name."""
     if not arguments:
         return list(DEFAULT)
     named: list[tuple[str, str, float | None]] = []

@@ -62,8 +62,7 @@ def upsample_unfold(features: Tensor, masks: Tensor, kernel_size: int, group_siz
 def shifted_madd(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """Adds k^2 shifted copies of the repeated (or, downsampling, strided) features, each times its weights.
 
-    Of several ways to write it in PyTorch, eager and compiled, this one was the fastest: rows stay contiguous because
-    pixels are repeated once beforehand, and one buffer accumulates in place.
+    The fastest of several ways in PyTorch, eager and compiled: rows stay contiguous, one buffer accumulates in place.
     """
     n, c = features.shape[:2]
     height, width = masks.shape[2:]
@@ -104,11 +103,7 @@ class PointSampler(nn.Module):
 
     A 1x1 convolution predicts, for every output location and each of a few groups of channels, how far from its usual
     place bilinear interpolation reads. The static range of the paper: a quarter of the distance between source pixels.
-
-    Args:
-        channels (int): C of the features, a multiple of `groups`.
-        up (int): the scale.
-        groups (int | None): groups of channels with points of their own; None for 4 where they divide C, else 2 or 1.
+    `groups` must divide `channels`; None takes 4 where that does, else 2 or 1.
     """
 
     def __init__(self, channels: int, up: int, groups: int | None = None) -> None:

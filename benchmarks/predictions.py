@@ -33,24 +33,14 @@ PARTS = (*dict.fromkeys(CHILDREN.values()), "reassembly", "interpolation", "max 
 
 @dataclass
 class Model:
-    """One of the models that take turns.
-
-    Attributes:
-        name (str): in the table.
-        config (str): where it comes from.
-        paper_fps (float | None): what the paper measured, if it did.
-        network (nn.Module): the model itself.
-        predict (Callable): one prediction.
-        kept (dict[str, int]): how many boxes of its own a two-stage detector kept.
-        timing (Timing): its samples.
-    """
+    """One of the models that take turns."""
 
     name: str
     config: str
-    paper_fps: float | None
+    paper_fps: float | None  # what the paper measured, if it did
     network: nn.Module
     predict: Callable[[], object]
-    kept: dict[str, int]
+    kept: dict[str, int]  # how many boxes of its own a two-stage detector kept
     timing: measure.Timing
 
     def record(self, first: Model) -> dict[str, Any]:
@@ -83,18 +73,10 @@ def build(
     options: Mapping[str, Any] | None = None,
     drop_in: bool = False,
 ) -> tuple[list[Model], tuple[int, int]]:
-    """The models, ready to predict, and the size of the image.
+    """The models, ready to predict, and the size of the image: `shape`, or the first configuration's.
 
-    Args:
-        named (Sequence[tuple]): name, configuration and the paper's frames per second of each.
-        shape (tuple[int, int] | None): height and width of the image; None for the first configuration's.
-        device (str): where they predict.
-        repeats (int): samples to take of each.
-        options (Mapping | None): settings of the configurations to change.
-        drop_in (bool): make mmcv's layer 'carafe' ours.
-
-    Raises:
-        UsageError: a configuration cannot be read or built, or its model cannot predict at this size.
+    `drop_in` makes mmcv's layer 'carafe' ours. Raises UsageError where a configuration cannot be read or built, or its
+    model cannot predict at this size.
     """
     cfgs = [bare_models.read_config(config, options, drop_in) for _, config, _ in named]
     shape = shape or bare_models.image_shape(cfgs[0])
@@ -164,9 +146,8 @@ def profile(models: Sequence[Model], repeats: int) -> list[dict[str, Any]]:
 def split(model: nn.Module, predict: Callable[[], object]) -> tuple[dict[str, float], dict[str, int]]:
     """Seconds of one prediction for each of `PARTS`, and how often each ran.
 
-    Parts are timed by hooks on modules, and around `F.interpolate`. What reassembly takes is what its module takes
-    beyond its children: the fused operator, or pixel shuffle, normaliser and operator. A GPU is waited for around every
-    part, so the sum exceeds an undisturbed prediction there.
+    Hooks on modules and around `F.interpolate` take the times; reassembly is what its module takes beyond its children.
+    A GPU is waited for around every part, so the sum exceeds an undisturbed prediction there.
     """
     seconds, calls, started = dict.fromkeys(PARTS, 0.0), Counter[str](), list[float]()
     interpolate = F.interpolate

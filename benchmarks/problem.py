@@ -47,17 +47,11 @@ class Problem:
         return self.batch * self.channels * source, self.batch * kernels, self.batch * self.channels * target
 
     def flop(self, backward: bool) -> int:
-        """Floating-point operations: a multiply and an add for each tap, and as many again for each gradient.
-
-        The kernel normaliser's are left out: one exponential for each 2 * channels / group_size of these.
-        """
+        """A multiply and an add for each tap, as many again for each gradient; the normaliser's few are left out."""
         return 2 * self.taps * self.elements()[2] * (3 if backward else 1)
 
     def traffic(self, backward: bool) -> int:
-        """Bytes that must move when each tensor is read or written once in each direction.
-
-        The same from masks and from the content encoder's output: both hold as many elements.
-        """
+        """Bytes that must move when each tensor is read or written once a direction, the same from masks and logits."""
         features, kernels, output = self.elements()
         # Forward reads features and kernels and writes the output. Backward reads the output's gradient and both
         # inputs again, and writes two gradients.
@@ -65,30 +59,19 @@ class Problem:
         return elements * self.dtype.itemsize
 
     def needed_memory(self, backward: bool) -> int:
-        """Bytes that peak memory is compared with: output and masks; with backward, the features' gradient too.
-
-        Forward from the content encoder's output must allocate the output, and masks where they are made at all;
-        backward must hold the output and both gradients.
-        """
+        """Bytes that peak memory is compared with: output and masks or, with backward, output and both gradients."""
         features, kernels, output = self.elements()
         return (output + kernels + (features if backward else 0)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors that every peer is given; those that a peer differentiates require grad.
+    """The tensors that every peer is given; those that a peer differentiates require grad."""
 
-    Attributes:
-        features (Tensor[N, C, H, W]): the map to rescale.
-        masks (Tensor[N, G * k^2, H', W']): the kernels that `logits` stand for.
-        logits (Tensor[N, G * k^2 * up^2, H, W]): the content encoder's output; [N, G * k^2, H', W'] when downsampling.
-        grad_output (Tensor[N, C, H', W']): the gradient that backward starts from.
-    """
-
-    features: Tensor
-    masks: Tensor
-    logits: Tensor
-    grad_output: Tensor
+    features: Tensor  # (N, C, H, W)
+    masks: Tensor  # (N, G * k^2, H', W'): the kernels that `logits` stand for
+    logits: Tensor  # the content encoder's output: (N, G * k^2 * up^2, H, W), or (N, G * k^2, H', W') downsampling
+    grad_output: Tensor  # (N, C, H', W'): what backward starts from
 
     @classmethod
     def random(cls, problem: Problem, seed: int = 0) -> Inputs:
@@ -121,20 +104,12 @@ def shuffle_and_softmax(logits: Tensor, kernel_size: int, group_size: int, up: i
 
 @dataclass(frozen=True)
 class Call:
-    """A peer made ready for one problem.
-
-    Attributes:
-        forward (Callable): computes the output.
-        wrt (tuple[Tensor, ...]): the tensors whose gradients the backward pass computes.
-        grad_output (Tensor | None): what backward starts from, where it is not that of the inputs (another dtype,
-            another layout).
-        parameters (tuple[Tensor, ...]): learnt values among `wrt`.
-    """
+    """A peer made ready for one problem."""
 
     forward: Callable[[], Tensor]
-    wrt: tuple[Tensor, ...]
-    grad_output: Tensor | None = None
-    parameters: tuple[Tensor, ...] = ()
+    wrt: tuple[Tensor, ...]  # what backward computes gradients of
+    grad_output: Tensor | None = None  # None for that of the inputs; set where dtype or layout differ
+    parameters: tuple[Tensor, ...] = ()  # learnt values among `wrt`
 
 
 Setup = Callable[[Problem, Inputs], Call]
@@ -144,28 +119,19 @@ Setup = Callable[[Problem, Inputs], Call]
 class Peer:
     """One way to rescale a map.
 
-    Attributes:
-        name (str): how the command line and the tables call it.
-        description (str): one line.
-        setup (Setup): makes it ready; not part of any timing.
-        reference (str): the peer that computes the same function of the same inputs. Results are compared with its
-            results before anything is timed, and times with its times afterwards; its own name for ours.
-        equal (bool): False for one that computes another function, of which only times are compared.
-        compiles (bool): whether its first call also compiles, so that the first call's time says nothing of the others.
-        variant (bool): whether it is ours too, in another layout or dtype.
-        dtype (torch.dtype | None): of its results and inputs, where that is not the problem's.
-        unavailable (Callable): says why it cannot run on a problem; None where it can.
+    `reference` names the peer that computes the same function of the same inputs: results are compared with its results
+    before anything is timed, and times with its times. It is the peer's own name for ours.
     """
 
     name: str
     description: str
-    setup: Setup
+    setup: Setup  # not part of any timing
     reference: str
-    equal: bool = True
-    compiles: bool = False
-    variant: bool = False
-    dtype: torch.dtype | None = None
-    unavailable: Callable[[Problem], str | None] = lambda problem: None
+    equal: bool = True  # False for one that computes another function, of which only times are compared
+    compiles: bool = False  # whether its first call also compiles, and its time says nothing of the others
+    variant: bool = False  # whether it is ours too, in another layout or dtype
+    dtype: torch.dtype | None = None  # of its results and inputs, where that is not the problem's
+    unavailable: Callable[[Problem], str | None] = lambda problem: None  # why it cannot run; None where it can
 
     @property
     def is_ours(self) -> bool:

@@ -33,19 +33,12 @@ OURS = "carafe_plugin.openmmlab."
 
 @dataclass(frozen=True)
 class Recipe:
-    """A small model for a table's rows.
+    """A small model for a table's rows."""
 
-    Attributes:
-        config (str): below the root.
-        comparison (Comparison): the demo's, with the metrics that a result file keeps.
-        main (str): the metric that the table is about.
-        seconds (float): about what a run takes on two cores.
-    """
-
-    config: str
-    comparison: Comparison
-    main: str
-    seconds: float
+    config: str  # below the root
+    comparison: Comparison  # the demo's, with the metrics that a result file keeps
+    main: str  # the metric that the table is about
+    seconds: float  # about what a run takes on two cores
 
 
 def _recipe(name: str, demo: Comparison, main: str, seconds: float, metrics: Iterable[str] = ()) -> Recipe:

@@ -44,37 +44,23 @@ COSTS: Costs = {"parameters": ("parameters", "{:,}".format), "seconds_per_iter":
 class Comparison:
     """What a demo compares; a subclass draws the predictions and may add results of its own and judge them.
 
-    Attributes:
-        name (str): of its default folder below ``work_dirs``.
-        models (tuple[Model]): always compared.
-        more_models (tuple[Model]): added by ``--all``.
-        data_root (str): where the configs look for the dataset, below the root.
-        data_options (dict[str, str]): the configs' settings that name the dataset, and the path of each in its folder.
-        request (Request): the default dataset.
-        iterations (int): of each training, as in the configs.
-        scheduled (bool): whether the configs have a learning-rate schedule, which ends with the training.
-        seconds (float): per iteration on two cores, for the estimates of the plan.
-        metrics (dict[str, Metric]): by key in summary.json.
-        minimum (dict[str, float]): by key in summary.json; below it a model has not learnt, and nothing is compared.
-        costs (Costs): the columns behind the metrics.
-        caption (str): below the table.
-        predictions (str): the name of the file or folder that ``tools/test.py --out`` writes.
+    ``metrics``, ``minimum`` and ``costs`` are by key in summary.json.
     """
 
-    name: str
+    name: str  # of its default folder below ``work_dirs``
     models: tuple[Model, ...]
-    more_models: tuple[Model, ...] = ()
-    data_root: str
-    data_options: Mapping[str, str]
-    request: Request
-    iterations: int
-    scheduled: bool = True
-    seconds: float
+    more_models: tuple[Model, ...] = ()  # added by ``--all``
+    data_root: str  # where the configs look for the dataset, below the root
+    data_options: Mapping[str, str]  # the configs' settings that name the dataset, and each one's path in its folder
+    request: Request  # the default dataset
+    iterations: int  # of each training, as in the configs
+    scheduled: bool = True  # whether the configs have a learning-rate schedule, which ends with the training
+    seconds: float  # per iteration on two cores, for the estimates of the plan
     metrics: Mapping[str, Metric]
-    minimum: Mapping[str, float] = field(default_factory=dict)
+    minimum: Mapping[str, float] = field(default_factory=dict)  # below it nothing is compared
     costs: Costs = field(default_factory=lambda: COSTS)
-    caption: str | None = None
-    predictions: str
+    caption: str | None = None  # below the table
+    predictions: str  # the file or folder that ``tools/test.py --out`` writes
 
     def draw(self, demo: Demo, models: Sequence[Model], out: Path) -> None:
         """Draw the models' predictions into a file."""

@@ -43,18 +43,11 @@ QUALITY = 95
 # -------------------------------------------------------------------------------------------------------- formats
 @dataclass(frozen=True)
 class Format:
-    """How a dataset is stored.
-
-    Attributes:
-        write (Callable[[Path, str, Iterable[Scene]], None]): writes the scenes of a split into a folder.
-        images (str): the pattern of a split's images below the dataset's folder; ``{}`` is the split.
-        annotations (str): the pattern of the files which tell one dataset from another.
-        folders (dict[str, str]): the names of the splits.
-    """
+    """How a dataset is stored; ``{}`` in a pattern, which starts at the dataset's folder, is the split."""
 
     write: Callable[[Path, str, Iterable[Scene]], None]
     images: str
-    annotations: str
+    annotations: str  # the files which tell one dataset from another
     folders: Mapping[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
 
     def annotation_files(self, out: Path, split: str) -> list[Path]:
@@ -103,11 +96,10 @@ def write_coco(out: Path, split: str, scenes: Iterable[Scene]) -> None:
 
 
 def label_map(scene: Scene, owner: np.ndarray) -> np.ndarray:
-    """The label of each pixel as ADE20k counts, uint8, the shape of ``owner``.
+    """The label of each pixel as ADE20k counts, uint8, in the shape of ``owner``; the background is a class too.
 
-    ADE20k's 0 says nothing about a pixel: it is neither trained nor measured (mmseg's ``reduce_zero_label``). Here the
-    background is a class like the categories. As 0 it would take the figures' outlines out of the evaluation: a model
-    could paint them as wide as it liked. So each pixel has the category seen there, be its object a figure or a crowd.
+    As 0, which is neither trained nor measured (mmseg's ``reduce_zero_label``), it would take the figures' outlines out
+    of the evaluation: a model could paint them as wide as it liked.
     """
     labels = [CLASSES.index(item.category) + 1 for item in scene.objects]
     # The last entry is the one that owner's -1 picks.
@@ -171,15 +163,9 @@ def annotation_files(out: Path, request: Request) -> list[Path]:
 
 
 def generate(out: Path, request: Request) -> bool:
-    """Write the dataset unless it is complete already.
+    """Write the dataset, all of it or nothing, unless it is complete already; returns whether anything was written.
 
-    It is written beside ``out`` and moved there at the end, so ``out`` never holds half a dataset.
-
-    Returns:
-        bool: whether anything was written.
-
-    Raises:
-        UsageError: ``out`` holds something that this script did not write.
+    Raises UsageError where ``out`` holds something that this script did not write.
     """
     if is_complete(out, request):
         return False

@@ -48,14 +48,7 @@ def to_pixels(image: torch.Tensor) -> np.ndarray:
 
 
 def mean_fill(sample: dict[str, Any]) -> torch.Tensor:
-    """Fill a hole with the mean colour of what is known.
-
-    Args:
-        sample (dict[str, Tensor]): ``original`` (Tensor[3, H, W]) and ``holes`` (Tensor[1, H, W], 1 in the hole).
-
-    Returns:
-        Tensor[3, H, W]: in the original's range.
-    """
+    """Fill the hole, 1 in ``holes`` (1, H, W), of ``original`` (3, H, W) with the mean colour of what is known."""
     original, holes = sample["original"], sample["holes"]
     known = 1 - holes
     colour = (original * known).sum((1, 2), keepdim=True) / known.sum()

@@ -95,15 +95,7 @@ def draw_grid(
     inches: float,
     legend: Mapping[str, Any] | None = None,
 ) -> None:
-    """Draw a grid of pictures, and write all of it or nothing.
-
-    Args:
-        titles (Sequence[str]): of the columns.
-        rows (dict[str, Sequence[Cell]]): the pictures of each row, by its label.
-        out (Path): the PNG to write.
-        inches (float): the side of a picture.
-        legend (dict[str, Any] | None): named colours.
-    """
+    """Draw a grid of pictures, all of it or nothing: rows by label, each picture ``inches`` wide."""
     size = (inches * len(titles), inches * len(rows) + (0.7 if legend else 0.5))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     grid = figure.subplots(len(rows), len(titles), squeeze=False)
@@ -124,17 +116,9 @@ def draw_grid(
 def draw_comparison(
     annotations: Path, images: Path, predictions: Mapping[str, Path], out: Path, rows: int = 6, threshold: float = 0.5
 ) -> None:
-    """Draw ground truth and every model's predictions of the same images side by side.
+    """Draw ground truth (a COCO file) and predictions (mmdet's ``DumpDetResults`` files, by column title) side by side.
 
     The images are the first ones with several objects, whatever the models make of them.
-
-    Args:
-        annotations (Path): a COCO instances file.
-        images (Path): the folder of its images.
-        predictions (dict[str, Path]): by column title, the file that mmdet's ``DumpDetResults`` wrote.
-        out (Path): the PNG to write.
-        rows (int): the most images.
-        threshold (float): the least score that is drawn.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # COCO reports its progress with print
         coco = COCO(str(annotations))
@@ -159,17 +143,9 @@ def draw_label_maps(
     out: Path,
     rows: int = 5,
 ) -> None:
-    """Draw images, their annotations and every model's label maps side by side.
+    """Draw images in ADE20k's folders, their annotations and every model's folder of label maps side by side.
 
-    The images are the first ones that show several classes, whatever the models make of them.
-
-    Args:
-        data_root (Path): a dataset in ADE20k's folders.
-        palette (dict[str, tuple[int, int, int]]): the RGB colour of each class, in the order of their labels from 1; a
-            pixel of label 0 is black.
-        predictions (dict[str, Path]): by column title, the folder of label maps that ``tools/test.py --out`` wrote.
-        out (Path): the PNG to write.
-        rows (int): the most images.
+    The images are the first ones that show several classes. The palette's RGB colours are of labels from 1; 0 is black.
     """
     colours = np.array([(0, 0, 0), *palette.values()], dtype=np.uint8)
     truths = sorted((data_root / "annotations" / "validation").glob("*.png"))

@@ -105,11 +105,7 @@ def guarded(work: Callable[[], int]) -> int:
 
 @contextmanager
 def alone_in(work_dir: Path, name: str = "demo") -> Iterator[None]:
-    """Be the only process that works in a folder.
-
-    Raises:
-        StepError: another one does.
-    """
+    """Be the only process that works in a folder; StepError where another one does."""
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / ".lock").open("w") as lock:
         try:

@@ -129,17 +129,9 @@ def _radius(rng: np.random.Generator, size: int) -> float:
 def describe_scene(
     rng: np.random.Generator, size: int, figures: int = FIGURES, crowded: bool = False, empty: bool = False
 ) -> Scene:
-    """Decide what a scene contains.
+    """Decide what a square scene of ``size`` pixels contains: objects visible well enough to be annotated.
 
-    Args:
-        rng (Generator): the only source of randomness.
-        size (int): height and width in pixels.
-        figures (int): the most single figures; a full scene refuses some.
-        crowded (bool): add one crowd of equal figures.
-        empty (bool): no objects at all.
-
-    Returns:
-        A scene in which every object is visible well enough to be annotated.
+    ``figures`` is the most single figures, of which a full scene refuses some; ``crowded`` adds a crowd of equals.
     """
     background = _describe_background(rng)
     noise_seed = int(rng.integers(2**31))
@@ -239,11 +231,7 @@ OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 
 
 def _coverage(category: str, figure: Figure, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Which share of each pixel the figure covers.
-
-    Returns:
-        The window (rows, columns) that the figure touches, and its coverage there, in [0, 1].
-    """
+    """The window (rows, columns) that the figure touches, and which share of each pixel there it covers."""
     reach = figure.radius * 1.1 + 1  # the key's bit and the cross's corners reach a little over the unit circle
     low = np.clip(np.floor([figure.y - reach, figure.x - reach]), 0, size).astype(int)
     high = np.clip(np.ceil([figure.y + reach, figure.x + reach]), 0, size).astype(int)
@@ -287,11 +275,9 @@ def _paint_background(rng: np.random.Generator, size: int, background: Backgroun
 
 
 def paint_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Paint a scene.
+    """The image, uint8 (size, size, 3) in RGB, and the owner map, int (size, size).
 
-    Returns:
-        The image, uint8 (size, size, 3) in RGB, and the owner map, int (size, size): the index in ``scene.objects`` of
-        the object that is seen in each pixel, -1 for the background. Visible masks are therefore disjoint.
+    The owner is the index in ``scene.objects`` of what is seen in a pixel, -1 for the background: masks are disjoint.
     """
     rng = np.random.default_rng(scene.noise_seed)
     image = _paint_background(rng, scene.size, scene.background)
@@ -312,12 +298,9 @@ def paint_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paint_lit_scene(scene: Scene) -> np.ndarray:
-    """Paint a scene in coloured light that changes over the image, as it does in photographs.
+    """Paint a scene, uint8 (size, size, 3) in RGB, in coloured light that changes over the image, as in photographs.
 
     One colour everywhere is then a poor guess at what a hole hides, and its surroundings are a good one.
-
-    Returns:
-        The image, uint8 (size, size, 3) in RGB.
     """
     rng = np.random.default_rng([scene.noise_seed, 1])  # not the grain's numbers
     cells = rng.uniform(0.15, 0.85, (LIGHT_CELLS, LIGHT_CELLS, 3)).astype(np.float32)

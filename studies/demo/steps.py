@@ -43,11 +43,7 @@ def _die_with_parent() -> None:
 
 
 def run_tool(title: str, command: Sequence[str], log: Path) -> None:
-    """Run one of our tools with its output in ``log`` and a progress bar on the console.
-
-    Raises:
-        StepError: it did not exit with 0.
-    """
+    """Run one of our tools, its output in ``log``, behind a progress bar; StepError where it does not exit with 0."""
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"$ python {' '.join(command)} >> {shown(log)}", style="dim", markup=False)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
@@ -155,11 +151,7 @@ def belongs(demo: Demo, model: Model) -> bool:
 
 
 def discard_stale(demo: Demo, model: Model) -> None:
-    """Remove what another configuration or dataset has left in the model's folder.
-
-    Raises:
-        StepError: the folder holds something that no demo wrote.
-    """
+    """Remove another configuration's or dataset's leftovers; StepError where the folder holds what no demo wrote."""
     if belongs(demo, model):
         return
     folder = demo.folder(model)
@@ -184,10 +176,7 @@ def count_parameters(demo: Demo, model: Model) -> int:
 
 
 def seconds_per_iteration(folder: Path) -> float:
-    """The median iteration time of a training, from its logs.
-
-    Each line of a log is the mean over one window. The first of each start is left out: it includes the warm-up.
-    """
+    """A training's median iteration time, from its logs; the first window of each start is left out as warm-up."""
     windows = [
         [entry["time"] for entry in map(json.loads, log.read_text().splitlines()) if "time" in entry]
         for log in sorted(folder.glob("*/vis_data/scalars.json"))

@@ -66,11 +66,7 @@ def measure(rows: list[Row], costs: dict[str, dict[str, Any]], path: Path) -> No
 
 
 def record(config: str, source: Path, tables: dict[int, Table], folder: Path) -> Path:
-    """Keep the metrics in ``source`` as our result of a config.
-
-    Raises:
-        UsageError: the config is not in the tables, or the file holds none of the metrics of its tables.
-    """
+    """Keep a file's metrics as our result; UsageError where no table has the config or none of its metrics is there."""
     wanted = os.path.relpath(Path(config).absolute(), paper_rows.CONFIGS) if "::" not in config else config
     lines = [(table, row, line) for table in tables.values() for row, line, _ in table.lines if row.config == wanted]
     if not lines:

@@ -102,10 +102,9 @@ def _link(path: str) -> str:
 
 # -------------------------------------------------------------------------------------------------------- READMEs
 def fill_readme(path: Path, tables: Tables) -> str:
-    """The text of a README with the paper's figures in its marked tables; a note behind a figure stays.
+    """A README's text with the paper's figures in its marked tables; a note behind a figure stays.
 
-    Raises:
-        UsageError: a table's row names a toolbox's config that is not in the tables.
+    Raises UsageError where a row names a toolbox's config that is not in the tables.
     """
     figures = _figures(tables)
     parts = re.split(f"({re.escape(START)}.*?{re.escape(END)})", path.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -25,19 +25,12 @@ RESULTS = ROOT / "studies" / "paper_tables" / "results"
 
 @dataclass(frozen=True)
 class Column:
-    """A column of figures: what they are called elsewhere, and how they are written.
+    """A column of figures: what they are called elsewhere, and how they are written."""
 
-    Attributes:
-        logged (str): the metric's name in the logs of tools/test.py; ``{}`` is the task's.
-        unit (float): the table's value of a logged 1.
-        digits (int): decimals in the paper.
-        indexed (str): the metric's name in a metafile, which quotes the main figures alone; ``{}`` is the task.
-    """
-
-    logged: str
-    unit: float = 1.0
-    digits: int = 2
-    indexed: str = ""
+    logged: str  # the metric's name in the logs of tools/test.py; ``{}`` is the task's
+    unit: float = 1.0  # the table's value of a logged 1
+    digits: int = 2  # decimals in the paper
+    indexed: str = ""  # the name in a metafile, of main figures alone; ``{}`` is the task
 
 
 COLUMNS = {
@@ -66,19 +59,12 @@ def figure(column: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One method of a table.
+    """One method of a table."""
 
-    Attributes:
-        method (str): in the table's words.
-        config (str): a file below ``configs/``, or ``mmdet::...``.
-        paper (list[list[Any]]): the paper's figures, one list a line.
-        counted (bool): whether the FLOPs of the model's forward pass are counted; its parameters always are.
-    """
-
-    method: str
-    config: str
-    paper: list[list[Any]]
-    counted: bool = True
+    method: str  # in the table's words
+    config: str  # a file below ``configs/``, or ``mmdet::...``
+    paper: list[list[Any]]  # one list a line
+    counted: bool = True  # whether the forward pass's FLOPs are counted; parameters always are
 
     @property
     def path(self) -> str:
@@ -125,11 +111,7 @@ def read_tables(path: Path = TABLES) -> dict[int, Table]:
 
 # ----------------------------------------------------------------------------------------------------------- costs
 def digest(config: str) -> str:
-    """A digest of a config's text and that of every file of ours that it builds on; a toolbox's counts by its name.
-
-    Args:
-        config (str): as :attr:`Row.config`.
-    """
+    """A digest of a config's text and that of every file of ours that it builds on; a toolbox's counts by its name."""
     if "::" in config:
         return hashlib.sha256(config.encode()).hexdigest()[:16]
     content = hashlib.sha256()
@@ -161,20 +143,10 @@ def known_cost(row: Row, costs: dict[str, dict[str, Any]]) -> dict[str, Any] | N
 
 
 def measure(config: str, counted: bool = True) -> dict[str, Any]:
-    """Build a config's model and count its parameters, and its FLOPs in one forward pass over one image.
+    """Build a config's model; count its parameters and, if ``counted``, one forward pass's FLOPs (multiply-adds).
 
-    An inpainting network is its generator: the discriminator is there for training alone.
-
-    Args:
-        config (str): as :attr:`Row.config`.
-        counted (bool): as :attr:`Row.counted`.
-
-    Returns:
-        dict[str, Any]: ``digest``, ``shape``, ``parameters``, ``flops`` (multiply-adds, None where they are not
-        counted), and ``uncounted``, the operators without a count.
-
-    Raises:
-        UsageError: the config or its model is unusable.
+    Of an inpainting network only the generator counts: the discriminator is there for training alone. ``uncounted``
+    lists the operators without a count. Raises UsageError where the config or its model is unusable.
     """
     cfg = bare_models.read_config(config if "::" in config else str(CONFIGS / config))
     shape, model = bare_models.image_shape(cfg), bare_models.build_model(cfg)
