@@ -55,15 +55,7 @@ ELEMENT_FACTOR = 4
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
-    """Same shape and dtype, and relative errors, of the whole and of each element, within the tolerance of that dtype.
-
-    Args:
-        got (Tensor): any shape.
-        expected (Tensor): the same shape and dtype.
-
-    Raises:
-        AssertionError: it says what differs, and by how much.
-    """
+    """Assert the same shape and dtype, and relative errors, of the whole and each element, within its tolerance."""
     assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     assert got.dtype == expected.dtype, f"dtype {got.dtype}, expected {expected.dtype}"
     error = relative_error(got, expected)

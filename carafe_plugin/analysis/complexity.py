@@ -33,14 +33,10 @@ _ATTENTION = ("aten::scaled_dot_product_attention", "aten::_native_multi_head_at
 
 @dataclass(frozen=True)
 class Complexity:
-    """What :func:`count` found.
+    """What :func:`count` found, by the names of modules, their children included; ``""`` is the whole model.
 
-    Attributes:
-        flops: Multiply-adds of every module, its children included, by the module's name; ``""`` is the whole model.
-        parameters: Numbers of parameters, likewise.
-        uncounted: Operators of weight without a count, and how often they ran: those that are not PyTorch's own, and
-            PyTorch's attention.
-        idle: Names of the modules that did not run.
+    FLOPs are multiply-adds; ``uncounted`` says how often operators of weight without a count ran: those that are not
+    PyTorch's own, and PyTorch's attention; ``idle`` modules did not run.
     """
 
     flops: dict[str, int]
@@ -53,20 +49,8 @@ class Complexity:
 class Site:
     """One CARAFE++ of a model: where it is, its settings in the paper's terms, and what it costs.
 
-    Attributes:
-        name: Name of the module.
-        direction: ``"up"`` or ``"down"``.
-        scale: How many times larger or smaller the map becomes, such as ``"2"`` or ``"3/2"``.
-        channels: C.
-        kernel_size: k of the reassembly.
-        encoder_kernel: k_encoder.
-        group_size: G.
-        compressed_channels: Cm; None without a channel compressor.
-        normalizer: The kernel normaliser.
-        parameters: Number of parameters.
-        flops: Multiply-adds.
-        share: ``flops`` over those of the whole model.
-        runs: Whether the forward pass came by.
+    ``direction`` is ``"up"`` or ``"down"`` and ``scale`` how many times larger or smaller the map becomes, such as
+    ``"2"`` or ``"3/2"``; ``share`` is of the whole model's FLOPs, and ``runs`` whether the forward pass came by.
     """
 
     name: str
@@ -111,16 +95,10 @@ def _deformable_convolution(inputs: list[Any], outputs: list[Any]) -> Counter[st
 
 
 def count(model: nn.Module, inputs: Tensor, **arguments: Any) -> Complexity:
-    """Count the FLOPs of one forward pass, and the parameters, of every module of a model.
+    """Count the FLOPs of one forward pass, and the parameters, of every module of a model, which is not changed.
 
-    Args:
-        model: Any model; used as it stands (mode, device), and not changed.
-        inputs: First argument of its forward pass.
-        **arguments: The others, by name, of any type (``data_samples``, ``mode``).
-
-    Returns:
-        Convolutions, matrix products, norms, interpolations, reassemblies: what MMEngine counts. Biases, activations
-        and the kernel normaliser's softmax do not count.
+    ``inputs`` is the first argument of the forward pass; the others go by name, of any type (``data_samples``,
+    ``mode``). Biases, activations and the kernel normaliser's softmax do not count, as in MMEngine.
 
     Example:
         >>> import torch

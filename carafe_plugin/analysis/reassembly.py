@@ -41,11 +41,7 @@ __all__ = ["Reassembly", "Sources", "chain_groups", "check_chain", "compose", "r
 class Sources:
     """Weighted locations of a map; every location occurs once, and none has the weight zero.
 
-    Attributes:
-        rows (Tensor[S]): int64.
-        columns (Tensor[S]): int64.
-        weights (Tensor[S]): float64.
-        size (tuple[int, int]): height and width of the map that they are locations of.
+    ``rows``, ``columns`` (int64) and ``weights`` (float64) are Tensor[S]; ``size`` is the map's height and width.
     """
 
     rows: Tensor
@@ -55,11 +51,7 @@ class Sources:
 
     @classmethod
     def at(cls, row: int, column: int, size: tuple[int, int]) -> Sources:
-        """One location, with weight 1.
-
-        Raises:
-            ValueError: it is not on the map.
-        """
+        """One location, with weight 1; a ValueError where it is not on the map."""
         for name, value, limit in (("row", row, size[0]), ("column", column, size[1])):
             if not 0 <= value < limit:
                 raise ValueError(f"{name} must be from 0 to {limit - 1} on a map of {size[0]} x {size[1]}, got {value}")
@@ -67,14 +59,7 @@ class Sources:
 
     @classmethod
     def collect(cls, rows: Tensor, columns: Tensor, weights: Tensor, size: tuple[int, int]) -> Sources:
-        """The locations of three tensors of one shape: the weights of equal locations added, locations outside dropped.
-
-        Args:
-            rows (Tensor[*]): int64, any values.
-            columns (Tensor[*]): int64, any values.
-            weights (Tensor[*]): float64.
-            size (tuple[int, int]): height and width of the map.
-        """
+        """The locations of tensors of one shape: the weights of equal ones added, those outside dropped."""
         height, width = size
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width) & (weights != 0)
         places, which = torch.unique(rows[inside] * width + columns[inside], return_inverse=True)
@@ -101,8 +86,7 @@ class Reassembly:
         name (str): the module's name in its model.
         kernels (Tensor[N, G, k, k, H', W']): normalised, on the CPU; N images or regions, G groups of channels.
         source_size (tuple[int, int]): H and W of the features.
-        up (int): with ``down``, the coprime scale: output ``i'`` has the centre ``floor(i' * down / up)``.
-        down (int): see ``up``.
+        up, down (int): the coprime scale: output ``i'`` has the centre ``floor(i' * down / up)``.
     """
 
     name: str
@@ -122,30 +106,14 @@ class Reassembly:
         return self.kernels.shape[1]
 
     def sources(self, row: int, column: int, group: int | None = None, image: int = 0) -> Sources:
-        """What one output location is reassembled from.
-
-        Args:
-            row (int): of the output map.
-            column (int): of the output map.
-            group (int | None): group of channels; None for the average over all channels.
-            image (int): index in the batch.
-
-        Raises:
-            ValueError: there is no such location, group or image.
-        """
+        """What one output location is reassembled from; arguments and errors are those of :func:`compose`."""
         return compose([self], row, column, group, image)[0]
 
     def pull_back(self, outputs: Sources, group: int, image: int = 0) -> Sources:
         """What a weighted sum of output locations is reassembled from: the transposed operator.
 
-        Args:
-            outputs (Sources): on the output map as it was used: cropped at the bottom and right, or completed there by
-                repeating the last row and column.
-            group (int): group of channels.
-            image (int): index in the batch.
-
-        Raises:
-            ValueError: there is no such group or image.
+        ``outputs`` lie on the output map as it was used: cropped at the bottom and right, or completed there by
+        repeating the last row and column. A ``group`` or ``image`` that does not exist is a ValueError.
         """
         for name, value, limit in (("group", group, self.group_size), ("image", image, len(self.kernels))):
             if not 0 <= value < limit:
@@ -165,16 +133,10 @@ class Reassembly:
 def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
     """Record the kernels of every CARAFE++ that runs in ``model`` inside the ``with`` block.
 
-    The kernels are those that the forward pass used, not predicted a second time; the model's outputs and gradients
-    are what they are without it. One pass over a model takes as much memory as all its kernels.
-
-    Args:
-        model (nn.Module): any module with :class:`~carafe_plugin.CARAFEUpsample` or
-            :class:`~carafe_plugin.CARAFEDownsample` in it. A subclass that takes more than the features gives the
-            kernels that result by ``effective_kernels(kernels, *others)``, as masked CARAFE++ does.
-
-    Yields:
-        list[Reassembly]: each CARAFE++ adds itself when it has run; twice when it runs twice.
+    Each adds itself to the list when it has run, with the kernels that it used, twice when it runs twice; the model's
+    outputs and gradients stay as they are. One pass over a model takes as much memory as all its kernels. A subclass
+    that takes more than the features gives the kernels that result by ``effective_kernels(kernels, *others)``, as
+    masked CARAFE++ does.
 
     Example:
         >>> import torch
@@ -218,9 +180,6 @@ def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
 def check_chain(chain: Sequence[Reassembly]) -> None:
     """Check that each operator's output is the next one's source, up to the crop or completion of an FPN.
 
-    Args:
-        chain (Sequence[Reassembly]): in the order in which they ran.
-
     Raises:
         ValueError: the chain is empty, or two neighbours' sizes differ by more than the rounding of a scale explains.
     """
@@ -240,10 +199,7 @@ def chain_groups(chain: Sequence[Reassembly]) -> list[tuple[int, ...]]:
     """The groups of a chain's channels: for each, which group of every operator it belongs to.
 
     Channels stay in order, so that operators with different numbers of groups divide them into as many as the least
-    common multiple of these. All of a chain's groups have equally many channels.
-
-    Args:
-        chain (Sequence[Reassembly]): consecutive reassemblies in the order in which they ran.
+    common multiple of these, all equally large.
 
     Example:
         >>> import torch
@@ -261,16 +217,11 @@ def compose(
 ) -> list[Sources]:
     """What one output location of a chain of operators is reassembled from, on every map on the way.
 
-    The weights on a map add up to the part that came from inside the maps: 1 for normalised kernels away from borders.
-    What a kernel gives to locations outside a map is lost, as the operator has it: it takes zeros there.
-
     Args:
-        chain (Sequence[Reassembly]): consecutive reassemblies in the order in which they ran, such as an FPN's from the
-            coarsest level down.
+        chain (Sequence[Reassembly]): in the order in which they ran, such as an FPN's from the coarsest level down.
         row (int): of the last one's output map.
         column (int): of the last one's output map.
-        group (int | None): group of channels, of those of :func:`chain_groups`; None for the average over all channels,
-            which is the average of what each group is reassembled from.
+        group (int | None): one of :func:`chain_groups`; None for the average over all channels.
         image (int): index in the batch.
 
     Returns:

@@ -105,17 +105,11 @@ class InpaintingFolder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, draw: int | tuple[int, int]) -> dict[str, Any]:
-        """One image and its hole.
-
-        Args:
-            draw (int | tuple[int, int]): the index of an image; from :class:`DrawSampler` also which draw it is.
+        """One image and its hole, by its index, from :class:`DrawSampler` with the number of the draw.
 
         Returns:
             ``inputs`` (Tensor[3, size, size], uint8, RGB), ``holes`` (Tensor[1, size, size], uint8, 1 in the hole) and
             ``paths`` (str).
-
-        Raises:
-            IndexError: there is no such image.
         """
         index, *key = draw if isinstance(draw, tuple) else (draw,)
         if not 0 <= index < len(self.paths):
@@ -158,19 +152,13 @@ class DrawSampler(Sampler):
 
     The order of a pass follows from the seed and the number of the pass, and processes take turns. MMEngine's loop
     calls :meth:`skip` when it resumes; versions of it that do not know it draw again, and drop, what was drawn before,
-    which takes longer and ends at the same draw.
-
-    Args:
-        dataset (Sized): the images.
-        seed (int | None): of the order; None draws one, the same for all processes.
+    which takes longer and ends at the same draw. ``seed=None`` draws one, the same for all processes.
 
     Example:
         >>> from itertools import islice
         >>> sampler = DrawSampler(range(3), seed=0)
         >>> [number for index, number in islice(sampler, 5)]
         [0, 1, 2, 3, 4]
-        >>> sorted(index for index, number in islice(sampler, 3))
-        [0, 1, 2]
     """
 
     def __init__(self, dataset: Sized, seed: int | None = None) -> None:

@@ -1,5 +1,9 @@
 """Operators that see known locations alone, and return which locations are known after them.
 
+Each is called with features X (N, C, H, W), of which invalid locations, even NaN, have no influence, and their validity
+M (N, 1, H, W), ones and zeros of the same dtype; it returns X' (N, C', H', W') and M' (N, 1, H', W'). A validity of
+another shape is a ValueError.
+
 Partial convolution is that of Liu et al., Image Inpainting for Irregular Holes Using Partial Convolutions, ECCV 2018
 (the paper's reference [26]); masked CARAFE++ keeps its mask propagation (paper, Sec. 4.3), in both directions and at
 any rational scale.
@@ -68,18 +72,7 @@ class PartialConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
 
     def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Convolve.
-
-        Args:
-            features (Tensor[N, C, H, W]): X; what it holds at invalid locations, even NaN, has no influence.
-            validity (Tensor[N, 1, H, W]): M, ones and zeros of the dtype of ``features``.
-
-        Returns:
-            (Tensor[N, C', H', W'], Tensor[N, 1, H', W']): X' and M'.
-
-        Raises:
-            ValueError: ``validity`` has another shape.
-        """
+        """X and M -> X' and M'."""
         check_validity(features, validity)
         known = fill_unknown(features, validity)
         with torch.no_grad():
@@ -94,7 +87,7 @@ class PartialConv2d(nn.Conv2d):
 
 
 def propagate(module: KernelPrediction, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Rescale features and their validity with the same content-aware kernels.
+    r"""Rescale features and their validity with the same content-aware kernels, those of any plain module.
 
     The kernels W are predicted from M * X, so nothing under a hole can influence them. For every output location:
 
@@ -102,19 +95,7 @@ def propagate(module: KernelPrediction, features: Tensor, validity: Tensor) -> t
 
     Outside the map X is zero and valid, as CARAFE++ has it. sum(W) is 1 with the normalisers whose kernels sum to 1;
     with 'sigmoid' it keeps the kernels' own scale. Where all of a window is valid the factor is exactly 1: an all-valid
-    map gives plain CARAFE++, bit for bit.
-
-    Args:
-        module (KernelPrediction): any of the plain modules: its kernel prediction and its scale.
-        features (Tensor[N, C, H, W]): X; what it holds at invalid locations, even NaN, has no influence.
-        validity (Tensor[N, 1, H, W]): M, ones and zeros of the dtype of ``features``.
-
-    Returns:
-        (Tensor[N, C, H', W'], Tensor[N, 1, H', W']): X' and M'. With several groups of channels, a location is valid
-        where it is so in every group.
-
-    Raises:
-        ValueError: ``validity`` has another shape.
+    map gives plain CARAFE++, bit for bit. With several groups of channels, a location is valid where it is so in each.
     """
     check_validity(features, validity)
     known = fill_unknown(features, validity)
@@ -151,8 +132,8 @@ def _validity_and_factor(valid_weight: Tensor, weight: Tensor) -> tuple[Tensor, 
 def _kernel_sums(module: KernelPrediction, validity: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """sum(W M) and sum(W) of every kernel, each (N, G, H', W'), with what is outside the map counted as valid.
 
-    Both are reassemblies with the features' kernels: of M, and of ones. A margin of ones as wide as the kernels' radius
-    stands for the outside. (1 - sum(W (1 - M)) would need no margin, but where little is valid rounding would eat it.)
+    Both are reassemblies, of M and of ones, within a margin of ones as wide as the kernels' radius. (1 - sum(W (1 - M))
+    would need no margin, but where little is valid rounding would eat it.)
     """
     k, g, up, down = module.kernel_size, module.group_size, module.up, module.down
     # Wide enough, and a whole number of locations of the output, so that sources keep their places.
@@ -169,18 +150,13 @@ def _kernel_sums(module: KernelPrediction, validity: Tensor, logits: Tensor) -> 
 
 class _MaskedCARAFE(KernelPrediction):
     def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """X (N, C, H, W) and M (N, 1, H, W) -> X' and M', see :func:`propagate`."""
+        """X and M -> X' and M', see :func:`propagate`."""
         return propagate(self, features, validity)
 
     def effective_kernels(self, kernels: Tensor, validity: Tensor) -> Tensor:
         """The weights that the features have in X', W M sum(W) / sum(W M), for :mod:`carafe_plugin.analysis`.
 
-        Args:
-            kernels (Tensor[N, G * k^2, H', W']): W, normalised.
-            validity (Tensor[N, 1, H, W]): M.
-
-        Returns:
-            Tensor[N, G * k^2, H', W']: float32, or float64 as ``kernels``; 0 where M' is 0.
+        Shaped as ``kernels``, the normalised W (N, G * k^2, H', W'), in float32 or float64; 0 where M' is 0.
         """
         n, _, height, width = kernels.shape
         k = self.kernel_size

@@ -67,12 +67,9 @@ class InpaintingMetric(BaseMetric):
         self._ssim = structural_similarity
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Measure a batch.
+        """Measure a batch: of every image ``completed`` and ``original`` (Tensor[3, H, W], in [-1, 1]) and ``holes``.
 
-        Args:
-            data_batch (Any): not used.
-            data_samples (Sequence[dict]): of every image ``completed`` and ``original`` (Tensor[3, H, W], in [-1, 1])
-                and ``holes`` (Tensor[1, H, W], 1 in the hole); with ``folder``, ``path`` too (str).
+        Holes are Tensor[1, H, W], 1 in the hole; with ``folder``, images have a ``path`` too.
         """
         for sample in data_samples:
             completed, original = (_unit_range(sample[name]) for name in ("completed", "original"))

@@ -12,8 +12,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.registry import MODELS
 from torch import Tensor
 
-#: Liu et al. [26], eq. 7, has 6 for the hole and 1 for the rest. Isola et al. [20] have 1 for the adversary against 100
-#: for L1; here L1 has the weight 1.
+#: Liu et al. [26], eq. 7; Isola et al. [20] for the adversary.
 LOSS_WEIGHTS = dict(hole=6.0, valid=1.0, adversarial=0.01)
 
 
@@ -46,8 +45,7 @@ class InpaintingGAN(BaseModel):
     perceptual and style terms need a pretrained VGG and are left out.
 
     Args:
-        generator (dict): the generator's configuration.
-        discriminator (dict): the discriminator's.
+        generator, discriminator (dict): their configurations.
         loss_weights (dict | None): other weights than these for ``hole``, ``valid`` or ``adversarial``.
         data_preprocessor (dict | None): :class:`InpaintingPreprocessor` by default.
         init_cfg (dict | None): MMEngine's.
@@ -75,17 +73,11 @@ class InpaintingGAN(BaseModel):
         self.discriminator = MODELS.build(discriminator)
 
     def forward(self, inputs: Tensor, holes: Tensor, mode: str = "tensor", **kwargs: Any) -> Any:
-        """Complete images.
+        """Complete images (N, 3, H, W) in [-1, 1], unknown in the holes (N, 1, H, W), which are 1 there.
 
-        Args:
-            inputs (Tensor[N, 3, H, W]): in [-1, 1]; unknown in the holes.
-            holes (Tensor[N, 1, H, W]): 1 in the holes.
-            mode (str): 'tensor' gives y (Tensor[N, 3, H, W]); 'predict' gives for every image a dictionary with
-                ``completed``, ``original`` (what came as ``inputs``) and ``holes``.
-            **kwargs: what else the data has, of which 'predict' keeps ``paths``.
-
-        Raises:
-            ValueError: another mode: a step trains two networks, one after the other, see :meth:`train_step`.
+        Mode 'tensor' gives y (Tensor[N, 3, H, W]); 'predict' gives for every image a dictionary with ``completed``,
+        ``original`` (what came as ``inputs``), ``holes`` and, where the data has it, ``path``. Another mode is a
+        ValueError: a step trains two networks, one after the other, see :meth:`train_step`.
         """
         if mode not in ("tensor", "predict"):
             raise ValueError(f"mode must be 'tensor' or 'predict', got {mode!r}; train_step computes the losses")
@@ -102,15 +94,7 @@ class InpaintingGAN(BaseModel):
         return found
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapperDict) -> dict[str, Tensor]:
-        """One step of the discriminator, then one of the generator.
-
-        Args:
-            data (Any): a batch as the data loader gives it.
-            optim_wrapper (OptimWrapperDict): with 'generator' and 'discriminator'.
-
-        Returns:
-            What is logged: ``loss`` and ``loss_...``, the unweighted parts.
-        """
+        """One step of the discriminator, then one of the generator; returns the losses, the parts unweighted."""
         data = self.data_preprocessor(data, True)
         originals, holes = data["inputs"], data["holes"]
         for_generator, for_discriminator = optim_wrapper["generator"], optim_wrapper["discriminator"]
@@ -144,33 +128,16 @@ def complete(images: Tensor, prediction: Tensor, holes: Tensor) -> Tensor:
 
 
 def reconstruction_losses(prediction: Tensor, target: Tensor, holes: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 in the holes and L1 elsewhere, each divided by the number of all values, as in Liu et al. [26], eq. 1.
-
-    Args:
-        prediction (Tensor[N, 3, H, W]): the generator's y_hat.
-        target (Tensor[N, 3, H, W]): the original.
-        holes (Tensor[N, 1, H, W]): 1 in the holes.
-
-    Returns:
-        Two scalars.
-    """
+    """L1 in the holes and L1 elsewhere, each divided by the number of all values, as in Liu et al. [26], eq. 1."""
     error = (prediction - target).abs()
     return (error * holes).mean(), (error * (1 - holes)).mean()
 
 
 def adversarial_loss(logits: Tensor, holes: Tensor, real: bool) -> Tensor:
-    """Binary cross entropy of a discriminator's patches that look at the inpainted region.
+    """Binary cross entropy of a discriminator's patches that look at the inpainted region; 0 where none does.
 
     A patch counts where its share of the image (the images' area is divided evenly among the logits) touches a hole;
     the paper's discriminator judges "the inpainted region", and free-form holes have no box to cut out.
-
-    Args:
-        logits (Tensor[N, 1, h, w]): the discriminator's.
-        holes (Tensor[N, 1, H, W]): 1 in the holes.
-        real (bool): what the patches should be taken for.
-
-    Returns:
-        A scalar: the mean over the patches that count; 0 where none does.
     """
     counts = F.adaptive_max_pool2d(holes, logits.shape[-2:])
     target = logits.new_full(logits.shape, float(real))

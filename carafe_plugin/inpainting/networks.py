@@ -173,14 +173,10 @@ class InpaintingGenerator(BaseModule):
         return [_Convolution(deconvolution, out_channels, self.norm)]
 
     def forward(self, images: Tensor, holes: Tensor) -> Tensor:
-        """Predict the whole image.
+        """Predict the paper's y_hat, (N, 3, H, W) in [-1, 1], from images likewise.
 
-        Args:
-            images (Tensor[N, 3, H, W]): in [-1, 1]; what they hold in the holes has no influence.
-            holes (Tensor[N, 1, H, W]): the paper's M, 1 in the holes and 0 elsewhere, of the dtype of ``images``.
-
-        Returns:
-            Tensor[N, 3, H, W]: the paper's y_hat, in [-1, 1].
+        What these hold in the holes has no influence. ``holes`` (N, 1, H, W) is the paper's M, 1 in the holes and 0
+        elsewhere, of the dtype of ``images``.
         """
         if images.shape[-1] % STRIDE or images.shape[-2] % STRIDE:
             shape = tuple(map(int, images.shape))

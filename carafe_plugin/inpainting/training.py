@@ -28,12 +28,8 @@ class PerNetworkOptimWrapperConstructor:
             discriminator=dict(optimizer=dict(type="Adam", lr=1e-4)),
         )
 
-    Args:
-        optim_wrapper_cfg (dict): the names of parts of the model, with the configuration of an optimiser wrapper each.
-        paramwise_cfg (dict | None): not taken here; it belongs in the part's own configuration.
-
     Raises:
-        ValueError: no part is named, or ``paramwise_cfg`` is given.
+        ValueError: no part is named, or ``paramwise_cfg`` is given, which belongs in a part's own configuration.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -76,11 +72,10 @@ class PerNetworkDistributedDataParallel(MMSeparateDistributedDataParallel):
 class ExactResumeHook(Hook):
     """Lets a resumed run continue as if it had never stopped.
 
-    MMEngine's checkpoints hold the weights and buffers of all parts of the model and the state of every optimiser. This
-    hook adds the random numbers' state (torch, CUDA, NumPy, Python) and the seed of the order of the images, and keeps
-    the names of weights free of distributed modules within the model, which MMEngine would not find again; with
-    :class:`DrawSampler` and :class:`InpaintingFolder`, the data resumes at the next draw. With several
-    processes the random state is the first one's; the data and this package's networks do not depend on it.
+    MMEngine's checkpoints lack the random numbers' state (torch, CUDA, NumPy, Python; with several processes the first
+    one's) and the seed of the order of the images, which this hook adds; with :class:`DrawSampler` and
+    :class:`InpaintingFolder`, the data resumes at the next draw. It also takes distributed modules within the
+    model out of the names of weights, which MMEngine would not find again.
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ Import this module, from Python or from a configuration; nothing else is needed:
     import carafe_plugin.openmmlab.drop_in
     custom_imports = dict(imports=["carafe_plugin.openmmlab.drop_in"])
 
-It changes two things in the running process, and nothing on disk:
+It changes two things in the running process:
 
 1. ``mmcv.ops.carafe``, the operator, is this package's. MMCV's modules look the name up when they run, so the models
    that exist already use it as well; code that said ``from mmcv.ops import carafe`` earlier keeps MMCV's.
@@ -71,9 +71,7 @@ class _Stock(nn.Module if _mmcv_module is None else _mmcv_module.CARAFEPack):  #
 class CARAFEPack(CARAFEUpsample, _Stock):
     """MMCV's CARAFEPack on this package's operator: the same arguments, parameters and results.
 
-    Args:
-        *args: As for :class:`carafe_plugin.CARAFEUpsample`, whose first seven arguments are those of MMCV's class.
-        **kwargs: The same, by name.
+    The arguments are :class:`carafe_plugin.CARAFEUpsample`'s, of which the first seven are MMCV's.
 
     Example:
         >>> import torch

@@ -1,12 +1,12 @@
 """CARAFE++ as MMEngine layers, and the helpers that every toolbox's adapter shares.
 
-Importing this module registers ``CARAFEUpsample`` and ``CARAFEDownsample`` in MMEngine's root ``MODELS`` registry, so
-that every toolbox builds them from a configuration by name::
+Importing this module registers ``CARAFEUpsample``, ``CARAFEDownsample`` and the operators that the paper compares them
+with (:mod:`carafe_plugin.modules.peers`) in MMEngine's root ``MODELS`` registry, so that every toolbox builds them from
+a configuration by name::
 
     upsample_cfg = dict(type="CARAFEUpsample", compressed_channels=32, norm_cfg=dict(type="BN"))
 
-The operators that the paper compares them with (:mod:`carafe_plugin.modules.peers`) are registered as well. This
-module needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which every toolbox brings.
+It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which every toolbox brings.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class _KeepsItsStart(nn.Module):
         """Apply a function to every submodule, except that MMEngine's initialisers leave the paper's values in place.
 
         An enclosing module's ``init_cfg`` (Xavier for every ``Conv2d`` in an FPN) comes down the whole tree through
-        ``apply``, whereas ``init_weights`` goes no further than direct children. The content encoder's N(0, 0.001),
-        which makes the first kernels nearly uniform, would be lost wherever this layer sits in a plain ``Sequential``
-        or ``ModuleList``.
+        ``apply``, whereas ``init_weights`` stops at direct children, short of a layer in a plain ``Sequential``.
         """
         super().apply(fn)
         if getattr(fn, "__module__", None) == initialize.__module__:
@@ -84,10 +82,8 @@ class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
     Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` instead of ``norm`` and ``act``.
 
     Args:
-        *args: ``channels``, ``scale_factor`` and so on, as for :class:`carafe_plugin.CARAFEUpsample`.
         norm_cfg (dict | None): norm layer after the channel compressor, such as ``dict(type="BN")``.
         act_cfg (dict | None): activation after the norm layer, such as ``dict(type="ReLU")``.
-        **kwargs: the plain module's keyword arguments.
 
     Raises:
         TypeError: ``norm_cfg`` or ``act_cfg`` is not a dictionary with a ``type``, or an argument is unknown.
@@ -104,17 +100,14 @@ class CARAFEUpsample(_MMEngineLayer, modules.CARAFEUpsample):
 
 @MODELS.register_module()
 class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
-    """:class:`carafe_plugin.CARAFEDownsample` for configurations.
+    """:class:`carafe_plugin.CARAFEDownsample` for configurations, as :class:`CARAFEUpsample`.
 
-    Takes the plain module's arguments, with ``norm_cfg`` and ``act_cfg`` as :class:`CARAFEUpsample`; the paper's
-    backbones have ``dict(type="BN")`` and ``dict(type="ReLU")``.
+    The paper's backbones have ``norm_cfg=dict(type="BN")`` and ``act_cfg=dict(type="ReLU")``.
 
     Example:
         >>> import torch
-        >>> from mmengine.registry import MODELS
-        >>> from carafe_plugin.openmmlab import layers
-        >>> downsampler = MODELS.build(dict(type="CARAFEDownsample", channels=16, scale_factor=2))
-        >>> downsampler(torch.rand(1, 16, 5, 7)).shape
+        >>> from carafe_plugin.openmmlab.layers import CARAFEDownsample
+        >>> CARAFEDownsample(channels=16, scale_factor=2)(torch.rand(1, 16, 5, 7)).shape
         torch.Size([1, 16, 3, 4])
     """
 
@@ -141,11 +134,10 @@ INTERPOLATIONS = ("nearest", "bilinear")
 
 
 class Interpolation(nn.Module):
-    """The resizing without parameters that the toolboxes use, as a module: what CARAFE++ replaces.
+    """The toolboxes' resizing without parameters, which CARAFE++ replaces, as a module.
 
-    Args:
-        mode (str): ``"nearest"`` or ``"bilinear"``.
-        align_corners (bool | None): as in :func:`torch.nn.functional.interpolate`; for ``"bilinear"`` only.
+    Arguments are those of :func:`torch.nn.functional.interpolate`: ``mode`` is ``"nearest"`` or ``"bilinear"``, of
+    which the latter takes ``align_corners``.
     """
 
     def __init__(self, mode: str, align_corners: bool | None = None) -> None:
@@ -162,23 +154,21 @@ class Interpolation(nn.Module):
 
 
 def read_cfg(carafe_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A ``carafe_cfg`` as a dictionary that the caller may change; None stands for an empty one.
-
-    Raises:
-        TypeError: It is neither a dictionary nor None.
-    """
+    """A ``carafe_cfg`` as a dictionary that the caller may change, None as an empty one; else a TypeError."""
     if carafe_cfg is not None and not isinstance(carafe_cfg, Mapping):
         raise TypeError(f"carafe_cfg must be a dictionary or None, got {carafe_cfg!r}")
     return dict(carafe_cfg or {})
 
 
 def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
-    """Build the upsampler that a ``carafe_cfg`` describes.
+    """Build the upsampler that a ``carafe_cfg`` describes, as every adapter of the toolboxes takes it.
 
     Args:
-        carafe_cfg (dict | None): ``type`` is ``"CARAFEUpsample"`` when left out; ``"nearest"`` and ``"bilinear"`` give
-            :class:`Interpolation`; any other type that ``MODELS`` knows is built with ``channels``, ``scale_factor``
-            and the remaining keys. None means an empty dictionary.
+        carafe_cfg (dict | None): ``type`` is ``"CARAFEUpsample"`` when left out, with its arguments (``up_kernel``,
+            ``compressed_channels``, ...) as the other keys; None means the paper's setting. ``"nearest"`` and
+            ``"bilinear"`` give :class:`Interpolation`, with which an adapter does what its parent does, bit for bit,
+            where the parent interpolates so. Any other type that ``MODELS`` knows is built with ``channels``,
+            ``scale_factor`` and the remaining keys.
         channels (int): channels of the features, set by the caller, never by ``carafe_cfg``.
         scale_factor (int): upsampling factor, set by the caller as well.
 
@@ -199,8 +189,7 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
 def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
     """Build the downsampler that a ``carafe_cfg`` describes: (N, C, H, W) -> (N, C, ceil(H / s), ceil(W / s)).
 
-    As :func:`build_upsampler`, with ``"CARAFEDownsample"`` as the ``type`` when left out, and no interpolations. Other
-    pooling operators can take CARAFE++'s place (Table 3).
+    As :func:`build_upsampler`, with ``"CARAFEDownsample"`` as the ``type`` when left out, and no interpolations.
 
     Example:
         >>> import torch
@@ -252,17 +241,10 @@ def upsample_to(upsampler: nn.Module, features: Tensor, size: tuple[int, int]) -
 
 
 def fit_to_size(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop at the bottom and right, or complete there by repeating the last row and column.
+    """Crop (N, C, H, W) to ``size`` at the bottom and right, or complete it there by repeating the last row and column.
 
     Levels of a pyramid seldom differ by exactly two: twice ``ceil(H / 2)`` exceeds an odd ``H`` by one, and twice
-    ``floor(H / 2)`` (backbones that round down) falls short by one.
-
-    Args:
-        features (Tensor[N, C, H, W]): H and W at least 1.
-        size (tuple[int, int]): the wanted H' and W'.
-
-    Returns:
-        Tensor[N, C, H', W']: the input itself where it fits.
+    ``floor(H / 2)`` (backbones that round down) falls short by one. H and W must be at least 1.
 
     Example:
         >>> import torch

@@ -57,8 +57,7 @@ USAGE = "usage: python -m carafe_plugin.openmmlab.mmcv_ops SCRIPT [ARGUMENT ...]
 def install() -> None:
     """Let ``mmcv._ext`` be torchvision's operators where it is absent, here and in processes started from here.
 
-    No toolbox is imported; the environment variable ``PYTHONPATH`` gets one more folder. Calling it again changes
-    nothing.
+    No toolbox is imported; ``PYTHONPATH`` gets one more folder. Calling it again changes nothing.
 
     Raises:
         ValueError: the environment variable ``CARAFE_MMCV_OPS`` is set, and not to ``torchvision``.

@@ -8,15 +8,7 @@ from typing import Any, NoReturn
 
 
 def fill(module: ModuleType) -> None:
-    """Put the operators into a module that is to be ``mmcv._ext``.
-
-    Args:
-        module (ModuleType): gets the functions of :mod:`.mmcv_operators`, ``is_stand_in`` and, for every other name
-            that is asked of it, a function that raises.
-
-    Raises:
-        ImportError: torchvision is not installed, or does not load with this torch.
-    """
+    """Make a module ``mmcv._ext``: the operators, ``is_stand_in``, and for any other name a function that raises."""
     try:
         import torchvision  # noqa: F401  (its operators are registered with torch.ops)
     except (ImportError, RuntimeError) as error:

@@ -44,14 +44,8 @@ class DownsampledConv2d(nn.Conv2d):
     """A strided convolution's parameters at stride 1, after a module that shrinks the map instead of the stride.
 
     The paper's Fig. 4: "CARAFE++ downsamples the feature map before convolution layers". Deformable convolutions become
-    plain ones, as the paper does with DCNv2 (Sec. 5.2): their weight stays, their offsets go.
-
-    Args:
-        conv (Any): the strided convolution. Its Parameter objects are taken over, so that nothing is drawn at random.
-        downsampler (nn.Module): shrinks (N, conv.in_channels, H, W) as the stride does.
-
-    Raises:
-        TypeError: ``conv`` is neither a plain nor a deformable 2-D convolution.
+    plain ones, as the paper does with DCNv2 (Sec. 5.2): their weight stays, their offsets go. ``conv``'s Parameter
+    objects are taken over, so that nothing is drawn at random; any other kind of convolution is a TypeError.
 
     Example:
         >>> import torch
@@ -152,12 +146,7 @@ class DownsamplingBackbone(nn.Module):
     def _read_carafe_cfg(
         self, carafe_cfg: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any] | None, Sequence[bool | None], bool, bool, dict[str, Any]]:
-        """Check ``carafe_cfg`` and split it.
-
-        Returns:
-            The downsampler of the stem or None, the stages (None: wherever there is a stride), ``norm_eval``,
-            ``pointwise``, and the downsampler of the stages.
-        """
+        """Check and split: the stem's operator or None, stages (None: by stride), two flags, the stages' operator."""
         cfg = read_cfg(carafe_cfg)
         stem, norm_eval, pointwise = cfg.pop("stem", True), cfg.pop("norm_eval", False), cfg.pop("pointwise", False)
         for key, value in (("norm_eval", norm_eval), ("pointwise", pointwise)):
@@ -288,15 +277,9 @@ _DOCSTRING = """{name} ({about}) that downsamples by CARAFE++ (arXiv 2012.04733,
 
 
 def downsampling_resnets(module: str, registry: Registry, *parents: type[nn.Module]) -> list[Any]:
-    """Make a toolbox's ResNets downsample by CARAFE++, and register them as ``CARAFE`` and the parent's name.
+    """A toolbox's ResNets (``parents``), downsampling by CARAFE++ and registered as ``CARAFE`` and the parent's name.
 
-    Args:
-        module (str): full name of the toolbox's module that assigns the classes, by which they are pickled.
-        registry (Registry): the toolbox's ``MODELS``.
-        *parents: its ``ResNet``, ``ResNetV1c``, ``ResNetV1d`` and ``ResNeXt``.
-
-    Returns:
-        The classes, in the order of ``parents``.
+    ``module`` is the full name of the toolbox's module that assigns the classes, by which they are pickled.
     """
     classes = []
     for parent in parents:

@@ -50,12 +50,7 @@ class CheckpointMismatch(ValueError):
 def matching_depths(state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple[int, ...]:
     """The depths of :data:`ARCHITECTURES` whose blocks ``state_dict`` has, in as many stages as it has.
 
-    Args:
-        state_dict (dict[str, Tensor]): parameters by name.
-        prefix (str): what the names of the backbone's parameters start with, such as ``"backbone."``.
-
-    Returns:
-        The depths; none where the blocks are not those of such a ResNet, or where there are no blocks.
+    ``prefix`` is what the names of the backbone's parameters start with; of another network there are none.
 
     Example:
         >>> import torch
@@ -87,10 +82,7 @@ def count_carafe(state_dict: Mapping[str, Tensor]) -> int:
 
 
 def backbone_type(backbone: Mapping[str, Tensor]) -> str:
-    """The class of this package that a converted backbone belongs to.
-
-    Args:
-        backbone (dict[str, Tensor]): what :func:`extract_backbone` returned.
+    """The class of this package that a backbone from :func:`extract_backbone` belongs to.
 
     Example:
         >>> import torch
@@ -110,12 +102,8 @@ def backbone_type(backbone: Mapping[str, Tensor]) -> str:
 def extract_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone of an MMPretrain checkpoint under the names of MMDetection and MMSegmentation.
 
-    Args:
-        state_dict (dict[str, Tensor]): the checkpoint's parameters; the backbone's start with ``"backbone."``.
-
-    Returns:
-        The backbone's parameters alone, without that prefix, as ``init_cfg=dict(type="Pretrained", checkpoint=...)``
-        of a backbone expects them; the same tensors.
+    The same tensors without the prefix ``"backbone."``, as a backbone's ``init_cfg=dict(type="Pretrained", ...)``
+    expects them.
 
     Raises:
         ValueError: no parameter starts with ``"backbone."``, or they are not a ResNet's in MMPretrain.

@@ -11,6 +11,7 @@ class Resampler(nn.Module):
     Args:
         channels (int): C.
         scale_factor (int): sigma, how many times larger or smaller the map becomes.
+        kernel_size (int): where a class has one, k of its convolution or window; odd unless the class says otherwise.
 
     Raises:
         ValueError: ``channels`` or ``scale_factor`` is not a positive int, another argument is out of its range, or the

@@ -18,10 +18,6 @@ class StridedConvDownsample(Downsampler):
     CARAFE++ paper, Table 3, 'Conv'. That row is the plain ResNet, whose own convolutions have the stride; this module
     is for places without a convolution of their own, the stem's pooling for instance.
 
-    Args:
-        channels, scale_factor: as :class:`Downsampler` takes them.
-        kernel_size (int): k, odd.
-
     Example:
         >>> import torch
         >>> StridedConvDownsample(16)(torch.rand(1, 16, 25, 42)).shape
@@ -42,16 +38,6 @@ class MaxPoolDownsample(Downsampler):
 
     CARAFE++ paper, Table 3, 'MPool': "in the same manner with CARAFE++". The window's size is not said. Here it is 3x3
     around the source location sigma * (i', j'), as in a ResNet's stem, which so remains what it was.
-
-    Args:
-        channels, scale_factor: as :class:`Downsampler` takes them.
-        kernel_size (int): of the window, odd.
-
-    Example:
-        >>> import torch
-        >>> MaxPoolDownsample(1)(torch.arange(9.0).view(1, 1, 3, 3))
-        tensor([[[[4., 5.],
-                  [7., 8.]]]])
     """
 
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:
@@ -67,16 +53,6 @@ class AveragePoolDownsample(Downsampler):
 
     CARAFE++ paper, Table 3, 'APool': "in the same manner with CARAFE++". The window's size is not said. Here it is that
     of :class:`MaxPoolDownsample`, 3x3 around the source location; at a border it averages what lies inside the map.
-
-    Args:
-        channels, scale_factor: as :class:`Downsampler` takes them.
-        kernel_size (int): of the window, odd.
-
-    Example:
-        >>> import torch
-        >>> AveragePoolDownsample(1)(torch.arange(9.0).view(1, 1, 3, 3))
-        tensor([[[[2., 3.],
-                  [5., 6.]]]])
     """
 
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:
@@ -102,15 +78,7 @@ class DPPDownsample(Downsampler):
     Chosen here, since the table does not say which variant it used: the "lite" one, in which D is the mean of the
     window; the symmetric reward above; both exponentials start at 1. The authors' code further divides the squared
     distances by their mean over the window, which the formula does not have, and neither has this module.
-
-    Args:
-        channels, scale_factor: as :class:`Downsampler` takes them. A window that the border cuts consists of what lies
-            inside the map.
-
-    Example:
-        >>> import torch
-        >>> DPPDownsample(16)(torch.rand(1, 16, 25, 42)).shape
-        torch.Size([1, 16, 13, 21])
+    A window that the border cuts consists of what lies inside the map.
     """
 
     def __init__(self, channels: int, scale_factor: int = 2) -> None:
@@ -147,18 +115,11 @@ class LIPDownsample(Downsampler):
     convolutions between a block's path and shortcut, here each pooling has its own, predicted from its own input.
 
     Args:
-        channels, scale_factor: as :class:`Downsampler` takes them.
-        kernel_size (int): of the window, odd.
         bottleneck (int | None): width of the bottleneck; None for a single 3x3 convolution.
 
     Raises:
-        ValueError: an argument is out of its range, or the input has other channels or one pixel.
+        ValueError: the input has one pixel.
         IndexError: the batch is empty. Both are of PyTorch's instance normalisation.
-
-    Example:
-        >>> import torch
-        >>> LIPDownsample(16)(torch.rand(1, 16, 25, 42)).shape
-        torch.Size([1, 16, 13, 21])
     """
 
     def __init__(

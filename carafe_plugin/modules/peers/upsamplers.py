@@ -14,10 +14,6 @@ class NearestConvUpsample(Upsampler):
 
     CARAFE++ paper, Table 4, 'N.C.': "we add an extra 3x3 convolution layer after the corresponding upsampling".
 
-    Args:
-        channels, scale_factor: as :class:`Upsampler` takes them.
-        kernel_size (int): k, odd.
-
     Example:
         >>> import torch
         >>> NearestConvUpsample(16)(torch.rand(1, 16, 5, 7)).shape
@@ -41,11 +37,6 @@ class BilinearConvUpsample(NearestConvUpsample):
 
     CARAFE++ paper, Table 4, 'B.C.'; otherwise as :class:`NearestConvUpsample`. Corners are not aligned, as in the
     toolboxes.
-
-    Example:
-        >>> import torch
-        >>> BilinearConvUpsample(16)(torch.rand(1, 16, 5, 7)).shape
-        torch.Size([1, 16, 10, 14])
     """
 
     mode = "bilinear"
@@ -57,16 +48,8 @@ class DeconvUpsample(Upsampler):
 
     Noh, Hong and Han, "Learning Deconvolution Network for Semantic Segmentation" (ICCV 2015); CARAFE++ paper, Table 4,
     'Deconv'. The kernel's size is not said: 3 x 3 as the other learnt operators of the table have. (The baseline of
-    Table 6 is the mask head's own 2 x 2 one, the type ``"deconv"``.)
-
-    Args:
-        channels, scale_factor: as :class:`Upsampler` takes them.
-        kernel_size (int): at least sigma, else some pixels would get nothing.
-
-    Example:
-        >>> import torch
-        >>> DeconvUpsample(16)(torch.rand(1, 16, 5, 7)).shape
-        torch.Size([1, 16, 10, 14])
+    Table 6 is the mask head's own 2 x 2 one, the type ``"deconv"``.) ``kernel_size`` may be even, but not below sigma,
+    else some pixels would get nothing.
     """
 
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:
@@ -90,15 +73,6 @@ class PixelShuffleUpsample(Upsampler):
     Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient Sub-Pixel Convolutional Neural
     Network" (CVPR 2016), eq. 3 and 4; CARAFE++ paper, Table 4, 'P.S.', and Table 6. The kernel's size is not said: here
     3 x 3, as the other learnt operators of the table have.
-
-    Args:
-        channels, scale_factor: as :class:`Upsampler` takes them.
-        kernel_size (int): k, odd.
-
-    Example:
-        >>> import torch
-        >>> PixelShuffleUpsample(16)(torch.rand(1, 16, 5, 7)).shape
-        torch.Size([1, 16, 10, 14])
     """
 
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:
@@ -123,15 +97,6 @@ class GUMUpsample(Upsampler):
     k x k convolution of the input predicts the sigma^2 offsets of each pixel, in pixels of the input, horizontal ones
     first. It starts at zero: the operator starts as bilinear interpolation. Positions outside the map are moved to its
     border.
-
-    Args:
-        channels, scale_factor: as :class:`Upsampler` takes them.
-        kernel_size (int): k of the convolution that predicts offsets, odd.
-
-    Example:
-        >>> import torch
-        >>> GUMUpsample(16)(torch.rand(1, 16, 5, 7)).shape
-        torch.Size([1, 16, 10, 14])
     """
 
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:
@@ -173,15 +138,6 @@ class SpatialAttentionUpsample(Upsampler):
     Chosen here, where neither paper says: a k x k convolution predicts one weight for all channels of a location; a
     sigmoid bounds it (the original's softmax over all locations would make a weight depend on the image's size); the
     interpolation is nearest, the baseline's, so that weighting before or after it is the same.
-
-    Args:
-        channels, scale_factor: as :class:`Upsampler` takes them.
-        kernel_size (int): k, odd.
-
-    Example:
-        >>> import torch
-        >>> SpatialAttentionUpsample(16)(torch.rand(1, 16, 5, 7)).shape
-        torch.Size([1, 16, 10, 14])
     """
 
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:

@@ -19,16 +19,13 @@ class CARAFEFCNMaskHead(FCNMaskHead):
     CARAFE++'s. ``conv_logits`` keeps its shape where ``in_channels`` and ``conv_out_channels`` do.
 
     Args:
-        *args: FCNMaskHead's, up to ``class_agnostic``.
         upsample_cfg (dict): what CARAFE++ stands in for; only its ``scale_factor`` is read.
-        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
-            its arguments; ``scale_factor`` overrides that of ``upsample_cfg``. ``dict(type="deconv")``, ``"nearest"``
-            and ``"bilinear"`` give FCNMaskHead with that upsampler, bit for bit.
-        **kwargs: FCNMaskHead's.
+        carafe_cfg (dict | None): the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`; here ``scale_factor`` overrides that of
+            ``upsample_cfg``, and ``"deconv"``, ``"nearest"`` and ``"bilinear"`` give FCNMaskHead with that upsampler.
 
     Raises:
         ValueError: ``upsample_cfg`` has type None, so that there is nothing to replace.
-        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch

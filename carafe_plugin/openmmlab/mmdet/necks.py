@@ -17,8 +17,7 @@ from carafe_plugin.openmmlab.layers import build_upsampler, fit_to_size, upsampl
 class _TopDownPath:
     """The parts of FPN and PAFPN between the lateral convolutions and the outputs.
 
-    Both parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
-    that ``forward`` is restated here; everything that holds a parameter is the parent's.
+    Both interpolate in the middle of ``forward``, with no hook for an upsampler with parameters: it is restated here.
     """
 
     in_channels: list[int]
@@ -78,19 +77,15 @@ class CARAFEFPN(_TopDownPath, FPN):
 
     Takes FPN's arguments and loads FPN's checkpoints: the only new parameters are in ``upsample_modules``, where
     ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have any size: see
-    :func:`~carafe_plugin.openmmlab.layers.fit_to_size`.
+    :func:`~carafe_plugin.openmmlab.layers.fit_to_size`. FPN's ``upsample_cfg`` describes the interpolation that
+    CARAFE++ stands in for: it is accepted, so that changing ``type`` is enough, and has no effect.
 
     Args:
-        *args: FPN's.
-        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
-            its arguments (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` and
-            ``dict(type="bilinear")`` give what FPN does, bit for bit. Defaults to the paper's setting.
-        **kwargs: FPN's. Its ``upsample_cfg`` describes the interpolation that CARAFE++ stands in for: it is accepted,
-            so that changing ``type`` is enough, and has no effect.
+        carafe_cfg (dict | None): the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`.
 
     Raises:
         ValueError: ``inputs`` does not match ``in_channels``.
-        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch
@@ -112,15 +107,8 @@ class CARAFEFPN(_TopDownPath, FPN):
 class CARAFEPAFPN(_TopDownPath, PAFPN):
     """PAFPN whose top-down path upsamples by CARAFE++; the bottom-up path keeps its strided convolutions.
 
-    Takes PAFPN's arguments and loads PAFPN's checkpoints, with ``upsample_modules`` as in :class:`CARAFEFPN`.
-
-    Args:
-        *args: PAFPN's.
-        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEFPN`.
-        **kwargs: PAFPN's.
-
-    Raises:
-        TypeError, ValueError, KeyError: As :class:`CARAFEFPN`.
+    Takes PAFPN's arguments and loads PAFPN's checkpoints, with ``carafe_cfg`` and ``upsample_modules`` as in
+    :class:`CARAFEFPN`.
 
     Example:
         >>> import torch
@@ -130,7 +118,7 @@ class CARAFEPAFPN(_TopDownPath, PAFPN):
     """
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""
+        """As :class:`CARAFEFPN`'s."""
         laterals = self._merge_top_down(inputs)
         maps = [fpn_conv(lateral) for fpn_conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
         for i, downsample_conv in enumerate(self.downsample_convs):

@@ -20,8 +20,7 @@ from carafe_plugin.openmmlab.layers import build_upsampler, upsample_to
 class _DecoderTopDownPath:
     """What follows the coarsest map in each of the decoders.
 
-    The parents interpolate in the middle of their ``forward``, with no hook for an upsampler that has parameters, so
-    that ``forward`` is restated in this module; everything that holds a parameter is the parents'.
+    They interpolate in the middle of ``forward``, with no hook for an upsampler with parameters: it is restated here.
     """
 
     lateral_convs: nn.ModuleList
@@ -50,23 +49,19 @@ class _DecoderTopDownPath:
 class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
     """MaskFormer's pixel decoder, an FPN, upsampling by CARAFE++ (arXiv 2012.04733, Sec. 4.1).
 
-    Takes PixelDecoder's arguments and loads PixelDecoder's checkpoints: the only new parameters are in
-    ``upsample_modules``, where ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have
-    any size: see :func:`~carafe_plugin.openmmlab.layers.fit_to_size`.
+    Takes PixelDecoder's arguments and loads its checkpoints: the only new parameters are in ``upsample_modules``, where
+    ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have any size: see
+    :func:`~carafe_plugin.openmmlab.layers.fit_to_size`.
 
     MaskFormerHead recognises PixelDecoder by its exact type. Where the coarsest map has other channels than the
     transformer decoder, the head must be :class:`CARAFEMaskFormerHead`.
 
     Args:
-        *args: PixelDecoder's.
-        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
-            its arguments (``up_kernel``, ``compressed_channels``, ...); ``dict(type="nearest")`` gives PixelDecoder,
-            bit for bit. Defaults to the paper's setting.
-        **kwargs: PixelDecoder's.
+        carafe_cfg (dict | None): the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`.
 
     Raises:
         ValueError: ``in_channels`` leaves nothing to upsample.
-        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch
@@ -87,16 +82,8 @@ class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
 class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncoderPixelDecoder):
     """MaskFormer's pixel decoder with a transformer encoder, upsampling by CARAFE++.
 
-    Takes TransformerEncoderPixelDecoder's arguments and loads its checkpoints, with ``upsample_modules`` as in
-    :class:`CARAFEPixelDecoder`. ``dict(type="nearest")`` gives the parent, bit for bit.
-
-    Args:
-        *args: TransformerEncoderPixelDecoder's.
-        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEPixelDecoder`.
-        **kwargs: TransformerEncoderPixelDecoder's.
-
-    Raises:
-        TypeError, ValueError, KeyError: As :class:`CARAFEPixelDecoder`.
+    Takes TransformerEncoderPixelDecoder's arguments and loads its checkpoints, with ``carafe_cfg`` and
+    ``upsample_modules`` as in :class:`CARAFEPixelDecoder`.
     """
 
     def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
@@ -126,31 +113,19 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
     """Mask2Former's pixel decoder, upsampling by CARAFE++ after its multi-scale deformable attention.
 
     The attention serves the coarser levels; the finer ones, as a rule the finest alone, are reached by a top-down path
-    whose bilinear interpolation CARAFE++ replaces.
+    whose bilinear interpolation CARAFE++ replaces. Where it serves all, a ValueError says so.
 
-    Takes MSDeformAttnPixelDecoder's arguments and loads its checkpoints, with ``upsample_modules`` as in
-    :class:`CARAFEPixelDecoder`. ``dict(type="bilinear")`` gives the parent, bit for bit. For MMSegmentation's
-    Mask2Former, which is built on MMDetection's, the full path is the type as well.
-
-    Args:
-        *args: MSDeformAttnPixelDecoder's.
-        carafe_cfg (dict | None): the upsampler, as in :class:`CARAFEPixelDecoder`.
-        **kwargs: MSDeformAttnPixelDecoder's.
-
-    Raises:
-        TypeError, KeyError: As :class:`CARAFEPixelDecoder`.
-        ValueError: as :class:`CARAFEPixelDecoder`, and where the attention serves all levels.
+    Takes MSDeformAttnPixelDecoder's arguments and loads its checkpoints, with ``carafe_cfg`` and ``upsample_modules``
+    as in :class:`CARAFEPixelDecoder`. For MMSegmentation's Mask2Former, built on MMDetection's, the full path is the
+    type as well.
     """
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The backbone's maps, fine to coarse, to the mask features and ``num_outs`` maps, coarse to fine.
-
-        Args:
-            feats (Sequence[Tensor]): (N, in_channels[i], H_i, W_i) each.
+        """The backbone's maps, fine to coarse, (N, in_channels[i], H_i, W_i) each, to what Mask2Former needs.
 
         Returns:
-            The mask features (N, out_channels, H_0, W_0), and the maps that the transformer decoder attends to,
-            (N, feat_channels, H_i, W_i) each.
+            The mask features (N, out_channels, H_0, W_0), and the ``num_outs`` maps that the transformer decoder
+            attends to, coarse to fine, (N, feat_channels, H_i, W_i) each.
         """
         encoded = self._encode(feats)
         maps = encoded[:-1] + self._merge_top_down(encoded[-1], feats)
@@ -192,12 +167,8 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
 class MemoryProjection(nn.Module):
     """Projects the memory of :class:`CARAFEPixelDecoder` to the channels of a MaskFormerHead's transformer decoder.
 
-    MaskFormerHead does so for PixelDecoder, which it recognises by its exact type.
-
-    Args:
-        *args: MaskFormerHead's.
-        enforce_decoder_input_project (bool): project even where the channels are the same.
-        **kwargs: MaskFormerHead's.
+    MaskFormerHead does so for PixelDecoder alone; ``enforce_decoder_input_project`` asks for it where the channels are
+    the same, too.
     """
 
     pixel_decoder: nn.Module

@@ -25,15 +25,12 @@ class CARAFEFPNHead(FPNHead):
     upsampling in UperNet's FPN so (arXiv 2012.04733, Sec. 4.2).
 
     Args:
-        *args: FPNHead's.
-        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
-            its arguments (``up_kernel``, ``compressed_channels``, ...); ``dict(type="bilinear")`` with the head's
-            ``align_corners`` is FPNHead, bit for bit. Defaults to the paper's setting.
-        **kwargs: FPNHead's.
+        carafe_cfg (dict | None): the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`; ``dict(type="bilinear")`` with the head's
+            ``align_corners`` is FPNHead, bit for bit.
 
     Raises:
         ValueError: ``feature_strides`` are all the same, so that there is nothing to upsample.
-        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch

@@ -33,19 +33,13 @@ class CARAFEUPerHead(UPerHead):
     :func:`~carafe_plugin.openmmlab.layers.fit_to_size`.
 
     Args:
-        *args: UPerHead's.
-        carafe_cfg (dict | None): ``ppm``, ``fpn`` and ``fuse`` are the switches, each on where it is left out and the
-            head has such a place. The other keys describe the upsampler: ``type`` is ``"CARAFEUpsample"`` when left
-            out, and the rest are its arguments (``up_kernel``, ``compressed_channels``, ...); ``"nearest"`` and
-            ``"bilinear"`` interpolate in the same places. Defaults to the paper's setting.
-        **kwargs: UPerHead's.
+        carafe_cfg (dict | None): the switches ``ppm``, ``fpn`` and ``fuse``, each on where it is left out and the head
+            has such a place, and the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`.
 
     Raises:
-        TypeError: ``carafe_cfg`` is not a dictionary, a switch is not a bool, or a key is neither a switch nor
-            known to the upsampler's type.
-        ValueError: ``carafe_cfg`` turns a switch on where the head has nothing to upsample, or sets ``channels`` or
-            ``scale_factor``.
-        KeyError: ``carafe_cfg`` names a type that is not registered.
+        TypeError: a switch is not a bool.
+        ValueError: a switch is on where the head has nothing to upsample.
 
     Example:
         >>> import torch

@@ -16,15 +16,8 @@ from carafe_plugin.openmmlab.layers import Interpolation, build_upsampler
 def replace_upsample(steps: nn.Sequential, carafe_cfg: Mapping[str, Any] | None, channels: int) -> None:
     """Swap every ``Upsample`` of a sequence for CARAFE++, in place: the other steps keep their checkpoint keys.
 
-    Args:
-        steps (nn.Sequential): the sequence.
-        carafe_cfg (dict | None): as for :func:`~carafe_plugin.openmmlab.layers.build_upsampler`. ``"nearest"`` and
-            ``"bilinear"`` give an ``Upsample`` of that mode.
-        channels (int): channels of the features where they are upsampled.
-
-    Raises:
-        ValueError: an ``Upsample`` is not set to one whole scale factor.
-        TypeError, KeyError: As ``build_upsampler``.
+    ``carafe_cfg`` and ``channels`` are :func:`~carafe_plugin.openmmlab.layers.build_upsampler`'s; ``"nearest"`` and
+    ``"bilinear"`` give an ``Upsample`` of that mode. A factor that is not one whole number is a ValueError.
     """
     for i, step in enumerate(steps):
         if not isinstance(step, Upsample):
@@ -54,16 +47,12 @@ class CARAFEInterpConv(InterpConv):
     Sec. 4.3 (arXiv 2012.04733).
 
     Args:
-        *args: InterpConv's, which UNet passes: ``in_channels``, ``out_channels``, ``with_cp``, ``norm_cfg``,
-            ``act_cfg``.
-        carafe_cfg (dict | None): the upsampler. ``type`` is ``"CARAFEUpsample"`` when left out, and the other keys are
-            its arguments; its channels are those of the features at that point, its factor the ``scale_factor`` of
-            InterpConv's ``upsample_cfg``. ``"nearest"`` and ``"bilinear"`` give InterpConv, bit for bit.
-        **kwargs: InterpConv's: ``conv_first``, ``kernel_size``, ``upsample_cfg`` and so on.
+        carafe_cfg (dict | None): the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`; its factor is the ``scale_factor`` of InterpConv's
+            ``upsample_cfg``.
 
     Raises:
         ValueError: the ``scale_factor`` of ``upsample_cfg`` is not one whole number.
-        TypeError, ValueError, KeyError: ``carafe_cfg`` as for :func:`.build_upsampler`.
 
     Example:
         >>> import torch
