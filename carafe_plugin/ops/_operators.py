@@ -373,7 +373,10 @@ def _register() -> None:
 
 def _check_gpus() -> None:
     """Let the reference serve the GPUs of this process that the binary has no code for, after one warning."""
-    compiled, ptx = compiled_architectures()
+    try:
+        compiled, ptx = compiled_architectures()
+    except (AttributeError, OSError):  # a library of another build: no reason to keep CUDA from starting
+        return
     gpus = {index: torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     lacking = {index for index, capability in gpus.items() if not has_code_for(capability, compiled, ptx)}
     if not lacking:
