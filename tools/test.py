@@ -71,8 +71,6 @@ def test(args: argparse.Namespace) -> None:
     prepare_processes(cfg)
     runner = build_runner(cfg)
     runner.register_hook(evaluation.CheckWeightsHook(args.checkpoint, args.allow_mismatch))
-    with reading_named_files():
-        runner.load_or_resume()  # before the datasets are built: a wrong checkpoint is found in seconds
     check_not_empty(runner, "test")
     if args.out and scope != "mmseg" and args.out_item != "metrics":
         evaluation.dump_predictions(runner, args.out)
