@@ -308,3 +308,12 @@ def test_scene_is_reproducible() -> None:
     assert np.array_equal(first, second)
     assert square == again
     assert square.name == "blue"
+
+
+def test_hooks_that_prepare_for_a_checkpoint(trained: Callable, tmp_path: Path) -> None:
+    """EMAHook builds its model before the run, and loads the checkpoint into it as well."""
+    model = trained("mmpretrain")
+    config = tmp_path / "averaged.py"
+    config.write_text(f'_base_ = ["{model.config}"]\ncustom_hooks = [dict(type="EMAHook")]\n')
+    assert call_tool("test", config, model.checkpoint, "--work-dir", tmp_path / "averaged") == 0
+    assert last_metrics(tmp_path / "averaged") == pytest.approx(model.metrics())
