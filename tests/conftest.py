@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from importlib.machinery import PathFinder
 
 import pytest
@@ -41,6 +42,13 @@ def device_params():
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", device_params())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_default_scope():
+    """A file begins without MMEngine's default scope, as in a new process: runs in files before leave theirs behind."""
+    if "mmengine.registry" in sys.modules:
+        sys.modules["mmengine.registry"].DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture
