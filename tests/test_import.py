@@ -79,6 +79,12 @@ WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if ">>>" in path.r
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_examples_in_docstrings(path):
     name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    if path.stem == "drop_in":  # importing it changes mmcv for the rest of the process
+        if importlib.util.find_spec("mmdet") is None:
+            pytest.skip("mmdet is not installed")
+        result = run(f"import doctest, {name} as m; failed, tried = doctest.testmod(m); assert tried > failed == 0")
+        assert result.returncode == 0, result.stdout + result.stderr
+        return
     try:
         module = importlib.import_module(name)
     except ImportError as error:
