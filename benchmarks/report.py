@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from carafe_plugin.engine.console import table_console
+
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
-# A terminal is as wide as it is; a file or a pipe gets the whole table.
-console = Console() if Console().is_terminal else Console(width=160)
+console = table_console(160)
 
 Record = Mapping[str, Any]
 

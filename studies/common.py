@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,6 @@ from carafe_plugin.engine.atomic import AtomicLocalBackend
 ROOT = Path(__file__).resolve().parents[1]
 
 console = Console(highlight=False, soft_wrap=True)
-
-
-def wide_console(width: int) -> Console:
-    """A console for tables: as wide as its terminal, or ``width`` in a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def text_table(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-WIDTH = 190  # characters in a file or a pipe
 
-
-def table_console() -> Console:
-    """A console as wide as the terminal, or wide enough for every table where the output is not a terminal."""
-    return Console() if Console().is_terminal else Console(width=WIDTH)
+def table_console(width: int = 190) -> Console:
+    """A console as wide as the terminal, or ``width`` characters in a file or a pipe, which get whole tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 def progress_bar(task: str, amount: ProgressColumn | None = None) -> Progress:

@@ -27,10 +27,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.console import table_console
 from carafe_plugin.engine.errors import UsageError
 from studies.ablation import report as ablation_report
 from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, complete, find_result, plan
-from studies.common import ROOT, console, duration, print_errors, shown, text_table, wide_console
+from studies.common import ROOT, console, duration, print_errors, shown, text_table
 from studies.demo.generate_scenes import add_dataset_options, generate, integer
 from studies.demo.run import alone_in, guarded
 from studies.demo.steps import StepError
@@ -95,7 +96,7 @@ def run_all(to_do: list[Run], setup: Setup) -> list[str]:
 def report(runs: list[Run], setup: Setup) -> list[str]:
     """Write each table's means and plot; returns a line for every baseline that has not learnt enough."""
     tables = read_tables()
-    wide = wide_console(120)
+    wide = table_console(120)
     weak = []
     for number in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == number]

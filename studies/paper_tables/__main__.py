@@ -30,8 +30,9 @@ from rich.progress import track
 
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.console import table_console
 from carafe_plugin.engine.errors import UsageError, reading_named_files
-from studies.common import shown, text_table, wide_console, write_json
+from studies.common import shown, text_table, write_json
 from studies.paper_tables import rows as paper_rows
 from studies.paper_tables.pages import PAGE, cells, headings, markdown, pages, title
 from studies.paper_tables.rows import Row, Table
@@ -103,7 +104,7 @@ def paper_tables(args: argparse.Namespace) -> None:
     costs = paper_rows.read_costs(args.costs)
     if args.measure:
         measure([row for table in chosen for row in table.rows], costs, args.costs)
-    console = wide_console(190)
+    console = table_console()
     filled = [(table, list(cells(table, costs, args.results))) for table in chosen]
     for table, lines in filled:
         left = ("method", "task", "ours", "config")
