@@ -291,7 +291,6 @@ def _autograd(operator: Operator) -> Callable[..., Tensor]:
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
             ctx.sizes, ctx.geometry = rest[: operator.sizes], _complete(rest[operator.sizes :])
-            ctx.nothing = (None,) * len(rest)
             ctx.set_materialize_grads(False)
             # Both modes are off in here: other levels of torch.func's transforms would find derivatives of zero.
             with torch.set_grad_enabled(grad_enabled), forward_ad._set_fwd_grad_enabled(True):
@@ -301,8 +300,8 @@ def _autograd(operator: Operator) -> Callable[..., Tensor]:
         def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
             if grad is None:
                 return (None,) * len(ctx.needs_input_grad)
-            wanted = ctx.needs_input_grad[1 : operator.tensors + 1]
-            return None, *operator.backward(grad, ctx.saved_tensors, ctx.geometry, wanted), *ctx.nothing
+            wanted, rest = ctx.needs_input_grad[1 : operator.tensors + 1], ctx.needs_input_grad[operator.tensors + 1 :]
+            return None, *operator.backward(grad, ctx.saved_tensors, ctx.geometry, wanted), *(None for _ in rest)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor
 from ._derivatives import NONE
 from .reference import NORMALIZERS, masks_from_logits
 
-_MAX_SCALE = {"cuda": 8}  # of the CUDA kernels; else:
-_MAX_SCALE_ELSEWHERE = 64
+_MAX_SCALE, _MAX_CUDA_SCALE = 64, 8
 _MAX_WEIGHTS = 512  # of a pixel, on CUDA: of a block's few pixels they must fit into its shared memory
 
 
@@ -41,8 +40,6 @@ def reassemble_logits(features: Tensor, logits: Tensor, k: int, g: int, up: int,
 
 def _has_one_pass(device_type: str, k: int, up: int, down: int) -> bool:
     scale = max(up, down)
-    return (
-        min(up, down) == 1
-        and scale <= _MAX_SCALE.get(device_type, _MAX_SCALE_ELSEWHERE)
-        and (device_type != "cuda" or (k * scale) ** 2 <= _MAX_WEIGHTS)
-    )
+    if min(up, down) > 1 or scale > _MAX_SCALE:
+        return False
+    return device_type != "cuda" or (scale <= _MAX_CUDA_SCALE and (k * scale) ** 2 <= _MAX_WEIGHTS)
