@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -64,15 +63,6 @@ def test_mmseg_needs_no_working_mmdet():
     assert "PixelDecoder" not in result.stdout
 
 
-def default_scope(name):
-    """MMEngine's scope as in a new process that uses one toolbox, whatever earlier tests have left."""
-    if importlib.util.find_spec("mmengine") is None:
-        return nullcontext()
-    from mmengine.registry import DefaultScope
-
-    return DefaultScope.overwrite_default_scope(name)
-
-
 WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if ">>>" in path.read_text())
 
 
@@ -91,8 +81,7 @@ def test_examples_in_docstrings(path):
         if not re.match(r"mm|pycocotools|skimage|cv2|PIL", error.name or ""):
             raise
         pytest.skip(f"{error.name} is not installed")
-    with default_scope(path.parent.name if path.parent.parent.name == "openmmlab" else "mmengine"):
-        failed, attempted = doctest.testmod(module)
+    failed, attempted = doctest.testmod(module)
     assert attempted > 0
     assert failed == 0
 
