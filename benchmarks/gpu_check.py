@@ -4,9 +4,9 @@
 
 It builds the extension in place for this machine's GPU, and mmcv's operator from its source where that is given or
 installed; then come the tests of operator and modules on CUDA, sizes at which mmcv fails, the benchmarks in float32 and
-float16, compute-sanitizer over a small run, a detector, and the modules. Each step is a process with a log; one that
-fails does not stop the others. DIR receives a log for each step, the benchmarks' JSON and figures, and summary.json,
-which is written after every step.
+float16, compute-sanitizer and ncu over small runs, a detector, and the modules. Each step is a process with a log; one
+that fails does not stop the others. DIR receives a log for each step, the benchmarks' JSON and figures, and
+summary.json, which is written after every step.
 
 Needs torch >= 2.10 with CUDA, torchvision, rich, matplotlib, pytest, hypothesis, setuptools, ninja, g++ and a CUDA
 toolkit (CUDA_HOME). Where a tool is missing, its step is skipped and says so.
@@ -115,11 +115,11 @@ def is_built() -> str | None:
     return "the libraries are newer than their sources" if new else None
 
 
-def sanitizer() -> str | None:
-    """compute-sanitizer, on the PATH or in the CUDA toolkit."""
+def find_tool(name: str) -> str | None:
+    """compute-sanitizer or ncu, on the PATH or in the CUDA toolkit."""
     home = mmcv_operator.cuda_home()
     folders = [os.environ.get("PATH", ""), *((f"{home}/bin", f"{home}/compute-sanitizer") if home else ())]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def python(words: str, *paths: str) -> list[str]:
@@ -130,7 +130,7 @@ def python(words: str, *paths: str) -> list[str]:
 def all_steps(mmcv_source: Path | None) -> list[list[Step]]:
     """The steps in order; those of one list run at the same time."""
     source = ["--mmcv-source", str(mmcv_source)] if mmcv_source else []
-    checker = sanitizer()
+    checker, profiler = find_tool("compute-sanitizer"), find_tool("ncu")
 
     def probe(name: str, limit: float, *before: str, missing: str | None = None) -> Step:
         command = python(f"-m benchmarks.gpu_probes {name} --json {{out}}/{name}.json")
@@ -142,8 +142,15 @@ def all_steps(mmcv_source: Path | None) -> list[list[Step]]:
         return Step(f"{tool}-{dtype}", python(f"{command} {files}", *source), limit)
 
     tests = "-m pytest -m cuda tests/ops tests/modules -q -p no:cacheprovider --junitxml {out}/tests.xml"
+    if find_spec("xdist"):
+        tests += " -n 4 --dist loadfile"
     # Without torch's caching allocator, which would hand out the memory around a tensor as one valid block.
     memcheck = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {checker} --tool memcheck --error-exitcode 99".split()
+    # The clocks stay as they are, which the benchmarks ran at.
+    counted = f"{profiler} --clock-control none --kernel-name-base function --kernel-name regex:run_block|for_each_element".split()
+    for section in ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis", "InstructionStats"):
+        counted += ["--section", section]
+    counted += ["--csv", "--page", "raw", "--log-file", "{out}/counters.csv"]
     no_source = None if mmcv_source else "no source of mmcv: --mmcv-source names it"
     return [
         [
@@ -158,6 +165,7 @@ def all_steps(mmcv_source: Path | None) -> list[list[Step]]:
         [bench("op", "float32", 180, *SLOW_PEERS)],
         [bench("op", "float16", 120, *SLOW_PEERS, "shifted-madd-compiled")],
         [probe("small", 120, *memcheck, missing=None if checker else "compute-sanitizer is not installed")],
+        [probe("counters", 90, *counted, missing=None if profiler else "ncu is not installed")],
         [probe("detector", 90, missing=None if find_spec("torchvision") else "torchvision is not installed")],
         [bench("module", "float32", 120, "pack-compiled")],
     ]

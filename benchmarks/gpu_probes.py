@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import carafe_plugin
 from benchmarks import measure
+from benchmarks.problem import Inputs, Problem
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.ops import carafe, reference
 from carafe_plugin.ops.fused import reassemble_logits
@@ -32,6 +33,8 @@ from carafe_plugin.testing import TOLERANCES, random_case, relative_error
 
 Result = dict[str, Any]  # 'ok', and what was found
 SMALL_SCALES: tuple[Fraction, ...] = (Fraction(2), Fraction(3), Fraction(1, 2), Fraction(3, 2))
+# Channels, height, width, up and down of what the profiler counts: levels of a detector's FPN, and a backbone's stem.
+COUNTED = ((256, 25, 42, 2, 1), (256, 100, 168, 2, 1), (64, 200, 336, 1, 2))
 MOST_SLOWER = 1.02  # of a detector with our upsampler, against nearest
 
 
@@ -121,6 +124,22 @@ def small(device: str) -> Result:
     return {"ok": all(error <= 1 for error in worst.values()), "errors over tolerance": worst}
 
 
+def counters(device: str) -> Result:
+    """One pass of every kernel at the shapes and dtypes that count, for the profiler to watch."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    calls = []
+    for (channels, height, width, up, down), dtype in itertools.product(COUNTED, dtypes):
+        inputs = Inputs.random(Problem(channels, height, width, up=up, down=down, dtype=dtype, device=device))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            features, grad_output = (
+                tensor.detach().contiguous(memory_format=layout) for tensor in (inputs.features, inputs.grad_output)
+            )
+            output = reassemble_logits(features.requires_grad_(), inputs.logits, 5, 1, up, down, "softmax")
+            torch.autograd.grad(output, (features, inputs.logits), grad_output)
+            calls.append(f"{channels}x{height}x{width} {up}/{down} {dtype} {layout}")
+    return {"ok": True, "forward and both gradients of": calls}
+
+
 def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().double().cpu()
 
@@ -172,7 +191,7 @@ def detector(device: str) -> Result:
     return {"ok": ratio <= MOST_SLOWER, "times nearest": round(ratio, 4), "allowed": MOST_SLOWER, **summaries}
 
 
-PROBES = {probe.__name__: probe for probe in (environment, compiled, large, groups, small, detector)}
+PROBES = {probe.__name__: probe for probe in (environment, compiled, large, groups, small, counters, detector)}
 
 
 def main(arguments: list[str] | None = None) -> int:
