@@ -147,7 +147,7 @@ def all_steps(mmcv_source: Path | None) -> list[list[Step]]:
     # Without torch's caching allocator, which would hand out the memory around a tensor as one valid block.
     memcheck = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {checker} --tool memcheck --error-exitcode 99".split()
     # The clocks stay as they are, which the benchmarks ran at.
-    counted = f"{profiler} --clock-control none --kernel-name-base function --kernel-name regex:run_block|for_each_element".split()
+    counted = f"{profiler} --clock-control none --kernel-name regex:run_block|for_each_element".split()
     for section in ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis", "InstructionStats"):
         counted += ["--section", section]
     counted += ["--csv", "--page", "raw", "--log-file", "{out}/counters.csv"]
