@@ -41,6 +41,19 @@ BUDGET = 530.0  # seconds: under nine minutes
 # So slow on a GPU, or so long to compile, that their time is better spent elsewhere.
 SLOW_PEERS = ("upsample-unfold", "steps-compiled")
 
+# Time, instructions, bytes from and to memory, how busy issue slots and the shared memory's pipe are, and occupancy.
+COUNTERS = (
+    "gpu__time_duration.sum",
+    "smsp__inst_executed.sum",
+    "dram__bytes.sum",
+    "sm__issue_active.avg.pct_of_peak_sustained_elapsed",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+    "launch__shared_mem_per_block",
+    "launch__waves_per_multiprocessor",
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -147,10 +160,8 @@ def all_steps(mmcv_source: Path | None) -> list[list[Step]]:
     # Without torch's caching allocator, which would hand out the memory around a tensor as one valid block.
     memcheck = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {checker} --tool memcheck --error-exitcode 99".split()
     # The clocks stay as they are, which the benchmarks ran at.
-    counted = f"{profiler} --clock-control none --kernel-name regex:run_block|for_each_element".split()
-    for section in ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis", "InstructionStats"):
-        counted += ["--section", section]
-    counted += ["--csv", "--page", "raw", "--log-file", "{out}/counters.csv"]
+    counted = f"{profiler} --clock-control none --kernel-name regex:run_block|for_each_element --csv".split()
+    counted += ["--metrics", ",".join(COUNTERS), "--page", "raw", "--log-file", "{out}/counters.csv"]
     no_source = None if mmcv_source else "no source of mmcv: --mmcv-source names it"
     return [
         [

@@ -282,7 +282,14 @@ def _autograd(operator: Operator) -> Callable[..., Tensor]:
 
     def below_autograd(*arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return call(operator.name, *arguments)
+            try:
+                return call(operator.name, *arguments)
+            except RuntimeError as error:
+                if "aten::empty" in str(error):  # all that the stable ABI says of an allocation that fails
+                    tensors = arguments[: operator.tensors]
+                    like = call(operator.name, *(t.to("meta") for t in tensors), *arguments[operator.tensors :])
+                    tensors[0].new_empty(like.shape)  # raises torch's own error, OutOfMemoryError on a GPU
+                raise
 
     class Function(torch.autograd.function._SingleLevelFunction):
         @staticmethod

@@ -219,6 +219,18 @@ def test_output_keeps_the_memory_format_of_features(scale, device):
     assert not output.is_contiguous()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_memory_that_runs_out_is_named_and_then_all_goes_on(grad, device):
+    """torch's own error, whose type callers catch, for an output of 2^50 bytes."""
+    dot = torch.zeros(1, 1, 1, 1, device=device, requires_grad=grad)
+    expected = torch.OutOfMemoryError if device == "cuda" else RuntimeError
+    with pytest.raises(expected, match=r"out of memory|not enough memory|allocate memory"):
+        carafe(dot.expand(1, 2**26, 1024, 1024), dot.expand(1, 1, 2048, 2048), 1)
+    features, masks, _ = random_case((6, 5), 4, 3, 1, 2, device=device)
+    error = relative_error(carafe(features, masks, 3), reference.reassemble(features, masks, 3, 1, 2, 1))
+    assert error < 1e-5
+
+
 def test_memory_is_the_output_alone(device):
     features, masks, _ = random_case((40, 60), 64, 5, 1, 2, batch=1, device=device)
     carafe(features, masks, 5)  # the pool of worker threads exists before the measurement
