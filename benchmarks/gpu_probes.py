@@ -51,9 +51,20 @@ def environment(device: str) -> Result:
 
 
 def compiled(device: str) -> Result:
-    """Whether the compiled operators serve the device."""
+    """Whether the compiled operators serve the device, and what they refuse comes back as an error."""
     types = [kind for kind in ("cpu", "cuda") if carafe_plugin.is_compiled(kind)]
-    return {"ok": torch.device(device).type in types, "compiled for": types}
+    result: Result = {"ok": torch.device(device).type in types, "compiled for": types}
+    for kind in dict.fromkeys(("cpu", torch.device(device).type)):
+        if kind not in types:
+            continue
+        print(f"an error from C++ on {kind}:", flush=True)  # a toolchain whose unwinder fails ends the process here
+        features, masks = torch.zeros(1, 4, 6, 5, device=kind), torch.zeros(1, 9, 3, 3, device=kind)
+        try:
+            torch.ops.carafe_plugin.carafe(features, masks, 3, 1, 2, 1)
+            result["ok"] = False
+        except RuntimeError as error:
+            print(error)
+    return result
 
 
 def errors(device: str, dtype: torch.dtype, size: tuple[int, int], channels: int, k: int, g: int) -> dict[str, float]:
