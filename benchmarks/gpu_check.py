@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_check [--out DIR] [--mmcv-source DIR] [--only STEP ...]
 
 It builds the extension in place for this machine's GPU, and mmcv's operator from its source where that is given or
-installed; then come the tests of operator and modules on CUDA, sizes at which mmcv fails, the benchmarks in float32 and
-float16, compute-sanitizer and ncu over small runs, a detector, and the modules. Each step is a process with a log; one
-that fails does not stop the others. DIR receives a log for each step, the benchmarks' JSON and figures, and
-summary.json, which is written after every step.
+installed; then come the tests of operator and modules on CUDA, the benchmarks in float32 and float16,
+compute-sanitizer and ncu over small runs, a detector, and the modules. Each step is a process with a log; one that
+fails does not stop the others. DIR receives a log for each step, the benchmarks' JSON and figures, and summary.json,
+which is written after every step.
 
 Needs torch >= 2.10 with CUDA, torchvision, rich, matplotlib, pytest, hypothesis, setuptools, ninja, g++ and a CUDA
 toolkit (CUDA_HOME). Where a tool is missing, its step is skipped and says so.
@@ -171,8 +171,6 @@ def all_steps(mmcv_source: Path | None) -> list[list[Step]]:
         [probe("environment", 60)],
         [probe("compiled", 60)],
         [Step("tests", python(tests), 150)],
-        [probe("large", 60)],
-        [probe("groups", 60)],
         [bench("op", "float32", 180, *SLOW_PEERS)],
         [bench("op", "float16", 120, *SLOW_PEERS, "shifted-madd-compiled")],
         [probe("small", 120, *memcheck, missing=None if checker else "compute-sanitizer is not installed")],

@@ -14,7 +14,6 @@ import itertools
 import json
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import carafe_plugin
 from benchmarks import measure
 from benchmarks.problem import Inputs, Problem
 from carafe_plugin import CARAFEUpsample
-from carafe_plugin.ops import carafe, reference
+from carafe_plugin.ops import carafe
 from carafe_plugin.ops.fused import reassemble_logits
 from carafe_plugin.ops.reference import NORMALIZERS, masks_from_logits
 from carafe_plugin.testing import TOLERANCES, random_case, relative_error
@@ -65,49 +64,6 @@ def compiled(device: str) -> Result:
         except RuntimeError as error:
             print(error)
     return result
-
-
-def errors(device: str, dtype: torch.dtype, size: tuple[int, int], channels: int, k: int, g: int) -> dict[str, float]:
-    """Relative errors of the output and both gradients, upsampling by 2, against the reference in float64.
-
-    As `carafe_plugin.testing.relative_error` has them, without copying gigabytes to the host.
-    """
-    features, masks, grad_output = random_case(size, channels, k, g, 2, batch=1, dtype=dtype, device=device)
-    features.requires_grad_()
-    masks.requires_grad_()
-    output = carafe(features, masks, k, g, 2)
-    grads = torch.autograd.grad(output, (features, masks), grad_output)
-    got = {"output": output.detach(), "gradient to features": grads[0], "gradient to masks": grads[1]}
-    x, m, z = (tensor.detach().double() for tensor in (features, masks, grad_output))
-    expected: Mapping[str, Callable[[], Tensor]] = {
-        "output": lambda: reference.reassemble(x, m, k, g, 2, 1),
-        "gradient to features": lambda: reference.grad_features(z, m, *size, k, g, 2, 1),
-        "gradient to masks": lambda: reference.grad_masks(z, x, k, g, 2, 1),
-    }
-    found = {}
-    for name, compute in expected.items():
-        right = compute()
-        found[name] = float((got[name].double() - right).norm() / right.norm())
-    return found
-
-
-def _compare(device: str, size: tuple[int, int], channels: int, k: int, g: int) -> Result:
-    result: Result = {"ok": True, "features": [1, channels, *size], "kernel_size": k, "group_size": g, "errors": {}}
-    for dtype in (torch.float32, torch.float16):
-        found = errors(device, dtype, size, channels, k, g)
-        result["errors"][str(dtype)] = found
-        result["ok"] &= all(error <= TOLERANCES[dtype] for error in found.values())
-    return result
-
-
-def large(device: str) -> Result:
-    """An output of 1 x 64 x 1640 x 1640: 32 threads for each weight would exceed 2^31 of them."""
-    return _compare(device, (820, 820), 64, 5, 1)
-
-
-def groups(device: str) -> Result:
-    """Kernels of 7 x 7 and 8 groups: 392 weights a location exceed mmcv's 48 KB of shared memory."""
-    return _compare(device, (40, 56), 64, 7, 8)
 
 
 def small(device: str) -> Result:
@@ -218,7 +174,7 @@ def detector(device: str) -> Result:
     return {"ok": ratio <= MOST_SLOWER and found[0] == found[1], **times, **summaries}
 
 
-PROBES = {probe.__name__: probe for probe in (environment, compiled, large, groups, small, counters, detector)}
+PROBES = {probe.__name__: probe for probe in (environment, compiled, small, counters, detector)}
 
 
 def main(arguments: list[str] | None = None) -> int:

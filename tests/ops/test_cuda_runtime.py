@@ -1,10 +1,11 @@
-"""What only a GPU has: captured graphs, streams beside the default one, tensors on two devices."""
+"""What only a GPU has: captured graphs, side streams, tensors on two devices, and the sizes that it is for."""
 
 import pytest
 import torch
 
-from carafe_plugin.ops import carafe
+from carafe_plugin.ops import carafe, reference
 from carafe_plugin.ops.fused import reassemble_logits
+from carafe_plugin.testing import TOLERANCES, random_case
 
 pytestmark = [
     pytest.mark.cuda,
@@ -74,3 +75,25 @@ def test_tensors_on_two_devices_are_an_error():
     features, masks = torch.randn(1, 4, 6, 5, device="cuda"), torch.rand(1, 9, 12, 10)
     with pytest.raises((ValueError, RuntimeError), match="device"):
         carafe(features, masks, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "k", "g"),
+    [((820, 820), 5, 1), ((40, 56), 7, 8)],
+    ids=["32 threads for each weight exceed 2^31", "a pixel's weights exceed 48 KB"],
+)
+def test_sizes_at_which_mmcv_fails(size, k, g, dtype):
+    """Errors relative to the reference in float64, without copying gigabytes to the host."""
+    features, masks, grad_output = random_case(size, 64, k, g, 2, batch=1, dtype=dtype, device="cuda")
+    found = step(lambda x, m: carafe(x, m, k, g), features.requires_grad_(), masks.requires_grad_(), grad_output)
+    x, m, z = (tensor.detach().double() for tensor in (features, masks, grad_output))
+    geometry = (k, g, 2, 1)
+    expected = (
+        lambda: reference.reassemble(x, m, *geometry),
+        lambda: reference.grad_features(z, m, *size, *geometry),
+        lambda: reference.grad_masks(z, x, *geometry),
+    )
+    for got, compute in zip(found, expected, strict=True):
+        right = compute()
+        assert (got.double() - right).norm() / right.norm() <= TOLERANCES[dtype]
