@@ -34,7 +34,7 @@ class Call(NamedTuple):
     normalizer: int = NONE  # the dispatcher leaves out the default
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the form's three tensors."""
+        """Those that the form's three tensors have to have."""
         n, c, h, w = self.features
         out = tuple(reference.output_size(length, self.up, self.down) for length in (h, w))
         phases, coarse = (1, out) if self.normalizer == NONE or self.up == 1 else (self.up, (h, w))
@@ -44,12 +44,12 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Operator:
-    """The derivative of the trilinear form with respect to one of its tensors, which are named as in :class:`Call`.
+    """The derivative of the trilinear form with respect to ``features``, ``kernels`` or ``grad_output``.
 
     Attributes:
         name (str): in torch's namespace ``carafe_plugin``.
-        computes (str): the tensor with respect to which it is the derivative; to ``grad_output``, that is the map.
-        tensors (tuple[str, ...]): its first arguments.
+        computes (str): with respect to which of the three; the derivative to ``grad_output`` is the rescaled map.
+        tensors (tuple[str, ...]): those of the three that it takes, its first arguments.
         like (str): the tensor that its result has the dtype and the memory format of.
         sizes (tuple[str, ...]): arguments between the tensors and the geometry, where no tensor tells the size.
     """
