@@ -1,8 +1,8 @@
 """The CUDA kernel of mmcv, where it is all there is: no compiled CUDA operators of this package, but mmcv's.
 
 It reads raw NCHW memory, knows integer upsampling only, and sums in the dtype of its inputs; each call here makes sure
-of the first two and hands it float32. Each of the two gradients is a call of its own, of which the kernel, which
-computes both, throws one away.
+of the first two and hands it float32. The functions are those of :mod:`.reference`, where :func:`serves`. Each of the
+two gradients is a call of its own, of which the kernel, which computes both, throws one away.
 """
 
 from __future__ import annotations
@@ -41,27 +41,36 @@ def serves(maps: Tensor, kernels: Tensor, kernel_size: int, group_size: int, dow
     )
 
 
-def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int) -> Tensor:
-    """Features (N, C, H, W), masks (N, G * k^2, up * H, up * W) -> (N, C, up * H, up * W), where :func:`serves`."""
+def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
+    """Features (N, C, H, W), masks (N, G * k^2, up * H, up * W) -> (N, C, up * H, up * W)."""
     features32, masks32 = features.float().contiguous(), masks.float().contiguous()
-    n, c, h, w = features.shape
-    output = features32.new_zeros((n, c, h * up, w * up))
-    buffers = (torch.zeros_like(features32), torch.zeros_like(output), torch.zeros_like(masks32))
+    output = features32.new_zeros(*features.shape[:2], *masks.shape[2:])
+    buffers = [torch.zeros_like(each) for each in (features32, output, masks32)]
     geometry = {"kernel_size": kernel_size, "group_size": group_size, "scale_factor": up}
     extension().carafe_forward(features32, masks32, *buffers, output, **geometry)
     return output.to(features.dtype)
 
 
-def gradients(
-    grad_output: Tensor, features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int
-) -> tuple[Tensor, Tensor]:
-    """The gradients to features and masks, where :func:`serves`; the kernel always computes both."""
+def grad_features(
+    grad_output: Tensor, masks: Tensor, height: int, width: int, kernel_size: int, group_size: int, up: int, down: int
+) -> Tensor:
+    """The gradient to features of size ``height x width``."""
+    features = grad_output.new_zeros(*grad_output.shape[:2], height, width)
+    return _gradients(grad_output, features, masks, kernel_size=kernel_size, group_size=group_size, scale_factor=up)[0]
+
+
+def grad_masks(grad_output: Tensor, features: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
+    """The gradient to the masks."""
+    n, _, h_out, w_out = grad_output.shape
+    masks = grad_output.new_zeros(n, group_size * kernel_size**2, h_out, w_out)
+    return _gradients(grad_output, features, masks, kernel_size=kernel_size, group_size=group_size, scale_factor=up)[1]
+
+
+def _gradients(grad_output: Tensor, features: Tensor, masks: Tensor, **geometry: int) -> tuple[Tensor, Tensor]:
     grad32, masks32 = grad_output.float().contiguous(), masks.float().contiguous()
     # Its forward pass hands its backward pass the features as (N, H, W, C), in a buffer of the shape (N, C, H, W).
-    n, c, h, w = features.shape
-    by_pixel = features.float().permute(0, 2, 3, 1).contiguous().view(n, c, h, w)
+    by_pixel = features.float().permute(0, 2, 3, 1).contiguous().view(features.shape)
     buffers = [torch.zeros_like(each) for each in (grad32, grad32, by_pixel, masks32)]
     grads = torch.zeros_like(by_pixel), torch.zeros_like(masks32)
-    geometry = {"kernel_size": kernel_size, "group_size": group_size, "scale_factor": up}
     extension().carafe_backward(grad32, by_pixel, masks32, *buffers, *grads, **geometry)
     return grads[0].to(features.dtype), grads[1].to(masks.dtype)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from ._autocast import autocast_enabled
 from .reference import DTYPES, output_size
 
 # An "exact" float has a small power of two below the line (0.5, 1.5, 0.75): anything longer is a rounded third or
@@ -82,17 +82,13 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
         raise TypeError(
             f"scale_factor must be an int, a float or a fractions.Fraction, got {type(scale_factor).__name__}"
         )
-    if scale_factor != scale_factor or scale_factor == math.inf:  # not math.isfinite: torch.compile cannot trace it
-        raise ValueError(f"scale_factor must be a positive rational number, got {scale_factor}")
-    if scale_factor <= 0:
-        raise ValueError(f"scale_factor must be greater than 0, got {scale_factor}")
+    if not 0 < scale_factor < math.inf:  # not math.isfinite: torch.compile cannot trace it
+        raise ValueError(f"scale_factor must be finite and greater than 0, got {scale_factor}")
     if isinstance(scale_factor, int):
         return scale_factor, 1
-    if isinstance(scale_factor, Fraction):
-        return scale_factor.numerator, scale_factor.denominator
-    scale_factor = float(scale_factor)  # NumPy's has another repr()
     up, down = scale_factor.as_integer_ratio()
-    if down > _MAX_FLOAT_DENOMINATOR:
+    if isinstance(scale_factor, float) and down > _MAX_FLOAT_DENOMINATOR:
+        scale_factor = float(scale_factor)  # NumPy's has another repr()
         guess = Fraction(scale_factor).limit_denominator(1000)
         if float(guess) != scale_factor:  # neither a rounded third nor another short fraction: as it is written
             guess = Fraction(repr(scale_factor))
@@ -104,41 +100,54 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
 
 
 def _check(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> None:
-    for name, value in (("features", features), ("masks", masks)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}")
-        if value.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(value.shape)}")
+    check_maps({"features": features, "masks": masks})
     for name, number in (("kernel_size", kernel_size), ("group_size", group_size)):
         if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {type(number).__name__}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    n, c, h, w = features.shape
+    check_kernels(c, kernel_size, group_size)
     if features.device != masks.device:
         raise ValueError(
             f"features and masks must be on the same device, got features on {features.device}, masks on {masks.device}"
         )
-    if features.dtype != masks.dtype and not autocast_enabled(features.device.type):
+    if features.dtype != masks.dtype and not _autocast_enabled(features.device.type):
         raise TypeError(
             f"features and masks must have the same dtype outside autocast, got {features.dtype} and {masks.dtype}"
         )
-    n, c, h, w = features.shape
-    if c % group_size:
-        raise ValueError(f"features must have a multiple of group_size={group_size} channels, got {c}")
-    if masks.shape[0] != n:
-        raise ValueError(f"masks must have the batch size of features, {n}, got {masks.shape[0]}")
-    if masks.shape[1] != group_size * kernel_size**2:
+    expected = (n, group_size * kernel_size**2, output_size(h, up, down), output_size(w, up, down))
+    if tuple(masks.shape) != expected:
         raise ValueError(
-            f"masks must have group_size * kernel_size ** 2 = {group_size * kernel_size**2} channels, "
-            f"got {masks.shape[1]}"
+            f"masks must have shape {expected}: batch size of features, group_size * kernel_size ** 2, output size "
+            f"({h} x {w} features scaled by {up}/{down}), got {tuple(masks.shape)}"
         )
-    expected = (output_size(h, up, down), output_size(w, up, down))
-    if masks.shape[2] != expected[0] or masks.shape[3] != expected[1]:
+
+
+def check_maps(maps: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError for what is not a four-dimensional tensor of a dtype that there are kernels for."""
+    for name, value in maps.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name}: the dtype must be float64, float32, float16 or bfloat16, got {value.dtype}")
+        if value.dim() != 4:
+            shape = tuple(value.shape)
+            raise ValueError(f"{name} must have 4 dimensions, got {value.dim()}: {shape} is not (N, C, H, W)")
+
+
+def check_kernels(channels: int, kernel_size: int, group_size: int) -> None:
+    """Raise ValueError for a kernel size that is even, or groups that do not divide the channels."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
+    if group_size < 1 or channels % group_size:
         raise ValueError(
-            f"masks must have the output size {expected[0]} x {expected[1]} ({h} x {w} features scaled by {up}/{down}),"
-            f" got {masks.shape[2]} x {masks.shape[3]}"
+            f"group_size must be at least 1 and divide the channels, got {group_size} for {channels} channels"
         )
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except RuntimeError:  # a device without autocast, such as meta
+        return False
+    except TypeError:  # before torch 2.4
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()

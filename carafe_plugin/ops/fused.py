@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._derivatives import NONE
 from .reference import NORMALIZERS, masks_from_logits
 
 _MAX_SCALE, _MAX_CUDA_SCALE = 64, 8
@@ -33,13 +32,10 @@ def reassemble_logits(features: Tensor, logits: Tensor, k: int, g: int, up: int,
         Tensor[N, C, H', W'].
     """
     operator = torch.ops.carafe_plugin.carafe.default
-    if _has_one_pass(features.device.type, k, up, down):
-        return operator(features, logits, k, g, up, down, 1 + NORMALIZERS.index(normalizer))
-    return operator(features, masks_from_logits(logits, k, g, up, down, normalizer), k, g, up, down, NONE)
-
-
-def _has_one_pass(device_type: str, k: int, up: int, down: int) -> bool:
     scale = max(up, down)
-    if min(up, down) > 1 or scale > _MAX_SCALE:
-        return False
-    return device_type != "cuda" or (scale <= _MAX_CUDA_SCALE and (k * scale) ** 2 <= _MAX_WEIGHTS)
+    one_pass = min(up, down) == 1 and scale <= _MAX_SCALE
+    if features.device.type == "cuda":
+        one_pass = one_pass and scale <= _MAX_CUDA_SCALE and (k * scale) ** 2 <= _MAX_WEIGHTS
+    if one_pass:
+        return operator(features, logits, k, g, up, down, 1 + NORMALIZERS.index(normalizer))
+    return operator(features, masks_from_logits(logits, k, g, up, down, normalizer), k, g, up, down)

@@ -18,6 +18,8 @@ All of them accumulate in float32 (float64 for float64) and return the dtype of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,73 +39,53 @@ def source_index(size: int, up: int, down: int, device: torch.device) -> Tensor:
     return torch.arange(output_size(size, up, down), device=device) * down // up
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _masks_by_tap(masks: Tensor, kernel_size: int, group_size: int) -> Tensor:
-    """(N, G * k^2, H', W') -> (k^2, N, G, 1, H', W') in the accumulation dtype."""
-    n, _, h_out, w_out = masks.shape
-    taps = masks.to(_accumulation_dtype(masks.dtype)).reshape(n, group_size, 1, kernel_size**2, h_out, w_out)
-    return taps.permute(3, 0, 1, 2, 4, 5)
-
-
-def _grouped(maps: Tensor, group_size: int) -> Tensor:
+def _by_group(maps: Tensor, group_size: int) -> Tensor:
     """(N, C, H, W) -> (N, G, C / G, H, W) in the accumulation dtype."""
-    n, c, h, w = maps.shape
-    return maps.to(_accumulation_dtype(maps.dtype)).reshape(n, group_size, c // group_size, h, w)
+    dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
+    return maps.to(dtype).unflatten(1, (group_size, maps.shape[1] // group_size))
+
+
+def _windows(features: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Iterator[Tensor]:
+    """What each of the k^2 taps reads, for all output locations: (N, G, C / G, H', W')."""
+    rows, columns = (source_index(size, up, down, features.device) for size in features.shape[2:])
+    padded = F.pad(_by_group(features, group_size), [kernel_size // 2] * 4)
+    for u in range(kernel_size):
+        for v in range(kernel_size):
+            yield padded.index_select(-2, rows + u).index_select(-1, columns + v)
 
 
 def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """Content-aware reassembly, eq. 3: features (N, C, H, W), masks (N, G * k^2, H', W') -> (N, C, H', W')."""
-    n, c, h, w = features.shape
-    radius = kernel_size // 2
-    rows = source_index(h, up, down, features.device)
-    columns = source_index(w, up, down, features.device)
-    padded = F.pad(_grouped(features, group_size), [radius] * 4)
-    output = padded.new_zeros(n, group_size, c // group_size, len(rows), len(columns))
-    for tap, weights in enumerate(_masks_by_tap(masks, kernel_size, group_size)):
-        u, v = divmod(tap, kernel_size)
-        output = output + weights * padded.index_select(-2, rows + u).index_select(-1, columns + v)
-    return output.reshape(n, c, len(rows), len(columns)).to(features.dtype)
+    weights = _by_group(masks, group_size).unsqueeze(3)
+    output = weights.new_zeros(())
+    for tap, window in enumerate(_windows(features, kernel_size, group_size, up, down)):
+        output = output + weights[:, :, tap] * window
+    return output.reshape(*features.shape[:2], *masks.shape[2:]).to(features.dtype)
 
 
 def grad_features(
     grad_output: Tensor, masks: Tensor, height: int, width: int, kernel_size: int, group_size: int, up: int, down: int
 ) -> Tensor:
     """dT/dX: the gradient with respect to features of size ``height x width``, (N, C, H, W)."""
-    n, c, h_out, _ = grad_output.shape
     radius = kernel_size // 2
-    rows = source_index(height, up, down, grad_output.device)
-    columns = source_index(width, up, down, grad_output.device)
-    grad = _grouped(grad_output, group_size)
-    weights = _masks_by_tap(masks, kernel_size, group_size)
-    lead = (n, group_size, c // group_size)
-    padded = grad.new_zeros(*lead, height + 2 * radius, width + 2 * radius)
+    rows, columns = (source_index(size, up, down, grad_output.device) for size in (height, width))
+    grad, weights = _by_group(grad_output, group_size), _by_group(masks, group_size).unsqueeze(3)
+    padded = grad.new_zeros(*grad.shape[:3], height + 2 * radius, width + 2 * radius)
     for u in range(kernel_size):
-        row_sums = grad.new_zeros(*lead, h_out, width + 2 * radius)
+        row_sums = grad.new_zeros(*grad.shape[:4], width + 2 * radius)
         for v in range(kernel_size):
-            row_sums = row_sums.index_add(-1, columns + v, weights[u * kernel_size + v] * grad)
+            row_sums = row_sums.index_add(-1, columns + v, weights[:, :, u * kernel_size + v] * grad)
         padded = padded.index_add(-2, rows + u, row_sums)
     inner = padded[..., radius : radius + height, radius : radius + width]
-    return inner.reshape(n, c, height, width).to(grad_output.dtype)
+    return inner.reshape(*grad_output.shape[:2], height, width).to(grad_output.dtype)
 
 
 def grad_masks(grad_output: Tensor, features: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """dT/dM: the gradient with respect to the masks, (N, G * k^2, H', W')."""
-    n, _, h, w = features.shape
-    radius = kernel_size // 2
-    rows = source_index(h, up, down, features.device)
-    columns = source_index(w, up, down, features.device)
-    padded = F.pad(_grouped(features, group_size), [radius] * 4)
-    grad = _grouped(grad_output, group_size)
-    taps = [
-        (grad * padded.index_select(-2, rows + u).index_select(-1, columns + v)).sum(2)
-        for u in range(kernel_size)
-        for v in range(kernel_size)
-    ]
-    sums = torch.stack(taps, dim=2)
-    return sums.reshape(n, group_size * kernel_size**2, len(rows), len(columns)).to(grad_output.dtype)
+    grad = _by_group(grad_output, group_size)
+    windows = _windows(features, kernel_size, group_size, up, down)
+    sums = torch.stack([(grad * window).sum(2) for window in windows], dim=2)
+    return sums.flatten(1, 2).to(grad_output.dtype)
 
 
 def normalize_kernels(logits: Tensor, kernel_size: int, group_size: int, normalizer: str) -> Tensor:
@@ -120,17 +102,12 @@ def normalize_kernels(logits: Tensor, kernel_size: int, group_size: int, normali
     """
     if normalizer == "sigmoid":
         return logits.sigmoid()
-    kernels = _by_kernel(logits, kernel_size, group_size)
+    kernels = logits.unflatten(1, (group_size, kernel_size**2))
     if normalizer == "sigmoid_normalized":
         # sigmoid(x) / sum(sigmoid(x)) is softmax(log(sigmoid(x))), which stays right where every sigmoid underflows.
         kernels = F.logsigmoid(kernels)
     # The explicit dtype keeps autocast from making a float32 copy of the largest tensor here.
     return kernels.softmax(dim=2, dtype=kernels.dtype).reshape(logits.shape)
-
-
-def _by_kernel(maps: Tensor, kernel_size: int, group_size: int) -> Tensor:
-    n, _, h, w = maps.shape
-    return maps.reshape(n, group_size, kernel_size**2, h, w)
 
 
 def shuffle_logits(logits: Tensor, up: int, down: int) -> Tensor:
@@ -158,7 +135,7 @@ def _product_of_jacobian(masks: Tensor, direction: Tensor, k: int, g: int, norma
     """The Jacobian of the softmax, or of the sigmoid, times a direction; both are symmetric."""
     if normalizer == "sigmoid":
         return masks * (1 - masks) * direction
-    kernels, directions = _by_kernel(masks, k, g), _by_kernel(direction, k, g)
+    kernels, directions = (maps.unflatten(1, (g, k**2)) for maps in (masks, direction))
     return (kernels * (directions - (kernels * directions).sum(dim=2, keepdim=True))).reshape(masks.shape)
 
 
@@ -188,7 +165,7 @@ def curvature_of_masks(
     if normalizer == "sigmoid":
         return _unshuffle(masks * (1 - masks) * (1 - 2 * masks) * direction * grad_masks, up)
     slope = (-logits).sigmoid() if normalizer == "sigmoid_normalized" else torch.ones_like(logits)  # of log(sigmoid)
-    kernels, grads, directions = (_by_kernel(maps, k, g) for maps in (masks, grad_masks, direction * slope))
+    kernels, grads, directions = (maps.unflatten(1, (g, k**2)) for maps in (masks, grad_masks, direction * slope))
     mean_grad, mean_direction = ((kernels * maps).sum(dim=2, keepdim=True) for maps in (grads, directions))
     inner = (grads * (directions - mean_direction) - directions * mean_grad).reshape(masks.shape)
     result = _product_of_jacobian(masks, inner, k, g, normalizer) * slope

@@ -230,7 +230,7 @@ def test_modules_copy_and_pickle(tmp_path):
         (CARAFEUpsample, {"channels": 8, "encoder_kernel": 2}, "encoder_kernel must be an odd positive int, got 2"),
         (CARAFEUpsample, {"channels": 8, "up_group": 3}, "channels must be a multiple of the group size 3, got 8"),
         (CARAFEUpsample, {"channels": 8, "scale_factor": 0.5}, "scale_factor must be at least 1, got 0.5"),
-        (CARAFEDownsample, {"channels": 8, "scale_factor": 0}, "scale_factor must be greater than 0, got 0"),
+        (CARAFEDownsample, {"channels": 8, "scale_factor": 0}, "scale_factor must be finite and greater than 0, got 0"),
         (CARAFEDownsample, {"channels": 8, "normalizer": "l2"}, "normalizer must be one of softmax, sigmoid, .* 'l2'"),
         (CARAFEDownsample, {"channels": 8, "compressed_channels": -1}, "compressed_channels must be a positive int"),
         (CARAFEDownsample, {"channels": 8, "compressed_channels": None, "act": nn.ReLU}, "admits neither"),

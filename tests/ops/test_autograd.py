@@ -5,9 +5,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from carafe_plugin.ops import carafe
+from carafe_plugin.ops import carafe, reference
 from carafe_plugin.ops.functional import scale_ratio
-from carafe_plugin.testing import SCALES, random_case
+from carafe_plugin.ops.fused import reassemble_logits
+from carafe_plugin.testing import SCALES, random_case, relative_error
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=str)
@@ -49,13 +50,31 @@ def test_only_the_wanted_gradient_is_computed(wanted, device):
     assert {name for name, operator in operators.items() if operator in called} == {wanted}
 
 
-def test_only_the_inputs_are_kept_for_the_backward_pass(device):
-    features, masks, _ = random_case((8, 8), 16, 5, 1, 2, device=device)
-    features.requires_grad_(), masks.requires_grad_()
+@pytest.mark.parametrize("wanted", [("features",), ("kernels",), ("features", "kernels")], ids="+".join)
+@pytest.mark.parametrize("normalizer", [None, "softmax"])
+def test_only_what_the_backward_pass_reads_is_kept(normalizer, wanted, device):
+    features, masks, grad = random_case((8, 8), 16, 5, 1, 2, device=device)
+    kernels = masks if normalizer is None else torch.randn(2, 100, 8, 8, device=device)
+    tensors = {"features": features, "kernels": kernels}
+    for name in wanted:
+        tensors[name].requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        carafe(features, masks, 5)
-    assert sorted(t.data_ptr() for t in kept) == sorted((features.data_ptr(), masks.data_ptr()))
+        if normalizer is None:
+            output = carafe(features, masks, 5)
+        else:
+            output = reassemble_logits(features, kernels, 5, 1, 2, 1, normalizer)
+    if normalizer is not None and "kernels" in wanted:
+        read = {"features", "kernels"}
+    else:
+        read = {{"features": "kernels", "kernels": "features"}[name] for name in wanted}
+    assert sorted(t.data_ptr() for t in kept) == sorted(tensors[name].data_ptr() for name in read)
+    found = torch.autograd.grad(output, [tensors[name] for name in wanted], grad)
+    both = [tensor.detach().double().requires_grad_() for tensor in tensors.values()]
+    masks64 = both[1] if normalizer is None else reference.masks_from_logits(both[1], 5, 1, 2, 1, normalizer)
+    reference.reassemble(both[0], masks64, 5, 1, 2, 1).backward(grad.double())
+    for name, gradient in zip(wanted, found, strict=True):
+        assert relative_error(gradient, both[list(tensors).index(name)].grad) < 1e-5
 
 
 def test_checkpointing(device):

@@ -159,7 +159,7 @@ def test_unknown_backend_is_an_error():
     assert "CARAFE_BACKEND must be 'auto', 'compiled' or 'reference', got 'fast'" in result.stderr
 
 
-@pytest.mark.parametrize("operator", [operator.name for operator in OPERATORS])
+@pytest.mark.parametrize("operator", [operator.name for operator in OPERATORS.values()])
 @pytest.mark.parametrize(
     "key", ["CPU", "CUDA", "Meta", "CompositeExplicitAutograd", "Autograd", "AutocastCPU", "AutocastCUDA"]
 )
@@ -169,7 +169,7 @@ def test_every_operator_has_every_registration(operator, key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"carafe_plugin::{operator}", key)
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
 def test_both_languages_have_the_same_schema(operator):
     if not is_compiled("cpu"):
         pytest.skip("the compiled CPU operators are not built")
@@ -179,7 +179,7 @@ def test_both_languages_have_the_same_schema(operator):
 
 def test_there_are_no_other_operators():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("carafe_plugin::")}
-    assert registered == {f"carafe_plugin::{operator.name}" for operator in OPERATORS}
+    assert registered == {f"carafe_plugin::{operator.name}" for operator in OPERATORS.values()}
 
 
 def test_both_languages_have_the_same_normalizers():
@@ -193,7 +193,7 @@ def test_reference_takes_the_place_of_compiled_kernels():
     code = """
 import torch
 from carafe_plugin.ops import carafe, reference
-from carafe_plugin.ops._operators import serve_by_reference
+from carafe_plugin.ops._registration import serve_by_reference
 from carafe_plugin.testing import random_case
 x, m, z = random_case((6, 7), 8, 5, 2, 2)
 compiled = carafe(x, m, 5, 2)
@@ -214,28 +214,28 @@ for ours, theirs in zip(torch.autograd.grad(y, (x, m), z), torch.autograd.grad(e
 
 @pytest.mark.parametrize("capabilities", [[(7, 0)], [(9, 0)], [(6, 1), (9, 0)]], ids=["old", "new", "both"])
 def test_old_gpus_are_served_by_the_reference_after_one_warning(capabilities, monkeypatch):
-    from carafe_plugin.ops import _operators
+    from carafe_plugin.ops import _registration
 
     served = []
-    monkeypatch.setattr(_operators, "compiled_architectures", lambda: ([80, 90], True))
-    monkeypatch.setattr(_operators, "serve_by_reference", lambda *arguments: served.append(arguments))
-    monkeypatch.setattr(_operators, "serving", {"cpu", "cuda"})
+    monkeypatch.setattr(_registration, "compiled_architectures", lambda: ([80, 90], True))
+    monkeypatch.setattr(_registration, "serve_by_reference", lambda *arguments: served.append(arguments))
+    monkeypatch.setattr(_registration, "_serving", {"cpu", "cuda"})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _operators._check_gpus()
+        _registration._check_gpus()
     old = capabilities[0] != (9, 0)
     assert served == ([("cuda", {0})] if old else [])
     assert len(caught) == old
     if old:
         assert "compiled for sm_80, sm_90, so the slower PyTorch reference serves on GPU 0" in str(caught[0].message)
-    assert ("cuda" in _operators.serving) == (capabilities[-1] == (9, 0))
+    assert ("cuda" in _registration._serving) == (capabilities[-1] == (9, 0))
 
 
 def test_the_binary_knows_its_architectures():
-    from carafe_plugin.ops._compiled import compiled_architectures
+    from carafe_plugin.ops._registration import compiled_architectures
 
     if not is_compiled("cuda"):
         pytest.skip(reason_for_no_cuda_half() or "the CUDA half is not built")
@@ -278,16 +278,15 @@ def test_mmcv_kernel_is_wrapped_safely(dtype, normalizer, layout, monkeypatch):
     features, masks, grad = (t.contiguous(memory_format=layout) for t in random_case((4, 5), 4, 3, 2, 2, dtype=dtype))
     kernels = torch.nn.functional.pixel_unshuffle(masks, 2) if normalizer else masks
     geometry = (3, 2, 2, 1, normalizer)
-    reassemble, grad_features, grad_kernels = OPERATORS
-    for operator, arguments in (
-        (reassemble, (features, kernels)),
-        (grad_features, (grad, kernels, 4, 5)),
-        (grad_kernels, (grad, features, kernels)),
+    for computes, arguments in (
+        ("grad_output", (features, kernels)),
+        ("features", (grad, kernels, 4, 5)),
+        ("kernels", (grad, features, kernels)),
     ):
         before = fake.calls
-        found = operator.mmcv(*arguments, *geometry)
+        found = OPERATORS[computes].by_mmcv(*arguments, *geometry)
         assert fake.calls == before + 1
-        expected = operator.reference(*arguments, *geometry)
+        expected = OPERATORS[computes].by_reference(*arguments, *geometry)
         assert found.stride() == expected.stride()
         assert_close(found, expected)
 
@@ -302,9 +301,19 @@ def test_mmcv_kernel_stays_out_where_it_is_wrong(change, monkeypatch):
     k, g, scale = (settings.pop(name) for name in ("kernel_size", "group_size", "scale"))
     features, masks, grad = random_case((4, 5), 8, k, g, scale, **settings)
     geometry = (k, g, *((1, 2) if scale == 0.5 else (2, 1)))
-    assert_close(OPERATORS[0].mmcv(features, masks, *geometry), reference.reassemble(features, masks, *geometry))
-    OPERATORS[1].mmcv(grad, masks, 4, 5, *geometry)
-    OPERATORS[2].mmcv(grad, features, masks, *geometry)
+    output = OPERATORS["grad_output"].by_mmcv(features, masks, *geometry)
+    assert_close(output, reference.reassemble(features, masks, *geometry))
+    OPERATORS["features"].by_mmcv(grad, masks, 4, 5, *geometry)
+    OPERATORS["kernels"].by_mmcv(grad, features, masks, *geometry)
+    assert fake.calls == 0
+
+
+def test_mmcv_kernel_never_sees_what_does_not_fit_together(monkeypatch):
+    fake = FakeExtension()
+    monkeypatch.setattr(_mmcv, "extension", lambda: fake)
+    features, masks, _ = random_case((4, 5), 4, 3, 2, 2)
+    with pytest.raises(RuntimeError, match=r"kernels must have shape \(2, 18, 8, 10\), got \(2, 18, 8, 9\)"):
+        OPERATORS["grad_output"].by_mmcv(features, masks[..., :9], 3, 2, 2, 1)
     assert fake.calls == 0
 
 

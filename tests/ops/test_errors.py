@@ -11,6 +11,11 @@ from carafe_plugin.ops import carafe
 
 FEATURES = torch.zeros(2, 8, 5, 6)
 MASKS = torch.zeros(2, 18, 10, 12)
+GROUPS = "^group_size must be at least 1 and divide the channels, "
+SHAPE = (
+    r"^masks must have shape \(2, 18, 10, 12\): batch size of features, group_size \* kernel_size \*\* 2, output size "
+    r"\(5 x 6 features scaled by 2/1\), got "
+)
 
 
 def check(error, message, *, features=FEATURES, masks=MASKS, kernel_size=3, group_size=2, scale_factor=2):
@@ -27,24 +32,24 @@ def test_the_unchanged_case_is_right():
     [
         ({"features": np.zeros((2, 8, 5, 6))}, TypeError, r"^features must be a torch\.Tensor, got ndarray$"),
         ({"masks": [[0.0]]}, TypeError, r"^masks must be a torch\.Tensor, got list$"),
-        ({"features": FEATURES.int()}, TypeError, r"^features must be float64, .*, got torch\.int32$"),
-        ({"masks": MASKS.bool()}, TypeError, r"^masks must be float64, .*, got torch\.bool$"),
-        ({"features": FEATURES[0]}, ValueError, r"^features must have 4 dimensions .* got shape \(8, 5, 6\)$"),
-        ({"masks": MASKS[..., None]}, ValueError, r"^masks must have 4 dimensions .* got shape \(2, 18, 10, 12, 1\)$"),
-        ({"masks": MASKS[:1]}, ValueError, r"^masks must have the batch size of features, 2, got 1$"),
-        ({"masks": MASKS[:, :9]}, ValueError, r"^masks must have group_size \* kernel_size \*\* 2 = 18 .* got 9$"),
-        ({"masks": MASKS[:, :, :9]}, ValueError, r"^masks must have the output size 10 x 12 .* got 9 x 12$"),
-        ({"masks": MASKS[..., :11]}, ValueError, r"scaled by 2/1\), got 10 x 11$"),
+        ({"features": FEATURES.int()}, TypeError, r"^features: the dtype must be float64, .*, got torch\.int32$"),
+        ({"masks": MASKS.bool()}, TypeError, r"^masks: the dtype must be float64, .*, got torch\.bool$"),
+        ({"features": FEATURES[0]}, ValueError, r"^features must have 4 .*, got 3: \(8, 5, 6\) is not \(N, C, H, W\)$"),
+        ({"masks": MASKS[..., None]}, ValueError, r"^masks must have 4 .*, got 5: \(2, 18, 10, 12, 1\) is not"),
+        ({"masks": MASKS[:1]}, ValueError, SHAPE + r"\(1, 18, 10, 12\)$"),
+        ({"masks": MASKS[:, :9]}, ValueError, SHAPE + r"\(2, 9, 10, 12\)$"),
+        ({"masks": MASKS[:, :, :9]}, ValueError, SHAPE + r"\(2, 18, 9, 12\)$"),
+        ({"masks": MASKS[..., :11]}, ValueError, SHAPE + r"\(2, 18, 10, 11\)$"),
         ({"kernel_size": 4}, ValueError, r"^kernel_size must be odd and at least 1, got 4$"),
         ({"kernel_size": -1}, ValueError, r"^kernel_size must be odd and at least 1, got -1$"),
         ({"kernel_size": 3.0}, TypeError, r"^kernel_size must be an int, got float$"),
-        ({"group_size": 0}, ValueError, r"^group_size must be at least 1, got 0$"),
+        ({"group_size": 0}, ValueError, GROUPS + "got 0 for 8 channels$"),
         ({"group_size": "2"}, TypeError, r"^group_size must be an int, got str$"),
-        ({"features": FEATURES[:, :7]}, ValueError, r"^features must have a multiple of group_size=2 channels, got 7$"),
-        ({"scale_factor": 0}, ValueError, r"^scale_factor must be greater than 0, got 0$"),
-        ({"scale_factor": -2.0}, ValueError, r"^scale_factor must be greater than 0, got -2\.0$"),
-        ({"scale_factor": math.inf}, ValueError, r"^scale_factor must be a positive rational number, got inf$"),
-        ({"scale_factor": math.nan}, ValueError, r"^scale_factor must be a positive rational number, got nan$"),
+        ({"features": FEATURES[:, :7]}, ValueError, GROUPS + "got 2 for 7 channels$"),
+        ({"scale_factor": 0}, ValueError, r"^scale_factor must be finite and greater than 0, got 0$"),
+        ({"scale_factor": -2.0}, ValueError, r"^scale_factor must be finite and greater than 0, got -2\.0$"),
+        ({"scale_factor": math.inf}, ValueError, r"^scale_factor must be finite and greater than 0, got inf$"),
+        ({"scale_factor": math.nan}, ValueError, r"^scale_factor must be finite and greater than 0, got nan$"),
         ({"scale_factor": math.pi}, ValueError, r"^scale_factor must be a rational number that is written exactly"),
         ({"scale_factor": 1 / 3}, ValueError, r"did you mean fractions\.Fraction\(1, 3\)\?$"),
         ({"scale_factor": 1 / 300}, ValueError, r"did you mean fractions\.Fraction\(1, 300\)\?$"),
