@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from carafe_plugin.engine.checkpoint import read_checkpoint
-from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.cli import command
 from carafe_plugin.engine.conversion import check_destination, write_checkpoint
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.openmmlab.resnet_checkpoints import (
@@ -28,9 +28,7 @@ from carafe_plugin.openmmlab.resnet_checkpoints import (
 )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="mmpretrain's checkpoint -> backbone file for mmdet and mmseg.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="mmpretrain's checkpoint")
     parser.add_argument("destination", metavar="DST", help="the file to write; an existing one is replaced")
     parser.add_argument(
@@ -41,7 +39,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--depth", type=int, choices=list(ARCHITECTURES), help="fail unless the ResNet has this depth")
     parser.add_argument("--stock", action="store_true", help="accept a ResNet without CARAFE++")
-    return parser.parse_args(argv)
 
 
 def convert_backbone(args: argparse.Namespace) -> None:
@@ -74,10 +71,7 @@ def _listed(depths: Sequence[int] | dict) -> str:
     return ", ".join(map(str, depths))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(convert_backbone, parse_args(argv))
-
+main = command(convert_backbone, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,26 +30,19 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
-from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.cli import command
 from carafe_plugin.engine.datasets import DATASETS, Dataset
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import decode, shorten
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", choices=list(DATASETS))
     parser.add_argument("root", metavar="ROOT", help="the folder that you downloaded into")
     parser.add_argument("--out", help="where to lay the dataset out (default: where the configurations look for it)")
     parser.add_argument("--check", action="store_true", help="write nothing: check what is laid out in --out")
     parser.add_argument("--decode", action="store_true", help="also decode every image, to find truncated ones (slow)")
     parser.add_argument("--partial", action="store_true", help="accept other numbers of images than the dataset's")
-    return parser.parse_args(argv)
 
 
 def prepare_data(args: argparse.Namespace) -> int:
@@ -111,10 +104,7 @@ def damaged_images(folder: Path, names: Sequence[str]) -> list[str]:
     return [f"{len(damaged)} images in {folder} are truncated or damaged: {shorten(damaged)}"] if damaged else []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(prepare_data, parse_args(argv))
-
+main = command(prepare_data, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

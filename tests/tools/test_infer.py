@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import COLOURS, call_tool, one_line, run, scene, write_config
 
-from carafe_plugin.engine.detection import write_picture
+from carafe_plugin.engine.prediction import write_picture
 from carafe_plugin.images import IMAGE_ENDINGS, read_image
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")

@@ -20,7 +20,8 @@ from tiny_runs import call_tool, one_line, scene, write_config
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 
 from carafe_plugin.analysis import Reassembly, compose
-from carafe_plugin.engine import bare_models, reassembly_page, reassembly_pictures, reassembly_view
+from carafe_plugin.engine import bare_models, prediction, reassembly_page, reassembly_pictures, reassembly_view
+from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.reassembly_pictures import Shown
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
@@ -86,7 +87,7 @@ def seen(models: Callable, image: Path) -> dict[str, Any]:
     config, weights = models("mmdet")
     cfg = bare_models.read_config(str(config))
     model = bare_models.build_model(cfg)
-    reassembly_view.load_checkpoint(model, str(weights))
+    prediction.load_weights(model, str(weights))
     view = reassembly_view.view_image(cfg, model, image, (64, 96))
     chains = reassembly_view.find_chains(model, view, None, [])
     pixels = cv2.imread(str(image))[..., ::-1]
@@ -202,7 +203,7 @@ def test_pipelines_are_followed(steps: list[dict], columns: tuple, rows: tuple) 
     reassembly_view.init_default_scope("mmdet")
     for step in steps[2:-1]:
         step["type"] = f"mmcv.{step['type']}" if step["type"] in ("CenterCrop", "Pad") else step["type"]
-    pipeline = reassembly_view._pipeline(reassembly_view.Config(dict(test_pipeline=steps)))
+    pipeline = prediction_pipeline(reassembly_view.Config(dict(test_pipeline=steps)))
     for axis, expected in ((1, columns), (0, rows)):
         found = reassembly_view._follow(pipeline, (80, 100), axis)
         assert (found.scale, found.shift) == pytest.approx(expected, abs=0.4)
