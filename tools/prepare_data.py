@@ -23,15 +23,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import DownloadColumn
 from rich.table import Table
 
 from carafe_plugin.engine.cli import command
-from carafe_plugin.engine.datasets import DATASETS, Dataset
+from carafe_plugin.engine.console import progress_bar
+from carafe_plugin.engine.datasets import DATASETS
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import decode, shorten
 
@@ -54,19 +54,22 @@ def prepare_data(args: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out must be a folder, and is a file: {out}")
     console = Console(highlight=False, soft_wrap=True)
-    faults = [] if args.check else lay_out(dataset, root, out, console)
+    faults = []
+    if not args.check:
+        with progress_bar("unpacking {task.description}", DownloadColumn()) as progress:
+            faults = dataset.lay_out(root, out, progress)
     table = Table("", "expected", "found", "where", box=None)
     for folder in dataset.folders:
         place, found, where = out / folder.path, "-", "missing"
         if place.is_dir():
-            with console.status(f"counting {folder.path}") if console.is_terminal else nullcontext():
+            with console.status(f"counting {folder.path}"):
                 names, wrong = dataset.count(folder, out, args.partial)
             faults += wrong + (damaged_images(place, names) if args.decode and not folder.files else [])
             found, where = f"{len(names):,}", f"linked to {place.resolve()}" if place.is_symlink() else str(place)
         elif args.check:
             faults.append(f"missing: {place}")
         table.add_row(folder.path, f"{folder.size:,}", found, where)
-    with console.status("checking") if console.is_terminal else nullcontext():
+    with console.status("checking"):
         faults += dataset.check(out)
     console.print(table)
     for fault in faults:
@@ -81,26 +84,15 @@ def prepare_data(args: argparse.Namespace) -> int:
     return 0
 
 
-def lay_out(dataset: Dataset, root: Path, out: Path, console: Console) -> list[str]:
-    """Lay a dataset out with a bar for each archive; returns what went wrong."""
-    columns = (TextColumn("unpacking {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bars = {folder.path: progress.add_task(folder.path, visible=False) for folder in dataset.folders}
-
-        def advance(name: str, done: int, total: int) -> None:
-            progress.update(bars[name], advance=done, total=total, visible=True)
-
-        return dataset.lay_out(root, out, advance)
-
-
 def damaged_images(folder: Path, names: Sequence[str]) -> list[str]:
     """Decode images with a bar; returns what is wrong with them."""
-    console, damaged = Console(stderr=True), []
-    for name in track(names, f"decoding {folder.name}", console=console, disable=not console.is_terminal):
-        try:
-            decode(folder / name)
-        except ValueError:
-            damaged.append(name)
+    damaged = []
+    with progress_bar(f"decoding {folder.name}") as progress:
+        for name in progress.track(names):
+            try:
+                decode(folder / name)
+            except ValueError:
+                damaged.append(name)
     return [f"{len(damaged)} images in {folder} are truncated or damaged: {shorten(damaged)}"] if damaged else []
 
 
