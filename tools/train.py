@@ -26,8 +26,7 @@ from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import UsageError, reading_named_files
-from carafe_plugin.engine.processes import prepare_processes, require_gpu_for_amp
-from carafe_plugin.engine.runner import build_runner
+from carafe_plugin.engine.processes import build_runner, prepare_processes, require_gpu_for_amp
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -16,10 +16,10 @@ from typing import IO
 
 from rich.progress import Progress
 
-from carafe_plugin.engine.annotations import AnnotationError, check_coco, read_coco
+from carafe_plugin.engine.annotations import check_coco, read_coco
 from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.dataset_checks import pair_faults
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.engine.label_maps import pair_faults
 from carafe_plugin.images import file_faults, list_images, shorten
 
 #: A hidden file in a folder for as long as it is being unpacked: a kill may leave a part of a file.
@@ -44,7 +44,7 @@ class Folder:
             return len(list_images(path)) >= self.size
         try:
             return all(read_coco(path / name) for name in self.files)
-        except AnnotationError:
+        except UsageError:
             return False
 
 
@@ -197,8 +197,8 @@ def _check_coco(root: Path) -> Iterator[str]:
         file, training = root / "annotations" / name, split == "train2017"
         try:
             content = read_coco(file)
-            check_coco(content, file, empty_boxes=training, measured=not training, masks=True)
-        except AnnotationError as error:
+            check_coco(content, file, measured=not training, masks=True)
+        except UsageError as error:
             yield str(error)
             continue
         if (root / split).is_dir():
