@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from carafe_plugin.analysis import compose
-from carafe_plugin.engine import bare_models, prediction, reassembly_page, reassembly_view
+from carafe_plugin.engine import bare_models, prediction, reassembly_view
 from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly
+from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly, page_data, write_page
 from carafe_plugin.engine.reassembly_view import CHAINS
 from carafe_plugin.images import read_image
 
@@ -87,7 +87,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
         first = shown[title][0]
         path = args.out / f"{stem}_{'modules' if args.modules else title}.html"
         start = (first.row, first.column)
-        reassembly_page.write_page(path, reassembly_page.page_data(title, chain, view, pixels, start, args.group))
+        write_page(path, page_data(title, chain, view, pixels, start, args.group))
         written.append(path)
     for path in written:
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")

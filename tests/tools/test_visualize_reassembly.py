@@ -20,7 +20,7 @@ from tiny_runs import call_tool, one_line, scene, write_config
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 
 from carafe_plugin.analysis import Reassembly, compose
-from carafe_plugin.engine import bare_models, prediction, reassembly_page, reassembly_pictures, reassembly_view
+from carafe_plugin.engine import bare_models, prediction, reassembly_pictures, reassembly_view
 from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.reassembly_pictures import Shown
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
@@ -91,7 +91,7 @@ def seen(models: Callable, image: Path) -> dict[str, Any]:
     view = reassembly_view.view_image(cfg, model, image, (64, 96))
     chains = reassembly_view.find_chains(model, view, None, [])
     pixels = cv2.imread(str(image))[..., ::-1]
-    data = reassembly_page.page_data("fpn", chains["fpn"], view, pixels, (7, 5), None)
+    data = reassembly_pictures.page_data("fpn", chains["fpn"], view, pixels, (7, 5), None)
     return dict(view=view, chains=chains, data=data, model=model)
 
 
@@ -153,17 +153,17 @@ def test_the_page_holds_the_kernels(seen: dict[str, Any]) -> None:
         assert np.abs(weights - expected).max() < 0.01
         assert (operator["k"], operator["up"], operator["down"]) == (5, 2, 1)
     flat = torch.rand(2, 25, 4, 5).softmax(1).reshape(2, 5, 5, 4, 5)
-    packed = reassembly_page.pack_kernels(flat)[0].reshape(2, 4, 5, 5, 5)
+    packed = reassembly_pictures.pack_kernels(flat)[0].reshape(2, 4, 5, 5, 5)
     weights = packed / packed.sum((3, 4), keepdims=True, dtype=int)
     assert np.abs(weights - flat.permute(0, 3, 4, 1, 2).numpy()).max() < 0.0003, "small weights keep their precision"
     sigmoid = torch.rand(1, 3, 3, 4, 5)
-    packed, normalised = reassembly_page.pack_kernels(sigmoid)
+    packed, normalised = reassembly_pictures.pack_kernels(sigmoid)
     assert not normalised
     assert np.abs(packed.reshape(4, 5, 3, 3) / 255 - sigmoid[0].permute(2, 3, 0, 1).numpy()).max() < 0.003
 
 
 def test_data_cannot_end_the_script(seen: dict[str, Any], tmp_path: Path) -> None:
-    reassembly_page.write_page(tmp_path / "page.html", dict(seen["data"], title="</script><b>"))
+    reassembly_pictures.write_page(tmp_path / "page.html", dict(seen["data"], title="</script><b>"))
     assert page_content(tmp_path / "page.html")["title"] == "</script><b>"
 
 
@@ -318,7 +318,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(seen: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"
-    reassembly_page.write_page(path, seen["data"])
+    reassembly_pictures.write_page(path, seen["data"])
     return path
 
 
@@ -356,8 +356,8 @@ def test_the_page_has_the_groups_of_the_library(
     chain = grouped_chain(*groups)
     axis = reassembly_view.Axis(1, 0)
     view = reassembly_view.View((48, 64), (48, 64), (48, 64), axis, axis, chain)
-    data = reassembly_page.page_data("two", chain, view, np.zeros((48, 64, 3), np.uint8), (5, 7), group)
-    reassembly_page.write_page(tmp_path / "page.html", data)
+    data = reassembly_pictures.page_data("two", chain, view, np.zeros((48, 64, 3), np.uint8), (5, 7), group)
+    reassembly_pictures.write_page(tmp_path / "page.html", data)
     browser.open(tmp_path / "page.html")
     for row, column in ((5, 7), (0, 15)):
         found = browser.run(f"compose(1, {row}, {column}).map((level) => Array.from(level.weights))")
