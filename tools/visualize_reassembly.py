@@ -79,7 +79,6 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
             shown[title] = [Shown(pixel, row, col, compose(chain, row, col, args.group)) for pixel, row, col in places]
         except ValueError as error:
             raise UsageError(f"--group: {title}: {error}") from error
-    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.image.stem
     written = [args.out / f"{stem}.png"]
     draw_reassembly(pixels, view, chains, shown, written[0])

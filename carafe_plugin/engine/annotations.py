@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from carafe_plugin.engine.config import type_name
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import file_faults, shorten
 
@@ -258,4 +259,4 @@ def _coco_metrics(evaluators: Any) -> list[Mapping[str, Any]]:
     """Those of the metrics that measure against COCO's format."""
     metrics = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     metrics = [metric for metric in metrics if isinstance(metric, Mapping) and not metric.get("format_only")]
-    return [m for m in metrics if getattr(m.get("type"), "__name__", str(m.get("type"))).endswith("CocoMetric")]
+    return [metric for metric in metrics if type_name(metric).endswith("CocoMetric")]

@@ -148,6 +148,12 @@ def dataset_configs(dataset: Any) -> Iterator[Any]:
         yield from dataset_configs(part)
 
 
+def type_name(settings: Mapping[str, Any]) -> str:
+    """The name of the class in a configuration's ``type``, without a module or scope before it."""
+    kind = settings.get("type")
+    return getattr(kind, "__name__", str(kind)).rpartition(".")[2]
+
+
 def prediction_pipeline(cfg: Config) -> Compose:
     """The transforms of a configuration, without annotations, from ``dict(img_path=...)`` to a sample of its model's.
     Raises UsageError where it has none.

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
 from carafe_plugin.engine.annotations import check_annotations, unread_dataset
-from carafe_plugin.engine.config import dataset_configs, require_settings
+from carafe_plugin.engine.config import dataset_configs, require_settings, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.engine.processes import process_rank
 from carafe_plugin.images import file_faults, list_images, shorten
@@ -37,7 +37,7 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
     for split in splits:
         for dataset in dataset_configs((cfg.get(f"{split}_dataloader") or {}).get("dataset")):
             if not dataset.get("backend_args"):  # else the files are not on this machine
-                place = f"{split}_dataloader ({_type_name(dataset)})"
+                place = f"{split}_dataloader ({type_name(dataset)})"
                 _check_exists(dataset, place)
                 datasets.append((split, place, dataset))
     # One process reads the headers of all images, or all annotations; where it ends, its launcher ends the others.
@@ -70,11 +70,6 @@ def _path(dataset: Any, part: str) -> Path:
     return Path(dataset.get("data_root") or "", part).absolute()
 
 
-def _type_name(dataset: Any) -> str:
-    kind = dataset.get("type")
-    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-
-
 def check_not_empty(runner: Runner, *splits: str) -> None:
     """Build a run's datasets for ``splits`` ('train', 'val', 'test'), skipping those without a data loader. Raises
     UsageError where one holds no image, or a file that it names is missing.
@@ -92,7 +87,7 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
         if images == 0:
             datasets = list(dataset_configs(runner.cfg[f"{split}_dataloader"].dataset))
             sources = ", ".join(str(_path(dataset, dataset.get("ann_file") or "")) for dataset in datasets)
-            types = ", ".join(map(_type_name, datasets))
+            types = ", ".join(map(type_name, datasets))
             raise UsageError(f"no images in {split}_dataloader ({types}): looked in {sources}")
 
 
@@ -115,8 +110,8 @@ def label_map_fault(dataset: Mapping[str, Any]) -> str | None:
     names, ann_file = None, Path(built.ann_file or "")
     if ann_file.is_file():
         names = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
-    steps = [step.get("type") for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
-    usual = any(getattr(kind, "__name__", str(kind)).rpartition(".")[2] == "LoadAnnotations" for kind in steps)
+    steps = [step for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
+    usual = any(type_name(step) == "LoadAnnotations" for step in steps)
     suffixes = built.img_suffix, built.seg_map_suffix
     return next(pair_faults(images, maps, suffixes, names, _ONE_BAND if usual else ()), None)
 

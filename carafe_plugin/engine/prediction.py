@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.bare_models import build_model
 from carafe_plugin.engine.checkpoint import check_checkpoint_exists, find_mismatch, read_checkpoint, use_safe_loading
-from carafe_plugin.engine.config import dataset_configs, import_adapters
+from carafe_plugin.engine.config import dataset_configs, import_adapters, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.images import IMAGE_ENDINGS, read_upright
 from carafe_plugin.inpainting import InpaintingGAN
@@ -134,8 +134,8 @@ def read_holes(path: Path, size: tuple[int, int]) -> np.ndarray:
     """
     holes = np.array(read_picture(path, partial(read_upright, mode="L"))) >= 128
     if holes.shape != size:
-        shapes = [f"{width} x {height}" for height, width in (size, holes.shape)]
-        raise UsageError(f"the mask must have the size of the image, {shapes[0]}, got {shapes[1]}: {path}")
+        expected, got = (f"{width} x {height}" for height, width in (size, holes.shape))
+        raise UsageError(f"the mask must have the size of the image, {expected}, got {got}: {path}")
     if holes.all() or not holes.any():
         state = "white everywhere: nothing is known" if holes.all() else "nowhere white: there is nothing to fill"
         raise UsageError(f"the mask is {state}: {path}")
@@ -150,8 +150,7 @@ def check_out(out: Path) -> None:
         if out.is_dir():
             raise IsADirectoryError("it is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+        tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
         raise UsageError(f"cannot write --out {out}: {error.strerror or error}") from error
 
@@ -161,7 +160,7 @@ def load_inpainting_model(cfg: Config, path: str, device: str) -> InpaintingGAN:
     configuration describes another kind of model, or the checkpoint is of another one.
     """
     described = cfg.get("model")
-    if not isinstance(described, dict) or str(described.get("type")).rpartition(".")[2] != "InpaintingGAN":
+    if not isinstance(described, dict) or type_name(described) != "InpaintingGAN":
         raise UsageError(f"{cfg.filename} describes no inpainting model (model.type must be InpaintingGAN)")
     check_checkpoint_exists(path)
     model: Any = build_model(cfg)

@@ -108,12 +108,9 @@ def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]
     data = preprocessor(dict(inputs=[packed["inputs"]], data_samples=[packed["data_samples"]]), False)
     with torch.no_grad(), record_reassemblies(model) as found:
         model(**data, mode="predict" if cfg.default_scope == "mmdet" else "tensor")
-    whole = [reassembly for reassembly in found if not _on_regions(reassembly)]
+    # Not of regions: one map, outside a head that looks at regions of interest.
+    whole = [one for one in found if "roi_head" not in one.name.split(".") and len(one.kernels) == 1]
     return View(size, tuple(data["inputs"].shape[-2:]), seen, x, y, whole)
-
-
-def _on_regions(reassembly: Reassembly) -> bool:
-    return "roi_head" in reassembly.name.split(".") or len(reassembly.kernels) != 1
 
 
 def _run(pipeline: Compose, image: Path) -> Any:
