@@ -77,7 +77,6 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def browse_model(args: argparse.Namespace) -> None:
-    """Show the model as the command line says."""
     if args.shape and min(args.shape) < 1:
         raise UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
     if args.json and not args.json.absolute().parent.is_dir():

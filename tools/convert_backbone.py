@@ -42,7 +42,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def convert_backbone(args: argparse.Namespace) -> None:
-    """Read, check, convert and write."""
     source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
     check_destination(source, destination)
     checkpoint = read_checkpoint(str(source))

@@ -69,7 +69,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def convert_checkpoint(args: argparse.Namespace) -> None:
-    """Read, convert, check and write."""
     source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
     conversion.check_destination(source, destination)
     if destination.exists() and not args.force:

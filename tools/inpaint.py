@@ -39,7 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def inpaint(args: argparse.Namespace) -> None:
-    """Fill as the command line says."""
     prediction.check_out(args.out)
     picture = prediction.read_picture(args.image, read_upright)
     holes = prediction.read_holes(args.mask, (picture.height, picture.width))

@@ -32,8 +32,7 @@ else
   if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip >/dev/null 2>&1; then
     base=python3
     for candidate in python3.11 python3.12 python3.13 python3.10 python3; do
-      if command -v "$candidate" >/dev/null && supported "$candidate" &&
-        "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+      if supported "$candidate" && "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
         base=$candidate
         break
       fi

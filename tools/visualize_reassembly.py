@@ -58,7 +58,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def visualize_reassembly(args: argparse.Namespace) -> None:
-    """Draw as the command line says."""
     pixels = prediction.read_picture(args.image, read_image)
     height, width = pixels.shape[:2]
     for x, y in args.points:
@@ -78,7 +77,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
         try:
             shown[title] = [Shown(pixel, row, col, compose(chain, row, col, args.group)) for pixel, row, col in places]
         except ValueError as error:
-            raise UsageError(f"--group: {title}: {error}") from error
+            raise UsageError(f"chain {title}: {error}") from error
     stem = args.image.stem
     written = [args.out / f"{stem}.png"]
     draw_reassembly(pixels, view, chains, shown, written[0])

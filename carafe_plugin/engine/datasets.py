@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from rich.progress import Progress
 
@@ -129,7 +129,7 @@ def unpack(archive: Path, inside: str, folder: Path, progress: Progress) -> None
     members = _zip_members if archive.suffix == ".zip" else _tar_members
     try:
         with progress.open(archive, "rb", description=folder.name) as packed:
-            for name, size, content in members(packed):
+            for name, size, open_member in members(packed):
                 path = PurePosixPath(name)
                 if path.parts[: len(start)] != start or ".." in path.parts or path.is_absolute():
                     continue
@@ -138,7 +138,8 @@ def unpack(archive: Path, inside: str, folder: Path, progress: Progress) -> None
                     (folder / UNFINISHED).touch()
                 found, place = True, folder.joinpath(*path.parts[len(start) :])
                 if place.suffix == ".json" or not place.is_file() or place.stat().st_size != size:
-                    write_file(place, content, size)
+                    with open_member() as content:
+                        write_file(place, content, size)
     except (zipfile.BadZipFile, zlib.error, tarfile.TarError, EOFError) as error:
         size = archive.stat().st_size
         raise UsageError(f"cannot unpack {archive} ({size} bytes; truncated or damaged): {error}") from error
@@ -164,26 +165,24 @@ def write_file(place: Path, content: IO[bytes], size: int) -> None:
         raise
 
 
-#: A file in an archive: its name, its size and what is in it.
-Member = tuple[str, int, IO[bytes]]
+#: A file in an archive: its name, its size and how to open it.
+Member = tuple[str, int, Callable[[], Any]]  # extractfile gives None for folders alone
 
 
 def _zip_members(file: IO[bytes]) -> Iterator[Member]:
     with zipfile.ZipFile(file) as packed:
         for info in packed.infolist():
             if not info.is_dir():
-                with packed.open(info) as content:
-                    yield info.filename, info.file_size, content
+                yield info.filename, info.file_size, partial(packed.open, info)
 
 
-def _tar_members(file: IO[bytes], folder: str = "") -> Iterator[Member]:
+def _tar_members(file: IO[bytes] | None, folder: str = "") -> Iterator[Member]:
     with tarfile.open(fileobj=file) as packed:
         for member in packed:
-            content = packed.extractfile(member) if member.isfile() else None
-            if content and member.name.endswith(".tar"):
-                yield from _tar_members(content, f"{PurePosixPath(member.name).stem}/")
-            elif content:
-                yield f"{folder}{member.name}", member.size, content
+            if member.isfile() and member.name.endswith(".tar"):
+                yield from _tar_members(packed.extractfile(member), f"{PurePosixPath(member.name).stem}/")
+            elif member.isfile():
+                yield f"{folder}{member.name}", member.size, partial(packed.extractfile, member)
 
 
 _COCO = {split: f"instances_{split}.json" for split in ("train2017", "val2017")}

@@ -17,7 +17,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from carafe_plugin.analysis import Reassembly, check_chain, record_reassemblies
+from carafe_plugin.analysis import Reassembly, record_reassemblies
 from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
@@ -160,7 +160,7 @@ def find_chains(
     model: nn.Module, view: View, wanted: str | None, modules: Sequence[str]
 ) -> dict[str, list[Reassembly]]:
     """The chains to draw, by their titles: ``modules`` as one chain, in any order, else the chain ``wanted`` of
-    ``CHAINS``, or all that there are. Raises UsageError where the model lacks them, or they do not follow one another.
+    ``CHAINS``, or all that there are. Raises UsageError where the model lacks them.
     """
     sites = check_modules(model, modules)
     ran = {reassembly.name: reassembly for reassembly in view.reassemblies}
@@ -176,9 +176,4 @@ def find_chains(
     if not chains:
         what = f"no chain {wanted}" if wanted else f"none of the chains {', '.join(CHAINS)}"
         raise UsageError(f"the model has {what}: name some of its CARAFE++ with --modules: {', '.join(sites)}")
-    for title, chain in chains.items():
-        try:
-            check_chain(chain)
-        except ValueError as error:
-            raise UsageError(f"{'--modules' if modules else 'chain'} {title}: {error}") from error
     return chains
