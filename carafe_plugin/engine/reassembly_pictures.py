@@ -73,7 +73,6 @@ def draw_reassembly(
         for index, location in enumerate(shown[title]):
             axes = next(grid)
             for axis in axes:
-                axis.set(xticks=[], yticks=[])
                 axis.axis("off")
             part = _part(location, view, chain)
             _panel(axes[0], pixels, cells, location, (0, 0, width, height), 0.04 * max(width, height))
