@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from carafe_plugin.engine import bare_models
-from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.console import table_console
 from carafe_plugin.engine.errors import UsageError
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Show every CARAFE++ of a model, and what it costs.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="configuration file, or mmdet::..., mmseg::..., mmpretrain::... for a toolbox's")
     parser.add_argument(
         "--shape",
@@ -43,7 +40,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
     add_config_options(parser)
-    return parser.parse_args(argv)
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -81,7 +77,6 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def browse_model(args: argparse.Namespace) -> None:
-    """Show the model as the command line says."""
     if args.shape and min(args.shape) < 1:
         raise UsageError(f"--shape: expected two positive sizes, got {args.shape[0]} {args.shape[1]}")
     if args.json and not args.json.absolute().parent.is_dir():
@@ -94,10 +89,7 @@ def browse_model(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(browse_model, parse_args(argv))
-
+main = command(browse_model, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from carafe_plugin.engine.checkpoint import read_checkpoint
-from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.cli import command
 from carafe_plugin.engine.conversion import check_destination, write_checkpoint
 from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.images import shorten
 from carafe_plugin.openmmlab.resnet_checkpoints import (
     ARCHITECTURES,
     backbone_type,
@@ -28,9 +28,7 @@ from carafe_plugin.openmmlab.resnet_checkpoints import (
 )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="mmpretrain's checkpoint -> backbone file for mmdet and mmseg.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="mmpretrain's checkpoint")
     parser.add_argument("destination", metavar="DST", help="the file to write; an existing one is replaced")
     parser.add_argument(
@@ -41,11 +39,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--depth", type=int, choices=list(ARCHITECTURES), help="fail unless the ResNet has this depth")
     parser.add_argument("--stock", action="store_true", help="accept a ResNet without CARAFE++")
-    return parser.parse_args(argv)
 
 
 def convert_backbone(args: argparse.Namespace) -> None:
-    """Read, check, convert and write."""
     source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
     check_destination(source, destination)
     checkpoint = read_checkpoint(str(source))
@@ -55,29 +51,22 @@ def convert_backbone(args: argparse.Namespace) -> None:
         raise UsageError(f"cannot convert {source}: {error}") from error
     depths = matching_depths(backbone)
     if not depths:
-        raise UsageError(f"cannot convert {source}: its blocks are of no ResNet of depth {_listed(ARCHITECTURES)}")
+        raise UsageError(f"cannot convert {source}: its blocks are of no ResNet of depth {shorten(ARCHITECTURES)}")
     if args.depth is not None and args.depth not in depths:
-        raise UsageError(f"{source} holds a ResNet of depth {_listed(depths)}, expected --depth {args.depth}")
+        raise UsageError(f"{source} holds a ResNet of depth {shorten(depths)}, expected --depth {args.depth}")
     modules = count_carafe(backbone)
     if not modules and not args.stock:
         raise UsageError(f"{source} holds a ResNet without CARAFE++; pass --stock where that is meant")
     write_checkpoint(dict(meta=checkpoint.get("meta") or {}, state_dict=backbone), destination)
     stem = "deep" if "stem.0.weight" in backbone else "plain"
-    print(f"{destination}: ResNet-{_listed(depths)}, {stem} stem, {modules} CARAFE++, {len(backbone)} tensors")
+    print(f"{destination}: ResNet-{shorten(depths)}, {stem} stem, {modules} CARAFE++, {len(backbone)} tensors")
     if modules:
         kind = f'type="carafe_plugin.openmmlab.{args.to}.{backbone_type(backbone)}", depth={args.depth or depths[0]}'
         initial = f'init_cfg=dict(type="Pretrained", checkpoint="{args.destination}")'
         print(f"in a configuration of {args.to}: backbone=dict({kind}, {initial})")
 
 
-def _listed(depths: Sequence[int] | dict) -> str:
-    return ", ".join(map(str, depths))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(convert_backbone, parse_args(argv))
-
+main = command(convert_backbone, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

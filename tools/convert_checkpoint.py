@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -47,17 +46,11 @@ from rich.table import Table
 
 from carafe_plugin.engine import conversion
 from carafe_plugin.engine.checkpoint_layouts import ACTIVATIONS, LAYOUTS, ORDERS, Fork, LayoutError
-from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.cli import command
 from carafe_plugin.engine.errors import UsageError
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="the checkpoint: weights, or weights under state_dict or model")
     parser.add_argument("destination", metavar="DST", help="the file to write")
     parser.add_argument(
@@ -73,11 +66,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--below", nargs="+", default=[""], metavar="NAME", help="only modules whose names start so")
     parser.add_argument("--rename", nargs="+", default=[], metavar="OLD=NEW", help="new names of modules")
     parser.add_argument("--force", action="store_true", help="overwrite DST")
-    return parser.parse_args(argv)
 
 
 def convert_checkpoint(args: argparse.Namespace) -> None:
-    """Read, convert, check and write."""
     source, destination = Path(args.source).absolute(), Path(args.destination).absolute()
     conversion.check_destination(source, destination)
     if destination.exists() and not args.force:
@@ -111,10 +102,7 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
         print(f"left out: {', '.join(content.left_out)}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(convert_checkpoint, parse_args(argv))
-
+main = command(convert_checkpoint, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,13 +19,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from carafe_plugin.engine import detection
+from carafe_plugin.engine import prediction
 from carafe_plugin.engine.atomic import AtomicLocalBackend
-from carafe_plugin.engine.cli import add_config_options, run_tool
-from carafe_plugin.engine.config import load_config
+from carafe_plugin.engine.cli import add_config_options, command
+from carafe_plugin.engine.config import load_config, prediction_pipeline
 from carafe_plugin.engine.console import progress_bar
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.processes import choose_device
@@ -40,9 +39,7 @@ def score(text: str) -> float:
     return value
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Detect objects in images.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE-OR-FOLDER", help="an image file, or a folder of them")
     parser.add_argument("--config", required=True, help="configuration file of a detector (mmdet)")
     parser.add_argument("--checkpoint", required=True, help="its checkpoint")
@@ -50,25 +47,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--score-thr", type=score, default=0.3, help="leave out what scores less (default: 0.3)")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU where there is one, else cpu)")
     add_config_options(parser)
-    return parser.parse_args(argv)
 
 
 def infer(args: argparse.Namespace) -> int:
     """Detect as the command line says; 1 when images were skipped."""
-    images = detection.find_images(Path(args.images))
+    os.environ.setdefault("MPLBACKEND", "Agg")  # drawing into files needs no display
+    images = prediction.find_images(Path(args.images))
     out_dir = Path(args.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise UsageError(f"--out-dir is a folder; {out_dir.absolute()} is a file")
     cfg = load_config(args.config, args.cfg_options)
-    model = detection.load_detector(cfg, args.checkpoint, choose_device(args.device), args.drop_in)
+    model = prediction.load_detector(cfg, args.checkpoint, choose_device(args.device), args.drop_in)
     from mmdet.apis import inference_detector
     from mmdet.registry import VISUALIZERS
 
-    pipeline = detection.prediction_pipeline(model.cfg)
+    pipeline = prediction_pipeline(model.cfg)
     visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", name="infer"))
     visualizer.dataset_meta = model.dataset_meta
     classes = model.dataset_meta["classes"]
-    categories = detection.category_ids(model.cfg, classes)
+    categories = prediction.category_ids(model.cfg, classes)
     named = [dict(id=number, name=name) for number, name in zip(categories, classes, strict=True)]
     listed: dict[str, list] = dict(images=[], categories=named, annotations=[])
     skipped = []
@@ -83,10 +80,10 @@ def infer(args: argparse.Namespace) -> int:
             sample = inference_detector(model, str(path), test_pipeline=pipeline).cpu()
             sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= args.score_thr]
             visualizer.add_datasample(path.name, pixels, sample, draw_gt=False, pred_score_thr=args.score_thr)
-            detection.write_picture(out_dir / "pictures" / path.name, visualizer.get_image())
+            prediction.write_picture(out_dir / "pictures" / path.name, visualizer.get_image())
             height, width = pixels.shape[:2]
             listed["images"].append(dict(id=image_id, file_name=path.name, width=width, height=height))
-            listed["annotations"] += detection.to_coco(sample.pred_instances, image_id, categories)
+            listed["annotations"] += prediction.to_coco(sample.pred_instances, image_id, categories)
     for number, result in enumerate(listed["annotations"], 1):
         result["id"] = number
     results = out_dir / "results.json"
@@ -97,11 +94,7 @@ def infer(args: argparse.Namespace) -> int:
     return int(bool(skipped))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    os.environ.setdefault("MPLBACKEND", "Agg")  # drawing into files needs no display
-    return run_tool(infer, parse_args(argv))
-
+main = command(infer, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,21 +16,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from carafe_plugin.engine import hole_filling
-from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine import prediction
+from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.config import load_config
 from carafe_plugin.engine.processes import choose_device
-from carafe_plugin.images import IMAGE_ENDINGS
+from carafe_plugin.images import IMAGE_ENDINGS, read_upright
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Fill the holes of a picture.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, help="the picture")
     parser.add_argument("mask", type=Path, help="an image of the same size: white is filled")
     parser.add_argument("--config", required=True, help="configuration file of an inpainting model")
@@ -39,25 +36,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help=f"the filled picture ({endings})")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU where there is one, else cpu)")
     add_config_options(parser, drop_in=False)
-    return parser.parse_args(argv)
 
 
 def inpaint(args: argparse.Namespace) -> None:
-    """Fill as the command line says."""
-    hole_filling.check_out(args.out)
-    picture = hole_filling.read_picture(args.image)
-    holes = hole_filling.read_holes(args.mask, (picture.height, picture.width))
+    prediction.check_out(args.out)
+    picture = prediction.read_picture(args.image, read_upright)
+    holes = prediction.read_holes(args.mask, (picture.height, picture.width))
     cfg = load_config(args.config, args.cfg_options)
-    model = hole_filling.load_model(cfg, args.checkpoint, choose_device(args.device))
-    filled = hole_filling.fill(model, np.array(picture), holes)
-    hole_filling.write_picture(args.out, filled, picture.info.get("icc_profile"))
+    model = prediction.load_inpainting_model(cfg, args.checkpoint, choose_device(args.device))
+    filled = prediction.fill(model, np.array(picture), holes)
+    prediction.write_picture(args.out, filled, picture.info.get("icc_profile"))
     print(f"{args.out}: {holes.sum():,} of {picture.width} x {picture.height} pixels filled")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(inpaint, parse_args(argv))
-
+main = command(inpaint, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,8 +12,7 @@ require() {
     fi
 }
 
-# by_torchrun GPUS SCRIPT ARGUMENT...: a process a GPU; NNODES, NODE_RANK, MASTER_ADDR and PORT (environment) say how
-# this machine takes part in a run on several.
+# by_torchrun GPUS SCRIPT ARGUMENT...: a process a GPU; dist_train.sh says what comes from the environment.
 by_torchrun() {
     exec "${PYTHON:-python}" -m torch.distributed.run \
         --nnodes="${NNODES:-1}" \
@@ -24,8 +23,7 @@ by_torchrun() {
         "$tools/$2" "${@:3}"
 }
 
-# by_srun PARTITION JOB_NAME SCRIPT ARGUMENT...: GPUS (all, default 8), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS
-# (more arguments of srun) come from the environment; GPUS_PER_NODE=0 runs on the CPU, with GPUS processes.
+# by_srun PARTITION JOB_NAME SCRIPT ARGUMENT...: slurm_train.sh says what comes from the environment.
 by_srun() {
     local gpus=${GPUS:-8} gpus_per_node=${GPUS_PER_NODE:-8} srun_args
     local tasks_per_node=$gpus_per_node resources=("--gres=gpu:$gpus_per_node")

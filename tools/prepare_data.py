@@ -23,33 +23,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import DownloadColumn
 from rich.table import Table
 
-from carafe_plugin.engine.cli import run_tool
-from carafe_plugin.engine.datasets import DATASETS, Dataset
+from carafe_plugin.engine.cli import command
+from carafe_plugin.engine.console import progress_bar
+from carafe_plugin.engine.datasets import DATASETS
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import decode, shorten
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", choices=list(DATASETS))
     parser.add_argument("root", metavar="ROOT", help="the folder that you downloaded into")
     parser.add_argument("--out", help="where to lay the dataset out (default: where the configurations look for it)")
     parser.add_argument("--check", action="store_true", help="write nothing: check what is laid out in --out")
     parser.add_argument("--decode", action="store_true", help="also decode every image, to find truncated ones (slow)")
     parser.add_argument("--partial", action="store_true", help="accept other numbers of images than the dataset's")
-    return parser.parse_args(argv)
 
 
 def prepare_data(args: argparse.Namespace) -> int:
@@ -61,19 +54,22 @@ def prepare_data(args: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out must be a folder, and is a file: {out}")
     console = Console(highlight=False, soft_wrap=True)
-    faults = [] if args.check else lay_out(dataset, root, out, console)
+    faults = []
+    if not args.check:
+        with progress_bar("unpacking {task.description}", DownloadColumn()) as progress:
+            faults = dataset.lay_out(root, out, progress)
     table = Table("", "expected", "found", "where", box=None)
     for folder in dataset.folders:
         place, found, where = out / folder.path, "-", "missing"
         if place.is_dir():
-            with console.status(f"counting {folder.path}") if console.is_terminal else nullcontext():
+            with console.status(f"counting {folder.path}"):
                 names, wrong = dataset.count(folder, out, args.partial)
             faults += wrong + (damaged_images(place, names) if args.decode and not folder.files else [])
             found, where = f"{len(names):,}", f"linked to {place.resolve()}" if place.is_symlink() else str(place)
         elif args.check:
             faults.append(f"missing: {place}")
         table.add_row(folder.path, f"{folder.size:,}", found, where)
-    with console.status("checking") if console.is_terminal else nullcontext():
+    with console.status("checking"):
         faults += dataset.check(out)
     console.print(table)
     for fault in faults:
@@ -88,33 +84,19 @@ def prepare_data(args: argparse.Namespace) -> int:
     return 0
 
 
-def lay_out(dataset: Dataset, root: Path, out: Path, console: Console) -> list[str]:
-    """Lay a dataset out with a bar for each archive; returns what went wrong."""
-    columns = (TextColumn("unpacking {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bars = {folder.path: progress.add_task(folder.path, visible=False) for folder in dataset.folders}
-
-        def advance(name: str, done: int, total: int) -> None:
-            progress.update(bars[name], advance=done, total=total, visible=True)
-
-        return dataset.lay_out(root, out, advance)
-
-
 def damaged_images(folder: Path, names: Sequence[str]) -> list[str]:
     """Decode images with a bar; returns what is wrong with them."""
-    console, damaged = Console(stderr=True), []
-    for name in track(names, f"decoding {folder.name}", console=console, disable=not console.is_terminal):
-        try:
-            decode(folder / name)
-        except ValueError:
-            damaged.append(name)
+    damaged = []
+    with progress_bar(f"decoding {folder.name}") as progress:
+        for name in progress.track(names):
+            try:
+                decode(folder / name)
+            except ValueError:
+                damaged.append(name)
     return [f"{len(damaged)} images in {folder} are truncated or damaged: {shorten(damaged)}"] if damaged else []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(prepare_data, parse_args(argv))
-
+main = command(prepare_data, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,10 +13,7 @@ fail() {
   exit 1
 }
 
-case "${MMCV:-}" in
-  "" | compiled) ;;
-  *) fail "MMCV must be 'compiled' or unset, got '$MMCV'" ;;
-esac
+[ -z "${MMCV:-}" ] || [ "$MMCV" = compiled ] || fail "MMCV must be 'compiled' or unset, got '$MMCV'"
 if command -v ldconfig >/dev/null && ! ldconfig -p | grep -q 'libGL\.so\.1'; then
   echo "env: warning: libGL.so.1 is not installed; OpenCV, which mmcv imports, needs it (Debian: libgl1)" >&2
 fi
@@ -35,8 +32,7 @@ else
   if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip >/dev/null 2>&1; then
     base=python3
     for candidate in python3.11 python3.12 python3.13 python3.10 python3; do
-      if command -v "$candidate" >/dev/null && supported "$candidate" &&
-        "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+      if supported "$candidate" && "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
         base=$candidate
         break
       fi
@@ -63,16 +59,20 @@ fi
 
 # have NAME==VERSION ...: whether all of these are installed (a bare NAME: in any version).
 have() {
-  "$python" - "$@" <<'PYTHON'
-import importlib.metadata as metadata, sys
+  "$python" - "$@" 2>/dev/null <<'PYTHON'
+import importlib.metadata, sys
 for requirement in sys.argv[1:]:
     name, _, version = requirement.partition("==")
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        sys.exit(1)
-    if version and found.split("+")[0] != version:
-        sys.exit(1)
+    assert version in ("", importlib.metadata.version(name).split("+")[0])
+PYTHON
+}
+
+# extra NAME: the packages of one of the extras in pyproject.toml, on a line.
+extra() {
+  "$python" - "$1" <<'PYTHON'
+import pathlib, re, sys
+(packages,) = re.findall(rf"^{sys.argv[1]} = \[(.*?)\]", pathlib.Path("pyproject.toml").read_text(), re.M | re.S)
+print(*re.findall('"(.+?)"', packages))
 PYTHON
 }
 
@@ -133,14 +133,13 @@ export PATH="$bin:$PATH"
 
 # mmcv compiles its operators wherever its build sees torch. pip builds a package apart from what is installed, so it
 # sees none there; and what pip has kept of an earlier build may be either, so it is not asked.
-mmcv=onedl-mmcv==2.3.6
+read -r mmcv toolboxes <<<"$(extra onedl)"
 # Whether there are compiled operators, and whether they load; -E: without what stands in for them.
 is_compiled() {
-  "$python" -E - <<'PYTHON'
-import importlib.machinery as machinery, importlib.util as util, sys
-mmcv = util.find_spec("mmcv")
-found = mmcv and machinery.PathFinder.find_spec("mmcv._ext", mmcv.submodule_search_locations)
-sys.exit(not found)
+  "$python" -E - 2>/dev/null <<'PYTHON'
+import importlib.machinery, importlib.util
+mmcv = importlib.util.find_spec("mmcv")
+assert importlib.machinery.PathFinder.find_spec("mmcv._ext", mmcv.submodule_search_locations)
 PYTHON
 }
 has_operators() {
@@ -153,45 +152,33 @@ if ! have "$mmcv"; then
   unset PIP_NO_BUILD_ISOLATION
   install "mmcv, not compiled (about 30 s)" --no-cache-dir "$mmcv"
 fi
-if [ "${MMCV:-}" = compiled ]; then
-  if ! has_operators; then
-    missing=$(compiles) || fail "mmcv cannot be compiled: $missing"
-    "$python" -E -c 'import mmcv' >"$log" 2>&1 || fail "mmcv does not import: $(tail -n 1 "$log")"
-    again=(--no-deps --no-build-isolation --force-reinstall "$mmcv")
-    install "mmcv with its compiled operators (10 to 25 minutes on 2 cores, once)" "${again[@]}"
-    has_operators ||  # pip had kept one that was not compiled, or for another torch
-      install "mmcv with its compiled operators, again (10 to 25 minutes on 2 cores, once)" --no-cache-dir "${again[@]}"
-    has_operators || fail "mmcv was compiled, and its operators do not load: $(tail -n 1 "$log")"
-  fi
+if [ "${MMCV:-}" = compiled ] && ! has_operators; then
+  missing=$(compiles) || fail "mmcv cannot be compiled: $missing"
+  "$python" -E -c 'import mmcv' >"$log" 2>&1 || fail "mmcv does not import: $(tail -n 1 "$log")"
+  again=(--no-deps --no-build-isolation --force-reinstall "$mmcv")
+  install "mmcv with its compiled operators (10 to 25 minutes on 2 cores, once)" "${again[@]}"
+  has_operators ||  # pip had kept one that was not compiled, or for another torch
+    install "mmcv with its compiled operators, again (10 to 25 minutes on 2 cores, once)" --no-cache-dir "${again[@]}"
+  has_operators || fail "mmcv was compiled, and its operators do not load: $(tail -n 1 "$log")"
 fi
-step "mmengine, mmdet, mmsegmentation, mmpretrain (about 30 s)" \
-  onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1 onedl-mmsegmentation==1.4.2 onedl-mmpretrain==1.3.6
-step "the tools for demos, tests and style (about 20 s)" \
-  rich matplotlib pycocotools scikit-image build==1.6.1 clang-format==19.1.7 hypothesis==6.170.15 mypy==2.4.1 pytest==9.2.0 \
-  pytest-xdist==3.8.0 ruff==0.17.6
+# Not quoted: a word for each package.
+step "mmengine, mmdet, mmsegmentation, mmpretrain (about 30 s)" $toolboxes
+step "the tools for demos, tests and style (about 20 s)" $(extra tools) $(extra dev)
 
 # built: whether the environment has this package from this folder, built after its sources; pip writes RECORD last.
 built() {
   local record
-  record=$("$python" - <<'PYTHON'
-import importlib.metadata as metadata, json, pathlib, sys
-try:
-    package = metadata.distribution("carafe_plugin")
-    url = json.loads(package.read_text("direct_url.json") or "{}").get("url")
-    record = [path.locate() for path in package.files or () if path.name == "RECORD"]
-except metadata.PackageNotFoundError:
-    sys.exit(1)
-if url != pathlib.Path.cwd().as_uri() or not record:
-    sys.exit(1)
-print(record[0])
+  record=$("$python" - 2>/dev/null <<'PYTHON'
+import importlib.metadata, json, pathlib
+package = importlib.metadata.distribution("carafe_plugin")
+assert json.loads(package.read_text("direct_url.json"))["url"] == pathlib.Path.cwd().as_uri()
+print(next(path.locate() for path in package.files if path.name == "RECORD"))
 PYTHON
   ) && [ -z "$(find setup.py pyproject.toml csrc -newer "$record" -type f)" ] &&
     { [ -e carafe_plugin/_C.abi3.so ] || ! compiles >/dev/null; }
 }
 
-if ! built; then
-  install "carafe_plugin (about 2 minutes)" --no-deps --no-build-isolation -e .
-fi
+built || install "carafe_plugin (about 2 minutes)" --no-deps --no-build-isolation -e .
 if [ ! -e carafe_plugin/_C.abi3.so ]; then
   echo "env: carafe_plugin is not compiled and runs on its slower PyTorch reference: $(compiles)"
 fi

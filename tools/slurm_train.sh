@@ -5,13 +5,7 @@
 # environment; GPUS_PER_NODE=0 runs on the CPU, with GPUS processes.
 source "$(dirname "$0")/launch.sh"
 require 3 "PARTITION JOB_NAME CONFIG [WORK_DIR] [options of tools/train.py]" "$@"
-partition=$1
-job_name=$2
-config=$3
-shift 3
-options=()
-if [ "$#" -gt 0 ] && [ "${1#-}" = "$1" ]; then
-    options=(--work-dir "$1")
-    shift
+if [ "$#" -gt 3 ] && [ "${4#-}" = "$4" ]; then
+    set -- "${@:1:3}" --work-dir "${@:4}"
 fi
-by_srun "$partition" "$job_name" train.py "$config" --launcher slurm ${options[@]+"${options[@]}"} "$@"
+by_srun "$1" "$2" train.py "$3" --launcher slurm "${@:4}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 import mmengine
 from mmengine.dist import is_main_process
@@ -20,17 +19,14 @@ from mmengine.dist import is_main_process
 from carafe_plugin.engine import evaluation
 from carafe_plugin.engine.atomic import use_atomic_writes
 from carafe_plugin.engine.checkpoint import check_checkpoint_exists
-from carafe_plugin.engine.cli import add_run_options, run_tool
+from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import reading_named_files
-from carafe_plugin.engine.processes import prepare_processes
-from carafe_plugin.engine.runner import build_runner
+from carafe_plugin.engine.processes import build_runner, prepare_processes
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Test a model with CARAFE++ registered.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     parser.add_argument("checkpoint", help="checkpoint file (or a URL that mmengine loads)")
     parser.add_argument(
@@ -48,7 +44,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="test although the checkpoint lacks parameters of the model, or has CARAFE++'s where the model has none",
     )
-    return parser.parse_args(argv)
 
 
 def test(args: argparse.Namespace) -> None:
@@ -80,10 +75,7 @@ def test(args: argparse.Namespace) -> None:
         mmengine.dump(metrics, args.out)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(test, parse_args(argv))
-
+main = command(test, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

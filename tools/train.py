@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from mmengine.config import Config
 
@@ -23,17 +22,14 @@ from carafe_plugin.engine.checkpoint import (
     read_checkpoint,
 )
 from carafe_plugin.engine.checkpoint_hook import use_atomic_checkpoints
-from carafe_plugin.engine.cli import add_run_options, run_tool
+from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import UsageError, reading_named_files
-from carafe_plugin.engine.processes import prepare_processes, require_gpu_for_amp
-from carafe_plugin.engine.runner import build_runner
+from carafe_plugin.engine.processes import build_runner, prepare_processes, require_gpu_for_amp
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Train a model with CARAFE++ registered.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     parser.add_argument(
         "--resume",
@@ -47,7 +43,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--auto-scale-lr", action="store_true", help="scale the learning rate to the real batch size (config's base)"
     )
-    return parser.parse_args(argv)
 
 
 def use_amp(cfg: Config) -> None:
@@ -105,10 +100,7 @@ def train(args: argparse.Namespace) -> None:
         runner.train()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_tool(train, parse_args(argv))
-
+main = command(train, add_options, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

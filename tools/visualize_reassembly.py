@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from carafe_plugin.analysis import compose
-from carafe_plugin.engine import bare_models, reassembly_page, reassembly_view
-from carafe_plugin.engine.cli import add_config_options, run_tool
+from carafe_plugin.engine import bare_models, prediction, reassembly_view
+from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly
+from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly, page_data, write_page
 from carafe_plugin.engine.reassembly_view import CHAINS
 from carafe_plugin.images import read_image
 
@@ -41,9 +41,7 @@ def point(text: str) -> tuple[float, float]:
     raise argparse.ArgumentTypeError(f"expected x,y in pixels of the image, such as 120,80; got {text.strip()}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Show which source locations a model's CARAFE++ reassembles.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE")
     parser.add_argument(
         "--config", required=True, help="configuration file, or mmdet::..., mmseg::..., mmpretrain::..."
@@ -57,19 +55,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group", type=int, help="group of channels, from 0 (default: their average)")
     parser.add_argument("--html", action="store_true", help="write a page for each chain as well")
     add_config_options(parser)
-    # argparse takes -1,10 for an option, but nothing with a space in it; float() does not mind the space.
-    given = sys.argv[1:] if argv is None else argv
-    return parser.parse_args([f" {text}" if re.match(r"-[^-].*,", text) else text for text in given])
 
 
 def visualize_reassembly(args: argparse.Namespace) -> None:
-    """Draw as the command line says."""
-    if not args.image.is_file():
-        raise UsageError(f"no such image: {args.image.absolute()}")
-    try:
-        pixels = read_image(args.image)
-    except ValueError as error:
-        raise UsageError(f"cannot read image {args.image.absolute()}: {error}") from error
+    pixels = prediction.read_picture(args.image, read_image)
     height, width = pixels.shape[:2]
     for x, y in args.points:
         reassembly_view.check_point(x, y, (height, width))
@@ -78,7 +67,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
     cfg = bare_models.read_config(args.config, args.cfg_options, args.drop_in)
     model = bare_models.build_model(cfg)
     reassembly_view.check_modules(model, args.modules)
-    reassembly_view.load_checkpoint(model, args.checkpoint)
+    prediction.load_weights(model, args.checkpoint)
     view = reassembly_view.view_image(cfg, model, args.image, (height, width))
     chains = reassembly_view.find_chains(model, view, args.chain, args.modules)
 
@@ -88,8 +77,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
         try:
             shown[title] = [Shown(pixel, row, col, compose(chain, row, col, args.group)) for pixel, row, col in places]
         except ValueError as error:
-            raise UsageError(f"--group: {title}: {error}") from error
-    args.out.mkdir(parents=True, exist_ok=True)
+            raise UsageError(f"chain {title}: {error}") from error
     stem = args.image.stem
     written = [args.out / f"{stem}.png"]
     draw_reassembly(pixels, view, chains, shown, written[0])
@@ -97,7 +85,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
         first = shown[title][0]
         path = args.out / f"{stem}_{'modules' if args.modules else title}.html"
         start = (first.row, first.column)
-        reassembly_page.write_page(path, reassembly_page.page_data(title, chain, view, pixels, start, args.group))
+        write_page(path, page_data(title, chain, view, pixels, start, args.group))
         written.append(path)
     for path in written:
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
@@ -105,7 +93,10 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_tool(visualize_reassembly, parse_args(argv))
+    # argparse takes -1,10 for an option, but nothing with a space in it; float() does not mind the space.
+    given = sys.argv[1:] if argv is None else argv
+    given = [f" {text}" if re.match(r"-[^-].*,", text) else text for text in given]
+    return command(visualize_reassembly, add_options, __doc__)(given)
 
 
 if __name__ == "__main__":

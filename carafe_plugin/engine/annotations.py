@@ -14,32 +14,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from carafe_plugin.engine.config import type_name
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import file_faults, shorten
-
-__all__ = ["AnnotationError", "check_annotations", "check_coco", "read_coco", "unread_dataset"]
-
-
-class AnnotationError(UsageError):
-    """Annotations cannot be used; the message names the file and the value."""
 
 
 def read_coco(path: Path) -> dict[str, Any]:
     """Read an annotation file in COCO's format; one without annotations, as COCO's own of test images, gets an empty
-    list of them. Raises AnnotationError where it cannot be read or lacks another list.
+    list of them. Raises UsageError where it cannot be read or lacks another list.
     """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise AnnotationError(f"cannot read the annotation file {path}: {error.strerror or error}") from error
+        raise UsageError(f"cannot read the annotation file {path}: {error.strerror or error}") from error
     except ValueError as error:
         size = path.stat().st_size
-        raise AnnotationError(f"cannot read {path} ({size} bytes; truncated, or not JSON): {error}") from error
+        raise UsageError(f"cannot read {path} ({size} bytes; truncated, or not JSON): {error}") from error
     if isinstance(content, dict):
         content.setdefault("annotations", [])
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise AnnotationError(f"{path} is not an annotation file in COCO's format: it has no list of {name}")
+            raise UsageError(f"{path} is not an annotation file in COCO's format: it has no list of {name}")
     return content
 
 
@@ -48,23 +43,21 @@ def check_coco(
     path: Path,
     classes: Sequence[str] | None = None,
     *,
-    empty_boxes: bool = False,
     measured: bool = True,
     masks: bool = False,
 ) -> None:
-    """Raise an AnnotationError where what :func:`read_coco` returned lacks what mmdet or pycocotools reads, or has an
+    """Raise a UsageError where what :func:`read_coco` returned lacks what mmdet or pycocotools reads, or has an
     unsuitable value there, where an id occurs twice, or where one of ``classes`` has no category, or several.
 
-    ``path`` is for the messages. ``empty_boxes`` allows boxes without an area, which COCO's training annotations have.
-    ``measured`` says that pycocotools measures predictions against the file: it needs ``iscrowd``, and takes an object
-    with the id 0 for one that nothing found. ``masks`` asks for a ``segmentation`` too.
+    ``path`` is for the messages. ``measured`` says that pycocotools measures predictions against the file: it needs
+    ``iscrowd``, takes an object with the id 0 for one that nothing found, and boxes must have an area; mmdet leaves
+    those without one out, which COCO's training annotations have. ``masks`` asks for a ``segmentation`` too.
     """
     try:
         images = _by_id(content["images"], "image", id=_ID, file_name=_TEXT, width=_PIXELS, height=_PIXELS)
         categories = _by_id(content["categories"], "category", id=_ID, name=_TEXT)
         _check_classes([category["name"] for category in categories.values()], classes or ())
-        least = 0 if empty_boxes else math.ulp(0)
-        sides = "at least 0" if empty_boxes else "positive"
+        least, sides = (math.ulp(0), "positive") if measured else (0, "at least 0")
         checks: dict[str, _Check] = dict(
             id=_OBJECT_ID if measured else ("an integer", lambda value: type(value) is int),
             image_id=("an image that the file lists", lambda value: _is_id(value) and value in images),
@@ -83,8 +76,8 @@ def check_coco(
         for annotation in _by_id(content["annotations"], "annotation", **checks).values():
             if masks and (measured or _is_trained_on(annotation)):
                 _check_mask(annotation, images[annotation["image_id"]], measured)
-    except AnnotationError as error:
-        raise AnnotationError(f"{path}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def _is_id(value: Any) -> bool:
@@ -116,15 +109,15 @@ def _by_id(entries: list, kind: str, **checks: _Check) -> dict[Any, dict]:
     found: dict[Any, dict] = {}
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise AnnotationError(f"{kind} number {number} (from 0) is not a dictionary: {reprlib.repr(entry)}")
+            raise UsageError(f"{kind} number {number} (from 0) is not a dictionary: {reprlib.repr(entry)}")
         for key, (expected, is_suitable) in checks.items():
             if key not in entry:
-                raise AnnotationError(f"{_name(kind, entry, number)} has no {key}: {reprlib.repr(entry)}")
+                raise UsageError(f"{_name(kind, entry, number)} has no {key}: {reprlib.repr(entry)}")
             if not is_suitable(entry[key]):
                 got = reprlib.repr(entry[key])
-                raise AnnotationError(f"{_name(kind, entry, number)}: {key} must be {expected}, got {got}")
+                raise UsageError(f"{_name(kind, entry, number)}: {key} must be {expected}, got {got}")
         if found.setdefault(entry["id"], entry) is not entry:
-            raise AnnotationError(f"{_name(kind, entry, number)} occurs twice: ids must be unique")
+            raise UsageError(f"{_name(kind, entry, number)} occurs twice: ids must be unique")
     return found
 
 
@@ -135,12 +128,12 @@ def _name(kind: str, entry: Mapping[str, Any], number: int = -1) -> str:
 
 def _check_classes(names: Sequence[str], classes: Sequence[str]) -> None:
     if absent := [name for name in classes if name not in names]:
-        raise AnnotationError(
+        raise UsageError(
             f"no category for {len(absent)} of the {len(classes)} classes of the configuration "
             f"({shorten(absent)}); its categories are {shorten(names)}"
         )
     if duplicate := [name for name in classes if names.count(name) > 1]:
-        raise AnnotationError(f"several categories have the name of a class of the configuration: {shorten(duplicate)}")
+        raise UsageError(f"several categories have the name of a class of the configuration: {shorten(duplicate)}")
 
 
 def _is_trained_on(annotation: Mapping[str, Any]) -> bool:
@@ -168,7 +161,7 @@ def _check_mask(annotation: Mapping[str, Any], image: Mapping[str, Any], measure
         sound = not measured  # mmdet ignores it in a training
     if not sound:
         got = reprlib.repr(mask)
-        raise AnnotationError(f"{_name('annotation', annotation)}: segmentation must be {expected}, got {got}")
+        raise UsageError(f"{_name('annotation', annotation)}: segmentation must be {expected}, got {got}")
 
 
 def _cover(counts: str | list, pixels: int) -> bool:
@@ -194,7 +187,7 @@ def _uncompress(counts: str) -> list[int]:
 
 
 def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, training: bool = False) -> None:
-    """Raise an AnnotationError where an evaluation, or a training, cannot use one of mmdet's COCO datasets: faulty
+    """Raise a UsageError where an evaluation, or a training, cannot use one of mmdet's COCO datasets: faulty
     annotations, missing or empty images, nothing to find, or a metric's file that is at fault or of other images.
 
     ``dataset`` is its configuration, not that of a wrapper; one that reads annotations in a way of its own is not
@@ -213,25 +206,25 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
     others = {Path(file).absolute() for file in files if "://" not in file}
     for other in sorted(others):  # before the dataset's own file, half a gigabyte, is read
         if not other.is_file():
-            raise AnnotationError(f"no such annotation file of the evaluator: {other}")
+            raise UsageError(f"no such annotation file of the evaluator: {other}")
     masks = any("segm" in (metric.get("metric") or ()) for metric in metrics)
     if training:
         masks = any(isinstance(step, Mapping) and step.get("with_mask") for step in dataset.get("pipeline") or ())
 
     content = read_coco(path)
     if metrics and content["images"] and not content["annotations"]:
-        raise AnnotationError(f"{path} holds {len(content['images'])} images and no annotation: nothing to measure")
-    check_coco(content, path, classes, empty_boxes=training, measured=path in others, masks=masks)
+        raise UsageError(f"{path} holds {len(content['images'])} images and no annotation: nothing to measure")
+    check_coco(content, path, classes, measured=path in others, masks=masks)
     names = [image["file_name"] for image in _used_images(content, dataset, classes, training)]
     folder = Path(built.data_prefix.get("img") or built.data_root or "").absolute()
     if faults := file_faults(folder, names, f"images of {path}", sizes=not training):
-        raise AnnotationError("; ".join(faults))
+        raise UsageError("; ".join(faults))
     for other in others - {path}:
         truth = read_coco(other)
         check_coco(truth, other, classes, masks=masks)
         known = {image["id"] for image in truth["images"]}
         if unknown := [image["id"] for image in content["images"] if image["id"] not in known]:
-            raise AnnotationError(
+            raise UsageError(
                 f"the evaluator's {other} does not list {len(unknown)} of the {len(content['images'])} images of "
                 f"{path}, the first: id {unknown[0]}"
             )
@@ -266,4 +259,4 @@ def _coco_metrics(evaluators: Any) -> list[Mapping[str, Any]]:
     """Those of the metrics that measure against COCO's format."""
     metrics = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     metrics = [metric for metric in metrics if isinstance(metric, Mapping) and not metric.get("format_only")]
-    return [m for m in metrics if getattr(m.get("type"), "__name__", str(m.get("type"))).endswith("CocoMetric")]
+    return [metric for metric in metrics if type_name(metric).endswith("CocoMetric")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,25 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
             # interpreter's end, gloo's threads would outlive it, and a process that has done its work may abort.
             gc.collect()
     return 2
+
+
+def command(
+    run: Callable[[argparse.Namespace], int | None],
+    add_options: Callable[[argparse.ArgumentParser], None],
+    doc: str | None,
+) -> Callable[..., int]:
+    """The ``main`` of a command that parses its arguments and calls ``run``; ``doc``, its module's, is its help."""
+    description, _, epilog = (doc or "").partition("\n\n")
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        """Run the command; returns its exit code."""
+        parser = argparse.ArgumentParser(
+            description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add_options(parser)
+        return run_tool(run, parser.parse_args(argv))
+
+    return main
 
 
 class ConfigOptions(DictAction):

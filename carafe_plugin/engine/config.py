@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import MODELS
 
 from carafe_plugin.engine.checkpoint import use_safe_loading
@@ -145,3 +146,21 @@ def dataset_configs(dataset: Any) -> Iterator[Any]:
         yield dataset
     for part in inner if isinstance(inner, (list, tuple)) else [inner] if inner else []:
         yield from dataset_configs(part)
+
+
+def type_name(settings: Mapping[str, Any]) -> str:
+    """The name of the class in a configuration's ``type``, without a module or scope before it."""
+    kind = settings.get("type")
+    return getattr(kind, "__name__", str(kind)).rpartition(".")[2]
+
+
+def prediction_pipeline(cfg: Config) -> Compose:
+    """The transforms of a configuration, without annotations, from ``dict(img_path=...)`` to a sample of its model's.
+    Raises UsageError where it has none.
+    """
+    dataset = next(dataset_configs(cfg.test_dataloader.dataset)) if cfg.get("test_dataloader") else cfg
+    steps = dataset.get("pipeline") or cfg.get("test_pipeline")
+    if not steps:
+        raise UsageError(f"{cfg.filename} has no test pipeline: neither test_dataloader nor test_pipeline")
+    # An image alone has no annotations.
+    return Compose([step for step in steps if "LoadAnnotations" not in str(step.get("type"))])

@@ -1,19 +1,28 @@
-"""The datasets of a configuration, checked before anything is built, and before anything runs."""
+"""The datasets of a configuration, checked before anything is built, and before anything runs.
+
+mmseg takes it for granted that images and label maps belong together. Without a label map a training ends in the
+middle, in a data loader; with one of another size, in the loss or, where images are cropped first, never. A missing
+image goes unnoticed there, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import Runner
+from PIL import Image, UnidentifiedImageError
 
-from carafe_plugin.engine.annotations import AnnotationError, check_annotations
-from carafe_plugin.engine.config import dataset_configs, require_settings
+from carafe_plugin.engine.annotations import check_annotations, unread_dataset
+from carafe_plugin.engine.config import dataset_configs, require_settings, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
-from carafe_plugin.engine.label_maps import find_fault
 from carafe_plugin.engine.processes import process_rank
+from carafe_plugin.images import file_faults, list_images, shorten
+
+_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
+_ONE_BAND = ("1", "L", "P", "I", "I;16", "I;16B", "F")  # Pillow's modes that mmseg reads as one label per pixel
 
 
 def check_dataset_files(cfg: Config, *splits: str) -> None:
@@ -28,44 +37,37 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
     for split in splits:
         for dataset in dataset_configs((cfg.get(f"{split}_dataloader") or {}).get("dataset")):
             if not dataset.get("backend_args"):  # else the files are not on this machine
-                place = f"{split}_dataloader ({_type_name(dataset)})"
+                place = f"{split}_dataloader ({type_name(dataset)})"
                 _check_exists(dataset, place)
                 datasets.append((split, place, dataset))
     # One process reads the headers of all images, or all annotations; where it ends, its launcher ends the others.
     if process_rank(cfg.get("launcher")) != 0:
         return
     for split, place, dataset in datasets:
-        if cfg.get("default_scope") == "mmseg" and (fault := find_fault(dataset)):
+        if cfg.get("default_scope") == "mmseg" and (fault := label_map_fault(dataset)):
             raise UsageError(f"{place}: {fault}")
         if cfg.get("default_scope") == "mmdet":
             try:
                 check_annotations(dataset, cfg.get(f"{split}_evaluator"), training=split == "train")
-            except AnnotationError as error:
+            except UsageError as error:
                 raise UsageError(f"{place}: {error}") from error
 
 
 def _check_exists(dataset: Any, place: str) -> None:
-    annotations = dataset.get("ann_file")
-    if isinstance(annotations, str) and annotations and not _exists(dataset, annotations, Path.exists):
-        raise UsageError(f"no such annotation file for {place}: {_path(dataset, annotations)}")
     prefix = dataset.get("data_prefix") or {}
-    for key, folder in prefix.items() if isinstance(prefix, Mapping) else [("data_prefix", prefix)]:
-        if isinstance(folder, str) and folder and not _exists(dataset, folder, Path.is_dir):
-            raise UsageError(f"no such folder for {place}, {key}: {_path(dataset, folder)}")
+    parts = {"": dataset.get("ann_file"), **(prefix if isinstance(prefix, Mapping) else {"data_prefix": prefix})}
+    for key, part in parts.items():
+        if not isinstance(part, str) or not part or "://" in (dataset.get("data_root") or "") + part:
+            continue  # nothing, or not on this machine
+        path = _path(dataset, part)
+        if key and not path.is_dir():
+            raise UsageError(f"no such folder for {place}, {key}: {path}")
+        if not path.exists():
+            raise UsageError(f"no such annotation file for {place}: {path}")
 
 
 def _path(dataset: Any, part: str) -> Path:
     return Path(dataset.get("data_root") or "", part).absolute()
-
-
-def _exists(dataset: Any, part: str, exists: Callable[[Path], bool]) -> bool:
-    """Whether ``part`` of a dataset exists, as far as this machine can tell."""
-    return "://" in (dataset.get("data_root") or "") + part or exists(_path(dataset, part))
-
-
-def _type_name(dataset: Any) -> str:
-    kind = dataset.get("type")
-    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
 
 
 def check_not_empty(runner: Runner, *splits: str) -> None:
@@ -85,5 +87,84 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
         if images == 0:
             datasets = list(dataset_configs(runner.cfg[f"{split}_dataloader"].dataset))
             sources = ", ".join(str(_path(dataset, dataset.get("ann_file") or "")) for dataset in datasets)
-            types = ", ".join(map(_type_name, datasets))
+            types = ", ".join(map(type_name, datasets))
             raise UsageError(f"no images in {split}_dataloader ({types}): looked in {sources}")
+
+
+def label_map_fault(dataset: Mapping[str, Any]) -> str | None:
+    """The first thing that is wrong with the files of one of mmseg's datasets, given its configuration, as a message,
+    or None. Its folders must be there; only headers are read.
+
+    One that lists its files in a way of its own, names no folder of label maps or lies on another machine is left out.
+    """
+    from mmseg.datasets import BaseSegDataset
+    from mmseg.registry import DATASETS
+
+    prefix = dataset.get("data_prefix")
+    if not isinstance(prefix, Mapping) or not (prefix.get("img_path") and prefix.get("seg_map_path")):
+        return None
+    built = unread_dataset(dataset, DATASETS, BaseSegDataset)
+    if built is None or "://" in f"{built.data_prefix}":
+        return None
+    images, maps = (Path(built.data_prefix[key]).absolute() for key in ("img_path", "seg_map_path"))
+    names, ann_file = None, Path(built.ann_file or "")
+    if ann_file.is_file():
+        names = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
+    steps = [step for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
+    usual = any(type_name(step) == "LoadAnnotations" for step in steps)
+    suffixes = built.img_suffix, built.seg_map_suffix
+    return next(pair_faults(images, maps, suffixes, names, _ONE_BAND if usual else ()), None)
+
+
+def pair_faults(
+    images: Path,
+    maps: Path,
+    suffixes: tuple[str, str] = (".jpg", ".png"),
+    listed: Sequence[str] | None = None,
+    modes: Collection[str] = (),
+) -> Iterator[str]:
+    """What is wrong with a folder of images and their label maps, as messages: first what takes the least to find.
+
+    ``suffixes`` are the endings of images and label maps, ``listed`` the images that are used, without ending (default:
+    all, as mmseg finds them), ``modes`` Pillow's modes that a label map may have (default: any).
+    """
+    found, labelled = (
+        [name.removesuffix(suffix) for name in list_images(folder, suffix)]
+        for folder, suffix in zip((images, maps), suffixes, strict=True)
+    )
+    names = found if listed is None else listed
+    files = [[name + suffix for name in names] for suffix in suffixes]
+    faults = file_faults(maps, files[1], "annotations") + file_faults(images, files[0], "images")
+    if listed is None and (extra := sorted(set(labelled) - set(found))):  # who lists images may leave some out
+        faults.append(f"{len(extra)} annotations in {maps} have no image in {images}: {shorten(extra)}")
+    yield from faults
+    for image, label_map in zip(*files, strict=True):
+        if fault := _compare(images / image, maps / label_map, modes):
+            yield fault
+
+
+def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None:
+    try:
+        expected, _ = _size_and_mode(image)
+    except (OSError, Image.DecompressionBombError):  # missing, or of a format that another reader may know
+        return None
+    try:
+        found, mode = _size_and_mode(label_map)
+    except FileNotFoundError:
+        return None
+    except UnidentifiedImageError:
+        return f"annotation {label_map} is not an image"
+    if found != expected:
+        sizes = "annotation {} is {} x {}, its image {} is {} x {} (height x width)"
+        return sizes.format(label_map, *found, image, *expected)
+    if modes and mode not in modes:
+        return f"annotation {label_map} must hold one label per pixel (Pillow's mode {' or '.join(modes)}), got {mode}"
+    return None
+
+
+def _size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
+    with Image.open(path) as image:
+        width, height = image.size
+        # Readers turn the image as the camera was held.
+        size = (width, height) if image.getexif().get(_ORIENTATION) in _TRANSPOSED else (height, width)
+        return size, image.mode

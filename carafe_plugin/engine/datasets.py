@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
-from carafe_plugin.engine.annotations import AnnotationError, check_coco, read_coco
+from rich.progress import Progress
+
+from carafe_plugin.engine.annotations import check_coco, read_coco
 from carafe_plugin.engine.atomic import AtomicLocalBackend
-from carafe_plugin.engine.downloads import UNFINISHED, has_whole_files, link, unpack
+from carafe_plugin.engine.dataset_checks import pair_faults
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.engine.label_maps import pair_faults
 from carafe_plugin.images import file_faults, list_images, shorten
 
-#: Called with a folder's path, how many more bytes of its archive are done, and how many bytes the archive has.
-Progress = Callable[[str, int, int], None]
+#: A hidden file in a folder for as long as it is being unpacked: a kill may leave a part of a file.
+UNFINISHED = ".unpacking"
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,16 @@ class Folder:
     inside: str  # the folder in the archive
     files: tuple[str, ...] = ()  # the annotation files that it must hold; none in a folder of images
 
-    def is_whole(self, path: Path, archive: Path) -> bool:
-        """Whether an unpacked folder holds enough images, or its annotation files as the archive has them."""
+    def is_whole(self, path: Path) -> bool:
+        """Whether an unpacked folder holds enough images, or annotation files that can be read."""
         if not path.is_dir() or (path / UNFINISHED).exists():
             return False
-        if self.files:
-            return has_whole_files(path, self.files, archive, self.inside)
-        return len(list_images(path)) >= self.size
+        if not self.files:
+            return len(list_images(path)) >= self.size
+        try:
+            return all(read_coco(path / name) for name in self.files)
+        except UsageError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,10 @@ class Dataset:
     complete: Callable[[Path, Path], object] = lambda root, out: None  # of download and copy: writes the rest
     classes: int = 0  # how many folders of images a split may have; 0 for any number
 
-    def lay_out(self, root: Path, out: Path, advance: Progress) -> list[str]:
+    def lay_out(self, root: Path, out: Path, progress: Progress) -> list[str]:
         """Link or unpack what was downloaded into ``root``, and write what else is needed; returns what went wrong."""
         faults = []
-        steps: list[Callable] = [partial(self._place, folder, advance) for folder in self.folders]
+        steps: list[Callable] = [partial(self._place, folder, progress) for folder in self.folders]
         for step in (*steps, self.complete):
             try:
                 step(root, out)
@@ -62,22 +70,22 @@ class Dataset:
                 faults.append(str(error))
         return faults
 
-    def _place(self, folder: Folder, advance: Progress, root: Path, out: Path) -> None:
+    def _place(self, folder: Folder, progress: Progress, root: Path, out: Path) -> None:
         place, archive = out / folder.path, root / folder.archive
-        if folder.is_whole(place, archive):
+        if folder.is_whole(place):
             return
         candidates = [root / (prefix + folder.path) for prefix in self.prefixes]
         there = [path for path in candidates if path.is_dir()]
-        whole = [path for path in there if folder.is_whole(path, archive)]
-        if whole or (there and not archive.is_file()):
-            source = (whole or there)[0]
+        source = next(filter(folder.is_whole, there), None)
+        if source is None and there and not archive.is_file():
+            source = there[0]
+        if source:
             if source.resolve() != place.resolve():
                 link(source, place)
         elif archive.is_file():
             if place.is_symlink():
                 place.unlink()  # to an unpacked folder that is not whole
-            size = archive.stat().st_size
-            unpack(archive, folder.inside, place, lambda done: advance(folder.path, done, size))
+            unpack(archive, folder.inside, place, progress)
         elif not place.is_dir():
             tried = " nor ".join(str(path.relative_to(root)) for path in candidates[:2])
             raise UsageError(f"missing: {place}; ROOT has neither {tried} nor {folder.archive}")
@@ -99,16 +107,97 @@ class Dataset:
         return names, faults if names else [*faults, f"{place} holds no images"]
 
 
+def link(target: Path, place: Path) -> None:
+    """Make ``place`` a symbolic link to ``target``. Raises UsageError where a file or a filled folder is there."""
+    target = target.resolve()
+    if place.is_symlink():
+        place.unlink()
+    elif place.is_dir() and not any(place.iterdir()):
+        place.rmdir()
+    elif place.exists():
+        raise UsageError(f"{place} is in the way of a link to {target}: move it elsewhere")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target, target_is_directory=target.is_dir())
+
+
+def unpack(archive: Path, inside: str, folder: Path, progress: Progress) -> None:
+    """Unpack the folder ``inside`` (``""`` for all) of a .zip or .tar into ``folder``, with a bar. Images that are
+    there already, in their full size, are not written again; a .tar of .tar files, one per class, becomes a folder per
+    class. Raises UsageError where the archive is truncated or damaged, or has no such folder.
+    """
+    found, start = False, PurePosixPath(inside).parts
+    members = _zip_members if archive.suffix == ".zip" else _tar_members
+    try:
+        with progress.open(archive, "rb", description=folder.name) as packed:
+            for name, size, open_member in members(packed):
+                path = PurePosixPath(name)
+                if path.parts[: len(start)] != start or ".." in path.parts or path.is_absolute():
+                    continue
+                if not found:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / UNFINISHED).touch()
+                found, place = True, folder.joinpath(*path.parts[len(start) :])
+                if place.suffix == ".json" or not place.is_file() or place.stat().st_size != size:
+                    with open_member() as content:
+                        write_file(place, content, size)
+    except (zipfile.BadZipFile, zlib.error, tarfile.TarError, EOFError) as error:
+        size = archive.stat().st_size
+        raise UsageError(f"cannot unpack {archive} ({size} bytes; truncated or damaged): {error}") from error
+    if not found:
+        raise UsageError(f"{archive} holds no folder {inside or '/'}")
+    (folder / UNFINISHED).unlink()
+
+
+def write_file(place: Path, content: IO[bytes], size: int) -> None:
+    """Write a file, or remove it where that fails; fewer than ``size`` bytes raise an EOFError.
+
+    A hundred thousand times in a row, so it does not wait for the disk as an atomic write does; see ``UNFINISHED``.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)  # a link leads to somebody's own file
+    try:
+        with place.open("wb") as file:
+            shutil.copyfileobj(content, file, 1 << 20)
+        if place.stat().st_size != size:
+            raise EOFError(f"{place.name} is not whole in it")
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+
+
+#: A file in an archive: its name, its size and how to open it.
+Member = tuple[str, int, Callable[[], Any]]  # extractfile gives None for folders alone
+
+
+def _zip_members(file: IO[bytes]) -> Iterator[Member]:
+    with zipfile.ZipFile(file) as packed:
+        for info in packed.infolist():
+            if not info.is_dir():
+                yield info.filename, info.file_size, partial(packed.open, info)
+
+
+def _tar_members(file: IO[bytes] | None, folder: str = "") -> Iterator[Member]:
+    with tarfile.open(fileobj=file) as packed:
+        for member in packed:
+            if member.isfile() and member.name.endswith(".tar"):
+                yield from _tar_members(packed.extractfile(member), f"{PurePosixPath(member.name).stem}/")
+            elif member.isfile():
+                yield f"{folder}{member.name}", member.size, partial(packed.extractfile, member)
+
+
+_COCO = {split: f"instances_{split}.json" for split in ("train2017", "val2017")}
+
+
 def _check_coco(root: Path) -> Iterator[str]:
     """Annotations readable and sound, and every image that they list there."""
     if not (root / "annotations").is_dir():
         return
-    for split in ("train2017", "val2017"):
-        file, training = root / "annotations" / f"instances_{split}.json", split == "train2017"
+    for split, name in _COCO.items():
+        file, training = root / "annotations" / name, split == "train2017"
         try:
             content = read_coco(file)
-            check_coco(content, file, empty_boxes=training, measured=not training, masks=True)
-        except AnnotationError as error:
+            check_coco(content, file, measured=not training, masks=True)
+        except UsageError as error:
             yield str(error)
             continue
         if (root / split).is_dir():
@@ -149,8 +238,8 @@ def _check_imagenet(root: Path) -> Iterator[str]:
         )
     else:
         lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
-        sound = [len(line) == 2 and line[1].isdigit() and int(line[1]) < len(classes) for line in lines]
-        if bad := [" ".join(line) for line, is_sound in zip(lines, sound, strict=True) if not is_sound]:
+        known = {str(number) for number in range(len(classes))}
+        if bad := [" ".join(line) for line in lines if len(line) != 2 or line[1] not in known]:
             yield f"{labels}: not a file name and a class from 0 to {len(classes) - 1}: {shorten(bad, 3)}"
         else:
             yield from _differences(val, {line[0] for line in lines}, labels)
@@ -200,13 +289,7 @@ DATASETS = {
         (
             Folder("train2017", 118_287, "train2017.zip", "train2017"),
             Folder("val2017", 5_000, "val2017.zip", "val2017"),
-            Folder(
-                "annotations",
-                2,
-                "annotations_trainval2017.zip",
-                "annotations",
-                ("instances_train2017.json", "instances_val2017.json"),
-            ),
+            Folder("annotations", 2, "annotations_trainval2017.zip", "annotations", tuple(_COCO.values())),
         ),
         ("", "images/", "coco/", "coco/images/", "coco2017/"),
         _check_coco,

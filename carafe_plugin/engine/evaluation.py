@@ -48,14 +48,10 @@ def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, i
         raise UsageError("--show needs a display, and this machine has none: use --show-dir")
     hook.update(show=show, wait_time=wait_time)
     scope = cfg.get("default_scope")
-    if scope == "mmpretrain":
-        hook.update(enable=True, interval=interval)
-    else:
-        hook.draw = True
-    if folder and scope == "mmdet":
-        hook.test_out_dir = folder
-    elif folder and scope == "mmpretrain":
-        hook.out_dir = folder
+    hook.update(dict(enable=True, interval=interval) if scope == "mmpretrain" else dict(draw=True))
+    setting = {"mmdet": "test_out_dir", "mmpretrain": "out_dir"}.get(scope)
+    if folder and setting:
+        hook[setting] = folder
     elif folder:
         cfg.visualizer.save_dir = folder
 

@@ -1,4 +1,4 @@
-"""The processes of a run: which of them this is, and a process group on machines with GPUs or without."""
+"""A run and its processes: which of them this is, a process group with GPUs or without, and mmengine's Runner."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
-from mmengine.registry import MODEL_WRAPPERS
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.runner import Runner
 
-from carafe_plugin.engine.errors import ProcessError, UsageError
+from carafe_plugin.engine.errors import ProcessError, UsageError, reading_named_files
 
 #: Per launcher: how it tells a process its rank, the number of processes and its rank on the machine; how to start it.
 LAUNCHERS = {
@@ -101,3 +102,18 @@ def _first_slurm_node() -> str:
         return "127.0.0.1"
     listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return listed.stdout.split()[0]
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build mmengine's Runner (or the ``runner_type`` of ``cfg``), and say so where SyncBN had to become BN. Raises
+    UsageError where a file that the configuration names is missing.
+    """
+    with reading_named_files():
+        runner = Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
+    # The class that SyncBN layers become; mmengine has no public name for it.
+    reverted = sum(type(module).__name__ == "_BatchNormXd" for module in runner.model.modules())
+    if reverted and get_device() == "cpu":
+        runner.logger.warning(
+            f"SyncBN needs a GPU: {reverted} layers run as BN, each process with the statistics of its own images."
+        )
+    return runner

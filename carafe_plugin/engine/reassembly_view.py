@@ -13,12 +13,12 @@ import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import TRANSFORMS, init_default_scope
+from mmengine.dataset import Compose
+from mmengine.registry import init_default_scope
 from torch import nn
 
-from carafe_plugin.analysis import Reassembly, check_chain, record_reassemblies
-from carafe_plugin.engine.checkpoint import find_mismatch, read_checkpoint
-from carafe_plugin.engine.config import dataset_configs
+from carafe_plugin.analysis import Reassembly, record_reassemblies
+from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
@@ -93,15 +93,6 @@ def _stride(input_size: tuple[int, int], size: tuple[int, int], axis: int) -> fl
     return input_size[axis] / size[axis]
 
 
-def load_checkpoint(model: nn.Module, path: str) -> None:
-    """Load a checkpoint that must have every parameter of the model; what else it has is ignored. Raises UsageError
-    where it is of another model, CheckpointError where it is missing or cannot be read.
-    """
-    checkpoint = read_checkpoint(path)
-    if mismatch := find_mismatch(model, checkpoint.get("state_dict", checkpoint)):
-        raise UsageError(f"checkpoint {path} is of another model: it {mismatch}")
-
-
 def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]) -> View:
     """Run a model in evaluation mode on an image of ``size`` (height, width) as in a test, and record its reassemblies.
     Raises UsageError where the test pipeline does not keep a plain image of it (see :func:`_follow`).
@@ -109,7 +100,7 @@ def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]
     A segmentor sees the whole image at once, also where its configuration tests it in windows.
     """
     init_default_scope(cfg.default_scope)
-    pipeline = _pipeline(cfg)
+    pipeline = prediction_pipeline(cfg)
     packed = _run(pipeline, image)
     seen = tuple(packed["inputs"].shape[-2:])
     x, y = _follow(pipeline, size, 1), _follow(pipeline, size, 0)
@@ -117,31 +108,16 @@ def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]
     data = preprocessor(dict(inputs=[packed["inputs"]], data_samples=[packed["data_samples"]]), False)
     with torch.no_grad(), record_reassemblies(model) as found:
         model(**data, mode="predict" if cfg.default_scope == "mmdet" else "tensor")
-    whole = [reassembly for reassembly in found if not _on_regions(reassembly)]
+    # Not of regions: one map, outside a head that looks at regions of interest.
+    whole = [one for one in found if "roi_head" not in one.name.split(".") and len(one.kernels) == 1]
     return View(size, tuple(data["inputs"].shape[-2:]), seen, x, y, whole)
 
 
-def _on_regions(reassembly: Reassembly) -> bool:
-    return "roi_head" in reassembly.name.split(".") or len(reassembly.kernels) != 1
+def _run(pipeline: Compose, image: Path) -> Any:
+    return pipeline(dict(img_path=str(image), img_id=0, seg_fields=[], reduce_zero_label=False))
 
 
-def _pipeline(cfg: Config) -> list[Any]:
-    dataset = next(dataset_configs(cfg.test_dataloader.dataset)) if cfg.get("test_dataloader") else cfg
-    steps = dataset.get("pipeline") or cfg.get("test_pipeline")
-    if not steps:
-        raise UsageError(f"{cfg.filename} has no test pipeline: neither test_dataloader nor test_pipeline")
-    # An image alone has no annotations.
-    return [TRANSFORMS.build(step) for step in steps if "LoadAnnotations" not in str(step.get("type"))]
-
-
-def _run(pipeline: Sequence[Any], image: Path) -> dict[str, Any]:
-    results: Any = dict(img_path=str(image), img_id=0, seg_fields=[], reduce_zero_label=False)
-    for step in pipeline:
-        results = step(results)
-    return results
-
-
-def _follow(pipeline: Sequence[Any], size: tuple[int, int], axis: int) -> Axis:
+def _follow(pipeline: Compose, size: tuple[int, int], axis: int) -> Axis:
     """Where a pipeline puts an image's rows (axis 0) or columns (1), whatever its steps are: resize, crop, pad, flip.
 
     It runs on an image whose green says how far down or right each pixel is, and which is full in the other channels,
@@ -184,7 +160,7 @@ def find_chains(
     model: nn.Module, view: View, wanted: str | None, modules: Sequence[str]
 ) -> dict[str, list[Reassembly]]:
     """The chains to draw, by their titles: ``modules`` as one chain, in any order, else the chain ``wanted`` of
-    ``CHAINS``, or all that there are. Raises UsageError where the model lacks them, or they do not follow one another.
+    ``CHAINS``, or all that there are. Raises UsageError where the model lacks them.
     """
     sites = check_modules(model, modules)
     ran = {reassembly.name: reassembly for reassembly in view.reassemblies}
@@ -200,9 +176,4 @@ def find_chains(
     if not chains:
         what = f"no chain {wanted}" if wanted else f"none of the chains {', '.join(CHAINS)}"
         raise UsageError(f"the model has {what}: name some of its CARAFE++ with --modules: {', '.join(sites)}")
-    for title, chain in chains.items():
-        try:
-            check_chain(chain)
-        except ValueError as error:
-            raise UsageError(f"{'--modules' if modules else 'chain'} {title}: {error}") from error
     return chains

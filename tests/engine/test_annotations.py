@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from carafe_plugin.engine.annotations import AnnotationError, check_annotations, check_coco
+from carafe_plugin.engine.annotations import check_annotations, check_coco
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import file_faults
 
 NAN = float("nan")
@@ -81,7 +82,7 @@ def test_what_pycocotools_does_not_say(content, message):
     with suppress(KeyError, TypeError):
         assert average_precision(content) < 0.6
     check_coco(SOUND, Path("a.json"), ["p"], masks=True)
-    with pytest.raises(AnnotationError, match=f"^a.json: {message}"):
+    with pytest.raises(UsageError, match=f"^a.json: {message}"):
         check_coco(content, Path("a.json"), ["p"])
 
 
@@ -115,7 +116,7 @@ def test_what_pycocotools_does_not_say(content, message):
     ],
 )
 def test_what_else_is_refused(content, message):
-    with pytest.raises(AnnotationError, match=message):
+    with pytest.raises(UsageError, match=message):
         check_coco(content, Path("a.json"), ["p"], masks=True)
 
 
@@ -140,12 +141,12 @@ def test_run_lengths_cover_their_image():
         (whole + "1", [20, 20]),
     ]:
         content = changed(segmentation=dict(counts=counts, size=size))
-        for options in (dict(), dict(empty_boxes=True, measured=False)):
+        for options in (dict(), dict(measured=False)):
             expected = (
                 r"annotation 1 of image 0: segmentation must be run lengths that cover its image, 20 x 20 \(height x"
             )
             refused = counts not in ([10, 390], whole)
-            with pytest.raises(AnnotationError, match=expected) if refused else nullcontext():
+            with pytest.raises(UsageError, match=expected) if refused else nullcontext():
                 check_coco(content, Path("a.json"), masks=True, **options)
 
 
@@ -157,12 +158,12 @@ def test_a_training_needs_less():
         changed(segmentation=dict(size=[20, 20])),
         changed(bbox=[1, 1, 0, 5], without=["segmentation"]),
     ):
-        check_coco(content, Path("a.json"), ["p"], empty_boxes=True, measured=False, masks=True)
-        with pytest.raises(AnnotationError):
+        check_coco(content, Path("a.json"), ["p"], measured=False, masks=True)
+        with pytest.raises(UsageError):
             check_coco(content, Path("a.json"), ["p"], masks=True)
     for content in (duplicate("annotations"), changed(bbox=[1, 1, -1, 5]), changed(without=["segmentation"])):
-        with pytest.raises(AnnotationError):
-            check_coco(content, Path("a.json"), ["p"], empty_boxes=True, measured=False, masks=True)
+        with pytest.raises(UsageError):
+            check_coco(content, Path("a.json"), ["p"], measured=False, masks=True)
 
 
 def test_no_size_is_asked_for_in_a_training(tmp_path, monkeypatch):
@@ -211,16 +212,16 @@ def test_images_that_a_training_leaves_out_may_be_missing(tmp_path):
         (dict(filter_cfg=dict(filter_empty_gt=True)), False),
         (dict(filter_cfg=dict(filter_empty_gt=True), test_mode=True), True),
     ):
-        with pytest.raises(AnnotationError, match=r"1 of the 2 images of .*a.json are missing in .*: background.jpg"):
+        with pytest.raises(UsageError, match=r"1 of the 2 images of .*a.json are missing in .*: background.jpg"):
             check_annotations({**dataset, **settings}, training=training)
 
 
 def test_the_metrics_own_file_is_missed_before_another_is_read(tmp_path):
     pytest.importorskip("mmdet", reason="mmdet is not installed")
     metric = dict(type="CocoMetric", ann_file=str(tmp_path / "absent.json"))
-    with pytest.raises(AnnotationError, match=r"no such annotation file of the evaluator: .*absent.json"):
+    with pytest.raises(UsageError, match=r"no such annotation file of the evaluator: .*absent.json"):
         check_annotations(dict(type="CocoDataset", ann_file=str(tmp_path / "never_read.json")), metric)
-    with pytest.raises(AnnotationError, match=r"cannot read the annotation file .*never_read.json: No such file"):
+    with pytest.raises(UsageError, match=r"cannot read the annotation file .*never_read.json: No such file"):
         check_annotations(dict(type="CocoDataset", ann_file=str(tmp_path / "never_read.json")))
 
 
@@ -235,5 +236,5 @@ def test_the_metrics_own_file_is_checked(tmp_path):
     check_annotations(dict(dataset, ann_file="zero.json"), metric)  # pycocotools reads the metric's alone
     check_annotations(dict(dataset, ann_file="zero.json"), [dict(type="CocoMetric")])  # mmdet numbers them anew
     for ann_file in ("a.json", "zero.json"):
-        with pytest.raises(AnnotationError, match=r"zero.json: annotation 0 of image 0: id must be a positive"):
+        with pytest.raises(UsageError, match=r"zero.json: annotation 0 of image 0: id must be a positive"):
             check_annotations(dict(dataset, ann_file=ann_file), dict(metric, ann_file=str(tmp_path / "zero.json")))

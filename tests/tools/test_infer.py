@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny_runs import COLOURS, call_tool, one_line, run, scene, write_config
 
-from carafe_plugin.engine.detection import write_picture
+from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.prediction import write_picture
 from carafe_plugin.images import IMAGE_ENDINGS, read_image
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
@@ -155,3 +156,17 @@ def test_pictures_of_every_kind_hold_their_colours(ending: str, tmp_path: Path) 
     red, green, blue = read_image(tmp_path / f"red{ending}").mean(axis=(0, 1))
     assert abs(red - 200) < 5
     assert max(green, blue) < 5
+
+
+def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"^cannot write {tmp_path}/wide\.webp: "):
+        write_picture(tmp_path / "wide.webp", np.zeros((1, 16384, 3), np.uint8))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=rf"^cannot write {tmp_path}/file/a\.png: "):
+        write_picture(tmp_path / "file" / "a.png", np.zeros((1, 1, 3), np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture) -> None:
+    assert call_tool("infer", "--help") == 0
+    assert "\nExample:\n    $ python tools/infer.py photos/ --config CONFIG" in capsys.readouterr().out

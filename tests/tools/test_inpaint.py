@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 from tiny_runs import ROOT, call_tool, one_line, run
 
-from carafe_plugin.engine import hole_filling
+from carafe_plugin.engine import prediction
 from carafe_plugin.engine.config import load_config
 
 pytest.importorskip("skimage", reason="tools: the metrics need scikit-image")
@@ -84,16 +84,16 @@ def test_fills_the_hole_and_nothing_else(
 def test_it_is_the_models_prediction(trained: SimpleNamespace, picture: SimpleNamespace) -> None:
     options = dict(option.split("=") for option in trained.options if option.startswith("model."))
     cfg = load_config(str(CONFIG), {name: int(value) for name, value in options.items()})
-    model = hole_filling.load_model(cfg, str(trained.checkpoint), "cpu")
+    model = prediction.load_inpainting_model(cfg, str(trained.checkpoint), "cpu")
     assert not model.training
     saved = torch.load(trained.checkpoint, weights_only=False)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     pixels, holes = picture.pixels[:36, :48], picture.holes[:36, :48]  # nothing to add
-    filled = hole_filling.fill(model, pixels, holes)
+    filled = prediction.fill(model, pixels, holes)
     with torch.no_grad():
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
-        prediction = model.generator(images, torch.from_numpy(holes)[None, None].float())
-    expected = ((prediction[0].permute(1, 2, 0).numpy() + 1) * 127.5).round()
+        predicted = model.generator(images, torch.from_numpy(holes)[None, None].float())
+    expected = ((predicted[0].permute(1, 2, 0).numpy() + 1) * 127.5).round()
     assert np.array_equal(filled[holes], expected[holes])
 
 
@@ -122,8 +122,8 @@ def test_mistakes(
     detector = ROOT / "configs/demo/mask-rcnn_r18_fpn_scenes.py"
     whole_size = [option for option in trained.options if "base_channels" not in option]
     cases = [
-        (dict(image=tmp_path / "absent.png"), f"no such file: {tmp_path}/absent.png"),
-        (dict(image=tmp_path / "broken.png"), f"cannot read {tmp_path}/broken.png"),
+        (dict(image=tmp_path / "absent.png"), f"no such image: {tmp_path}/absent.png"),
+        (dict(image=tmp_path / "broken.png"), f"cannot read image {tmp_path}/broken.png"),
         (dict(image=tmp_path / "deep.png"), "more than 8 bits"),
         (dict(mask=tmp_path / "narrow.png"), "must have the size of the image, 50 x 37, got 49 x 37"),
         (dict(mask=tmp_path / "black.png"), "nowhere white"),
@@ -131,7 +131,7 @@ def test_mistakes(
         (dict(config=tmp_path / "absent.py"), "no such configuration file"),
         (dict(config=detector, cfg_options=["a=1"]), "describes no inpainting model"),
         (dict(checkpoint=tmp_path / "absent.pth"), "no such checkpoint"),
-        (dict(cfg_options=whole_size), "parameters do not fit (the first: "),
+        (dict(cfg_options=whole_size), "is of another model: it fits InpaintingGAN in name alone, "),
         (dict(cfg_options=[*trained.options, "model.generator.upsampling=bicubic"]), "cannot build the model"),
         (dict(device="cuda:99"), "--device cuda:99 cannot be used here"),
     ]

@@ -229,7 +229,8 @@ def test_annotations_that_cannot_be_evaluated(
 
 def test_what_is_not_measured_needs_no_annotations(trained: Callable, data: Path, tmp_path: Path) -> None:
     """Test images, as COCO's test-dev: predictions to submit. The classes' names may be in a file."""
-    from carafe_plugin.engine.annotations import AnnotationError, check_annotations
+    from carafe_plugin.engine.annotations import check_annotations
+    from carafe_plugin.engine.errors import UsageError
 
     cfg = Config.fromfile(trained("mmdet").config)
     content = json.loads((data / "instances.json").read_text())
@@ -240,7 +241,7 @@ def test_what_is_not_measured_needs_no_annotations(trained: Callable, data: Path
     dataset.ann_file = str(tmp_path / "test.json")
     dataset.metainfo.classes = str(tmp_path / "names.txt")
     check_annotations(dataset, [dict(type="CocoMetric", format_only=True, outfile_prefix="x")])
-    with pytest.raises(AnnotationError, match="nothing to measure"):
+    with pytest.raises(UsageError, match="nothing to measure"):
         check_annotations(dataset, [dict(type="CocoMetric")])
     check_annotations(dict(type="NoSuchDataset", ann_file="absent.json"))
 

@@ -20,7 +20,8 @@ from tiny_runs import call_tool, one_line, scene, write_config
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 
 from carafe_plugin.analysis import Reassembly, compose
-from carafe_plugin.engine import bare_models, reassembly_page, reassembly_pictures, reassembly_view
+from carafe_plugin.engine import bare_models, prediction, reassembly_pictures, reassembly_view
+from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.reassembly_pictures import Shown
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
@@ -86,11 +87,11 @@ def seen(models: Callable, image: Path) -> dict[str, Any]:
     config, weights = models("mmdet")
     cfg = bare_models.read_config(str(config))
     model = bare_models.build_model(cfg)
-    reassembly_view.load_checkpoint(model, str(weights))
+    prediction.load_weights(model, str(weights))
     view = reassembly_view.view_image(cfg, model, image, (64, 96))
     chains = reassembly_view.find_chains(model, view, None, [])
     pixels = cv2.imread(str(image))[..., ::-1]
-    data = reassembly_page.page_data("fpn", chains["fpn"], view, pixels, (7, 5), None)
+    data = reassembly_pictures.page_data("fpn", chains["fpn"], view, pixels, (7, 5), None)
     return dict(view=view, chains=chains, data=data, model=model)
 
 
@@ -152,17 +153,17 @@ def test_the_page_holds_the_kernels(seen: dict[str, Any]) -> None:
         assert np.abs(weights - expected).max() < 0.01
         assert (operator["k"], operator["up"], operator["down"]) == (5, 2, 1)
     flat = torch.rand(2, 25, 4, 5).softmax(1).reshape(2, 5, 5, 4, 5)
-    packed = reassembly_page.pack_kernels(flat)[0].reshape(2, 4, 5, 5, 5)
+    packed = reassembly_pictures.pack_kernels(flat)[0].reshape(2, 4, 5, 5, 5)
     weights = packed / packed.sum((3, 4), keepdims=True, dtype=int)
     assert np.abs(weights - flat.permute(0, 3, 4, 1, 2).numpy()).max() < 0.0003, "small weights keep their precision"
     sigmoid = torch.rand(1, 3, 3, 4, 5)
-    packed, normalised = reassembly_page.pack_kernels(sigmoid)
+    packed, normalised = reassembly_pictures.pack_kernels(sigmoid)
     assert not normalised
     assert np.abs(packed.reshape(4, 5, 3, 3) / 255 - sigmoid[0].permute(2, 3, 0, 1).numpy()).max() < 0.003
 
 
 def test_data_cannot_end_the_script(seen: dict[str, Any], tmp_path: Path) -> None:
-    reassembly_page.write_page(tmp_path / "page.html", dict(seen["data"], title="</script><b>"))
+    reassembly_pictures.write_page(tmp_path / "page.html", dict(seen["data"], title="</script><b>"))
     assert page_content(tmp_path / "page.html")["title"] == "</script><b>"
 
 
@@ -202,7 +203,7 @@ def test_pipelines_are_followed(steps: list[dict], columns: tuple, rows: tuple) 
     reassembly_view.init_default_scope("mmdet")
     for step in steps[2:-1]:
         step["type"] = f"mmcv.{step['type']}" if step["type"] in ("CenterCrop", "Pad") else step["type"]
-    pipeline = reassembly_view._pipeline(reassembly_view.Config(dict(test_pipeline=steps)))
+    pipeline = prediction_pipeline(reassembly_view.Config(dict(test_pipeline=steps)))
     for axis, expected in ((1, columns), (0, rows)):
         found = reassembly_view._follow(pipeline, (80, 100), axis)
         assert (found.scale, found.shift) == pytest.approx(expected, abs=0.4)
@@ -275,9 +276,9 @@ def test_mistakes_end_in_one_line(
         (dict(path=broken), f"cannot read image {broken}"),
         (["--modules", "neck.fpn"], f"neck.fpn is not a CARAFE++ of the model, which has {', '.join(BACKBONE[:1])}"),
         (["--modules", "roi_head.mask_head.upsample"], "roi_head.mask_head.upsample did not run on maps of the image"),
-        (["--modules", *BACKBONE[:2], FPN[0]], "neck.upsample_modules.2 do not follow one another"),
+        (["--modules", *BACKBONE[:2], FPN[0]], "and neck.upsample_modules.2 do not follow one another"),
         (["--chain", "fuse"], "the model has no chain fuse: name some of its CARAFE++ with --modules"),
-        (["--group", 1], "--group: fpn: group must be from 0 to 0, got 1"),
+        (["--group", 1], "chain fpn: group must be from 0 to 0, got 1"),
         (["--checkpoint", tmp_path / "none.pth"], f"no such checkpoint: {tmp_path}/none.pth"),
         (["--checkpoint", tmp_path / "other.pth"], f"checkpoint {tmp_path}/other.pth is of another model:"),
         (["--checkpoint", tmp_path / "narrow.pth"], "size mismatch for backbone.conv1.weight"),
@@ -317,7 +318,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(seen: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"
-    reassembly_page.write_page(path, seen["data"])
+    reassembly_pictures.write_page(path, seen["data"])
     return path
 
 
@@ -355,8 +356,8 @@ def test_the_page_has_the_groups_of_the_library(
     chain = grouped_chain(*groups)
     axis = reassembly_view.Axis(1, 0)
     view = reassembly_view.View((48, 64), (48, 64), (48, 64), axis, axis, chain)
-    data = reassembly_page.page_data("two", chain, view, np.zeros((48, 64, 3), np.uint8), (5, 7), group)
-    reassembly_page.write_page(tmp_path / "page.html", data)
+    data = reassembly_pictures.page_data("two", chain, view, np.zeros((48, 64, 3), np.uint8), (5, 7), group)
+    reassembly_pictures.write_page(tmp_path / "page.html", data)
     browser.open(tmp_path / "page.html")
     for row, column in ((5, 7), (0, 15)):
         found = browser.run(f"compose(1, {row}, {column}).map((level) => Array.from(level.weights))")

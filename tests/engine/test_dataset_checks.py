@@ -14,7 +14,7 @@ from studies.demo import generate_scenes
 
 pytest.importorskip("mmseg", reason="label maps are mmseg's: it is not installed")
 
-from carafe_plugin.engine import label_maps
+from carafe_plugin.engine.dataset_checks import label_map_fault
 from carafe_plugin.images import list_images
 
 FOLDERS = {"img_path": "images/training", "seg_map_path": "annotations/training"}
@@ -70,18 +70,18 @@ def test_damaged_annotation_is_named(
 
 def test_how_many_annotations_are_missing(data: Path) -> None:
     dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
-    assert label_maps.find_fault(dataset) is None
+    assert label_map_fault(dataset) is None
     for number in (3, 2):
         (data / "annotations/training" / f"{number:06d}.png").unlink()
-    assert (label_maps.find_fault(dataset) or "").startswith("2 of the 3 annotations are missing in ")
+    assert (label_map_fault(dataset) or "").startswith("2 of the 3 annotations are missing in ")
     # What is listed counts, not what lies there.
     listed = dataset | dict(ann_file="listed.txt")
     (data / "listed.txt").write_text("000001\n")
-    assert label_maps.find_fault(listed) is None
+    assert label_map_fault(listed) is None
     (data / "images/training/000001.jpg").write_bytes(b"")
-    assert (label_maps.find_fault(listed) or "").startswith("1 of the 1 images are empty in ")
+    assert (label_map_fault(listed) or "").startswith("1 of the 1 images are empty in ")
     (data / "images/training/000001.jpg").unlink()
-    assert (label_maps.find_fault(listed) or "").startswith("1 of the 1 images are missing in ")
+    assert (label_map_fault(listed) or "").startswith("1 of the 1 images are missing in ")
 
 
 def test_images_are_found_as_mmseg_finds_them(data: Path) -> None:
@@ -105,27 +105,27 @@ def test_images_are_found_as_mmseg_finds_them(data: Path) -> None:
     missing = data / "annotations/training/inner/town.png"
     (data / "annotations/training/linked").mkdir()
     (data / "annotations/training/000003.png").rename(data / "annotations/training/linked/village.png")
-    assert f"{missing.parents[1]}: inner/town.png" in (label_maps.find_fault(dataset) or "")
+    assert f"{missing.parents[1]}: inner/town.png" in (label_map_fault(dataset) or "")
     missing.parent.mkdir()
     (data / "annotations/training/000001.png").rename(missing)
-    assert label_maps.find_fault(dataset) is None
-    assert "000002_labels.png" in (label_maps.find_fault(dataset | dict(seg_map_suffix="_labels.png")) or "")
+    assert label_map_fault(dataset) is None
+    assert "000002_labels.png" in (label_map_fault(dataset | dict(seg_map_suffix="_labels.png")) or "")
     (data / "images/training/rome_leftImg8bit.png").write_text("")
     own = dict(dataset, type="CityscapesDataset")
-    assert ": rome_gtFine_labelTrainIds.png" in (label_maps.find_fault(own) or "")
+    assert ": rome_gtFine_labelTrainIds.png" in (label_map_fault(own) or "")
 
 
 def test_what_cannot_be_judged_is_left_alone(data: Path) -> None:
     (data / "annotations/training/000001.png").unlink()
     dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
-    assert label_maps.find_fault(dataset)
-    assert label_maps.find_fault(dataset | dict(data_prefix=dict(img_path=FOLDERS["img_path"]))) is None
-    assert label_maps.find_fault(dataset | dict(data_prefix="images/training")) is None
-    assert label_maps.find_fault(dataset | dict(no_argument_of_it=1)) is None, "whoever builds it says so"
-    assert label_maps.find_fault(dataset | dict(ann_file=None))
-    assert label_maps.find_fault(dataset | dict(data_root="s3://bucket/ade20k")) is None
-    assert label_maps.find_fault(dataset | dict(type="NobodysDataset")) is None
-    assert label_maps.find_fault(dataset | dict(type="LEVIRCDDataset")) is None, "two images for each label map"
+    assert label_map_fault(dataset)
+    assert label_map_fault(dataset | dict(data_prefix=dict(img_path=FOLDERS["img_path"]))) is None
+    assert label_map_fault(dataset | dict(data_prefix="images/training")) is None
+    assert label_map_fault(dataset | dict(no_argument_of_it=1)) is None, "whoever builds it says so"
+    assert label_map_fault(dataset | dict(ann_file=None))
+    assert label_map_fault(dataset | dict(data_root="s3://bucket/ade20k")) is None
+    assert label_map_fault(dataset | dict(type="NobodysDataset")) is None
+    assert label_map_fault(dataset | dict(type="LEVIRCDDataset")) is None, "two images for each label map"
 
 
 def test_label_maps_of_colours(data: Path) -> None:
@@ -133,10 +133,10 @@ def test_label_maps_of_colours(data: Path) -> None:
     coloured = data / "annotations/training/000002.png"
     Image.open(coloured).convert("RGB").save(coloured)
     dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
-    fault = label_maps.find_fault(dataset | dict(pipeline=[dict(type="mmseg.LoadAnnotations")])) or ""
+    fault = label_map_fault(dataset | dict(pipeline=[dict(type="mmseg.LoadAnnotations")])) or ""
     assert fault.startswith(f"annotation {coloured} must hold one label per pixel (Pillow's mode ")
     assert fault.endswith(", got RGB")
-    assert label_maps.find_fault(dataset | dict(pipeline=[dict(type="LoadColours")])) is None
+    assert label_map_fault(dataset | dict(pipeline=[dict(type="LoadColours")])) is None
 
 
 def test_photograph_that_was_turned_fits(data: Path) -> None:
@@ -147,6 +147,6 @@ def test_photograph_that_was_turned_fits(data: Path) -> None:
     Image.fromarray(np.zeros((40, 64, 3), np.uint8)).save(image.with_suffix(".jpg"), exif=exif)
     Image.fromarray(np.ones((64, 40), np.uint8)).save(label_map.with_suffix(".png"))
     dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS)
-    assert label_maps.find_fault(dataset) is None
+    assert label_map_fault(dataset) is None
     Image.fromarray(np.zeros((40, 64, 3), np.uint8)).save(image.with_suffix(".jpg"))
-    assert "is 64 x 40" in (label_maps.find_fault(dataset) or "")
+    assert "is 64 x 40" in (label_map_fault(dataset) or "")
