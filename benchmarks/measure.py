@@ -110,9 +110,9 @@ def peak_bytes(work: Work, device: str) -> int:
     return peak
 
 
-def _best_seconds(work: Work, repeats: int = 10) -> float:
+def _best_seconds(work: Work) -> float:
     # A bound is what the machine can do at its best, hence the minimum, not the median.
-    timing = Timing(work, min(seconds(work) for _ in range(2)), repeats)
+    timing = Timing(work, min(seconds(work) for _ in range(2)), repeats=10)
     interleave([timing])
     return min(timing.samples)
 
@@ -132,11 +132,9 @@ def copy_rate(device: str, moved: int) -> float:
 
 def available_memory() -> int | None:
     """Bytes that can still be allocated on this machine; None where that cannot be asked (other than Linux)."""
-    try:
-        available = _kibibytes("/proc/meminfo", "MemAvailable")
-    except OSError:
+    if platform.system() != "Linux":
         return None
-    group = Path("/sys/fs/cgroup")
+    available, group = _kibibytes("/proc/meminfo", "MemAvailable"), Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no limit set, or no control group
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         available = min(available, limit - used)
@@ -151,15 +149,13 @@ def memory_limit(extra: int | None) -> Iterator[None]:
         return
     import resource
 
-    before = resource.getrlimit(resource.RLIMIT_DATA)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = _kibibytes("/proc/self/status", "VmData") + extra
-    if before[1] != resource.RLIM_INFINITY:
-        limit = min(limit, before[1])
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _kibibytes(file: str, key: str) -> int:
@@ -168,15 +164,12 @@ def _kibibytes(file: str, key: str) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was not enough memory."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
     # The CPU allocator says it in a plain RuntimeError.
-    said = re.search(r"not enough memory|can't allocate memory|bad_alloc", str(error))
-    return isinstance(error, RuntimeError) and said is not None
+    said = isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate|bad_alloc", str(error))
+    return bool(said) or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
 
 
 def cores() -> int:
-    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -196,7 +189,6 @@ def run_record(command: str, device: str) -> dict[str, Any]:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on; nothing that names the machine."""
-    settings = {name: value for name, value in sorted(os.environ.items()) if SETTINGS.match(name)}
     description: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -209,7 +201,9 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         # Of a preloaded allocator its file's name alone.
         "environment": {
-            name: " ".join(Path(part).name for part in re.split("[ :]+", value)) for name, value in settings.items()
+            name: " ".join(Path(part).name for part in re.split("[ :]+", value))
+            for name, value in sorted(os.environ.items())
+            if SETTINGS.match(name)
         },
     }
     if torch.device(device).type == "cuda":
@@ -243,17 +237,8 @@ def _cpu_model() -> str:
 
 def revision() -> str | None:
     """The checkout's commit, with "+" when tracked files differ from it; None outside a git checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=12",
-        "--dirty=+",
-    ]
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.mmcv_operator import MmcvOperator
-from benchmarks.problem import Call, Inputs, Peer, Problem, Setup, shuffle_and_softmax
+from benchmarks.problem import Call, Inputs, Peer, Problem, shuffle_and_softmax
 from carafe_plugin.modules.peers import (
     DeconvUpsample,
     MaxPoolDownsample,
@@ -127,31 +127,29 @@ class PointSampler(nn.Module):
         return sampled.view(n, c, h * self.up, w * self.up)
 
 
-# ---------------------------------------------------------------------------------------------------------- setups
-
-
-def of_reassembly(kernels: str, prepare: Callable[[], Reassembly]) -> Setup:
-    """A reassembly with the `kernels` of the inputs, 'masks' or 'logits'; `prepare` returns it, compiled if need be."""
+def of_reassembly(name: str, description: str, kernels: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
+    """A reassembly with the `kernels` of the inputs, 'masks' or 'logits'; `prepare` returns the function."""
 
     def setup(problem: Problem, inputs: Inputs) -> Call:
-        function, features, weights = prepare(), inputs.features, getattr(inputs, kernels)
+        function = compiled(prepare()) if others.get("compiles") else prepare()
+        features, weights = inputs.features, getattr(inputs, kernels)
         return Call(lambda: function(features, weights, *problem.geometry), (features, weights))
 
-    return setup
+    return Peer(name, description, setup, "carafe" if kernels == "masks" else "fused", **others)
 
 
-def of_module(build: Callable[[Problem], nn.Module], compiles: bool = False) -> Setup:
+def of_module(name: str, description: str, build: Callable[[Problem], nn.Module], **others: Any) -> Peer:
     """A module on the problem's device and in its dtype, its weights drawn with a fixed seed."""
 
     def setup(problem: Problem, inputs: Inputs) -> Call:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = build(problem).to(problem.device, problem.dtype)
-        forward = compiled(module) if compiles else module
+        forward = compiled(module) if others.get("compiles") else module
         parameters = tuple(module.parameters())
         return Call(lambda: forward(inputs.features), (inputs.features, *parameters), parameters=parameters)
 
-    return setup
+    return Peer(name, description, setup, "carafe", **others)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -164,21 +162,21 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def variant(setup: Setup, layout: torch.memory_format, dtype: torch.dtype | None) -> Setup:
-    """Ours on the same values in another layout or dtype; gradients start from theirs in the same."""
+def variant(ours: Peer, suffix: str, **change: Any) -> Peer:
+    """Ours on the same values in another layout or dtype, as `change` says; gradients start from theirs in the same."""
 
     def convert(tensor: Tensor) -> Tensor:
-        converted = tensor.detach().to(dtype=dtype or tensor.dtype, memory_format=layout)
-        return converted.requires_grad_(tensor.requires_grad)
+        return tensor.detach().to(**change).requires_grad_(tensor.requires_grad)
 
-    def converted_setup(problem: Problem, inputs: Inputs) -> Call:
-        converted = Inputs(*(convert(tensor) for tensor in vars(inputs).values()))
-        return dataclasses.replace(setup(problem, converted), grad_output=converted.grad_output)
+    def setup(problem: Problem, inputs: Inputs) -> Call:
+        converted = Inputs(*map(convert, vars(inputs).values()))
+        return dataclasses.replace(ours.setup(problem, converted), grad_output=converted.grad_output)
 
-    return converted_setup
+    def unavailable(problem: Problem) -> str | None:
+        return "that is the run's own dtype" if change.get("dtype") == problem.dtype else None
 
-
-# -------------------------------------------------------------------------------------------------------- the lists
+    name, description, dtype = f"{ours.name}-{suffix}", f"{ours.name}, {suffix.replace('-', ' ')}", change.get("dtype")
+    return Peer(name, description, setup, ours.name, variant=True, dtype=dtype, unavailable=unavailable)
 
 
 def only_upsamples(problem: Problem) -> str | None:
@@ -191,41 +189,15 @@ def only_downsamples(problem: Problem) -> str | None:
     return "it only downsamples" if problem.down == 1 else None
 
 
-def _is_bfloat16(problem: Problem) -> str | None:
-    return "that is the run's own dtype" if problem.dtype == torch.bfloat16 else None
-
-
-def _reassembly(name: str, description: str, kernels: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
-    reference = "carafe" if kernels == "masks" else "fused"
-    return Peer(name, description, of_reassembly(kernels, prepare), reference, **others)
-
-
-def _other(name: str, description: str, build: Rescaler, unavailable: Callable[[Problem], str | None]) -> Peer:
-    setup = of_module(lambda problem: build(problem.channels, max(problem.up, problem.down)))
-    return Peer(name, description, setup, "carafe", equal=False, unavailable=unavailable)
-
-
 mmcv = MmcvOperator()
 # What the others are compared with: each row is compared with its `reference`.
 OURS = (
-    _reassembly("carafe", "ours: carafe_plugin.ops.carafe, from masks", "masks", lambda: public_operator),
-    _reassembly("fused", "ours, as the modules call it: from the content encoder's output", "logits", lambda: fused),
+    of_reassembly("carafe", "ours: carafe_plugin.ops.carafe, from masks", "masks", lambda: public_operator),
+    of_reassembly("fused", "ours, as the modules call it: from the content encoder's output", "logits", lambda: fused),
 )
-VARIANTS = tuple(
-    Peer(
-        f"{ours.name}-{suffix}",
-        f"{ours.name}, {suffix.replace('-', ' ')}",
-        variant(ours.setup, layout, dtype),
-        ours.name,
-        variant=True,
-        dtype=dtype,
-        unavailable=unavailable,
-    )
-    for suffix, layout, dtype, unavailable in (
-        ("channels-last", torch.channels_last, None, lambda problem: None),
-        ("bfloat16", torch.preserve_format, torch.bfloat16, _is_bfloat16),
-    )
-    for ours in OURS
+VARIANTS = (
+    *(variant(ours, "channels-last", memory_format=torch.channels_last) for ours in OURS),
+    *(variant(ours, "bfloat16", dtype=torch.bfloat16) for ours in OURS),
 )
 # What a network would otherwise have in CARAFE's place: name, description, and the module for (channels, scale).
 UPSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
@@ -240,42 +212,44 @@ DOWNSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
     ("average-pool", "average pooling, kernel = stride", lambda channels, down: nn.AvgPool2d(down, ceil_mode=True)),
     ("strided-conv", "3x3 convolution with a stride", StridedConvDownsample),
 )
+
+
+def _other(name: str, description: str, build: Rescaler, unavailable: Callable[[Problem], str | None]) -> Peer:
+    def for_problem(problem: Problem) -> nn.Module:
+        return build(problem.channels, max(problem.up, problem.down))
+
+    return of_module(name, description, for_problem, equal=False, unavailable=unavailable)
+
+
 OTHERS = (
     *(_other(*row, only_upsamples) for row in UPSAMPLERS),
     *(_other(*row, only_downsamples) for row in DOWNSAMPLERS),
 )
 PEERS: tuple[Peer, ...] = (
-    _reassembly("unfold-einsum", "unfold, then einsum", "masks", lambda: unfold_einsum),
-    _reassembly(
+    of_reassembly("unfold-einsum", "unfold, then einsum", "masks", lambda: unfold_einsum),
+    of_reassembly(
         "upsample-unfold",
         "nearest, dilated unfold, then einsum",
         "masks",
         lambda: upsample_unfold,
         unavailable=only_upsamples,
     ),
-    _reassembly("shifted-madd", "k^2 shifted multiply-adds", "masks", lambda: shifted_madd),
-    _reassembly(
-        "shifted-madd-compiled",
-        "the same under torch.compile",
-        "masks",
-        lambda: compiled(shifted_madd),
-        compiles=True,
+    of_reassembly("shifted-madd", "k^2 shifted multiply-adds", "masks", lambda: shifted_madd),
+    of_reassembly(
+        "shifted-madd-compiled", "the same under torch.compile", "masks", lambda: shifted_madd, compiles=True
     ),
-    _reassembly("mmcv", "mmcv's CUDA operator", "masks", mmcv.reassembly, unavailable=mmcv.unavailable),
-    _reassembly(
-        "steps-carafe",
-        "pixel shuffle, softmax, then ours from masks",
-        "logits",
-        lambda: in_steps(public_operator),
+    of_reassembly("mmcv", "mmcv's CUDA operator", "masks", mmcv.reassembly, unavailable=mmcv.unavailable),
+    of_reassembly(
+        "steps-carafe", "pixel shuffle, softmax, then ours from masks", "logits", lambda: in_steps(public_operator)
     ),
-    _reassembly(
+    of_reassembly(
         "steps-compiled",
         "pixel shuffle, softmax and shifted multiply-adds under torch.compile",
         "logits",
-        lambda: compiled(in_steps(shifted_madd)),
+        lambda: in_steps(shifted_madd),
         compiles=True,
     ),
-    _reassembly(
+    of_reassembly(
         "steps-mmcv",
         "pixel shuffle, softmax, then mmcv's CUDA operator",
         "logits",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import comparison, growth, measure, peers, report
+from benchmarks import comparison, measure, peers, report
 from benchmarks import op as bench_op
 from benchmarks.problem import Call, Inputs, Peer, Problem
 
@@ -197,8 +197,8 @@ def test_run_from_the_shell_where_a_peer_runs_out_of_memory(tmp_path: Path) -> N
 
 def test_growth_varies_one_thing_at_a_time() -> None:
     base = Problem(64, 50, 84)
-    for axis in growth.AXES:
-        series = list(growth.points([axis], base, threads=4))
+    for axis in bench_op.VALUES:
+        series = list(bench_op.points([axis], base, threads=4))
         assert len(series) >= 3
         assert len({point.value for point in series}) == len(series)
         assert any(point.problem == base and point.threads == 4 for point in series)
@@ -208,8 +208,8 @@ def test_growth_varies_one_thing_at_a_time() -> None:
         }
         assert changed == own.get(axis, {axis.replace("-", "_")})
         assert {point.threads for point in series} == ({1, 2, 4} if axis == "threads" else {4})
-    assert [point.position for point in growth.points(["scale"], base, 1)] == [1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4]
-    assert [point.threads for point in growth.points(["threads"], base, 6)] == [1, 2, 4, 6]
+    assert [point.position for point in bench_op.points(["scale"], base, 1)] == [1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4]
+    assert [point.threads for point in bench_op.points(["threads"], base, 6)] == [1, 2, 4, 6]
 
 
 def test_growth_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +315,7 @@ def test_what_is_slow_in_forward_is_not_tried_in_backward(monkeypatch: pytest.Mo
     # 20 s by the clock for each call that is timed.
     monkeypatch.setattr(measure, "seconds", lambda work, calls=1: (work(), 20.0)[1])
     slow = Peer("slow", "a slow one", setup, "carafe", equal=False)
-    result = comparison.Comparison(Problem(2, 3, 4), [slow], comparison.Settings(time_limit=50)).run()
+    result = comparison.Comparison(Problem(2, 3, 4), [slow], time_limit=50).run()
     (record,) = result["peers"]
     assert record["forward"]["detail"] == "one call takes 20 s, all may take 50 s"
     assert record["forward_backward"] == {"status": "too slow", "detail": "the forward pass alone is"}
@@ -425,14 +425,14 @@ def test_committed_results_can_be_shown(file: Path, tmp_path: Path, capsys: pyte
     record = json.loads(file.read_text())
     if "models" in record:
         pytest.importorskip("mmengine", reason="mmengine is not installed")
-        from benchmarks import predictions
+        from benchmarks import model as bench_model
 
-        predictions.print_table(record)
+        bench_model.print_table(record)
         if "profile" in record["models"][0]:
-            predictions.print_profile(record["models"])
+            bench_model.print_profile(record["models"])
     elif "growth" in record:
-        growth.print_tables(record["growth"], growth.base(Problem(1, 1, 1)))
-        growth.plot(record, tmp_path / "plot.svg")
+        bench_op.print_growth(record["growth"], Problem(**bench_op.BASE))
+        bench_op.plot_growth(record, tmp_path / "plot.svg")
     else:
         report.print_header(record)
         for result in record["results"]:
