@@ -56,24 +56,23 @@ def scale(text: str) -> Fraction:
     return value
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    """A reader of positive numbers of one kind."""
+def positive(kind: type, text: str) -> Any:
+    """Reads a positive number of one kind."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
+    return value
 
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
-        return value
 
-    return parse
+integer, number = functools.partial(positive, int), functools.partial(positive, float)
 
 
 def threads(text: str) -> int:
     """Reads a number of CPU threads, at most one a core."""
-    number = positive(int)(text)
+    number = integer(text)
     if number > measure.cores():
         raise argparse.ArgumentTypeError(f"{number} asked for, {measure.cores()} cores available")
     return number
@@ -101,7 +100,7 @@ def figure_file(text: str) -> Path:
 
 def make_parser(program: str, description: str, ours: Sequence[Peer], peers: Sequence[Peer]) -> argparse.ArgumentParser:
     """A parser with the options that both benchmarks have."""
-    integer, number, names = positive(int), positive(float), [peer.name for peer in peers]
+    names = [peer.name for peer in peers]
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{program}",
         description=description,
@@ -185,7 +184,6 @@ def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
 
 
 def _problems(options: argparse.Namespace, kind: type[Problem]) -> Iterator[Problem]:
-    """The problems that the command line describes."""
     asked = options.scale_factor
     if options.shapes:
         sizes = {asked or Fraction(2): options.shapes}
@@ -193,14 +191,9 @@ def _problems(options: argparse.Namespace, kind: type[Problem]) -> Iterator[Prob
         usual = QUICK_SHAPES if options.quick else SHAPES
         sizes = {asked or scale: shapes for scale, shapes in usual.items() if not asked or (asked < 1) == (scale < 1)}
     for factor, shapes in sizes.items():
+        kernels = options.kernel_size, options.group_size, factor.numerator, factor.denominator
         for batch, channels, height, width in shapes:
-            yield kind(
-                *(channels, height, width, batch, options.kernel_size, options.group_size),
-                up=factor.numerator,
-                down=factor.denominator,
-                dtype=DTYPES[options.dtype],
-                device=options.device,
-            )
+            yield kind(channels, height, width, batch, *kernels, DTYPES[options.dtype], options.device)
 
 
 def run(options: argparse.Namespace, fill: Callable[[Record], None], plot: Callable[[Record, Path], None]) -> int:

@@ -19,6 +19,8 @@ from benchmarks.problem import Call, Inputs, Peer, Problem
 PASSES = ("forward", "forward_backward")
 FEWEST_REPEATS = 3
 TINY_FLOP = 1e6
+MEMORY_ERRORS = (MemoryError, torch.cuda.OutOfMemoryError)
+LACKING_MEMORY = re.compile("not enough memory|can't allocate memory|bad_alloc")  # the CPU allocator's RuntimeError
 
 
 class Failure(Exception):
@@ -173,7 +175,8 @@ class Comparison:
         except Exception as error:  # a peer is foreign code: compilers, kernels, packages
             # The first line says what happened; the rest, and paths, are about this machine.
             line = re.sub(r"(?<!\w)/\S+/", "", (str(error).strip() or "no message").splitlines()[0])
-            status = "out of memory" if measure.is_out_of_memory(error) else "failed"
+            out_of_memory = isinstance(error, MEMORY_ERRORS) or LACKING_MEMORY.search(str(error))
+            status = "out of memory" if out_of_memory else "failed"
             record |= {"status": status, "detail": f"{type(error).__name__}: {line}"}
 
 

@@ -90,18 +90,13 @@ def peak_bytes(work: Work, device: str) -> int:
     process's resident size would depend on malloc, untouched pages and loaded libraries as well.
     """
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        result = work()
-        torch.cuda.synchronize(device)
-        del result
+        work()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        result = work()
-    del result
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        work()
     held = peak = 0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -160,13 +155,6 @@ def memory_limit(extra: int | None) -> Iterator[None]:
 
 def _kibibytes(file: str, key: str) -> int:
     return 1024 * int(re.findall(rf"^{key}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)[0])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory."""
-    # The CPU allocator says it in a plain RuntimeError.
-    said = isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate|bad_alloc", str(error))
-    return bool(said) or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
 
 
 def cores() -> int:

@@ -107,7 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.model",
         description="Measure seconds per prediction of models beside each other.",
     )
-    add, integer = parser.add_argument, command.positive(int)
+    add = parser.add_argument
     add(
         "configs",
         nargs="*",
@@ -115,8 +115,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="configuration files, or mmdet::..., mmseg::..., mmpretrain::...; the others are compared with the first "
         "(default: the paper's four Faster R-CNNs)",
     )
-    add("--shape", type=integer, nargs=2, metavar=("H", "W"), help="image size (default: the first's)")
-    add("--repeats", type=integer, default=10, help="rounds (default: 10)")
+    add("--shape", type=command.integer, nargs=2, metavar=("H", "W"), help="image size (default: the first's)")
+    add("--repeats", type=command.integer, default=10, help="rounds (default: 10)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=command.threads, default=min(2, measure.cores()), help="CPU threads (default: 2)")
     add("--profile", action="store_true", help="say where the time goes, in further rounds")

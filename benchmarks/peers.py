@@ -6,6 +6,7 @@ To add a peer, write its setup, which turns a `Problem` and its `Inputs` into a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -17,19 +18,12 @@ from torch import Tensor, nn
 
 from benchmarks.mmcv_operator import MmcvOperator
 from benchmarks.problem import Call, Inputs, Peer, Problem, shuffle_and_softmax
-from carafe_plugin.modules.peers import (
-    DeconvUpsample,
-    MaxPoolDownsample,
-    PixelShuffleUpsample,
-    StridedConvDownsample,
-)
+from carafe_plugin.modules.peers import DeconvUpsample, MaxPoolDownsample, PixelShuffleUpsample, StridedConvDownsample
 from carafe_plugin.ops import carafe
 from carafe_plugin.ops.fused import reassemble_logits
 
-Reassembly = Callable[[Tensor, Tensor, int, int, int, int], Tensor]
-Rescaler = Callable[[int, int], nn.Module]
-
-# ------------------------------------------------------------------- reassembly: (features, masks, k, g, up, down)
+Reassembly = Callable[[Tensor, Tensor, int, int, int, int], Tensor]  # (features, masks, k, g, up, down)
+Rows = tuple[tuple[str, str, Callable[[Problem], nn.Module]], ...]  # name, description, module
 
 
 def public_operator(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
@@ -82,20 +76,13 @@ def shifted_madd(features: Tensor, masks: Tensor, kernel_size: int, group_size: 
 
 def in_steps(function: Reassembly) -> Reassembly:
     """Pixel shuffle, softmax, then a reassembly: what the content encoder's output usually goes through."""
-
-    def steps(features: Tensor, logits: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
-        masks = shuffle_and_softmax(logits, kernel_size, group_size, up)
-        return function(features, masks, kernel_size, group_size, up, down)
-
-    return steps
+    return lambda features, logits, k, g, up, down: function(
+        features, shuffle_and_softmax(logits, k, g, up), k, g, up, down
+    )
 
 
-def fused(features: Tensor, logits: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
-    """What `CARAFEUpsample` and `CARAFEDownsample` call after their content encoder."""
-    return reassemble_logits(features, logits, kernel_size, group_size, up, down, "softmax")
-
-
-# --------------------------------------------------------------------------------------------------- other functions
+# What `CARAFEUpsample` and `CARAFEDownsample` call after their content encoder.
+fused = functools.partial(reassemble_logits, normalizer="softmax")
 
 
 class PointSampler(nn.Module):
@@ -199,31 +186,22 @@ VARIANTS = (
     *(variant(ours, "channels-last", memory_format=torch.channels_last) for ours in OURS),
     *(variant(ours, "bfloat16", dtype=torch.bfloat16) for ours in OURS),
 )
-# What a network would otherwise have in CARAFE's place: name, description, and the module for (channels, scale).
-UPSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
-    ("nearest", "nearest interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="nearest")),
-    ("bilinear", "bilinear interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="bilinear")),
-    ("deconvolution", "deconvolution, stride and kernel = scale", lambda c, up: DeconvUpsample(c, up, kernel_size=up)),
-    ("pixel-shuffle", "3x3 convolution, then pixel shuffle", PixelShuffleUpsample),
-    ("grid-sample", "grid_sample at learnt points, as DySample does", PointSampler),
+# What a network would otherwise have in CARAFE's place.
+UPSAMPLERS: Rows = (
+    ("nearest", "nearest interpolation", lambda p: nn.Upsample(scale_factor=p.up, mode="nearest")),
+    ("bilinear", "bilinear interpolation", lambda p: nn.Upsample(scale_factor=p.up, mode="bilinear")),
+    ("deconvolution", "deconvolution, stride and kernel = scale", lambda p: DeconvUpsample(p.channels, p.up, p.up)),
+    ("pixel-shuffle", "3x3 convolution, then pixel shuffle", lambda p: PixelShuffleUpsample(p.channels, p.up)),
+    ("grid-sample", "grid_sample at learnt points, as DySample does", lambda p: PointSampler(p.channels, p.up)),
 )
-DOWNSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
-    ("max-pool", "3x3 max pooling", MaxPoolDownsample),
-    ("average-pool", "average pooling, kernel = stride", lambda channels, down: nn.AvgPool2d(down, ceil_mode=True)),
-    ("strided-conv", "3x3 convolution with a stride", StridedConvDownsample),
+DOWNSAMPLERS: Rows = (
+    ("max-pool", "3x3 max pooling", lambda p: MaxPoolDownsample(p.channels, p.down)),
+    ("average-pool", "average pooling, kernel = stride", lambda p: nn.AvgPool2d(p.down, ceil_mode=True)),
+    ("strided-conv", "3x3 convolution with a stride", lambda p: StridedConvDownsample(p.channels, p.down)),
 )
-
-
-def _other(name: str, description: str, build: Rescaler, unavailable: Callable[[Problem], str | None]) -> Peer:
-    def for_problem(problem: Problem) -> nn.Module:
-        return build(problem.channels, max(problem.up, problem.down))
-
-    return of_module(name, description, for_problem, equal=False, unavailable=unavailable)
-
-
 OTHERS = (
-    *(_other(*row, only_upsamples) for row in UPSAMPLERS),
-    *(_other(*row, only_downsamples) for row in DOWNSAMPLERS),
+    *(of_module(*row, equal=False, unavailable=only_upsamples) for row in UPSAMPLERS),
+    *(of_module(*row, equal=False, unavailable=only_downsamples) for row in DOWNSAMPLERS),
 )
 PEERS: tuple[Peer, ...] = (
     of_reassembly("unfold-einsum", "unfold, then einsum", "masks", lambda: unfold_einsum),
