@@ -22,9 +22,9 @@ from benchmarks.comparison import PASSES, Comparison, is_sound
 from benchmarks.mmcv_operator import LAUNCHERS, find_source
 from benchmarks.peers import mmcv
 from benchmarks.problem import Peer, Problem
+from benchmarks.report import Record
 from carafe_plugin.engine.errors import UsageError
 
-Record = dict[str, Any]
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 SHAPES = {
     # An FPN's levels P5, P4 and P3 for an image of 800 x 1333, as the upsamplers of its top-down path see them.
@@ -98,8 +98,10 @@ def figure_file(text: str) -> Path:
     return path
 
 
-def make_parser(program: str, description: str, ours: Sequence[Peer], peers: Sequence[Peer]) -> argparse.ArgumentParser:
-    """A parser with the options that both benchmarks have."""
+def make_parser(
+    program: str, description: str, ours: Sequence[Peer], peers: Sequence[Peer], kind: type[Problem] = Problem
+) -> argparse.ArgumentParser:
+    """A parser with the options that both benchmarks have, to measure `ours` beside `peers` on problems of a `kind`."""
     names = [peer.name for peer in peers]
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{program}",
@@ -124,17 +126,18 @@ def make_parser(program: str, description: str, ours: Sequence[Peer], peers: Seq
     add("--plot", type=figure_file, metavar="FILE", help="write a figure (.png, .svg or .pdf)")
     add("--quick", action="store_true", help="one size each way, three turns, no peer that compiles or is slow")
     add("--mmcv-source", type=Path, metavar="DIR", help="compile mmcv's operator from this folder (mmcv, or its csrc)")
+    parser.set_defaults(ours=ours, known=peers, kind=kind, growth=None)
     return parser
 
 
-def complete(
-    parser: argparse.ArgumentParser,
-    options: argparse.Namespace,
-    arguments: Sequence[str] | None,
-    known: Sequence[Peer],
-    kind: type[Problem] = Problem,
-) -> argparse.Namespace:
-    """Adds `problems`, `command` and `comparison` and chooses `peers`; exits with code 2 where options conflict."""
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Adds `problems`, `command` and `comparison` and chooses `peers`.
+
+    Exits with code 2 and one clear line when an argument is invalid.
+    """
+    options = parser.parse_args(arguments)
+    if options.growth is not None and options.peers:
+        parser.error("--growth measures ours only: it takes no --peers")
     options.command = command_line(parser, arguments, options)
     options.repeats = options.repeats or (3 if options.quick else 10)
     options.time_limit = options.time_limit or (3.0 if options.quick else 15.0)
@@ -142,7 +145,7 @@ def complete(
     options.comparison = functools.partial(
         Comparison, repeats=options.repeats, time_limit=options.time_limit, memory_limit=limit
     )
-    options.problems = list(_problems(options, kind))
+    options.problems = list(_problems(options))
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     try:
@@ -160,13 +163,13 @@ def complete(
     if options.mmcv_source and mmcv.source is None:
         parser.error(f"--mmcv-source: no {LAUNCHERS} in {options.mmcv_source}")
     reasons: dict[str, str | None] = {}  # why a peer runs on none of the problems; None where it runs on one
-    for peer in known:
+    for peer in options.known:
         told = [peer.unavailable(problem) for problem in options.problems]
         reasons[peer.name] = None if None in told else told[0]
     for name in options.peers or ():
         if reasons[name] is not None:
             parser.error(f"--peers: {name} cannot run: {reasons[name]}")
-    by_name = {peer.name: peer for peer in known}
+    by_name = {peer.name: peer for peer in options.known}
     if options.peers is None:
         runnable = [name for name, reason in reasons.items() if reason is None]
         options.peers = [name for name in runnable if not (options.quick and by_name[name].compiles)]
@@ -183,7 +186,7 @@ def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     return f"{parser.prog} {shlex.join(words)}"
 
 
-def _problems(options: argparse.Namespace, kind: type[Problem]) -> Iterator[Problem]:
+def _problems(options: argparse.Namespace) -> Iterator[Problem]:
     asked = options.scale_factor
     if options.shapes:
         sizes = {asked or Fraction(2): options.shapes}
@@ -193,7 +196,7 @@ def _problems(options: argparse.Namespace, kind: type[Problem]) -> Iterator[Prob
     for factor, shapes in sizes.items():
         kernels = options.kernel_size, options.group_size, factor.numerator, factor.denominator
         for batch, channels, height, width in shapes:
-            yield kind(channels, height, width, batch, *kernels, DTYPES[options.dtype], options.device)
+            yield options.kind(channels, height, width, batch, *kernels, DTYPES[options.dtype], options.device)
 
 
 def run(options: argparse.Namespace, fill: Callable[[Record], None], plot: Callable[[Record, Path], None]) -> int:
@@ -211,12 +214,12 @@ def run(options: argparse.Namespace, fill: Callable[[Record], None], plot: Calla
     return 0 if all(map(is_sound, [*record["results"], *record.get("growth", ())])) else 1
 
 
-def compare(options: argparse.Namespace, ours: Sequence[Peer]) -> int:
+def compare(options: argparse.Namespace) -> int:
     """Measures the peers on every problem and shows each result as it comes; returns the exit code."""
 
     def fill(record: Record) -> None:
         for problem in options.problems:
-            peers = [*ours, *(peer for peer in options.peers if peer.unavailable(problem) is None)]
+            peers = [*options.ours, *(peer for peer in options.peers if peer.unavailable(problem) is None)]
             result = options.comparison(problem, peers).run()
             record["results"].append(result)
             for each in PASSES:

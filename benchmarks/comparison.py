@@ -24,10 +24,7 @@ LACKING_MEMORY = re.compile("not enough memory|can't allocate memory|bad_alloc")
 
 
 class Failure(Exception):
-    """Why a peer has no measurement: a status and what is known besides."""
-
-    def __init__(self, status: str, detail: str, **facts: object) -> None:
-        self.record: dict[str, object] = {"status": status, "detail": detail, **facts}
+    """Why a peer has no measurement, as its record says it: a status, the detail, and what is known besides."""
 
 
 def run_pass(call: Call, inputs: Inputs, name: str) -> tuple[Tensor, ...]:
@@ -108,7 +105,7 @@ class Comparison:
             record = self.records[peer.name][each]
             with self._guard(record):
                 if self.records[peer.name]["forward"].get("status") == "too slow":
-                    raise Failure("too slow", "the forward pass alone is")
+                    raise Failure({"status": "too slow", "detail": "the forward pass alone is"})
                 work = functools.partial(run_pass, self.calls[peer.name], self.inputs, each)
                 begin = benchmark.timer()
                 with self._limit():
@@ -150,7 +147,8 @@ class Comparison:
         dtypes = self.problem.dtype, peer.dtype or self.problem.dtype
         error, tolerance = relative_error(results, expected), max(self.problem.tolerances[dtype] for dtype in dtypes)
         if not error <= tolerance:
-            raise Failure("wrong result", f"differs from {peer.reference} by {error:.1e}, allowed {tolerance:.0e}")
+            detail = f"differs from {peer.reference} by {error:.1e}, allowed {tolerance:.0e}"
+            raise Failure({"status": "wrong result", "detail": detail})
         return error
 
     def _turns(self, peer: Peer, estimate: float) -> int:
@@ -159,7 +157,7 @@ class Comparison:
         calls = int(self.time_limit / estimate)
         if calls < min(self.repeats, FEWEST_REPEATS):
             detail = f"one call takes {estimate:.3g} s, all may take {self.time_limit:g} s"
-            raise Failure("too slow", detail, estimate_ms=1e3 * estimate)
+            raise Failure({"status": "too slow", "detail": detail, "estimate_ms": 1e3 * estimate})
         return min(self.repeats, calls)
 
     def _limit(self) -> contextlib.AbstractContextManager[None]:
@@ -171,7 +169,7 @@ class Comparison:
         try:
             yield
         except Failure as failure:
-            record |= failure.record
+            record |= failure.args[0]
         except Exception as error:  # a peer is foreign code: compilers, kernels, packages
             # The first line says what happened; the rest, and paths, are about this machine.
             line = re.sub(r"(?<!\w)/\S+/", "", (str(error).strip() or "no message").splitlines()[0])

@@ -56,7 +56,6 @@ class Timing:
         return max(1, round(SAMPLE_SECONDS / max(self.estimate, 1e-6)))
 
     def sample(self) -> None:
-        """Takes one sample."""
         if self.estimate < WARM_CALL_SECONDS:
             self.work()  # what ran before has emptied the caches
         self.samples.append(seconds(self.work, self.calls))
@@ -177,10 +176,12 @@ def run_record(command: str, device: str) -> dict[str, Any]:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on; nothing that names the machine."""
+    cpus = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    models = re.findall(r"^model name\s*:\s*(.+)$", cpus, re.MULTILINE)
     description: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "cpu": _cpu_model(),
+        "cpu": (models or [platform.processor() or "unknown"])[0],
         "cores": cores(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cpu_path": cpu_path(),
@@ -214,13 +215,6 @@ def cpu_path() -> str | None:
     if (path := library.carafe_cpu_path()) is None:
         raise UsageError(f"CARAFE_CPU_PATH={os.environ['CARAFE_CPU_PATH']} is not a path of this machine")
     return path.decode()
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        if names := re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return str(names[0])
-    return platform.processor() or "unknown"
 
 
 def revision() -> str | None:

@@ -184,8 +184,8 @@ def bench_model(args: argparse.Namespace) -> None:
     if torch.device(args.device).index is not None:
         torch.cuda.set_device(args.device)  # the clock waits for the current one
     models, shape = build(args)
-    record = {"schema": 1, **measure.run_record(args.command, args.device), "shape": list(shape)}
-    record["repeats"] = args.repeats
+    record = {"schema": 1, **measure.run_record(args.command, args.device)}
+    record |= {"shape": list(shape), "repeats": args.repeats}
 
     def write() -> None:
         record["models"] = [model.record(models[0]) for model in models]
@@ -258,7 +258,7 @@ def profile_record(samples: Sequence[Mapping[str, float]], calls: Mapping[str, i
     return {"parts_ms": parts, "calls": dict(calls)}
 
 
-def print_table(record: Mapping[str, Any]) -> None:
+def print_table(record: report.Record) -> None:
     """A row for each model."""
     table = report.make_table(
         f"Seconds per prediction at {record['shape'][0]}x{record['shape'][1]}, {record['rounds']} rounds: "
@@ -280,7 +280,7 @@ def print_table(record: Mapping[str, Any]) -> None:
     report.console.print(table)
 
 
-def print_profile(models: Sequence[Mapping[str, Any]]) -> None:
+def print_profile(models: Sequence[report.Record]) -> None:
     """A column for each model: milliseconds of each part and, from the second on, what it takes beyond the first."""
     table = report.make_table(
         "Where a prediction's milliseconds go (+ beyond the first model)",

@@ -83,13 +83,12 @@ PEERS = (
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; exits with code 2 and one clear line when an argument is invalid."""
     description = "Measure the modules, kernel prediction included, beside others."
-    parser = command.make_parser("module", description, OURS, PEERS)
-    return command.complete(parser, parser.parse_args(arguments), arguments, PEERS, ModuleProblem)
+    return command.parse(command.make_parser("module", description, OURS, PEERS, ModuleProblem), arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
-    return command.compare(parse_arguments(arguments), OURS)
+    return command.compare(parse_arguments(arguments))
 
 
 if __name__ == "__main__":

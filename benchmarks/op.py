@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -32,6 +32,7 @@ from benchmarks import command, report
 from benchmarks.comparison import PASSES
 from benchmarks.peers import OURS, PEERS
 from benchmarks.problem import Problem
+from benchmarks.report import Record
 
 # The base point is P4 of an FPN with fewer channels, so that a run takes minutes.
 BASE = {"batch": 1, "channels": 64, "height": 50, "width": 84}
@@ -46,49 +47,41 @@ VALUES: Mapping[str, Sequence[str]] = {
 LABELS = {"size": "H * W", "kernel-size": "k", "scale": "sigma"}
 
 
-class Point(NamedTuple):
-    """One problem of a series."""
+def points(axes: Sequence[str], base: Problem, threads: int, quick: bool = False) -> Iterator[tuple[Problem, Record]]:
+    """The problems of each axis (threads: on CPU only, up to `threads`), with `quick` the first two of each.
 
-    axis: str  # what is varied
-    value: str  # as a table shows it
-    position: float  # the value as a number, for the figure
-    problem: Problem
-    threads: int  # of the CPU
-
-
-def points(axes: Sequence[str], base: Problem, threads: int, quick: bool = False) -> Iterator[Point]:
-    """The problems of each axis (threads: on CPU only, up to `threads`); with `quick` the first two of each."""
+    Beside each is what its record says of it: the axis, the value, its position in a figure, and the threads.
+    """
     for axis in axes:
         values = VALUES[axis]
         if axis == "threads" and base.device == "cpu":
             values = [*(str(2**power) for power in range(10) if 2**power < threads), str(threads)]
         for value in values[:2] if quick else values:
-            count, changes = threads, dict[str, Any]()
+            changes: dict[str, Any] = {}
             if axis == "size":
                 changes["height"], changes["width"] = map(int, value.split("x"))
             elif axis == "scale":
                 changes["up"], changes["down"] = Fraction(value).as_integer_ratio()
-            elif axis == "threads":
-                count = int(value)
-            else:
+            elif axis != "threads":
                 changes[axis.replace("-", "_")] = int(value)
             position = float(changes["height"] * changes["width"] if axis == "size" else Fraction(value))
-            yield Point(axis, value, position, dataclasses.replace(base, **changes), count)
+            place = {"axis": axis, "value": value, "position": position}
+            place["threads"] = int(value) if axis == "threads" else threads
+            yield dataclasses.replace(base, **changes), place
 
 
-def measure_growth(options: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Adds the record of ours at each point, with the axis, the value, the position and the threads; prints tables."""
+def measure_growth(options: argparse.Namespace, record: Record) -> None:
+    """Adds the record of ours at each point and prints tables."""
     base = options.problems[0] if options.shapes else dataclasses.replace(options.problems[0], **BASE)
     record["growth"] = []
-    for point in points(list(dict.fromkeys(options.growth or VALUES)), base, options.threads, options.quick):
-        torch.set_num_threads(point.threads)
-        place = point._asdict()
-        record["growth"].append(place | options.comparison(place.pop("problem"), OURS).run())
+    for problem, point in points(list(dict.fromkeys(options.growth or VALUES)), base, options.threads, options.quick):
+        torch.set_num_threads(point["threads"])
+        record["growth"].append(point | options.comparison(problem, OURS).run())
     torch.set_num_threads(options.threads)
     print_growth(record["growth"], base)
 
 
-def print_growth(results: Sequence[Mapping[str, Any]], base: Problem) -> None:
+def print_growth(results: Sequence[Record], base: Problem) -> None:
     """A table for each axis: milliseconds, their ratio to the bound, and the rate of the reassembly."""
     headings = []
     for each in PASSES:
@@ -104,9 +97,8 @@ def print_growth(results: Sequence[Mapping[str, Any]], base: Problem) -> None:
             cells = [result["value"]]
             for each in PASSES:
                 for values in (peer[each] for peer in result["peers"]):
-                    measured = values["status"] == "ok"
-                    text = "{median_ms:.4g} ({times_bound:.3g})" if measured else "{status}"
-                    cells.append(text.format(**values))
+                    ok = values["status"] == "ok"
+                    cells.append(("{median_ms:.4g} ({times_bound:.3g})" if ok else "{status}").format(**values))
                 cells.append(f"{result['bound'][f'{each}_ms']:.3g}")
             fused = result["peers"][-1]["forward_backward"]
             rate = result["bound"]["forward_backward_flop"] / 1e6 / fused["median_ms"] if "median_ms" in fused else 0
@@ -114,7 +106,7 @@ def print_growth(results: Sequence[Mapping[str, Any]], base: Problem) -> None:
         report.console.print(table)
 
 
-def plot_growth(run: Mapping[str, Any], file: Path) -> None:
+def plot_growth(run: Record, file: Path) -> None:
     """Draws one panel for each axis, both logarithmic: ours, with the quartiles, and the bound."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -123,14 +115,12 @@ def plot_growth(run: Mapping[str, Any], file: Path) -> None:
     columns = min(3, len(axes))
     rows = -(-len(axes) // columns)
     figure = Figure((1 + 3.4 * columns, 1 + 2.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel in panels[len(axes) :]:
-        panel.set_axis_off()
-    for panel, (axis, series) in zip(panels, axes.items(), strict=False):
+    for number, (axis, series) in enumerate(axes.items(), 1):
+        panel: Any = figure.add_subplot(rows, columns, number)
         positions = [result["position"] for result in series]
         for each, line in zip(PASSES, ("-", "--"), strict=True):
-            for number, (peer, colour) in enumerate(zip(OURS, ("tab:blue", "tab:orange"), strict=True)):
-                measured = [result["peers"][number][each] for result in series]
+            for row, (peer, colour) in enumerate(zip(OURS, ("tab:blue", "tab:orange"), strict=True)):
+                measured = [result["peers"][row][each] for result in series]
                 low, median, high = (
                     np.array([values.get(name, np.nan) for values in measured])
                     for name in ("q1_ms", "median_ms", "q3_ms")
@@ -145,7 +135,7 @@ def plot_growth(run: Mapping[str, Any], file: Path) -> None:
         panel.set_xticks(positions, [result["value"] for result in series], size=7)
         panel.minorticks_off()
         panel.set_xlabel(LABELS.get(axis, axis), size=9)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"ms: {run['dtype']}, {report.processor(run)}, torch {run['machine']['torch']}", size=9)
     figure.savefig(file, dpi=150)
@@ -162,17 +152,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f"instead: how ours grows with {', '.join(VALUES)} [all of them], one at a time around a base point, "
         "which one of --shapes may set",
     )
-    options = parser.parse_args(arguments)
-    if options.growth is not None and options.peers:
-        parser.error("--growth measures ours only: it takes no --peers")
-    return command.complete(parser, options, arguments, PEERS)
+    return command.parse(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
     options = parse_arguments(arguments)
     if options.growth is None:
-        return command.compare(options, OURS)
+        return command.compare(options)
     return command.run(options, functools.partial(measure_growth, options), plot_growth)
 
 

@@ -75,7 +75,7 @@ def shifted_madd(features: Tensor, masks: Tensor, kernel_size: int, group_size: 
 
 
 def in_steps(function: Reassembly) -> Reassembly:
-    """Pixel shuffle, softmax, then a reassembly: what the content encoder's output usually goes through."""
+    """A reassembly after pixel shuffle and softmax."""
     return lambda features, logits, k, g, up, down: function(
         features, shuffle_and_softmax(logits, k, g, up), k, g, up, down
     )
@@ -114,7 +114,7 @@ class PointSampler(nn.Module):
         return sampled.view(n, c, h * self.up, w * self.up)
 
 
-def of_reassembly(name: str, description: str, kernels: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
+def of_reassembly(kernels: str, name: str, description: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
     """A reassembly with the `kernels` of the inputs, 'masks' or 'logits'; `prepare` returns the function."""
 
     def setup(problem: Problem, inputs: Inputs) -> Call:
@@ -123,6 +123,14 @@ def of_reassembly(name: str, description: str, kernels: str, prepare: Callable[[
         return Call(lambda: function(features, weights, *problem.geometry), (features, weights))
 
     return Peer(name, description, setup, "carafe" if kernels == "masks" else "fused", **others)
+
+
+from_masks, from_logits = (functools.partial(of_reassembly, kernels) for kernels in ("masks", "logits"))
+
+
+def of_steps(name: str, description: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
+    """Pixel shuffle, softmax, then a reassembly: what the content encoder's output usually goes through."""
+    return from_logits(name, description, lambda: in_steps(prepare()), **others)
 
 
 def of_module(name: str, description: str, build: Callable[[Problem], nn.Module], **others: Any) -> Peer:
@@ -179,8 +187,8 @@ def only_downsamples(problem: Problem) -> str | None:
 mmcv = MmcvOperator()
 # What the others are compared with: each row is compared with its `reference`.
 OURS = (
-    of_reassembly("carafe", "ours: carafe_plugin.ops.carafe, from masks", "masks", lambda: public_operator),
-    of_reassembly("fused", "ours, as the modules call it: from the content encoder's output", "logits", lambda: fused),
+    from_masks("carafe", "ours: carafe_plugin.ops.carafe, from masks", lambda: public_operator),
+    from_logits("fused", "ours, as the modules call it: from the content encoder's output", lambda: fused),
 )
 VARIANTS = (
     *(variant(ours, "channels-last", memory_format=torch.channels_last) for ours in OURS),
@@ -204,35 +212,22 @@ OTHERS = (
     *(of_module(*row, equal=False, unavailable=only_downsamples) for row in DOWNSAMPLERS),
 )
 PEERS: tuple[Peer, ...] = (
-    of_reassembly("unfold-einsum", "unfold, then einsum", "masks", lambda: unfold_einsum),
-    of_reassembly(
-        "upsample-unfold",
-        "nearest, dilated unfold, then einsum",
-        "masks",
-        lambda: upsample_unfold,
-        unavailable=only_upsamples,
+    from_masks("unfold-einsum", "unfold, then einsum", lambda: unfold_einsum),
+    from_masks(
+        "upsample-unfold", "nearest, dilated unfold, then einsum", lambda: upsample_unfold, unavailable=only_upsamples
     ),
-    of_reassembly("shifted-madd", "k^2 shifted multiply-adds", "masks", lambda: shifted_madd),
-    of_reassembly(
-        "shifted-madd-compiled", "the same under torch.compile", "masks", lambda: shifted_madd, compiles=True
-    ),
-    of_reassembly("mmcv", "mmcv's CUDA operator", "masks", mmcv.reassembly, unavailable=mmcv.unavailable),
-    of_reassembly(
-        "steps-carafe", "pixel shuffle, softmax, then ours from masks", "logits", lambda: in_steps(public_operator)
-    ),
-    of_reassembly(
+    from_masks("shifted-madd", "k^2 shifted multiply-adds", lambda: shifted_madd),
+    from_masks("shifted-madd-compiled", "the same under torch.compile", lambda: shifted_madd, compiles=True),
+    from_masks("mmcv", "mmcv's CUDA operator", mmcv.reassembly, unavailable=mmcv.unavailable),
+    of_steps("steps-carafe", "pixel shuffle, softmax, then ours from masks", lambda: public_operator),
+    of_steps(
         "steps-compiled",
         "pixel shuffle, softmax and shifted multiply-adds under torch.compile",
-        "logits",
-        lambda: in_steps(shifted_madd),
+        lambda: shifted_madd,
         compiles=True,
     ),
-    of_reassembly(
-        "steps-mmcv",
-        "pixel shuffle, softmax, then mmcv's CUDA operator",
-        "logits",
-        lambda: in_steps(mmcv.reassembly()),
-        unavailable=mmcv.unavailable,
+    of_steps(
+        "steps-mmcv", "pixel shuffle, softmax, then mmcv's CUDA operator", mmcv.reassembly, unavailable=mmcv.unavailable
     ),
     *VARIANTS,
     *OTHERS,

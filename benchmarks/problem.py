@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,12 +28,7 @@ class Problem:
     device: str = "cpu"
     # The largest difference from ours, relative to ours' largest value, that rounding explains: peers add 25 products
     # (a gradient: hundreds) in the dtype itself, ours accumulates in float32.
-    tolerances: ClassVar[Mapping[torch.dtype, float]] = {
-        torch.float64: 1e-12,
-        torch.float32: 1e-5,
-        torch.float16: 2e-2,
-        torch.bfloat16: 1e-1,
-    }
+    tolerances: ClassVar = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
     @property
     def geometry(self) -> tuple[int, int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from carafe_plugin.engine.console import table_console
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
 console = table_console(160)
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 
 
 def is_ours(peer: Record) -> bool:

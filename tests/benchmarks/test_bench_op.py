@@ -200,16 +200,17 @@ def test_growth_varies_one_thing_at_a_time() -> None:
     for axis in bench_op.VALUES:
         series = list(bench_op.points([axis], base, threads=4))
         assert len(series) >= 3
-        assert len({point.value for point in series}) == len(series)
-        assert any(point.problem == base and point.threads == 4 for point in series)
+        assert {place["axis"] for _, place in series} == {axis}
+        assert len({place["value"] for _, place in series}) == len(series)
+        assert any(problem == base and place["threads"] == 4 for problem, place in series)
         own = {"size": {"height", "width"}, "scale": {"up", "down"}, "threads": set()}
-        changed = {
-            name for point in series for name, value in vars(point.problem).items() if value != getattr(base, name)
-        }
+        problems = [vars(problem) for problem, _ in series]
+        changed = {name for sizes in problems for name, value in sizes.items() if value != getattr(base, name)}
         assert changed == own.get(axis, {axis.replace("-", "_")})
-        assert {point.threads for point in series} == ({1, 2, 4} if axis == "threads" else {4})
-    assert [point.position for point in bench_op.points(["scale"], base, 1)] == [1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4]
-    assert [point.threads for point in bench_op.points(["threads"], base, 6)] == [1, 2, 4, 6]
+        assert {place["threads"] for _, place in series} == ({1, 2, 4} if axis == "threads" else {4})
+    scales = [place["position"] for _, place in bench_op.points(["scale"], base, 1)]
+    assert scales == [1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4]
+    assert [place["threads"] for _, place in bench_op.points(["threads"], base, 6)] == [1, 2, 4, 6]
 
 
 def test_growth_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
