@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks import measure, report
-from benchmarks.comparison import PASSES, Comparison, is_sound
+from benchmarks.comparison import PASSES, Comparison, Peer, Problem, is_sound
 from benchmarks.mmcv_operator import LAUNCHERS, find_source
 from benchmarks.peers import mmcv
-from benchmarks.problem import Peer, Problem
 from benchmarks.report import Record
 from carafe_plugin.engine.errors import UsageError
 

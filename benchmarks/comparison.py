@@ -1,20 +1,20 @@
-"""Compares peers on one problem: their results, time, peak memory, and what autograd keeps."""
+"""What is compared, on problems of one size each, and how: results, time, peak memory, and what autograd keeps."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import benchmark
 
 from benchmarks import measure
-from benchmarks.problem import Call, Inputs, Peer, Problem
 
 PASSES = ("forward", "forward_backward")
 FEWEST_REPEATS = 3
@@ -23,17 +23,138 @@ MEMORY_ERRORS = (MemoryError, torch.cuda.OutOfMemoryError)
 LACKING_MEMORY = re.compile("not enough memory|can't allocate memory|bad_alloc")  # the CPU allocator's RuntimeError
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One size to measure: features (batch, channels, height, width), rescaled by the integer `up` or by 1/`down`."""
+
+    channels: int
+    height: int
+    width: int
+    batch: int = 1
+    kernel_size: int = 5
+    group_size: int = 1
+    up: int = 2
+    down: int = 1
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    # The largest difference from ours, relative to ours' largest value, that rounding explains: peers add 25 products
+    # (a gradient: hundreds) in the dtype itself, ours accumulates in float32.
+    tolerances: ClassVar = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int]:
+        """What a reassembly is told besides its tensors: kernel size, groups, `up` and `down`."""
+        return self.kernel_size, self.group_size, self.up, self.down
+
+    @property
+    def taps(self) -> int:
+        """Source locations that one output element sums: k^2."""
+        return self.kernel_size**2
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the rescaled map, H' = ceil(H * up / down)."""
+        return -(-self.height * self.up // self.down), -(-self.width * self.up // self.down)
+
+    def elements(self) -> tuple[int, int, int]:
+        """Elements of the features, the kernels (as masks or as the content encoder's output) and the output."""
+        source, target = self.height * self.width, self.output_size[0] * self.output_size[1]
+        kernels = self.group_size * self.taps * target
+        return self.batch * self.channels * source, self.batch * kernels, self.batch * self.channels * target
+
+    def flop(self, backward: bool) -> int:
+        """A multiply and an add for each tap, as many again for each gradient; the normaliser's few are left out."""
+        return 2 * self.taps * self.elements()[2] * (3 if backward else 1)
+
+    def traffic(self, backward: bool) -> int:
+        """Bytes that must move when each tensor is read or written once a direction, the same from masks and logits."""
+        features, kernels, output = self.elements()
+        # Forward reads features and kernels and writes the output. Backward reads the output's gradient and both
+        # inputs again, and writes two gradients.
+        elements = features + kernels + output + (output + 2 * features + 2 * kernels if backward else 0)
+        return elements * self.dtype.itemsize
+
+    def needed_memory(self, backward: bool) -> int:
+        """Bytes that peak memory is compared with: output and masks or, with backward, output and both gradients."""
+        features, kernels, output = self.elements()
+        return (output + kernels + (features if backward else 0)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors that every peer is given; those that a peer differentiates require grad."""
+
+    features: Tensor  # (N, C, H, W)
+    masks: Tensor  # (N, G * k^2, H', W'): the kernels that `logits` stand for
+    logits: Tensor  # the content encoder's output: (N, G * k^2 * up^2, H, W), or (N, G * k^2, H', W') downsampling
+    grad_output: Tensor  # (N, C, H', W'): what backward starts from
+
+    @classmethod
+    def random(cls, problem: Problem, seed: int = 0) -> Inputs:
+        """Draws inputs for `problem`, the same ones for the same seed on every device."""
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        n, c, g, up = problem.batch, problem.channels, problem.group_size, problem.up
+        height, width = problem.output_size
+        logits = draw(n, g * problem.taps * up**2, height // up, width // up)
+        features, grad_output = draw(n, c, problem.height, problem.width), draw(n, c, height, width)
+        masks = shuffle_and_softmax(logits, problem.kernel_size, g, up)
+        tensors = [tensor.to(problem.device, problem.dtype) for tensor in (features, masks, logits, grad_output)]
+        for tensor in tensors[:3]:
+            tensor.requires_grad_()
+        return cls(*tensors)
+
+
+def shuffle_and_softmax(logits: Tensor, kernel_size: int, group_size: int, up: int) -> Tensor:
+    """The two steps between content encoder and reassembly, as mmcv and the copies of it write them."""
+    shuffled = F.pixel_shuffle(logits, up)
+    n, _, h, w = shuffled.shape
+    return shuffled.view(n, group_size, kernel_size**2, h, w).softmax(2).view(shuffled.shape)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A peer made ready for one problem."""
+
+    forward: Callable[[], Tensor]
+    wrt: tuple[Tensor, ...]  # what backward computes gradients of
+    grad_output: Tensor  # what backward starts from
+    parameters: tuple[Tensor, ...] = ()  # learnt values among `wrt`
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to rescale a map.
+
+    `reference` names the peer that computes the same function of the same inputs: results are compared with its results
+    before anything is timed, and times with its times. It is the peer's own name for ours.
+    """
+
+    name: str
+    description: str
+    setup: Callable[[Problem, Inputs], Call]  # not part of any timing
+    reference: str
+    equal: bool = True  # False for one that computes another function, of which only times are compared
+    compiles: bool = False  # whether its first call also compiles, and its time says nothing of the others
+    variant: bool = False  # whether it is ours too, in another layout or dtype
+    dtype: torch.dtype | None = None  # of its results and inputs, where that is not the problem's
+    unavailable: Callable[[Problem], str | None] = lambda problem: None  # why it cannot run; None where it can
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the others are compared with it."""
+        return self.name == self.reference
+
+
 class Failure(Exception):
     """Why a peer has no measurement, as its record says it: a status, the detail, and what is known besides."""
 
 
-def run_pass(call: Call, inputs: Inputs, name: str) -> tuple[Tensor, ...]:
+def run_pass(call: Call, name: str) -> tuple[Tensor, ...]:
     """One forward pass without gradients, or one forward and backward; returns what was computed."""
     if name == "forward":
         with torch.no_grad():
             return (call.forward(),)
-    start = inputs.grad_output if call.grad_output is None else call.grad_output
-    return torch.autograd.grad(call.forward(), call.wrt, start)
+    return torch.autograd.grad(call.forward(), call.wrt, call.grad_output)
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -61,16 +182,15 @@ class Comparison:
         """Returns the record of the problem, the bound and every peer."""
         shape = {name: value for name, value in vars(self.problem).items() if name not in ("dtype", "device")}
         self.on_cpu = torch.device(self.problem.device).type == "cpu"
-        self.inputs = Inputs.random(self.problem)
-        bound = self._bound()
-        self.calls: dict[str, Call] = {}
-        self.records: dict[str, dict[str, Any]] = {}
+        inputs, bound = Inputs.random(self.problem), self._bound()
+        self.calls: dict[Peer, Call] = {}
+        self.records: dict[Peer, dict[str, Any]] = {}
         for peer in self.peers:
             told = ("name", "description", "equal", "variant", "reference")
-            record = self.records[peer.name] = {name: getattr(peer, name) for name in told}
+            record = self.records[peer] = {name: getattr(peer, name) for name in told}
             failure: dict[str, Any] = {}
             with self._guard(failure), self._limit():
-                call = self.calls[peer.name] = peer.setup(self.problem, self.inputs)
+                call = self.calls[peer] = peer.setup(self.problem, inputs)
                 record["parameters"] = sum(parameter.numel() for parameter in call.parameters)
             record |= {each: dict(failure) for each in PASSES}
         for each in PASSES:
@@ -87,26 +207,24 @@ class Comparison:
             backward = each != "forward"
             flop, moved = problem.flop(backward), problem.traffic(backward)
             rate = measure.copy_rate(device, moved)
-            limits = flop / bound["matmul_flop_per_s"], moved / rate
             bound |= {
                 f"{each}_flop": flop,
                 f"{each}_bytes": moved,
                 f"{each}_copy_bytes_per_s": rate,
-                f"{each}_ms": 1e3 * max(limits),
+                f"{each}_ms": 1e3 * max(flop / bound["matmul_flop_per_s"], moved / rate),
                 f"{each}_needed_bytes": problem.needed_memory(backward),
             }
         return bound
 
     def _measure(self, each: str, bound: dict[str, float]) -> None:
-        timings: dict[str, measure.Timing] = {}
+        timings: dict[Peer, measure.Timing] = {}
         expected: dict[str, tuple[Tensor, ...]] = {}
-        peers = [peer for peer in self.peers if peer.name in self.calls]
-        for peer in peers:
-            record = self.records[peer.name][each]
+        for peer, call in self.calls.items():
+            record = self.records[peer][each]
             with self._guard(record):
-                if self.records[peer.name]["forward"].get("status") == "too slow":
+                if self.records[peer]["forward"].get("status") == "too slow":
                     raise Failure({"status": "too slow", "detail": "the forward pass alone is"})
-                work = functools.partial(run_pass, self.calls[peer.name], self.inputs, each)
+                work = functools.partial(run_pass, call, each)
                 begin = benchmark.timer()
                 with self._limit():
                     results = work()
@@ -122,21 +240,19 @@ class Comparison:
                     self._turns(peer, first)
                 with self._limit():
                     estimate = measure.seconds(work)
-                timings[peer.name] = measure.Timing(work, estimate, self._turns(peer, estimate))
+                timings[peer] = measure.Timing(work, estimate, self._turns(peer, estimate))
             if "status" in record and not self.on_cpu:
                 torch.cuda.empty_cache()
         expected.clear()
         # The limit is not in force here: what has just succeeded twice succeeds again.
         measure.interleave(list(timings.values()))
         medians: dict[str, float] = {}
-        for peer in peers:
-            if (timing := timings.get(peer.name)) is None:
-                continue
-            record, peak = self.records[peer.name][each], measure.peak_bytes(timing.work, self.problem.device)
+        for peer, timing in timings.items():
+            record, peak = self.records[peer][each], measure.peak_bytes(timing.work, self.problem.device)
             record |= {"status": "ok", **timing.summary(), "peak_bytes": peak}
             # A hook would make torch.compile compile again; what it keeps is not asked.
             if each == "forward_backward" and not peer.compiles:
-                record |= saved_memory(self.calls[peer.name])
+                record |= saved_memory(self.calls[peer])
             median = medians[peer.name] = record["median_ms"]
             record["times_bound"] = round(median / bound[f"{each}_ms"], 4)
             record["times_needed_memory"] = round(peak / bound[f"{each}_needed_bytes"], 4)
@@ -197,7 +313,8 @@ def saved_memory(call: Call) -> dict[str, int]:
 
 def is_sound(result: dict[str, Any]) -> bool:
     """Whether ours was measured and no peer disagreed with it."""
-    statuses = [(peer, peer[each]["status"]) for peer in result["peers"] for each in PASSES]
-    return all(
-        status == "ok" or (peer["name"] != peer["reference"] and status != "wrong result") for peer, status in statuses
-    )
+    for peer in result["peers"]:
+        statuses = {peer[each]["status"] for each in PASSES}
+        if "wrong result" in statuses or (peer["name"] == peer["reference"] and statuses != {"ok"}):
+            return False
+    return True

@@ -103,10 +103,8 @@ class Model:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; exits with code 2 and one clear line when an argument is invalid."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.model",
-        description="Measure seconds per prediction of models beside each other.",
-    )
+    description = "Measure seconds per prediction of models beside each other."
+    parser = argparse.ArgumentParser("python -m benchmarks.model", description=description)
     add = parser.add_argument
     add(
         "configs",

@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks import command
+from benchmarks.comparison import Peer, Problem
 from benchmarks.peers import OTHERS, Reassembly, in_steps, mmcv, of_module, shifted_madd, unfold_einsum
-from benchmarks.problem import Peer, Problem
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 

@@ -29,9 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks import command, report
-from benchmarks.comparison import PASSES
+from benchmarks.comparison import PASSES, Problem
 from benchmarks.peers import OURS, PEERS
-from benchmarks.problem import Problem
 from benchmarks.report import Record
 
 # The base point is P4 of an FPN with fewer channels, so that a run takes minutes.

@@ -5,7 +5,6 @@ To add a peer, write its setup, which turns a `Problem` and its `Inputs` into a 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.comparison import Call, Inputs, Peer, Problem, shuffle_and_softmax
 from benchmarks.mmcv_operator import MmcvOperator
-from benchmarks.problem import Call, Inputs, Peer, Problem, shuffle_and_softmax
 from carafe_plugin.modules.peers import DeconvUpsample, MaxPoolDownsample, PixelShuffleUpsample, StridedConvDownsample
 from carafe_plugin.ops import carafe
 from carafe_plugin.ops.fused import reassemble_logits
@@ -120,7 +119,7 @@ def of_reassembly(kernels: str, name: str, description: str, prepare: Callable[[
     def setup(problem: Problem, inputs: Inputs) -> Call:
         function = compiled(prepare()) if others.get("compiles") else prepare()
         features, weights = inputs.features, getattr(inputs, kernels)
-        return Call(lambda: function(features, weights, *problem.geometry), (features, weights))
+        return Call(lambda: function(features, weights, *problem.geometry), (features, weights), inputs.grad_output)
 
     return Peer(name, description, setup, "carafe" if kernels == "masks" else "fused", **others)
 
@@ -141,8 +140,8 @@ def of_module(name: str, description: str, build: Callable[[Problem], nn.Module]
             torch.manual_seed(0)
             module = build(problem).to(problem.device, problem.dtype)
         forward = compiled(module) if others.get("compiles") else module
-        parameters = tuple(module.parameters())
-        return Call(lambda: forward(inputs.features), (inputs.features, *parameters), parameters=parameters)
+        features, parameters = inputs.features, tuple(module.parameters())
+        return Call(lambda: forward(features), (features, *parameters), inputs.grad_output, parameters)
 
     return Peer(name, description, setup, "carafe", **others)
 
@@ -164,8 +163,7 @@ def variant(ours: Peer, suffix: str, **change: Any) -> Peer:
         return tensor.detach().to(**change).requires_grad_(tensor.requires_grad)
 
     def setup(problem: Problem, inputs: Inputs) -> Call:
-        converted = Inputs(*map(convert, vars(inputs).values()))
-        return dataclasses.replace(ours.setup(problem, converted), grad_output=converted.grad_output)
+        return ours.setup(problem, Inputs(*map(convert, vars(inputs).values())))
 
     def unavailable(problem: Problem) -> str | None:
         return "that is the run's own dtype" if change.get("dtype") == problem.dtype else None

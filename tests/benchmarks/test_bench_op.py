@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import comparison, measure, peers, report
 from benchmarks import op as bench_op
-from benchmarks.problem import Call, Inputs, Peer, Problem
+from benchmarks.comparison import Call, Inputs, Peer, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 EAGER = ("unfold-einsum", "upsample-unfold", "shifted-madd")
@@ -83,7 +83,7 @@ def test_peak_of_ours_is_no_multiple_of_its_tensors_and_hides_nothing() -> None:
     call = peers.OURS[0].setup(problem, inputs)
 
     def work() -> object:
-        return comparison.run_pass(call, inputs, "forward")
+        return comparison.run_pass(call, "forward")
 
     work()
     counted = measure.peak_bytes(work, "cpu")
@@ -242,7 +242,7 @@ def test_a_wrong_result_is_told_and_not_timed(tmp_path: Path, monkeypatch: pytes
 
     def setup(fault: Callable[[torch.Tensor], torch.Tensor], problem: Problem, inputs: Inputs) -> Call:
         call = peers.OURS[0].setup(problem, inputs)
-        return Call(lambda: fault(call.forward()), call.wrt)
+        return Call(lambda: fault(call.forward()), call.wrt, call.grad_output)
 
     wrong = [Peer(name, "wrong", functools.partial(setup, fault), "carafe") for name, fault in faults.items()]
     with_peer(monkeypatch, *wrong)
@@ -259,7 +259,11 @@ def test_a_wrong_gradient_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def setup(problem: Problem, inputs: Inputs) -> Call:
         call = peers.OURS[0].setup(problem, inputs)
         # The same value, and a gradient of the features that is one too large.
-        return Call(lambda: call.forward() + (inputs.features.sum() - inputs.features.sum().detach()), call.wrt)
+        return Call(
+            lambda: call.forward() + (inputs.features.sum() - inputs.features.sum().detach()),
+            call.wrt,
+            call.grad_output,
+        )
 
     with_peer(monkeypatch, Peer("wrong", "a wrong one", setup, "carafe"))
     code, record = run([*TINY, "--peers", "wrong"], tmp_path)
@@ -277,7 +281,7 @@ def test_a_peer_that_fails_does_not_end_the_run(stage: str, tmp_path: Path, monk
     def setup(problem: Problem, inputs: Inputs) -> Call:
         if stage == "setup":
             fail()
-        return Call(fail, (inputs.features,))
+        return Call(fail, (inputs.features,), inputs.grad_output)
 
     with_peer(monkeypatch, Peer("broken", "a broken one", setup, "carafe"))
     code, record = run([*TINY, "--peers", "broken", "nearest"], tmp_path)
@@ -311,7 +315,7 @@ def test_what_is_slow_in_forward_is_not_tried_in_backward(monkeypatch: pytest.Mo
             calls.append(torch.is_grad_enabled())
             return torch.nn.functional.interpolate(inputs.features, scale_factor=2)
 
-        return Call(forward, (inputs.features,))
+        return Call(forward, (inputs.features,), inputs.grad_output)
 
     # 20 s by the clock for each call that is timed.
     monkeypatch.setattr(measure, "seconds", lambda work, calls=1: (work(), 20.0)[1])
