@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import importlib
+import itertools
 import os
 import platform
 import re
@@ -96,12 +97,9 @@ def peak_bytes(work: Work, device: str) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         work()
-    held = peak = 0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 def _best_seconds(work: Work) -> float:

@@ -85,13 +85,11 @@ def print_growth(results: Sequence[Record], base: Problem) -> None:
     headings = []
     for each in PASSES:
         headings += [f"{peer.name}, {report.TITLES[each]}" for peer in OURS] + ["bound ms"]
+    caption = "Milliseconds (x bound); GFLOP/s of the reassembly in forward + backward."
     for axis, series in itertools.groupby(results, lambda result: result["axis"]):
-        table = report.make_table(
-            f"Growth with {LABELS.get(axis, axis)} around {report.shape_title(vars(base))}",
-            "Milliseconds (x bound); GFLOP/s of the reassembly in forward + backward.",
-            LABELS.get(axis, axis),
-            [*headings, "GFLOP/s"],
-        )
+        label = LABELS.get(axis, axis)
+        title = f"Growth with {label} around {report.shape_title(vars(base))}"
+        table = report.make_table(title, caption, label, [*headings, "GFLOP/s"])
         for result in series:
             cells = [result["value"]]
             for each in PASSES:
@@ -129,8 +127,7 @@ def plot_growth(run: Record, file: Path) -> None:
             bounds = [result["bound"][f"{each}_ms"] for result in series]
             label = f"bound, {report.TITLES[each]}"
             panel.plot(positions, bounds, color="black", linewidth=0.8, linestyle=line, label=label)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
+        panel.set(xscale="log", yscale="log")
         panel.set_xticks(positions, [result["value"] for result in series], size=7)
         panel.minorticks_off()
         panel.set_xlabel(LABELS.get(axis, axis), size=9)

@@ -173,12 +173,10 @@ def variant(ours: Peer, suffix: str, **change: Any) -> Peer:
 
 
 def only_upsamples(problem: Problem) -> str | None:
-    """Why an upsampler cannot run on a problem."""
     return "it only upsamples" if problem.down > 1 else None
 
 
 def only_downsamples(problem: Problem) -> str | None:
-    """Why a downsampler cannot run on a problem."""
     return "it only downsamples" if problem.down == 1 else None
 
 
