@@ -305,9 +305,9 @@ def saved_memory(call: Call) -> dict[str, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         call.forward()
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in kept}
-    sizes = [storage.nbytes() for address, storage in storages.items() if address not in parameters]
-    return {"saved_tensors": len(list(filter(None, sizes))), "saved_bytes": sum(sizes)}
+    allocations = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    sizes = [size for address, size in allocations.items() if size and address not in parameters]
+    return {"saved_tensors": len(sizes), "saved_bytes": sum(sizes)}
 
 
 def is_sound(result: dict[str, Any]) -> bool:
