@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import comparison, measure, report
+from benchmarks import measure, report
+from benchmarks.comparison import PASSES, Comparison, Peer, Problem, is_sound
 from benchmarks.mmcv_operator import LAUNCHERS, find_source
 from benchmarks.peers import mmcv
-from benchmarks.problem import Peer, Problem
+from benchmarks.report import Record
 from carafe_plugin.engine.errors import UsageError
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
-# An FPN's levels P5, P4 and P3 for an image of 800 x 1333, as the upsamplers of its top-down path see them.
-UP_SHAPES = ((1, 256, 25, 42), (1, 256, 50, 84), (1, 256, 100, 168))
-# What a ResNet-50 halves for the same image: its stem's map (after the 7x7), and its second stage's.
-DOWN_SHAPES = ((1, 64, 200, 336), (1, 256, 200, 336))
-QUICK_SHAPES = (UP_SHAPES[1],), (DOWN_SHAPES[0],)
-
-# ------------------------------------------------------------------------------------------- the values of options
+SHAPES = {
+    # An FPN's levels P5, P4 and P3 for an image of 800 x 1333, as the upsamplers of its top-down path see them.
+    Fraction(2): [(1, 256, 25, 42), (1, 256, 50, 84), (1, 256, 100, 168)],
+    # What a ResNet-50 halves for the same image: its stem's map (after the 7x7), and its second stage's.
+    Fraction(1, 2): [(1, 64, 200, 336), (1, 256, 200, 336)],
+}
+QUICK_SHAPES = {Fraction(2): [(1, 256, 50, 84)], Fraction(1, 2): [(1, 64, 200, 336)]}
 
 
 def shape(text: str) -> tuple[int, int, int, int]:
@@ -53,24 +55,23 @@ def scale(text: str) -> Fraction:
     return value
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    """A reader of positive numbers of one kind."""
+def positive(kind: type, text: str) -> Any:
+    """Reads a positive number of one kind."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
+    return value
 
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
-        return value
 
-    return parse
+integer, number = functools.partial(positive, int), functools.partial(positive, float)
 
 
 def threads(text: str) -> int:
     """Reads a number of CPU threads, at most one a core."""
-    number = positive(int)(text)
+    number = integer(text)
     if number > measure.cores():
         raise argparse.ArgumentTypeError(f"{number} asked for, {measure.cores()} cores available")
     return number
@@ -96,12 +97,11 @@ def figure_file(text: str) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------- the command line
-
-
-def make_parser(program: str, description: str, ours: Sequence[Peer], peers: Sequence[Peer]) -> argparse.ArgumentParser:
-    """A parser with the options that both benchmarks have."""
-    integer, number, names = positive(int), positive(float), [peer.name for peer in peers]
+def make_parser(
+    program: str, description: str, ours: Sequence[Peer], peers: Sequence[Peer], kind: type[Problem] = Problem
+) -> argparse.ArgumentParser:
+    """A parser with the options that both benchmarks have, to measure `ours` beside `peers` on problems of a `kind`."""
+    names = [peer.name for peer in peers]
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{program}",
         description=description,
@@ -125,21 +125,26 @@ def make_parser(program: str, description: str, ours: Sequence[Peer], peers: Seq
     add("--plot", type=figure_file, metavar="FILE", help="write a figure (.png, .svg or .pdf)")
     add("--quick", action="store_true", help="one size each way, three turns, no peer that compiles or is slow")
     add("--mmcv-source", type=Path, metavar="DIR", help="compile mmcv's operator from this folder (mmcv, or its csrc)")
+    parser.set_defaults(ours=ours, known=peers, kind=kind, growth=None)
     return parser
 
 
-def complete(
-    parser: argparse.ArgumentParser,
-    options: argparse.Namespace,
-    arguments: Sequence[str] | None,
-    known: Sequence[Peer],
-    kind: type[Problem] = Problem,
-) -> argparse.Namespace:
-    """Adds `problems` and `command`, chooses `peers`; exits with code 2 and one clear line where options conflict."""
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Adds `problems`, `command` and `comparison` and chooses `peers`.
+
+    Exits with code 2 and one clear line when an argument is invalid.
+    """
+    options = parser.parse_args(arguments)
+    if options.growth is not None and options.peers:
+        parser.error("--growth measures ours only: it takes no --peers")
     options.command = command_line(parser, arguments, options)
     options.repeats = options.repeats or (3 if options.quick else 10)
     options.time_limit = options.time_limit or (3.0 if options.quick else 15.0)
-    options.problems = list(_problems(options, kind))
+    limit = int(options.memory_limit * 1e9) if options.memory_limit else None
+    options.comparison = functools.partial(
+        Comparison, repeats=options.repeats, time_limit=options.time_limit, memory_limit=limit
+    )
+    options.problems = list(_problems(options))
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     try:
@@ -156,16 +161,18 @@ def complete(
     mmcv.source = find_source(options.mmcv_source) if options.mmcv_source else None
     if options.mmcv_source and mmcv.source is None:
         parser.error(f"--mmcv-source: no {LAUNCHERS} in {options.mmcv_source}")
-    reasons = {peer.name: _unavailable(peer, options.problems) for peer in known}
+    reasons: dict[str, str | None] = {}  # why a peer runs on none of the problems; None where it runs on one
+    for peer in options.known:
+        told = [peer.unavailable(problem) for problem in options.problems]
+        reasons[peer.name] = None if None in told else told[0]
     for name in options.peers or ():
         if reasons[name] is not None:
             parser.error(f"--peers: {name} cannot run: {reasons[name]}")
-    by_name = {peer.name: peer for peer in known if peer.name not in options.skip}
-    if options.peers is not None:
-        options.peers = [by_name[name] for name in dict.fromkeys(options.peers) if name in by_name]
-    else:
-        runnable = [peer for name, peer in by_name.items() if reasons[name] is None]
-        options.peers = [peer for peer in runnable if not (options.quick and peer.compiles)]
+    by_name = {peer.name: peer for peer in options.known}
+    if options.peers is None:
+        runnable = [name for name, reason in reasons.items() if reason is None]
+        options.peers = [name for name in runnable if not (options.quick and by_name[name].compiles)]
+    options.peers = [by_name[name] for name in dict.fromkeys(options.peers) if name not in options.skip]
     return options
 
 
@@ -178,76 +185,43 @@ def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     return f"{parser.prog} {shlex.join(words)}"
 
 
-def _problems(options: argparse.Namespace, kind: type[Problem]) -> Iterator[Problem]:
-    """The problems that the command line describes."""
-    up_shapes, down_shapes = QUICK_SHAPES if options.quick else (UP_SHAPES, DOWN_SHAPES)
+def _problems(options: argparse.Namespace) -> Iterator[Problem]:
     asked = options.scale_factor
     if options.shapes:
-        sizes = [(options.shapes, asked or Fraction(2))]
+        sizes = {asked or Fraction(2): options.shapes}
     else:
-        defaults = ((up_shapes, Fraction(2)), (down_shapes, Fraction(1, 2)))
-        sizes = [
-            (shapes, asked or usual) for shapes, usual in defaults if asked is None or (asked >= 1) == (usual >= 1)
-        ]
-    for shapes, factor in sizes:
+        usual = QUICK_SHAPES if options.quick else SHAPES
+        sizes = {asked or scale: shapes for scale, shapes in usual.items() if not asked or (asked < 1) == (scale < 1)}
+    for factor, shapes in sizes.items():
+        kernels = options.kernel_size, options.group_size, factor.numerator, factor.denominator
         for batch, channels, height, width in shapes:
-            yield kind(
-                *(channels, height, width, batch, options.kernel_size, options.group_size),
-                up=factor.numerator,
-                down=factor.denominator,
-                dtype=DTYPES[options.dtype],
-                device=options.device,
-            )
+            yield options.kind(channels, height, width, batch, *kernels, DTYPES[options.dtype], options.device)
 
 
-def _unavailable(peer: Peer, problems: Sequence[Problem]) -> str | None:
-    """Why a peer can run on none of the problems; None where it can run on one."""
-    reasons = [peer.unavailable(problem) for problem in problems]
-    return None if None in reasons else reasons[0]
-
-
-# ------------------------------------------------------------------------------------------------------------ runs
-
-
-def settings(options: argparse.Namespace, **others: Any) -> comparison.Settings:
-    """How to measure, as the command line says."""
-    limit = int(options.memory_limit * 1e9) if options.memory_limit else None
-    return comparison.Settings(options.repeats, options.time_limit, limit, **others)
-
-
-def start(options: argparse.Namespace) -> dict[str, Any]:
-    """Begins a run: sets the number of threads, prints what runs where, and returns the head of the result file."""
+def run(options: argparse.Namespace, fill: Callable[[Record], None], plot: Callable[[Record, Path], None]) -> int:
+    """Says what runs where, has `fill` fill the record, writes what is wanted; returns the exit code."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler complains of a missing GPU
     torch.set_num_threads(options.threads)
-    record = {
-        "schema": 2,
-        **measure.run_record(options.command, options.device),
-        "dtype": options.dtype,
-        "quick": options.quick,
-    }
+    record = {"schema": 2, **measure.run_record(options.command, options.device)}
+    record |= {"dtype": options.dtype, "quick": options.quick, "results": []}
     report.print_header(record)
-    return record
-
-
-def compare(
-    options: argparse.Namespace, ours: Sequence[Peer], tolerances: Mapping[torch.dtype, float] = comparison.TOLERANCES
-) -> int:
-    """Measures the peers on every problem and shows each result as it comes; returns the exit code."""
-    record = start(options)
-    record["results"] = []
-    for problem in options.problems:
-        peers = [*ours, *(peer for peer in options.peers if peer.unavailable(problem) is None)]
-        result = comparison.Comparison(problem, peers, settings(options, tolerances=tolerances)).run()
-        record["results"].append(result)
-        for each in comparison.PASSES:
-            report.print_table(result, each)
-    return finish(options, record, report.plot)
-
-
-def finish(options: argparse.Namespace, record: dict[str, Any], plot: Callable[[dict[str, Any], Path], None]) -> int:
-    """Writes the result file and the figure, if they are wanted; returns the exit code."""
+    fill(record)
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         plot(record, options.plot)
-    return 0 if all(map(comparison.is_sound, [*record["results"], *record.get("growth", ())])) else 1
+    return 0 if all(map(is_sound, [*record["results"], *record.get("growth", ())])) else 1
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Measures the peers on every problem and shows each result as it comes; returns the exit code."""
+
+    def fill(record: Record) -> None:
+        for problem in options.problems:
+            peers = [*options.ours, *(peer for peer in options.peers if peer.unavailable(problem) is None)]
+            result = options.comparison(problem, peers).run()
+            record["results"].append(result)
+            for each in PASSES:
+                report.print_table(result, each)
+
+    return run(options, fill, report.plot)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import importlib
+import itertools
 import os
 import platform
 import re
@@ -56,7 +57,6 @@ class Timing:
         return max(1, round(SAMPLE_SECONDS / max(self.estimate, 1e-6)))
 
     def sample(self) -> None:
-        """Takes one sample."""
         if self.estimate < WARM_CALL_SECONDS:
             self.work()  # what ran before has emptied the caches
         self.samples.append(seconds(self.work, self.calls))
@@ -90,29 +90,21 @@ def peak_bytes(work: Work, device: str) -> int:
     process's resident size would depend on malloc, untouched pages and loaded libraries as well.
     """
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        result = work()
-        torch.cuda.synchronize(device)
-        del result
+        work()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        result = work()
-    del result
-    held = peak = 0
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
-def _best_seconds(work: Work, repeats: int = 10) -> float:
+def _best_seconds(work: Work) -> float:
     # A bound is what the machine can do at its best, hence the minimum, not the median.
-    timing = Timing(work, min(seconds(work) for _ in range(2)), repeats)
+    timing = Timing(work, min(seconds(work) for _ in range(2)), repeats=10)
     interleave([timing])
     return min(timing.samples)
 
@@ -132,11 +124,9 @@ def copy_rate(device: str, moved: int) -> float:
 
 def available_memory() -> int | None:
     """Bytes that can still be allocated on this machine; None where that cannot be asked (other than Linux)."""
-    try:
-        available = _kibibytes("/proc/meminfo", "MemAvailable")
-    except OSError:
+    if platform.system() != "Linux":
         return None
-    group = Path("/sys/fs/cgroup")
+    available, group = _kibibytes("/proc/meminfo", "MemAvailable"), Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no limit set, or no control group
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         available = min(available, limit - used)
@@ -151,32 +141,20 @@ def memory_limit(extra: int | None) -> Iterator[None]:
         return
     import resource
 
-    before = resource.getrlimit(resource.RLIMIT_DATA)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = _kibibytes("/proc/self/status", "VmData") + extra
-    if before[1] != resource.RLIM_INFINITY:
-        limit = min(limit, before[1])
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _kibibytes(file: str, key: str) -> int:
     return 1024 * int(re.findall(rf"^{key}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)[0])
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    # The CPU allocator says it in a plain RuntimeError.
-    said = re.search(r"not enough memory|can't allocate memory|bad_alloc", str(error))
-    return isinstance(error, RuntimeError) and said is not None
-
-
 def cores() -> int:
-    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -196,11 +174,12 @@ def run_record(command: str, device: str) -> dict[str, Any]:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on; nothing that names the machine."""
-    settings = {name: value for name, value in sorted(os.environ.items()) if SETTINGS.match(name)}
+    cpus = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    models = re.findall(r"^model name\s*:\s*(.+)$", cpus, re.MULTILINE)
     description: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "cpu": _cpu_model(),
+        "cpu": (models or [platform.processor() or "unknown"])[0],
         "cores": cores(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cpu_path": cpu_path(),
@@ -209,7 +188,9 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         # Of a preloaded allocator its file's name alone.
         "environment": {
-            name: " ".join(Path(part).name for part in re.split("[ :]+", value)) for name, value in settings.items()
+            name: " ".join(Path(part).name for part in re.split("[ :]+", value))
+            for name, value in sorted(os.environ.items())
+            if SETTINGS.match(name)
         },
     }
     if torch.device(device).type == "cuda":
@@ -234,26 +215,10 @@ def cpu_path() -> str | None:
     return path.decode()
 
 
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        if names := re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return str(names[0])
-    return platform.processor() or "unknown"
-
-
 def revision() -> str | None:
     """The checkout's commit, with "+" when tracked files differ from it; None outside a git checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=12",
-        "--dirty=+",
-    ]
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None

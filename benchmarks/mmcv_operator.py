@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.problem import Problem
+from benchmarks.comparison import Problem
 
 LAUNCHERS = Path("pytorch/cuda/carafe_cuda.cu")
 

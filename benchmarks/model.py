@@ -22,20 +22,31 @@ Exit code: 0, or 2 for invalid arguments or a configuration that cannot be measu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import benchmark
 
-from benchmarks import command, measure, predictions
+from benchmarks import command, measure, report
+from carafe_plugin.engine import bare_models
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.cli import add_config_options, run_tool
 from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.modules.kernel_prediction import KernelPrediction
 
-CONFIGS = predictions.ROOT / "configs" / "mmdet"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "mmdet"
 # Name, configuration, and the paper's frames per second on its GPU (Table 5).
 DEFAULT = (
     ("FPN", "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", 12.5),
@@ -43,15 +54,57 @@ DEFAULT = (
     ("CARAFE++ backbone", str(CONFIGS / "faster-rcnn_r50-carafe_fpn_1x_coco.py"), 12.1),
     ("CARAFE++ both", str(CONFIGS / "faster-rcnn_r50-carafe_carafe-fpn_1x_coco.py"), 11.7),
 )
+CHILDREN = {
+    "channel_compressor": "channel compressor",
+    "content_encoder": "content encoder",
+    "compressor_norm": "norm and activation",
+    "compressor_act": "norm and activation",
+}
+PARTS = (*dict.fromkeys(CHILDREN.values()), "reassembly", "interpolation", "max pooling", "rest")
+
+
+@dataclass
+class Model:
+    """One of the models that take turns."""
+
+    name: str
+    config: str
+    paper_fps: float | None  # what the paper measured, if it did
+    network: nn.Module
+    kept: dict[str, int]  # how many boxes of its own a two-stage detector kept
+    timing: measure.Timing  # of a prediction
+    splits: list[dict[str, float]] = field(default_factory=list)  # seconds of each part, from further predictions
+    calls: dict[str, int] = field(default_factory=dict)  # of each part in a prediction
+
+    def record(self, first: Model) -> dict[str, Any]:
+        """What has been measured so far, beside the first model."""
+        own = self.timing.samples
+        ratios = [one / other for one, other in zip(own, first.timing.samples, strict=True)]
+        path = Path(self.config)
+        if path.is_absolute():  # where it lies on this machine is not for others
+            path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+        record: dict[str, Any] = {
+            "name": self.name,
+            "config": str(path),
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "samples": [round(sample, 6) for sample in own],
+            "kept": dict(self.kept),
+        }
+        for name, values, digits in (("seconds", own, 6), ("ratio", ratios, 5)):
+            record[name] = round(statistics.median(values), digits)
+            record[f"{name}_min"], record[f"{name}_max"] = round(min(values), digits), round(max(values), digits)
+        if self.paper_fps and first.paper_fps:
+            record |= {"paper_fps": self.paper_fps, "paper_ratio": round(first.paper_fps / self.paper_fps, 5)}
+        if self.splits:
+            record["profile"] = profile_record(self.splits, self.calls)
+        return record
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; exits with code 2 and one clear line when an argument is invalid."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.model",
-        description="Measure seconds per prediction of models beside each other.",
-    )
-    add, integer = parser.add_argument, command.positive(int)
+    description = "Measure seconds per prediction of models beside each other."
+    parser = argparse.ArgumentParser("python -m benchmarks.model", description=description)
+    add = parser.add_argument
     add(
         "configs",
         nargs="*",
@@ -59,8 +112,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="configuration files, or mmdet::..., mmseg::..., mmpretrain::...; the others are compared with the first "
         "(default: the paper's four Faster R-CNNs)",
     )
-    add("--shape", type=integer, nargs=2, metavar=("H", "W"), help="image size (default: the first's)")
-    add("--repeats", type=integer, default=10, help="rounds (default: 10)")
+    add("--shape", type=command.integer, nargs=2, metavar=("H", "W"), help="image size (default: the first's)")
+    add("--repeats", type=command.integer, default=10, help="rounds (default: 10)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=command.threads, default=min(2, measure.cores()), help="CPU threads (default: 2)")
     add("--profile", action="store_true", help="say where the time goes, in further rounds")
@@ -75,18 +128,51 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def named_configs(arguments: Sequence[str]) -> list[tuple[str, str, float | None]]:
+def named_configs(arguments: Sequence[str]) -> Sequence[tuple[str, str, float | None]]:
     """Name, configuration and the paper's speed of every model; UsageError where two have the same name."""
-    if not arguments:
-        return list(DEFAULT)
-    named: list[tuple[str, str, float | None]] = []
+    named = []
     for argument in arguments:
         name, separator, config = argument.partition("=")
         named.append((name, config, None) if separator else (Path(argument).stem, argument, None))
     names = [name for name, _, _ in named]
     if len(set(names)) < len(names):
         raise UsageError(f"every model needs a name of its own (NAME=CONFIG), got {', '.join(names)}")
-    return named
+    return named or DEFAULT
+
+
+def build(args: argparse.Namespace) -> tuple[list[Model], tuple[int, int]]:
+    """The models, ready to predict, and the size of the image, by default that of the first configuration.
+
+    Raises UsageError where a configuration cannot be read or built, or its model cannot predict at this size.
+    """
+    named = named_configs(args.configs)
+    cfgs = [bare_models.read_config(config, args.cfg_options, args.drop_in) for _, config, _ in named]
+    shape = tuple(args.shape) if args.shape else bare_models.image_shape(cfgs[0])
+    networks: list[Any] = []  # BaseModel, but for mmengine's types
+    for cfg in cfgs:
+        torch.manual_seed(0)
+        networks.append(bare_models.build_model(cfg))
+    bare_models.share_parameters(networks)
+    models = []
+    for (name, config, fps), cfg, network in zip(named, cfgs, networks, strict=True):
+        kept = bare_models.fix_boxes(network.to(args.device), shape)
+        # One prediction, as a toolbox's runner makes it.
+        predict = torch.inference_mode()(functools.partial(network.test_step, bare_models.one_image(cfg, shape)))
+        timing = measure.Timing(predict, estimate=measure.SAMPLE_SECONDS, repeats=args.repeats)
+        try:  # A GPU needs a few to warm up: its libraries choose their kernels as they go.
+            for _ in range(1 if args.device == "cpu" else 3):
+                timing.estimate = measure.seconds(predict)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UsageError(f"{name} ({config}) cannot predict: {error}") from error
+        models.append(Model(name, config, fps, network, kept, timing))
+    return models, shape
+
+
+def turns(models: Sequence[Model], round_: int) -> list[Model]:
+    """The order of a round: each starts with another model, every other one runs backwards."""
+    start = round_ % len(models)
+    order = [*models[start:], *models[:start]]
+    return order[::-1] if round_ // len(models) % 2 else order
 
 
 def bench_model(args: argparse.Namespace) -> None:
@@ -94,29 +180,124 @@ def bench_model(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     if torch.device(args.device).index is not None:
         torch.cuda.set_device(args.device)  # the clock waits for the current one
-    named, shape = named_configs(args.configs), tuple(args.shape) if args.shape else None
-    models, shape = predictions.build(named, shape, args.device, args.repeats, args.cfg_options, args.drop_in)
-    record = {"schema": 1, **measure.run_record(args.command, args.device), "shape": list(shape)}
-    record["repeats"] = args.repeats
+    models, shape = build(args)
+    record = {"schema": 1, **measure.run_record(args.command, args.device)}
+    record |= {"shape": list(shape), "repeats": args.repeats}
+
+    def write() -> None:
+        record["models"] = [model.record(models[0]) for model in models]
+        if args.json:
+            AtomicLocalBackend().put_text(json.dumps(record, indent=1) + "\n", args.json)
+
     for round_ in range(args.repeats):
-        for model in predictions.turns(models, round_):
+        for model in turns(models, round_):
             model.timing.sample()
-        record |= {"rounds": round_ + 1, "models": [model.record(models[0]) for model in models]}
-        write(record, args.json)
+        record["rounds"] = round_ + 1
+        write()
         print(f"round {round_ + 1} of {args.repeats}", file=sys.stderr)
     if args.profile:
-        for entry, profile in zip(record["models"], predictions.profile(models, args.repeats), strict=True):
-            entry["profile"] = profile
-        write(record, args.json)
-    predictions.print_table(record)
+        for round_ in range(args.repeats):
+            for model in turns(models, round_):
+                seconds, model.calls = split(model.network, model.timing.work)
+                model.splits.append(seconds)
+        write()
+    print_table(record)
     if args.profile:
-        predictions.print_profile(record["models"])
+        print_profile(record["models"])
 
 
-def write(record: dict[str, Any], file: Path | None) -> None:
-    """Writes the result file, if one is wanted."""
-    if file:
-        AtomicLocalBackend().put_text(json.dumps(record, indent=1) + "\n", file)
+def split(model: nn.Module, predict: Callable[[], object]) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds of one prediction for each of `PARTS`, and how often each ran.
+
+    Hooks on modules and around `F.interpolate` take the times; reassembly is what its module takes beyond its children.
+    A GPU is waited for around every part, so the sum exceeds an undisturbed prediction there.
+    """
+    seconds, calls, started = dict.fromkeys(PARTS, 0.0), Counter[str](), list[float]()
+    interpolate = F.interpolate
+
+    def start(*_: object) -> None:  # parts may contain parts
+        started.append(benchmark.timer())
+
+    def stop(part: str) -> None:
+        seconds[part] += benchmark.timer() - started.pop()
+        calls[part] += 1
+
+    def timed_interpolate(*arguments: Any, **settings: Any) -> torch.Tensor:
+        start()
+        result = interpolate(*arguments, **settings)
+        stop("interpolation")
+        return result
+
+    watched: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if isinstance(module, KernelPrediction):
+            children = [(getattr(module, name), part) for name, part in CHILDREN.items()]
+            watched += [(module, "reassembly"), *((child, part) for child, part in children if child is not None)]
+        elif isinstance(module, nn.MaxPool2d):
+            watched.append((module, "max pooling"))
+    with contextlib.ExitStack() as stack:
+        for module, part in watched:
+            stack.callback(module.register_forward_pre_hook(start).remove)
+            stack.callback(module.register_forward_hook(lambda *_, part=part: stop(part)).remove)
+        stack.callback(setattr, F, "interpolate", interpolate)
+        F.interpolate = timed_interpolate
+        begin = benchmark.timer()
+        predict()
+        total = benchmark.timer() - begin
+    seconds["reassembly"] -= sum(seconds[part] for part in set(CHILDREN.values()))
+    seconds["rest"] = total - sum(seconds.values())
+    return seconds, dict(calls)
+
+
+def profile_record(samples: Sequence[Mapping[str, float]], calls: Mapping[str, int]) -> dict[str, Any]:
+    """Medians over predictions of each part and of the total, in milliseconds."""
+    whole = [{**sample, "total": sum(sample.values())} for sample in samples]
+    parts = {part: round(1e3 * statistics.median(sample[part] for sample in whole), 4) for part in whole[0]}
+    return {"parts_ms": parts, "calls": dict(calls)}
+
+
+def print_table(record: report.Record) -> None:
+    """A row for each model."""
+    table = report.make_table(
+        f"Seconds per prediction at {record['shape'][0]}x{record['shape'][1]}, {record['rounds']} rounds: "
+        f"{report.processor(record)}, torch {record['machine']['torch']}",
+        "Medians. A ratio compares within a round; beside it, its extremes.",
+        "model",
+        ("seconds", "min to max", "x first", "ratios", "paper: fps", "x first", "own boxes"),
+    )
+    for model in record["models"]:
+        table.add_row(
+            model["name"],
+            f"{model['seconds']:.4g}",
+            f"{model['seconds_min']:.4g} to {model['seconds_max']:.4g}",
+            f"{model['ratio']:.3f}",
+            f"{model['ratio_min']:.3f} to {model['ratio_max']:.3f}",
+            *([f"{model['paper_fps']}", f"{model['paper_ratio']:.3f}"] if "paper_fps" in model else ["", ""]),
+            ", ".join(f"{number} {name}" for name, number in model["kept"].items()) or "-",
+        )
+    report.console.print(table)
+
+
+def print_profile(models: Sequence[report.Record]) -> None:
+    """A column for each model: milliseconds of each part and, from the second on, what it takes beyond the first."""
+    table = report.make_table(
+        "Where a prediction's milliseconds go (+ beyond the first model)",
+        "Medians of further predictions, with hooks; the rest differs between models by what the machine does.",
+        "part",
+        [model["name"] for model in models],
+    )
+    first = models[0]["profile"]
+    for part in (*PARTS, "total"):
+        cells = []
+        for model in models:
+            profile = model["profile"]
+            milliseconds, calls = profile["parts_ms"][part], profile["calls"].get(part)
+            text = f"{milliseconds:.4g}" + (f" in {calls}" if calls else "")
+            cells.append(text if profile is first else f"{text} ({milliseconds - first['parts_ms'][part]:+.3g})")
+        if part == "total":
+            table.add_section()
+        table.add_row(part, *cells)
+    report.console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,22 +15,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from benchmarks import command
-from benchmarks.comparison import TOLERANCES
+from benchmarks.comparison import Peer, Problem
 from benchmarks.peers import OTHERS, Reassembly, in_steps, mmcv, of_module, shifted_madd, unfold_einsum
-from benchmarks.problem import Peer, Problem, Setup
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
-
-# A gradient of the encoder's weights sums over every location, where one of the operator sums over hundreds.
-TOLERANCE = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.items()}
 
 
 class ModuleProblem(Problem):
     """A problem whose bound counts the two convolutions of kernel prediction too, at their default sizes."""
+
+    # A gradient of the encoder's weights sums over every location, where one of the operator sums over hundreds.
+    tolerances = {dtype: 10 * tolerance for dtype, tolerance in Problem.tolerances.items()}
 
     def flop(self, backward: bool) -> int:
         """Those of the reassembly and of the convolutions, whose gradients cost twice the forward pass as well."""
@@ -66,43 +66,29 @@ def our_module(problem: Problem) -> KernelPrediction:
     return module
 
 
-def _pack(reassembly: Callable[[], Reassembly], compiles: bool = False) -> Setup:
-    return of_module(lambda problem: Pack(our_module(problem), reassembly()), compiles)
+def _pack(name: str, description: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
+    return of_module(name, description, lambda problem: Pack(our_module(problem), prepare()), **others)
 
 
-OURS = (Peer("carafe", "ours: CARAFEUpsample or CARAFEDownsample", of_module(our_module), "carafe"),)
+OURS = (of_module("carafe", "ours: CARAFEUpsample or CARAFEDownsample", our_module),)
 PEERS = (
-    Peer("pack-unfold", "CARAFEPack with unfold, then einsum", _pack(lambda: unfold_einsum), "carafe"),
-    Peer("pack-shifted", "CARAFEPack with shifted multiply-adds", _pack(lambda: shifted_madd), "carafe"),
-    Peer(
-        "pack-compiled",
-        "the same under torch.compile",
-        _pack(lambda: shifted_madd, compiles=True),
-        "carafe",
-        compiles=True,
-    ),
-    Peer(
-        "pack-mmcv",
-        "CARAFEPack with mmcv's CUDA operator",
-        _pack(mmcv.reassembly),
-        "carafe",
-        unavailable=mmcv.unavailable,
-    ),
+    _pack("pack-unfold", "CARAFEPack with unfold, then einsum", lambda: unfold_einsum),
+    _pack("pack-shifted", "CARAFEPack with shifted multiply-adds", lambda: shifted_madd),
+    _pack("pack-compiled", "the same under torch.compile", lambda: shifted_madd, compiles=True),
+    _pack("pack-mmcv", "CARAFEPack with mmcv's CUDA operator", mmcv.reassembly, unavailable=mmcv.unavailable),
     *OTHERS,
 )
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; exits with code 2 and one clear line when an argument is invalid."""
-    parser = command.make_parser(
-        "module", "Measure the modules, kernel prediction included, beside others.", OURS, PEERS
-    )
-    return command.complete(parser, parser.parse_args(arguments), arguments, PEERS, ModuleProblem)
+    description = "Measure the modules, kernel prediction included, beside others."
+    return command.parse(command.make_parser("module", description, OURS, PEERS, ModuleProblem), arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
-    return command.compare(parse_arguments(arguments), OURS, TOLERANCE)
+    return command.compare(parse_arguments(arguments))
 
 
 if __name__ == "__main__":

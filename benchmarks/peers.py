@@ -5,7 +5,7 @@ To add a peer, write its setup, which turns a `Problem` and its `Inputs` into a 
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,21 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.comparison import Call, Inputs, Peer, Problem, shuffle_and_softmax
 from benchmarks.mmcv_operator import MmcvOperator
-from benchmarks.problem import Call, Inputs, Peer, Problem, Setup, shuffle_and_softmax
-from carafe_plugin.modules.peers import (
-    DeconvUpsample,
-    MaxPoolDownsample,
-    PixelShuffleUpsample,
-    StridedConvDownsample,
-)
+from carafe_plugin.modules.peers import DeconvUpsample, MaxPoolDownsample, PixelShuffleUpsample, StridedConvDownsample
 from carafe_plugin.ops import carafe
 from carafe_plugin.ops.fused import reassemble_logits
 
-Reassembly = Callable[[Tensor, Tensor, int, int, int, int], Tensor]
-Rescaler = Callable[[int, int], nn.Module]
-
-# ------------------------------------------------------------------- reassembly: (features, masks, k, g, up, down)
+Reassembly = Callable[[Tensor, Tensor, int, int, int, int], Tensor]  # (features, masks, k, g, up, down)
+Rows = tuple[tuple[str, str, Callable[[Problem], nn.Module]], ...]  # name, description, module
 
 
 def public_operator(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
@@ -81,21 +74,14 @@ def shifted_madd(features: Tensor, masks: Tensor, kernel_size: int, group_size: 
 
 
 def in_steps(function: Reassembly) -> Reassembly:
-    """Pixel shuffle, softmax, then a reassembly: what the content encoder's output usually goes through."""
-
-    def steps(features: Tensor, logits: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
-        masks = shuffle_and_softmax(logits, kernel_size, group_size, up)
-        return function(features, masks, kernel_size, group_size, up, down)
-
-    return steps
+    """A reassembly after pixel shuffle and softmax."""
+    return lambda features, logits, k, g, up, down: function(
+        features, shuffle_and_softmax(logits, k, g, up), k, g, up, down
+    )
 
 
-def fused(features: Tensor, logits: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
-    """What `CARAFEUpsample` and `CARAFEDownsample` call after their content encoder."""
-    return reassemble_logits(features, logits, kernel_size, group_size, up, down, "softmax")
-
-
-# --------------------------------------------------------------------------------------------------- other functions
+# What `CARAFEUpsample` and `CARAFEDownsample` call after their content encoder.
+fused = functools.partial(reassemble_logits, normalizer="softmax")
 
 
 class PointSampler(nn.Module):
@@ -127,31 +113,37 @@ class PointSampler(nn.Module):
         return sampled.view(n, c, h * self.up, w * self.up)
 
 
-# ---------------------------------------------------------------------------------------------------------- setups
-
-
-def of_reassembly(kernels: str, prepare: Callable[[], Reassembly]) -> Setup:
-    """A reassembly with the `kernels` of the inputs, 'masks' or 'logits'; `prepare` returns it, compiled if need be."""
+def of_reassembly(kernels: str, name: str, description: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
+    """A reassembly with the `kernels` of the inputs, 'masks' or 'logits'; `prepare` returns the function."""
 
     def setup(problem: Problem, inputs: Inputs) -> Call:
-        function, features, weights = prepare(), inputs.features, getattr(inputs, kernels)
-        return Call(lambda: function(features, weights, *problem.geometry), (features, weights))
+        function = compiled(prepare()) if others.get("compiles") else prepare()
+        features, weights = inputs.features, getattr(inputs, kernels)
+        return Call(lambda: function(features, weights, *problem.geometry), (features, weights), inputs.grad_output)
 
-    return setup
+    return Peer(name, description, setup, "carafe" if kernels == "masks" else "fused", **others)
 
 
-def of_module(build: Callable[[Problem], nn.Module], compiles: bool = False) -> Setup:
+from_masks, from_logits = (functools.partial(of_reassembly, kernels) for kernels in ("masks", "logits"))
+
+
+def of_steps(name: str, description: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
+    """Pixel shuffle, softmax, then a reassembly: what the content encoder's output usually goes through."""
+    return from_logits(name, description, lambda: in_steps(prepare()), **others)
+
+
+def of_module(name: str, description: str, build: Callable[[Problem], nn.Module], **others: Any) -> Peer:
     """A module on the problem's device and in its dtype, its weights drawn with a fixed seed."""
 
     def setup(problem: Problem, inputs: Inputs) -> Call:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = build(problem).to(problem.device, problem.dtype)
-        forward = compiled(module) if compiles else module
-        parameters = tuple(module.parameters())
-        return Call(lambda: forward(inputs.features), (inputs.features, *parameters), parameters=parameters)
+        forward = compiled(module) if others.get("compiles") else module
+        features, parameters = inputs.features, tuple(module.parameters())
+        return Call(lambda: forward(features), (features, *parameters), inputs.grad_output, parameters)
 
-    return setup
+    return Peer(name, description, setup, "carafe", **others)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -164,123 +156,74 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def variant(setup: Setup, layout: torch.memory_format, dtype: torch.dtype | None) -> Setup:
-    """Ours on the same values in another layout or dtype; gradients start from theirs in the same."""
+def variant(ours: Peer, suffix: str, **change: Any) -> Peer:
+    """Ours on the same values in another layout or dtype, as `change` says; gradients start from theirs in the same."""
 
     def convert(tensor: Tensor) -> Tensor:
-        converted = tensor.detach().to(dtype=dtype or tensor.dtype, memory_format=layout)
-        return converted.requires_grad_(tensor.requires_grad)
+        return tensor.detach().to(**change).requires_grad_(tensor.requires_grad)
 
-    def converted_setup(problem: Problem, inputs: Inputs) -> Call:
-        converted = Inputs(*(convert(tensor) for tensor in vars(inputs).values()))
-        return dataclasses.replace(setup(problem, converted), grad_output=converted.grad_output)
+    def setup(problem: Problem, inputs: Inputs) -> Call:
+        return ours.setup(problem, Inputs(*map(convert, vars(inputs).values())))
 
-    return converted_setup
+    def unavailable(problem: Problem) -> str | None:
+        return "that is the run's own dtype" if change.get("dtype") == problem.dtype else None
 
-
-# -------------------------------------------------------------------------------------------------------- the lists
+    name, description, dtype = f"{ours.name}-{suffix}", f"{ours.name}, {suffix.replace('-', ' ')}", change.get("dtype")
+    return Peer(name, description, setup, ours.name, variant=True, dtype=dtype, unavailable=unavailable)
 
 
 def only_upsamples(problem: Problem) -> str | None:
-    """Why an upsampler cannot run on a problem."""
     return "it only upsamples" if problem.down > 1 else None
 
 
 def only_downsamples(problem: Problem) -> str | None:
-    """Why a downsampler cannot run on a problem."""
     return "it only downsamples" if problem.down == 1 else None
-
-
-def _is_bfloat16(problem: Problem) -> str | None:
-    return "that is the run's own dtype" if problem.dtype == torch.bfloat16 else None
-
-
-def _reassembly(name: str, description: str, kernels: str, prepare: Callable[[], Reassembly], **others: Any) -> Peer:
-    reference = "carafe" if kernels == "masks" else "fused"
-    return Peer(name, description, of_reassembly(kernels, prepare), reference, **others)
-
-
-def _other(name: str, description: str, build: Rescaler, unavailable: Callable[[Problem], str | None]) -> Peer:
-    setup = of_module(lambda problem: build(problem.channels, max(problem.up, problem.down)))
-    return Peer(name, description, setup, "carafe", equal=False, unavailable=unavailable)
 
 
 mmcv = MmcvOperator()
 # What the others are compared with: each row is compared with its `reference`.
 OURS = (
-    _reassembly("carafe", "ours: carafe_plugin.ops.carafe, from masks", "masks", lambda: public_operator),
-    _reassembly("fused", "ours, as the modules call it: from the content encoder's output", "logits", lambda: fused),
+    from_masks("carafe", "ours: carafe_plugin.ops.carafe, from masks", lambda: public_operator),
+    from_logits("fused", "ours, as the modules call it: from the content encoder's output", lambda: fused),
 )
-VARIANTS = tuple(
-    Peer(
-        f"{ours.name}-{suffix}",
-        f"{ours.name}, {suffix.replace('-', ' ')}",
-        variant(ours.setup, layout, dtype),
-        ours.name,
-        variant=True,
-        dtype=dtype,
-        unavailable=unavailable,
-    )
-    for suffix, layout, dtype, unavailable in (
-        ("channels-last", torch.channels_last, None, lambda problem: None),
-        ("bfloat16", torch.preserve_format, torch.bfloat16, _is_bfloat16),
-    )
-    for ours in OURS
+VARIANTS = (
+    *(variant(ours, "channels-last", memory_format=torch.channels_last) for ours in OURS),
+    *(variant(ours, "bfloat16", dtype=torch.bfloat16) for ours in OURS),
 )
-# What a network would otherwise have in CARAFE's place: name, description, and the module for (channels, scale).
-UPSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
-    ("nearest", "nearest interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="nearest")),
-    ("bilinear", "bilinear interpolation", lambda channels, up: nn.Upsample(scale_factor=up, mode="bilinear")),
-    ("deconvolution", "deconvolution, stride and kernel = scale", lambda c, up: DeconvUpsample(c, up, kernel_size=up)),
-    ("pixel-shuffle", "3x3 convolution, then pixel shuffle", PixelShuffleUpsample),
-    ("grid-sample", "grid_sample at learnt points, as DySample does", PointSampler),
+# What a network would otherwise have in CARAFE's place.
+UPSAMPLERS: Rows = (
+    ("nearest", "nearest interpolation", lambda p: nn.Upsample(scale_factor=p.up, mode="nearest")),
+    ("bilinear", "bilinear interpolation", lambda p: nn.Upsample(scale_factor=p.up, mode="bilinear")),
+    ("deconvolution", "deconvolution, stride and kernel = scale", lambda p: DeconvUpsample(p.channels, p.up, p.up)),
+    ("pixel-shuffle", "3x3 convolution, then pixel shuffle", lambda p: PixelShuffleUpsample(p.channels, p.up)),
+    ("grid-sample", "grid_sample at learnt points, as DySample does", lambda p: PointSampler(p.channels, p.up)),
 )
-DOWNSAMPLERS: tuple[tuple[str, str, Rescaler], ...] = (
-    ("max-pool", "3x3 max pooling", MaxPoolDownsample),
-    ("average-pool", "average pooling, kernel = stride", lambda channels, down: nn.AvgPool2d(down, ceil_mode=True)),
-    ("strided-conv", "3x3 convolution with a stride", StridedConvDownsample),
+DOWNSAMPLERS: Rows = (
+    ("max-pool", "3x3 max pooling", lambda p: MaxPoolDownsample(p.channels, p.down)),
+    ("average-pool", "average pooling, kernel = stride", lambda p: nn.AvgPool2d(p.down, ceil_mode=True)),
+    ("strided-conv", "3x3 convolution with a stride", lambda p: StridedConvDownsample(p.channels, p.down)),
 )
 OTHERS = (
-    *(_other(*row, only_upsamples) for row in UPSAMPLERS),
-    *(_other(*row, only_downsamples) for row in DOWNSAMPLERS),
+    *(of_module(*row, equal=False, unavailable=only_upsamples) for row in UPSAMPLERS),
+    *(of_module(*row, equal=False, unavailable=only_downsamples) for row in DOWNSAMPLERS),
 )
 PEERS: tuple[Peer, ...] = (
-    _reassembly("unfold-einsum", "unfold, then einsum", "masks", lambda: unfold_einsum),
-    _reassembly(
-        "upsample-unfold",
-        "nearest, dilated unfold, then einsum",
-        "masks",
-        lambda: upsample_unfold,
-        unavailable=only_upsamples,
+    from_masks("unfold-einsum", "unfold, then einsum", lambda: unfold_einsum),
+    from_masks(
+        "upsample-unfold", "nearest, dilated unfold, then einsum", lambda: upsample_unfold, unavailable=only_upsamples
     ),
-    _reassembly("shifted-madd", "k^2 shifted multiply-adds", "masks", lambda: shifted_madd),
-    _reassembly(
-        "shifted-madd-compiled",
-        "the same under torch.compile",
-        "masks",
-        lambda: compiled(shifted_madd),
-        compiles=True,
-    ),
-    _reassembly("mmcv", "mmcv's CUDA operator", "masks", mmcv.reassembly, unavailable=mmcv.unavailable),
-    _reassembly(
-        "steps-carafe",
-        "pixel shuffle, softmax, then ours from masks",
-        "logits",
-        lambda: in_steps(public_operator),
-    ),
-    _reassembly(
+    from_masks("shifted-madd", "k^2 shifted multiply-adds", lambda: shifted_madd),
+    from_masks("shifted-madd-compiled", "the same under torch.compile", lambda: shifted_madd, compiles=True),
+    from_masks("mmcv", "mmcv's CUDA operator", mmcv.reassembly, unavailable=mmcv.unavailable),
+    of_steps("steps-carafe", "pixel shuffle, softmax, then ours from masks", lambda: public_operator),
+    of_steps(
         "steps-compiled",
         "pixel shuffle, softmax and shifted multiply-adds under torch.compile",
-        "logits",
-        lambda: compiled(in_steps(shifted_madd)),
+        lambda: shifted_madd,
         compiles=True,
     ),
-    _reassembly(
-        "steps-mmcv",
-        "pixel shuffle, softmax, then mmcv's CUDA operator",
-        "logits",
-        lambda: in_steps(mmcv.reassembly()),
-        unavailable=mmcv.unavailable,
+    of_steps(
+        "steps-mmcv", "pixel shuffle, softmax, then mmcv's CUDA operator", mmcv.reassembly, unavailable=mmcv.unavailable
     ),
     *VARIANTS,
     *OTHERS,

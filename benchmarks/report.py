@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from carafe_plugin.engine.console import table_console
 
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
 console = table_console(160)
-
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 
 
 def is_ours(peer: Record) -> bool:
@@ -52,8 +51,7 @@ def processor(report: Record) -> str:
 
 def shape_title(shape: Record) -> str:
     """A problem in words, without what is usual."""
-    # A file of schema 1 knows no downsampling.
-    scale = f"down {shape['down']}" if shape.get("down", 1) > 1 else f"up {shape['up']}"
+    scale = f"down {shape['down']}" if shape["down"] > 1 else f"up {shape['up']}"
     title = f"{shape['channels']} x {shape['height']} x {shape['width']}, {scale}, k {shape['kernel_size']}"
     if shape["group_size"] > 1:
         title += f", {shape['group_size']} groups"

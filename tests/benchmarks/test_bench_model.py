@@ -86,7 +86,7 @@ def test_what_was_measured_survives_a_cut(tiny: list[str], tmp_path: Path, monke
 
 
 def test_profile_tells_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import predictions
+    from benchmarks import model as bench_model
     from carafe_plugin import CARAFEUpsample
     from carafe_plugin.modules import kernel_prediction
 
@@ -117,7 +117,7 @@ def test_profile_tells_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         advance(128)
         pool(torch.nn.functional.interpolate(features, scale_factor=2))
 
-    seconds, calls = predictions.split(torch.nn.ModuleList([upsampler, pool]), predict)
+    seconds, calls = bench_model.split(torch.nn.ModuleList([upsampler, pool]), predict)
     assert seconds == {
         "channel compressor": 2,
         "content encoder": 16,
@@ -132,16 +132,16 @@ def test_profile_tells_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.nn.functional.interpolate is interpolate
     assert not upsampler._forward_hooks
     assert not pool._forward_pre_hooks
-    record = predictions.profile_record([seconds, {**seconds, "rest": 130}, {**seconds, "rest": 140}], calls)
+    record = bench_model.profile_record([seconds, {**seconds, "rest": 130}, {**seconds, "rest": 140}], calls)
     assert record["parts_ms"]["rest"] == 130_000
     assert record["parts_ms"]["total"] == 288_000
 
 
 def test_every_model_comes_first_and_last_as_often() -> None:
-    from benchmarks import predictions
+    from benchmarks import model as bench_model
 
     models = ["a", "b", "c", "d"]
-    rounds = [predictions.turns(models, round_) for round_ in range(8)]
+    rounds = [bench_model.turns(models, round_) for round_ in range(8)]
     assert all(sorted(order) == models for order in rounds)
     for place in (0, -1):
         assert all([order[place] for order in rounds].count(model) == 2 for model in models)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import comparison
 from benchmarks import module as bench_module
-from benchmarks.problem import Inputs, Problem
+from benchmarks.comparison import Inputs, Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROBLEMS = [Problem(8, 5, 6, batch=2, group_size=2), Problem(4, 7, 5, kernel_size=3, up=1, down=2)]
@@ -21,7 +21,7 @@ PROBLEMS = [Problem(8, 5, 6, batch=2, group_size=2), Problem(4, 7, 5, kernel_siz
 def test_pack_is_our_module_in_steps(problem: Problem) -> None:
     inputs = Inputs.random(problem)
     ours = bench_module.OURS[0].setup(problem, inputs)
-    expected = [comparison.run_pass(ours, inputs, each) for each in comparison.PASSES]
+    expected = [comparison.run_pass(ours, each) for each in comparison.PASSES]
     # Kernels differ from place to place, so every parameter matters.
     assert all(gradient.abs().max() > 1e-5 for gradient in expected[1])
     packs = [peer for peer in bench_module.PEERS if peer.name in ("pack-unfold", "pack-shifted")]
@@ -31,7 +31,7 @@ def test_pack_is_our_module_in_steps(problem: Problem) -> None:
         call = peer.setup(problem, inputs)
         assert [each.shape for each in call.parameters] == [each.shape for each in ours.parameters]
         for each, values in zip(comparison.PASSES, expected, strict=True):
-            for result, value in zip(comparison.run_pass(call, inputs, each), values, strict=True):
+            for result, value in zip(comparison.run_pass(call, each), values, strict=True):
                 torch.testing.assert_close(result, value, rtol=1e-4, atol=1e-5)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import comparison, growth, measure, peers, report
+from benchmarks import comparison, measure, peers, report
 from benchmarks import op as bench_op
-from benchmarks.problem import Call, Inputs, Peer, Problem
+from benchmarks.comparison import Call, Inputs, Peer, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 EAGER = ("unfold-einsum", "upsample-unfold", "shifted-madd")
@@ -83,7 +83,7 @@ def test_peak_of_ours_is_no_multiple_of_its_tensors_and_hides_nothing() -> None:
     call = peers.OURS[0].setup(problem, inputs)
 
     def work() -> object:
-        return comparison.run_pass(call, inputs, "forward")
+        return comparison.run_pass(call, "forward")
 
     work()
     counted = measure.peak_bytes(work, "cpu")
@@ -197,19 +197,20 @@ def test_run_from_the_shell_where_a_peer_runs_out_of_memory(tmp_path: Path) -> N
 
 def test_growth_varies_one_thing_at_a_time() -> None:
     base = Problem(64, 50, 84)
-    for axis in growth.AXES:
-        series = list(growth.points([axis], base, threads=4))
+    for axis in bench_op.VALUES:
+        series = list(bench_op.points([axis], base, threads=4))
         assert len(series) >= 3
-        assert len({point.value for point in series}) == len(series)
-        assert any(point.problem == base and point.threads == 4 for point in series)
+        assert {place["axis"] for _, place in series} == {axis}
+        assert len({place["value"] for _, place in series}) == len(series)
+        assert any(problem == base and place["threads"] == 4 for problem, place in series)
         own = {"size": {"height", "width"}, "scale": {"up", "down"}, "threads": set()}
-        changed = {
-            name for point in series for name, value in vars(point.problem).items() if value != getattr(base, name)
-        }
+        problems = [vars(problem) for problem, _ in series]
+        changed = {name for sizes in problems for name, value in sizes.items() if value != getattr(base, name)}
         assert changed == own.get(axis, {axis.replace("-", "_")})
-        assert {point.threads for point in series} == ({1, 2, 4} if axis == "threads" else {4})
-    assert [point.position for point in growth.points(["scale"], base, 1)] == [1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4]
-    assert [point.threads for point in growth.points(["threads"], base, 6)] == [1, 2, 4, 6]
+        assert {place["threads"] for _, place in series} == ({1, 2, 4} if axis == "threads" else {4})
+    scales = [place["position"] for _, place in bench_op.points(["scale"], base, 1)]
+    assert scales == [1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4]
+    assert [place["threads"] for _, place in bench_op.points(["threads"], base, 6)] == [1, 2, 4, 6]
 
 
 def test_growth_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +242,7 @@ def test_a_wrong_result_is_told_and_not_timed(tmp_path: Path, monkeypatch: pytes
 
     def setup(fault: Callable[[torch.Tensor], torch.Tensor], problem: Problem, inputs: Inputs) -> Call:
         call = peers.OURS[0].setup(problem, inputs)
-        return Call(lambda: fault(call.forward()), call.wrt)
+        return Call(lambda: fault(call.forward()), call.wrt, call.grad_output)
 
     wrong = [Peer(name, "wrong", functools.partial(setup, fault), "carafe") for name, fault in faults.items()]
     with_peer(monkeypatch, *wrong)
@@ -258,7 +259,11 @@ def test_a_wrong_gradient_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def setup(problem: Problem, inputs: Inputs) -> Call:
         call = peers.OURS[0].setup(problem, inputs)
         # The same value, and a gradient of the features that is one too large.
-        return Call(lambda: call.forward() + (inputs.features.sum() - inputs.features.sum().detach()), call.wrt)
+        return Call(
+            lambda: call.forward() + (inputs.features.sum() - inputs.features.sum().detach()),
+            call.wrt,
+            call.grad_output,
+        )
 
     with_peer(monkeypatch, Peer("wrong", "a wrong one", setup, "carafe"))
     code, record = run([*TINY, "--peers", "wrong"], tmp_path)
@@ -276,7 +281,7 @@ def test_a_peer_that_fails_does_not_end_the_run(stage: str, tmp_path: Path, monk
     def setup(problem: Problem, inputs: Inputs) -> Call:
         if stage == "setup":
             fail()
-        return Call(fail, (inputs.features,))
+        return Call(fail, (inputs.features,), inputs.grad_output)
 
     with_peer(monkeypatch, Peer("broken", "a broken one", setup, "carafe"))
     code, record = run([*TINY, "--peers", "broken", "nearest"], tmp_path)
@@ -310,12 +315,12 @@ def test_what_is_slow_in_forward_is_not_tried_in_backward(monkeypatch: pytest.Mo
             calls.append(torch.is_grad_enabled())
             return torch.nn.functional.interpolate(inputs.features, scale_factor=2)
 
-        return Call(forward, (inputs.features,))
+        return Call(forward, (inputs.features,), inputs.grad_output)
 
     # 20 s by the clock for each call that is timed.
     monkeypatch.setattr(measure, "seconds", lambda work, calls=1: (work(), 20.0)[1])
     slow = Peer("slow", "a slow one", setup, "carafe", equal=False)
-    result = comparison.Comparison(Problem(2, 3, 4), [slow], comparison.Settings(time_limit=50)).run()
+    result = comparison.Comparison(Problem(2, 3, 4), [slow], time_limit=50).run()
     (record,) = result["peers"]
     assert record["forward"]["detail"] == "one call takes 20 s, all may take 50 s"
     assert record["forward_backward"] == {"status": "too slow", "detail": "the forward pass alone is"}
@@ -425,14 +430,14 @@ def test_committed_results_can_be_shown(file: Path, tmp_path: Path, capsys: pyte
     record = json.loads(file.read_text())
     if "models" in record:
         pytest.importorskip("mmengine", reason="mmengine is not installed")
-        from benchmarks import predictions
+        from benchmarks import model as bench_model
 
-        predictions.print_table(record)
+        bench_model.print_table(record)
         if "profile" in record["models"][0]:
-            predictions.print_profile(record["models"])
+            bench_model.print_profile(record["models"])
     elif "growth" in record:
-        growth.print_tables(record["growth"], growth.base(Problem(1, 1, 1)))
-        growth.plot(record, tmp_path / "plot.svg")
+        bench_op.print_growth(record["growth"], Problem(**bench_op.BASE))
+        bench_op.plot_growth(record, tmp_path / "plot.svg")
     else:
         report.print_header(record)
         for result in record["results"]:

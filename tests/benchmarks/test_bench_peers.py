@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import comparison, mmcv_operator, peers
-from benchmarks.problem import Call, Inputs, Problem
+from benchmarks.comparison import Call, Inputs, Problem
 from carafe_plugin.ops import reference
 from carafe_plugin.ops.reference import masks_from_logits
 
@@ -50,9 +50,9 @@ def test_peer_computes_the_definition(name: str, problem: Problem) -> None:
         masks = masks_from_logits(kernels, *geometry, "softmax")
     expected = reference.reassemble(features, masks, *geometry)
     gradients = torch.autograd.grad(expected, (features, kernels), inputs.grad_output)
-    (output,) = comparison.run_pass(call, inputs, "forward")
+    (output,) = comparison.run_pass(call, "forward")
     assert not output.requires_grad
-    results = (output, *comparison.run_pass(call, inputs, "forward_backward"))
+    results = (output, *comparison.run_pass(call, "forward_backward"))
     for result, value in zip(results, (expected.detach(), *gradients), strict=True):
         # Sums of at most a few hundred products of order 1, in float64; masks are drawn in float32.
         torch.testing.assert_close(result, value, rtol=1e-11, atol=1e-12)
@@ -83,7 +83,7 @@ def test_compiled_peers_compute_the_definition(name: str, monkeypatch: pytest.Mo
     inputs = Inputs.random(problem)
     call, ours = (ALL[each].setup(problem, inputs) for each in (name, ALL[name].reference))
     for each in comparison.PASSES:
-        found, wanted = (comparison.run_pass(which, inputs, each) for which in (call, ours))
+        found, wanted = (comparison.run_pass(which, each) for which in (call, ours))
         for result, value in zip(found, wanted, strict=True):
             torch.testing.assert_close(result, value)
     assert compiled == [{"fullgraph": True, "dynamic": False}]
@@ -99,7 +99,7 @@ def test_variants_are_what_they_say(name: str) -> None:
         assert tensor.dtype == (torch.bfloat16 if "bfloat16" in name else torch.float32)
         assert tensor.is_contiguous(memory_format=torch.channels_last) == ("channels-last" in name)
         torch.testing.assert_close(tensor.float(), usual, rtol=2**-8, atol=0)
-    (result,) = comparison.run_pass(call, inputs, "forward")
+    (result,) = comparison.run_pass(call, "forward")
     assert result.dtype == call.wrt[0].dtype
 
 
@@ -113,7 +113,7 @@ def test_other_functions_return_the_size_and_differentiate_what_they_use(scale: 
     for peer in others:
         call = peer.setup(problem, inputs)
         assert call.forward().shape == inputs.grad_output.shape
-        gradients = comparison.run_pass(call, inputs, "forward_backward")
+        gradients = comparison.run_pass(call, "forward_backward")
         assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in call.wrt]
         assert all(gradient.abs().sum() > 0 for gradient in gradients)
         assert call.parameters == call.wrt[1:]
@@ -184,9 +184,7 @@ def test_mmcv_launchers_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) ->
     for name, ours in (("mmcv", "carafe"), ("steps-mmcv", "fused")):
         assert ALL[name].reference == ours
         call, expected = ALL[name].setup(problem, inputs), ALL[ours].setup(problem, inputs)
-        for results in zip(
-            *(comparison.run_pass(each, inputs, "forward_backward") for each in (call, expected)), strict=True
-        ):
+        for results in zip(*(comparison.run_pass(each, "forward_backward") for each in (call, expected)), strict=True):
             torch.testing.assert_close(*results)
         torch.testing.assert_close(call.forward(), expected.forward())
 
@@ -220,5 +218,5 @@ def test_saved_memory_counts_each_allocation_once_and_no_parameter() -> None:
         scaled = features * weight  # keeps both
         return (scaled.exp() * scaled.view(2, 5).view(10)).sum()  # exp's result, and `scaled` once
 
-    call = Call(forward, (features, weight), parameters=(weight,))
+    call = Call(forward, (features, weight), torch.ones(()), parameters=(weight,))
     assert comparison.saved_memory(call) == {"saved_tensors": 3, "saved_bytes": 3 * 40}
