@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import carafe_plugin
 from benchmarks import measure
-from benchmarks.problem import Inputs, Problem
+from benchmarks.comparison import Inputs, Problem
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.ops import carafe
 from carafe_plugin.ops.fused import reassemble_logits
