@@ -24,6 +24,7 @@ from carafe_plugin.engine.checkpoint_layouts import (
     LayoutError,
     convert_layout,
     find_sources,
+    module_name,
     norm_of_mmcv,
 )
 from carafe_plugin.engine.errors import UsageError
@@ -125,7 +126,7 @@ def _choose_fork(content: Content, to: str, given: Mapping[str, Any], below: Seq
     records = _read_records(content.meta, places)
     for prefix, layout in places.items():
         recorded, normed = records[prefix].get("act"), layout == "mmcv" and norm_of_mmcv(content.weights, prefix)
-        _check_activation(prefix.rstrip(".") or "the module", layout, to, given["act"], recorded, normed)
+        _check_activation(module_name(prefix), layout, to, given["act"], recorded, normed)
     values: dict[str, Any] = {}
     origins = []
     for option, default in vars(Fork()).items():
