@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from mmcv.cnn import Conv2d
 from mmdet.models.dense_heads import MaskFormerHead
 from mmdet.models.layers import MSDeformAttnPixelDecoder, PixelDecoder, TransformerEncoderPixelDecoder
+from mmdet.models.task_modules.prior_generators import MlvlPointGenerator
 from mmdet.registry import MODELS
 from mmengine.model import ModuleList
 from torch import Tensor, nn
@@ -17,10 +16,21 @@ from torch import Tensor, nn
 from carafe_plugin.openmmlab.layers import build_upsampler, upsample_to
 
 
+class _WithoutTopDownPath:
+    """A decoder with some attributes changed, in place of ``self`` in its parent's ``forward``."""
+
+    def __init__(self, decoder: Any, **changes: Any) -> None:
+        vars(self).update(changes, decoder=decoder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
+
 class _DecoderTopDownPath:
     """What follows the coarsest map in each of the decoders.
 
-    They interpolate in the middle of ``forward``, with no hook for an upsampler with parameters: it is restated here.
+    They interpolate in the middle of ``forward``, with no hook for an upsampler with parameters: the parent's runs as
+    if there were no level below the coarsest, and what follows is restated here.
     """
 
     lateral_convs: nn.ModuleList
@@ -34,15 +44,24 @@ class _DecoderTopDownPath:
         channels = self.mask_feature.in_channels
         self.upsample_modules = ModuleList(build_upsampler(carafe_cfg, channels) for _ in self.lateral_convs)
 
+    def _start(self, *inputs: Any, **changes: Any) -> tuple[Tensor, Any]:
+        """The coarsest map, and what the parent's ``forward`` returns beside the mask features made of it."""
+        changed: Any = _WithoutTopDownPath(self, mask_feature=nn.Identity(), **changes)
+        return super().forward.__func__(changed, *inputs)  # type: ignore[misc]
+
     def _merge_top_down(self, coarsest: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
         """From the coarsest map down: upsample, add the lateral map of the level below, convolve; all results."""
         maps = [coarsest]
         for i in reversed(range(len(self.lateral_convs))):
             lateral = self.lateral_convs[i](feats[i])
-            height, width = lateral.shape[2:]
-            upsampled = upsample_to(self.upsample_modules[i], maps[-1], (height, width))
+            upsampled = upsample_to(self.upsample_modules[i], maps[-1], lateral.shape[2:])
             maps.append(self.output_convs[i](lateral + upsampled))
         return maps
+
+    def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
+        coarsest, memory = self._start(feats, batch_img_metas, num_inputs=1)
+        return self.mask_feature(self._merge_top_down(coarsest, feats)[-1]), memory
 
 
 @MODELS.register_module()
@@ -72,11 +91,6 @@ class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
         (torch.Size([1, 12, 25, 41]), torch.Size([1, 32, 7, 11]))
     """
 
-    def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
-        """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
-        maps = self._merge_top_down(self.last_feat_conv(feats[-1]), feats)
-        return self.mask_feature(maps[-1]), feats[-1]
-
 
 @MODELS.register_module()
 class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncoderPixelDecoder):
@@ -85,27 +99,6 @@ class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncod
     Takes TransformerEncoderPixelDecoder's arguments and loads its checkpoints, with ``carafe_cfg`` and
     ``upsample_modules`` as in :class:`CARAFEPixelDecoder`.
     """
-
-    def forward(self, feats: Sequence[Tensor], batch_img_metas: Sequence[dict]) -> tuple[Tensor, Tensor]:
-        """The backbone's maps, fine to coarse, to the mask features (N, out_channels, H_0, W_0) and the memory."""
-        memory = self._encode(feats[-1], batch_img_metas)
-        maps = self._merge_top_down(self.encoder_out_proj(memory), feats)
-        return self.mask_feature(maps[-1]), memory
-
-    def _encode(self, features: Tensor, batch_img_metas: Sequence[dict]) -> Tensor:
-        """The transformer encoder on the coarsest map, (N, C, H, W) -> (N, feat_channels, H, W)."""
-        n, _, height, width = features.shape
-        # True where an image of the batch was padded.
-        padding = features.new_ones((n, 1, *batch_img_metas[0]["batch_input_shape"]), dtype=torch.float32)
-        for image, meta in zip(padding, batch_img_metas, strict=True):
-            image[:, : meta["img_shape"][0], : meta["img_shape"][1]] = 0
-        padding_mask = F.interpolate(padding, size=(height, width), mode="nearest")[:, 0].to(torch.bool)
-        memory = self.encoder(
-            query=_as_sequence(self.encoder_in_proj(features)),
-            query_pos=_as_sequence(self.positional_encoding(padding_mask)),
-            key_padding_mask=padding_mask.flatten(1),
-        )
-        return memory.transpose(1, 2).reshape(n, -1, height, width)
 
 
 @MODELS.register_module()
@@ -120,48 +113,20 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
     type as well.
     """
 
-    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
         """The backbone's maps, fine to coarse, (N, in_channels[i], H_i, W_i) each, to what Mask2Former needs.
 
         Returns:
             The mask features (N, out_channels, H_0, W_0), and the ``num_outs`` maps that the transformer decoder
             attends to, coarse to fine, (N, feat_channels, H_i, W_i) each.
         """
-        encoded = self._encode(feats)
-        maps = encoded[:-1] + self._merge_top_down(encoded[-1], feats)
-        return self.mask_feature(maps[-1]), maps[: self.num_outs]
-
-    def _encode(self, feats: Sequence[Tensor]) -> list[Tensor]:
-        """Multi-scale deformable attention over the coarser levels, coarse to fine."""
-        n = feats[0].shape[0]
-        queries, embeddings, points, sizes = [], [], [], []
-        for i, input_conv in enumerate(self.input_convs):
-            level = self.num_input_levels - 1 - i
-            features, stride = feats[level], self.strides[level]
-            height, width = features.shape[2:]
-            no_padding = features.new_zeros((n, height, width), dtype=torch.bool)
-            embedding = self.postional_encoding(no_padding) + self.level_encoding.weight[i].view(1, -1, 1, 1)
-            centres = self.point_generator.single_level_grid_priors((height, width), level, device=features.device)
-            queries.append(_as_sequence(input_conv(features)))
-            embeddings.append(_as_sequence(embedding))
-            points.append(centres / centres.new_tensor([width * stride, height * stride]))
-            sizes.append((height, width))
-        levels, lengths = len(sizes), [height * width for height, width in sizes]
-        spatial_shapes = torch.tensor(sizes, device=feats[0].device)
-        level_ends = spatial_shapes.prod(dim=1).cumsum(dim=0)
-        query, reference_points = torch.cat(queries, dim=1), torch.cat(points)
-        memory = self.encoder(
-            query=query,
-            query_pos=torch.cat(embeddings, dim=1),
-            key_padding_mask=query.new_zeros(query.shape[:2], dtype=torch.bool),
-            spatial_shapes=spatial_shapes,
-            # Every image and every level of the keys is sampled at the same place, in fractions of the map.
-            reference_points=reference_points[None, :, None].expand(n, -1, levels, -1),
-            level_start_index=torch.cat([level_ends.new_zeros(1), level_ends[:-1]]),
-            valid_ratios=reference_points.new_ones((n, levels, 2)),
+        n = self.num_encoder_levels
+        strides = self.strides[-n:]
+        coarsest, encoded = self._start(
+            feats[-n:], num_input_levels=n, num_outs=n, strides=strides, point_generator=MlvlPointGenerator(strides)
         )
-        maps = memory.transpose(1, 2).split(lengths, dim=-1)
-        return [x.reshape(n, -1, *size) for x, size in zip(maps, sizes, strict=True)]
+        maps = encoded[:-1] + self._merge_top_down(coarsest, feats)
+        return self.mask_feature(maps[-1]), maps[: self.num_outs]
 
 
 class MemoryProjection(nn.Module):
@@ -186,8 +151,3 @@ class MemoryProjection(nn.Module):
 @MODELS.register_module()
 class CARAFEMaskFormerHead(MemoryProjection, MaskFormerHead):
     """MaskFormerHead, with its arguments and checkpoints, for a ``pixel_decoder`` that is CARAFEPixelDecoder."""
-
-
-def _as_sequence(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H * W, C)."""
-    return features.flatten(2).transpose(1, 2)
