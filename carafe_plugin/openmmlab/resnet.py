@@ -269,7 +269,7 @@ _DOCSTRING = """{name} ({about}) that downsamples by CARAFE++ (arXiv 2012.04733,
 
     Example:
         >>> import torch
-        >>> from {package} import CARAFE{name}
+        >>> from {module} import CARAFE{name}
         >>> backbone = CARAFE{name}(depth=50, carafe_cfg=dict(stages=(False, True, True, True)))
         >>> backbone(torch.rand(1, 3, 64, 96))[-1].shape
         torch.Size([1, 2048, 2, 3])
@@ -279,12 +279,12 @@ _DOCSTRING = """{name} ({about}) that downsamples by CARAFE++ (arXiv 2012.04733,
 def downsampling_resnets(module: str, registry: Registry, *parents: type[nn.Module]) -> list[Any]:
     """A toolbox's ResNets (``parents``), downsampling by CARAFE++ and registered as ``CARAFE`` and the parent's name.
 
-    ``module`` is the full name of the toolbox's module that assigns the classes, by which they are pickled.
+    ``module`` is the full name of the module that assigns the classes, by which they are pickled.
     """
     classes = []
     for parent in parents:
         name = parent.__name__
-        text = _DOCSTRING.format(name=name, about=_VARIANTS[name], package=module.rpartition(".")[0])
+        text = _DOCSTRING.format(name=name, about=_VARIANTS[name], module=module)
         namespace = dict(__module__=module, __doc__=text)
         classes.append(type(f"CARAFE{name}", (DownsamplingBackbone, parent), namespace))
         registry.register_module(module=classes[-1])

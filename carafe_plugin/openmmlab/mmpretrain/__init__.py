@@ -23,13 +23,11 @@ from carafe_plugin.openmmlab import require
 
 require("mmpretrain", __name__)
 
+from mmpretrain.models.backbones import ResNet, ResNetV1c, ResNetV1d, ResNeXt  # noqa: E402
+from mmpretrain.registry import MODELS  # noqa: E402
+
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
-from carafe_plugin.openmmlab.mmpretrain.backbones import (  # noqa: E402
-    CARAFEResNet,
-    CARAFEResNetV1c,
-    CARAFEResNetV1d,
-    CARAFEResNeXt,
-)
+from carafe_plugin.openmmlab.resnet import downsampling_resnets  # noqa: E402
 
 __all__ = [
     "CARAFEDownsample",
@@ -39,3 +37,7 @@ __all__ = [
     "CARAFEResNetV1d",
     "CARAFEUpsample",
 ]
+
+CARAFEResNet, CARAFEResNetV1c, CARAFEResNetV1d, CARAFEResNeXt = downsampling_resnets(
+    __name__, MODELS, ResNet, ResNetV1c, ResNetV1d, ResNeXt
+)

@@ -1,4 +1,4 @@
-"""UperNet's head, upsampling by CARAFE++ in its PPM, FPN and FUSE."""
+"""The heads of UperNet and Semantic FPN, and UNet's upsampling step, upsampling by CARAFE++."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from mmcv.cnn import ConvModule
 from mmengine.model import ModuleList
-from mmseg.models.decode_heads import UPerHead
-from mmseg.models.utils import resize
+from mmseg.models.backbones.unet import InterpConv
+from mmseg.models.decode_heads import FPNHead, UPerHead
+from mmseg.models.utils import Upsample, resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from carafe_plugin.openmmlab.layers import build_upsampler, read_cfg, upsample_to
+from carafe_plugin.openmmlab.layers import Interpolation, build_upsampler, fit_to_size, read_cfg, upsample_to
 
 SWITCHES = ("ppm", "fpn", "fuse")
 
@@ -131,3 +133,105 @@ def _build(cfg: Mapping[str, Any], channels: int) -> nn.Module:
         raise TypeError(
             f"{error} (apart from the upsampler's arguments, the switches are {', '.join(SWITCHES)})"
         ) from error
+
+
+@MODELS.register_module()
+class CARAFEFPNHead(FPNHead):
+    """Semantic FPN's head, whose levels reach the finest one's size by steps of convolution and CARAFE++ by 2.
+
+    Takes FPNHead's arguments and loads FPNHead's checkpoints: the only new parameters stand where FPNHead's
+    interpolations stand, in ``scale_heads.{level}.{1, 3, ...}``. The maps may have any size: each step is made to fit
+    the level that it reaches, see :func:`~carafe_plugin.openmmlab.layers.fit_to_size`. The paper replaces bilinear
+    upsampling in UperNet's FPN so (arXiv 2012.04733, Sec. 4.2).
+
+    Args:
+        carafe_cfg (dict | None): the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`; ``dict(type="bilinear")`` with the head's
+            ``align_corners`` is FPNHead, bit for bit.
+
+    Raises:
+        ValueError: ``feature_strides`` are all the same, so that there is nothing to upsample.
+
+    Example:
+        >>> import torch
+        >>> head = CARAFEFPNHead(feature_strides=[4, 8, 16], in_channels=[8, 8, 8], in_index=[0, 1, 2], channels=16,
+        ...                      num_classes=5)
+        >>> head([torch.rand(2, 8, 25, 33), torch.rand(2, 8, 13, 17), torch.rand(2, 8, 7, 9)]).shape
+        torch.Size([2, 5, 25, 33])
+    """
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not any(isinstance(step, Upsample) for step in self.scale_heads.modules()):
+            raise ValueError(f"feature_strides={list(self.feature_strides)} leave nothing to upsample")
+        for scale_head in self.scale_heads:
+            _replace_upsample(scale_head, carafe_cfg, self.channels)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's or neck's maps, fine to coarse, to logits (N, num_classes, H_0, W_0)."""
+        maps = self._transform_inputs(inputs)
+        sizes = {stride: x.shape[2:] for stride, x in zip(self.feature_strides, maps, strict=True)}
+        output = self.scale_heads[0](maps[0])
+        for stride, scale_head, x in zip(self.feature_strides[1:], self.scale_heads[1:], maps[1:], strict=True):
+            for step in scale_head:
+                x = step(x)
+                if not isinstance(step, (ConvModule, Upsample)):
+                    stride //= 2
+                    # Fitted here, and not by the interpolation at the end, which would blur what was reassembled.
+                    x = fit_to_size(x, sizes.get(stride, x.shape[2:]))
+            output = output + resize(x, size=output.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        return self.cls_seg(output)
+
+
+def _replace_upsample(steps: nn.Sequential, carafe_cfg: Mapping[str, Any] | None, channels: int) -> None:
+    """Swap every ``Upsample`` of a sequence for CARAFE++, in place: the other steps keep their checkpoint keys.
+
+    ``carafe_cfg`` and ``channels`` are :func:`~carafe_plugin.openmmlab.layers.build_upsampler`'s; ``"nearest"`` and
+    ``"bilinear"`` give an ``Upsample`` of that mode. A factor that is not one whole number is a ValueError.
+    """
+    for i, step in enumerate(steps):
+        if not isinstance(step, Upsample):
+            continue
+        factor = step.scale_factor
+        if step.size is not None or not isinstance(factor, float) or not factor.is_integer():
+            raise ValueError(
+                f"upsample_cfg must set scale_factor to a whole number where CARAFE++ upsamples, "
+                f"got size={step.size}, scale_factor={factor}"
+            )
+        upsampler = build_upsampler(carafe_cfg, channels, int(factor))
+        if isinstance(upsampler, Interpolation):
+            upsampler = Upsample(None, factor, upsampler.mode, upsampler.align_corners)
+        steps[i] = upsampler
+
+
+@MODELS.register_module()
+class CARAFEInterpConv(InterpConv):
+    """InterpConv, the decoder's upsampling step in UNet, with CARAFE++ for its interpolation.
+
+    In a configuration it is UNet's ``upsample_cfg``::
+
+        backbone = dict(type="UNet", upsample_cfg=dict(type="carafe_plugin.openmmlab.mmseg.CARAFEInterpConv"))
+
+    Takes InterpConv's arguments and loads InterpConv's checkpoints: the only new parameters are CARAFE++'s, in
+    ``interp_upsample.0``, or ``.1`` where the convolution comes first. The paper upsamples a U-net's decoder so in
+    Sec. 4.3 (arXiv 2012.04733).
+
+    Args:
+        carafe_cfg (dict | None): the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`; its factor is the ``scale_factor`` of InterpConv's
+            ``upsample_cfg``.
+
+    Raises:
+        ValueError: the ``scale_factor`` of ``upsample_cfg`` is not one whole number.
+
+    Example:
+        >>> import torch
+        >>> CARAFEInterpConv(32, 16, carafe_cfg=dict(up_kernel=3))(torch.rand(2, 32, 6, 8)).shape
+        torch.Size([2, 16, 12, 16])
+    """
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        conv_first = isinstance(self.interp_upsample[1], Upsample)
+        conv = self.interp_upsample[0 if conv_first else 1]
+        _replace_upsample(self.interp_upsample, carafe_cfg, conv.out_channels if conv_first else conv.in_channels)

@@ -1,19 +1,136 @@
-"""The pixel decoders of MaskFormer and Mask2Former, whose top-down path upsamples by CARAFE++."""
+"""FPN, PAFPN and the pixel decoders of MaskFormer and Mask2Former, whose top-down path upsamples by CARAFE++."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from mmcv.cnn import Conv2d
 from mmdet.models.dense_heads import MaskFormerHead
 from mmdet.models.layers import MSDeformAttnPixelDecoder, PixelDecoder, TransformerEncoderPixelDecoder
+from mmdet.models.necks import FPN, PAFPN
 from mmdet.models.task_modules.prior_generators import MlvlPointGenerator
 from mmdet.registry import MODELS
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
-from carafe_plugin.openmmlab.layers import build_upsampler, upsample_to
+from carafe_plugin.openmmlab.layers import build_upsampler, fit_to_size, upsample_to
+
+
+class _TopDownPath:
+    """The parts of FPN and PAFPN between the lateral convolutions and the outputs.
+
+    Both interpolate in the middle of ``forward``, with no hook for an upsampler with parameters: it is restated here.
+    """
+
+    in_channels: list[int]
+    out_channels: int
+    num_outs: int
+    start_level: int
+    backbone_end_level: int
+    add_extra_convs: bool | str
+    relu_before_extra_convs: bool
+    lateral_convs: nn.ModuleList
+    fpn_convs: nn.ModuleList
+
+    def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
+        self.upsample_modules = ModuleList(
+            build_upsampler(carafe_cfg, self.out_channels) for _ in range(len(self.lateral_convs) - 1)
+        )
+
+    def _merge_top_down(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Lateral convolutions, then from the coarsest level down: upsample, and add to the level below."""
+        if len(inputs) != len(self.in_channels):
+            raise ValueError(f"inputs must hold {len(self.in_channels)} maps (in_channels), got {len(inputs)}")
+        laterals = []
+        for level, lateral_conv in enumerate(self.lateral_convs, start=self.start_level):
+            if inputs[level].shape[1] != self.in_channels[level]:
+                raise ValueError(
+                    f"inputs[{level}] must have {self.in_channels[level]} channels (in_channels[{level}]), "
+                    f"got shape {tuple(inputs[level].shape)}"
+                )
+            laterals.append(lateral_conv(inputs[level]))
+        for i in reversed(range(len(laterals) - 1)):
+            upsampled = upsample_to(self.upsample_modules[i], laterals[i + 1], laterals[i].shape[2:])
+            laterals[i] = laterals[i] + upsampled
+        return laterals
+
+    def _append_extra_levels(self, outs: list[Tensor], inputs: Sequence[Tensor], laterals: list[Tensor]) -> None:
+        """Levels above the backbone's last: subsampled, or by the parent's convolutions of stride 2."""
+        while len(outs) < self.num_outs:
+            if not self.add_extra_convs:
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+                continue
+            source = outs[-1]
+            if len(outs) == len(laterals):  # the first extra level, where the options differ
+                if self.add_extra_convs == "on_input":
+                    source = inputs[self.backbone_end_level - 1]
+                elif self.add_extra_convs == "on_lateral":
+                    source = laterals[-1]
+            elif self.relu_before_extra_convs:
+                source = F.relu(source)
+            outs.append(self.fpn_convs[len(outs)](source))
+
+
+@MODELS.register_module()
+class CARAFEFPN(_TopDownPath, FPN):
+    """FPN whose top-down path upsamples by CARAFE++ (arXiv 2012.04733, Sec. 4.1).
+
+    Takes FPN's arguments and loads FPN's checkpoints: the only new parameters are in ``upsample_modules``, where
+    ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have any size: see
+    :func:`~carafe_plugin.openmmlab.layers.fit_to_size`. FPN's ``upsample_cfg`` describes the interpolation that
+    CARAFE++ stands in for: it is accepted, so that changing ``type`` is enough, and has no effect.
+
+    Args:
+        carafe_cfg (dict | None): the upsampler, described and checked by
+            :func:`~carafe_plugin.openmmlab.layers.build_upsampler`.
+
+    Raises:
+        ValueError: ``inputs`` does not match ``in_channels``.
+
+    Example:
+        >>> import torch
+        >>> neck = CARAFEFPN(in_channels=[8, 16, 32], out_channels=16, num_outs=4)
+        >>> [tuple(m.shape[2:]) for m in neck([torch.rand(1, 8, 25, 41), torch.rand(1, 16, 13, 21),
+        ...                                    torch.rand(1, 32, 7, 11)])]
+        [(25, 41), (13, 21), (7, 11), (4, 6)]
+    """
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""
+        laterals = self._merge_top_down(inputs)
+        outs = [fpn_conv(lateral) for fpn_conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
+        self._append_extra_levels(outs, inputs, laterals)
+        return tuple(outs)
+
+
+@MODELS.register_module()
+class CARAFEPAFPN(_TopDownPath, PAFPN):
+    """PAFPN whose top-down path upsamples by CARAFE++; the bottom-up path keeps its strided convolutions.
+
+    Takes PAFPN's arguments and loads PAFPN's checkpoints, with ``carafe_cfg`` and ``upsample_modules`` as in
+    :class:`CARAFEFPN`.
+
+    Example:
+        >>> import torch
+        >>> neck = CARAFEPAFPN(in_channels=[8, 16], out_channels=16, num_outs=2)
+        >>> [tuple(m.shape[2:]) for m in neck([torch.rand(1, 8, 25, 41), torch.rand(1, 16, 13, 21)])]
+        [(25, 41), (13, 21)]
+    """
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """As :class:`CARAFEFPN`'s."""
+        laterals = self._merge_top_down(inputs)
+        maps = [fpn_conv(lateral) for fpn_conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
+        for i, downsample_conv in enumerate(self.downsample_convs):
+            # The convolution gives ceil(H / 2) rows, which is one too many where a backbone rounds down.
+            maps[i + 1] = maps[i + 1] + fit_to_size(downsample_conv(maps[i]), maps[i + 1].shape[2:])
+        outs = maps[:1] + [conv(x) for conv, x in zip(self.pafpn_convs, maps[1:], strict=True)]
+        self._append_extra_levels(outs, inputs, laterals)
+        return tuple(outs)
 
 
 class _WithoutTopDownPath:
