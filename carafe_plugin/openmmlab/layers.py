@@ -130,27 +130,7 @@ for _peer in (*peers.DOWNSAMPLERS, *peers.UPSAMPLERS):
 _UPSAMPLERS = (modules.CARAFEUpsample, peers.Upsampler)
 _DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
 
-INTERPOLATIONS = ("nearest", "bilinear")
-
-
-class Interpolation(nn.Module):
-    """The toolboxes' resizing without parameters, which CARAFE++ replaces, as a module.
-
-    Arguments are those of :func:`torch.nn.functional.interpolate`: ``mode`` is ``"nearest"`` or ``"bilinear"``, of
-    which the latter takes ``align_corners``.
-    """
-
-    def __init__(self, mode: str, align_corners: bool | None = None) -> None:
-        super().__init__()
-        self.mode = mode
-        self.align_corners = align_corners
-
-    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """Resize features (N, C, H, W) to ``size`` (H', W')."""
-        return F.interpolate(features, size=size, mode=self.mode, align_corners=self.align_corners)
-
-    def extra_repr(self) -> str:
-        return f"mode={self.mode!r}, align_corners={self.align_corners}"
+INTERPOLATIONS = ("nearest", "bilinear")  # the toolboxes' resizing without parameters, which CARAFE++ replaces
 
 
 def read_cfg(carafe_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -166,9 +146,9 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
     Args:
         carafe_cfg (dict | None): ``type`` is ``"CARAFEUpsample"`` when left out, with its arguments (``up_kernel``,
             ``compressed_channels``, ...) as the other keys; None means the paper's setting. ``"nearest"`` and
-            ``"bilinear"`` give :class:`Interpolation`, with which an adapter does what its parent does, bit for bit,
-            where the parent interpolates so. Any other type that ``MODELS`` knows is built with ``channels``,
-            ``scale_factor`` and the remaining keys.
+            ``"bilinear"`` (which takes ``align_corners``) give ``nn.Upsample``, with which an adapter does what its
+            parent does, bit for bit, where the parent interpolates so. Any other type that ``MODELS`` knows is built
+            with ``channels``, ``scale_factor`` and the remaining keys.
         channels (int): channels of the features, set by the caller, never by ``carafe_cfg``.
         scale_factor (int): upsampling factor, set by the caller as well.
 
@@ -227,7 +207,8 @@ def _build_resampler(
         )
     try:
         if kind in interpolations:
-            return Interpolation(kind, **{key: value for key, value in cfg.items() if key not in ("type", "_scope_")})
+            settings = {key: value for key, value in cfg.items() if key not in ("type", "_scope_")}
+            return nn.Upsample(None, scale_factor, kind, **settings)
         return MODELS.build(dict(cfg, **fixed))
     except (TypeError, ValueError) as error:
         raise type(error)(f"carafe_cfg={cfg!r}: {error}") from error
@@ -235,8 +216,8 @@ def _build_resampler(
 
 def upsample_to(upsampler: nn.Module, features: Tensor, size: tuple[int, int]) -> Tensor:
     """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
-    if isinstance(upsampler, Interpolation):
-        return upsampler(features, size)
+    if isinstance(upsampler, nn.Upsample):
+        return F.interpolate(features, size=size, mode=upsampler.mode, align_corners=upsampler.align_corners)
     return fit_to_size(upsampler(features), size)
 
 

@@ -38,10 +38,10 @@ from mmdet.models.backbones import ResNet, ResNetV1d, ResNeXt  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
 
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
-from carafe_plugin.openmmlab.mmdet.mask_head import CARAFEFCNMaskHead  # noqa: E402
-from carafe_plugin.openmmlab.mmdet.top_down import (  # noqa: E402
+from carafe_plugin.openmmlab.mmdet.upsampling import (  # noqa: E402
     CARAFEFPN,
     CARAFEPAFPN,
+    CARAFEFCNMaskHead,
     CARAFEMaskFormerHead,
     CARAFEMSDeformAttnPixelDecoder,
     CARAFEPixelDecoder,

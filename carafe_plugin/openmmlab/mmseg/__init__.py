@@ -35,7 +35,7 @@ from mmseg.models.backbones import ResNet, ResNetV1c, ResNetV1d, ResNeXt  # noqa
 from mmseg.registry import MODELS  # noqa: E402
 
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
-from carafe_plugin.openmmlab.mmseg.heads import CARAFEFPNHead, CARAFEInterpConv, CARAFEUPerHead  # noqa: E402
+from carafe_plugin.openmmlab.mmseg.upsampling import CARAFEFPNHead, CARAFEInterpConv, CARAFEUPerHead  # noqa: E402
 from carafe_plugin.openmmlab.resnet import downsampling_resnets  # noqa: E402
 
 __all__ = [
@@ -60,7 +60,7 @@ if importlib.util.find_spec("mmdet") is not None:
     with suppress(ModuleNotFoundError):
         from mmseg.models.decode_heads import MaskFormerHead
 
-        from carafe_plugin.openmmlab.mmdet.top_down import (
+        from carafe_plugin.openmmlab.mmdet.upsampling import (
             CARAFEMSDeformAttnPixelDecoder,
             CARAFEPixelDecoder,
             CARAFETransformerEncoderPixelDecoder,

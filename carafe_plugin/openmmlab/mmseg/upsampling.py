@@ -1,4 +1,4 @@
-"""The heads of UperNet and Semantic FPN, and UNet's upsampling step, upsampling by CARAFE++."""
+"""MMSegmentation's heads, and UNet's upsampling step, that upsample by CARAFE++."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmseg.models.utils import Upsample, resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from carafe_plugin.openmmlab.layers import Interpolation, build_upsampler, fit_to_size, read_cfg, upsample_to
+from carafe_plugin.openmmlab.layers import build_upsampler, fit_to_size, read_cfg, upsample_to
 
 SWITCHES = ("ppm", "fpn", "fuse")
 
@@ -199,7 +199,7 @@ def _replace_upsample(steps: nn.Sequential, carafe_cfg: Mapping[str, Any] | None
                 f"got size={step.size}, scale_factor={factor}"
             )
         upsampler = build_upsampler(carafe_cfg, channels, int(factor))
-        if isinstance(upsampler, Interpolation):
+        if isinstance(upsampler, nn.Upsample):
             upsampler = Upsample(None, factor, upsampler.mode, upsampler.align_corners)
         steps[i] = upsampler
 
