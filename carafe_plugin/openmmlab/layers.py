@@ -130,7 +130,14 @@ for _peer in (*peers.DOWNSAMPLERS, *peers.UPSAMPLERS):
 _UPSAMPLERS = (modules.CARAFEUpsample, peers.Upsampler)
 _DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
 
-INTERPOLATIONS = ("nearest", "bilinear")  # the toolboxes' resizing without parameters, which CARAFE++ replaces
+INTERPOLATIONS = ("nearest", "bilinear")
+
+
+class Interpolation(nn.Upsample):
+    """The toolboxes' resizing without parameters, which CARAFE++ replaces: features (N, C, H, W) to a given size."""
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        return F.interpolate(features, size=size, mode=self.mode, align_corners=self.align_corners)
 
 
 def read_cfg(carafe_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -140,15 +147,23 @@ def read_cfg(carafe_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(carafe_cfg or {})
 
 
+def pop_switch(cfg: dict[str, Any], name: str, default: bool) -> bool:
+    """Take a switch out of a ``carafe_cfg``; one that is not a bool is a TypeError."""
+    switch = cfg.pop(name, default)
+    if not isinstance(switch, bool):
+        raise TypeError(f"carafe_cfg: the switch {name!r} must be True or False, got {switch!r}")
+    return switch
+
+
 def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
     """Build the upsampler that a ``carafe_cfg`` describes, as every adapter of the toolboxes takes it.
 
     Args:
         carafe_cfg (dict | None): ``type`` is ``"CARAFEUpsample"`` when left out, with its arguments (``up_kernel``,
             ``compressed_channels``, ...) as the other keys; None means the paper's setting. ``"nearest"`` and
-            ``"bilinear"`` (which takes ``align_corners``) give ``nn.Upsample``, with which an adapter does what its
-            parent does, bit for bit, where the parent interpolates so. Any other type that ``MODELS`` knows is built
-            with ``channels``, ``scale_factor`` and the remaining keys.
+            ``"bilinear"`` (which takes ``align_corners``) give :class:`Interpolation`, with which an adapter does
+            what its parent does, bit for bit, where the parent interpolates so. Any other type that ``MODELS`` knows is
+            built with ``channels``, ``scale_factor`` and the remaining keys.
         channels (int): channels of the features, set by the caller, never by ``carafe_cfg``.
         scale_factor (int): upsampling factor, set by the caller as well.
 
@@ -208,7 +223,7 @@ def _build_resampler(
     try:
         if kind in interpolations:
             settings = {key: value for key, value in cfg.items() if key not in ("type", "_scope_")}
-            return nn.Upsample(None, scale_factor, kind, **settings)
+            return Interpolation(None, scale_factor, kind, **settings)
         return MODELS.build(dict(cfg, **fixed))
     except (TypeError, ValueError) as error:
         raise type(error)(f"carafe_cfg={cfg!r}: {error}") from error
@@ -216,8 +231,8 @@ def _build_resampler(
 
 def upsample_to(upsampler: nn.Module, features: Tensor, size: tuple[int, int]) -> Tensor:
     """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
-    if isinstance(upsampler, nn.Upsample):
-        return F.interpolate(features, size=size, mode=upsampler.mode, align_corners=upsampler.align_corners)
+    if isinstance(upsampler, Interpolation):
+        return upsampler(features, size)
     return fit_to_size(upsampler(features), size)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from config_table import BOTTLENECKS, CONFIGS, MODULES, in_folder
-from torch import nn
 
 pytest.importorskip("mmengine", reason="MMEngine is not installed")
 pytest.importorskip("mmdet", reason="mmdet is not installed")
@@ -20,6 +19,7 @@ from config_models import build, parse
 from test_bases import differences
 
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample, peers
+from carafe_plugin.openmmlab.layers import Interpolation
 from carafe_plugin.openmmlab.resnet import DownsampledConv2d
 from carafe_plugin.openmmlab.resnet_checkpoints import extract_backbone
 from studies.paper_tables.pages import END, START
@@ -45,8 +45,8 @@ OPERATORS = {
     "average-pool": peers.AveragePoolDownsample,
     "dpp": peers.DPPDownsample,
     "lip": peers.LIPDownsample,
-    "nearest": nn.Upsample,
-    "bilinear": nn.Upsample,
+    "nearest": Interpolation,
+    "bilinear": Interpolation,
     "nearest-conv": peers.NearestConvUpsample,
     "bilinear-conv": peers.BilinearConvUpsample,
     "deconv": peers.DeconvUpsample,
@@ -167,7 +167,7 @@ def test_operator_stands_where_it_should(file):
     kind = OPERATORS.get(name)
     if "mask-head" in file:
         head = build_part(config, config.model.roi_head.mask_head)
-        if kind is nn.Upsample:  # the toolbox's own
+        if kind is Interpolation:  # the toolbox's own
             assert head.upsample.mode == name
         else:
             assert isinstance(head.upsample, kind)
@@ -187,7 +187,7 @@ def test_operator_stands_where_it_should(file):
         expected = CARAFEDownsample
     for module in modules:
         assert isinstance(module, kind or expected)
-        if kind is nn.Upsample:
+        if kind is Interpolation:
             assert module.mode == name
         elif kind is None:
             assert {key: getattr(module, key) for key in changes(file)} == changes(file)

@@ -138,7 +138,7 @@ class Doubling(nn.Module):
 def test_build_upsampler_takes_any_registered_type_class_or_path(monkeypatch):
     assert isinstance(layers.build_upsampler(None, 8), layers.CARAFEUpsample)
     assert layers.build_upsampler(dict(up_kernel=3), 8).kernel_size == 3
-    assert isinstance(layers.build_upsampler(dict(type="nearest"), 8), torch.nn.Upsample)
+    assert isinstance(layers.build_upsampler(dict(type="nearest"), 8), layers.Interpolation)
     assert isinstance(layers.build_upsampler(dict(type=Doubling), 8), Doubling)
     path = "carafe_plugin.modules.CARAFEUpsample"
     assert type(layers.build_upsampler(dict(type=path), 8)) is carafe_plugin.CARAFEUpsample

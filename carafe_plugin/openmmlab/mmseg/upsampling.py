@@ -14,7 +14,7 @@ from mmseg.models.utils import Upsample, resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from carafe_plugin.openmmlab.layers import build_upsampler, fit_to_size, read_cfg, upsample_to
+from carafe_plugin.openmmlab.layers import build_upsampler, fit_to_size, pop_switch, read_cfg, upsample_to
 
 SWITCHES = ("ppm", "fpn", "fuse")
 
@@ -61,7 +61,11 @@ class CARAFEUPerHead(UPerHead):
             fpn=[self.channels] * levels_below_top,
             fuse=[self.channels * (levels_below_top - i) for i in range(levels_below_top)],
         )
-        switches = {name: _pop_switch(upsampler_cfg, name, bool(places[name])) for name in SWITCHES}
+        switches = {name: pop_switch(upsampler_cfg, name, bool(places[name])) for name in SWITCHES}
+        for name in SWITCHES:
+            if switches[name] and not places[name]:
+                lacking = "pool_scales is empty" if name == "ppm" else "in_channels has one level"
+                raise ValueError(f"carafe_cfg: {name}=True, but there is nothing to upsample: {lacking}")
 
         def build(name: str) -> ModuleList | None:
             # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
@@ -114,16 +118,6 @@ class CARAFEUPerHead(UPerHead):
 
     def _interpolate(self, features: Tensor, size: Sequence[int]) -> Tensor:
         return resize(features, size=size, mode="bilinear", align_corners=self.align_corners)
-
-
-def _pop_switch(cfg: dict[str, Any], name: str, exists: bool) -> bool:
-    switch = cfg.pop(name, exists)
-    if not isinstance(switch, bool):
-        raise TypeError(f"carafe_cfg: the switch {name!r} must be True or False, got {switch!r}")
-    if switch and not exists:
-        lacking = "pool_scales is empty" if name == "ppm" else "in_channels has one level"
-        raise ValueError(f"carafe_cfg: {name}=True, but there is nothing to upsample: {lacking}")
-    return switch
 
 
 def _build(cfg: Mapping[str, Any], channels: int) -> nn.Module:
