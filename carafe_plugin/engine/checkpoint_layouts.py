@@ -221,7 +221,7 @@ class Parts(NamedTuple):
 def _convert_module(
     state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str, fork: Fork
 ) -> tuple[dict[str, Tensor], tuple[int, int, int, float]]:
-    """A module's new parameters, without a prefix, and what :class:`Converted` holds after the layout's name."""
+    """A module's new parameters, without a prefix, and the last four values of its :class:`Converted`."""
     after = f"{prefix}{LAYOUTS[name].after or LAYOUTS[to].after}."
     own = {key: value for key, value in state_dict.items() if key.startswith(prefix) and not key.startswith(after)}
     source = _read(own, prefix, name, fork)
@@ -379,23 +379,19 @@ def _reorder(convolution: nn.Conv2d, fork: Fork, to_taps: bool) -> nn.Conv2d:
 
 
 def plain_carafe(features: Tensor, parts: Parts, fork: Fork) -> tuple[Tensor, Tensor]:
-    """CARAFE as those projects compute it, from float64 features (N, C, H, W): the upsampled features, (N, C, sH, sW),
-    and the logits of their kernels, (N, k^2, sH, sW).
+    """CARAFE written out as those projects do, from float64 features (N, C, H, W): the upsampled features,
+    (N, C, sH, sW), and the logits of their kernels, (N, k^2, sH, sW).
     """
-    n, channels, height, width = features.shape
-    s, k = fork.scale, math.isqrt(parts.encoder.out_channels // fork.scale**2)
+    s, taps = fork.scale, parts.encoder.out_channels // fork.scale**2
     act = ACTIVATIONS[fork.act]()
     logits = nn.Sequential(parts.compressor, parts.compressor_norm, act, parts.encoder, parts.encoder_norm)(features)
-    if fork.order == "taps":
-        logits = F.pixel_shuffle(logits, s)
-        larger = F.interpolate(features, scale_factor=s, mode="nearest")
-        patches = F.unfold(larger, k, dilation=s, padding=k // 2 * s)
-        patches = patches.view(n, channels, k * k, s * height, s * width)
-        return (patches * logits.softmax(1)[:, None]).sum(2), logits
-    patches = F.unfold(features, k, padding=k // 2).view(n, channels, 1, k * k, height, width)
-    logits = logits.view(n, 1, s * s, k * k, height, width)
-    result = (patches * logits.softmax(3)).sum(3).flatten(1, 2)
-    return F.pixel_shuffle(result, s), F.pixel_shuffle(logits[:, 0].transpose(1, 2).flatten(1, 2), s)
+    if fork.order == "positions":
+        logits = logits.unflatten(1, (s * s, taps)).transpose(1, 2).flatten(1, 2)
+    logits = F.pixel_shuffle(logits, s)
+    larger = F.interpolate(features, scale_factor=s, mode="nearest")
+    k = math.isqrt(taps)
+    patches = F.unfold(larger, k, dilation=s, padding=k // 2 * s).view(*features.shape[:2], taps, *larger.shape[2:])
+    return (patches * logits.softmax(1)[:, None]).sum(2), logits
 
 
 def difference(mmcv: Parts, other: Parts, kernel_size: int, fork: Fork) -> float:

@@ -85,12 +85,6 @@ class CARAFEPack(CARAFEUpsample, _Stock):
         self.up_kernel, self.up_group = self.kernel_size, self.group_size  # MMCV's names
 
 
-def _replace_operator() -> None:
-    if _mmcv_module is not None:
-        _mmcv_module.carafe = carafe  # type: ignore[attr-defined]
-        sys.modules["mmcv.ops"].carafe = carafe  # type: ignore[attr-defined]
-
-
 def _register() -> None:
     for toolbox in TOOLBOXES:
         if importlib.util.find_spec(toolbox) is None:
@@ -110,4 +104,5 @@ def _register() -> None:
 
 
 _register()
-_replace_operator()
+if _mmcv_module is not None:
+    _mmcv_module.carafe = sys.modules["mmcv.ops"].carafe = carafe  # type: ignore[attr-defined]

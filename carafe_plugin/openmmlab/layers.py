@@ -11,7 +11,7 @@ It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -136,7 +136,7 @@ INTERPOLATIONS = ("nearest", "bilinear")
 class Interpolation(nn.Upsample):
     """The toolboxes' resizing without parameters, which CARAFE++ replaces: features (N, C, H, W) to a given size."""
 
-    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+    def forward(self, features: Tensor, size: Sequence[int]) -> Tensor:  # type: ignore[override]
         return F.interpolate(features, size=size, mode=self.mode, align_corners=self.align_corners)
 
 
@@ -229,14 +229,14 @@ def _build_resampler(
         raise type(error)(f"carafe_cfg={cfg!r}: {error}") from error
 
 
-def upsample_to(upsampler: nn.Module, features: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> Tensor:
     """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
     if isinstance(upsampler, Interpolation):
         return upsampler(features, size)
     return fit_to_size(upsampler(features), size)
 
 
-def fit_to_size(features: Tensor, size: tuple[int, int]) -> Tensor:
+def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
     """Crop (N, C, H, W) to ``size`` at the bottom and right, or complete it there by repeating the last row and column.
 
     Levels of a pyramid seldom differ by exactly two: twice ``ceil(H / 2)`` exceeds an odd ``H`` by one, and twice

@@ -175,7 +175,8 @@ def roi_align_forward(
             output[some] = torch.finfo(output.dtype).min if output.is_cuda else -10000
             continue
         # As many bins as samples, with one sample in each.
-        values, index = _bins(align.sample(features, rois[some], rows, columns), rows, columns).max(dim=-1)
+        samples = align.sample(features, rois[some], rows, columns).unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+        values, index = samples.transpose(3, 4).flatten(4).max(dim=-1)
         output[some] = values.to(output.dtype)
         argmax_y[some] = (index // columns).to(argmax_y.dtype)
         argmax_x[some] = (index % columns).to(argmax_x.dtype)
@@ -195,13 +196,6 @@ def roi_align_backward(
         bins = grad.new_zeros(*grad.shape, rows * columns).scatter_(-1, index[..., None], grad[..., None])
         split = bins.unflatten(-1, (rows, columns)).transpose(3, 4)
         grad_input += align.spread(split.flatten(4, 5).flatten(2, 3), rois[some], grad_input)
-
-
-def _bins(samples: Tensor, rows: int, columns: int) -> Tensor:
-    """Samples (R, C, height * rows, width * columns) as (R, C, height, width, rows * columns)."""
-    r, c, h, w = samples.shape
-    split = samples.reshape(r, c, h // rows, rows, w // columns, columns)
-    return split.transpose(3, 4).reshape(r, c, h // rows, w // columns, rows * columns)
 
 
 def roi_pool_forward(

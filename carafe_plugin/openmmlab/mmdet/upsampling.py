@@ -42,8 +42,8 @@ class _TopDownPath:
             build_upsampler(carafe_cfg, self.out_channels) for _ in range(len(self.lateral_convs) - 1)
         )
 
-    def _merge_top_down(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Lateral convolutions, then from the coarsest level down: upsample, and add to the level below."""
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""
         if len(inputs) != len(self.in_channels):
             raise ValueError(f"inputs must hold {len(self.in_channels)} maps (in_channels), got {len(inputs)}")
         laterals = []
@@ -57,11 +57,8 @@ class _TopDownPath:
         for i in reversed(range(len(laterals) - 1)):
             upsampled = upsample_to(self.upsample_modules[i], laterals[i + 1], laterals[i].shape[2:])
             laterals[i] = laterals[i] + upsampled
-        return laterals
-
-    def _append_extra_levels(self, outs: list[Tensor], inputs: Sequence[Tensor], laterals: list[Tensor]) -> None:
-        """Levels above the backbone's last: subsampled, or by the parent's convolutions of stride 2."""
-        while len(outs) < self.num_outs:
+        outs = self._merge_bottom_up([conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)])
+        while len(outs) < self.num_outs:  # levels above the backbone's last: subsampled, or by convolutions of stride 2
             if not self.add_extra_convs:
                 outs.append(F.max_pool2d(outs[-1], 1, stride=2))
                 continue
@@ -74,6 +71,10 @@ class _TopDownPath:
             elif self.relu_before_extra_convs:
                 source = F.relu(source)
             outs.append(self.fpn_convs[len(outs)](source))
+        return tuple(outs)
+
+    def _merge_bottom_up(self, maps: list[Tensor]) -> list[Tensor]:
+        return maps
 
 
 @MODELS.register_module()
@@ -100,13 +101,6 @@ class CARAFEFPN(_TopDownPath, FPN):
         [(25, 41), (13, 21), (7, 11), (4, 6)]
     """
 
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Fuse the backbone's maps, fine to coarse, each (N, in_channels[i], H_i, W_i), into ``num_outs`` maps."""
-        laterals = self._merge_top_down(inputs)
-        outs = [fpn_conv(lateral) for fpn_conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
-        self._append_extra_levels(outs, inputs, laterals)
-        return tuple(outs)
-
 
 @MODELS.register_module()
 class CARAFEPAFPN(_TopDownPath, PAFPN):
@@ -122,16 +116,11 @@ class CARAFEPAFPN(_TopDownPath, PAFPN):
         [(25, 41), (13, 21)]
     """
 
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """As :class:`CARAFEFPN`'s."""
-        laterals = self._merge_top_down(inputs)
-        maps = [fpn_conv(lateral) for fpn_conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
+    def _merge_bottom_up(self, maps: list[Tensor]) -> list[Tensor]:
         for i, downsample_conv in enumerate(self.downsample_convs):
             # The convolution gives ceil(H / 2) rows, which is one too many where a backbone rounds down.
             maps[i + 1] = maps[i + 1] + fit_to_size(downsample_conv(maps[i]), maps[i + 1].shape[2:])
-        outs = maps[:1] + [conv(x) for conv, x in zip(self.pafpn_convs, maps[1:], strict=True)]
-        self._append_extra_levels(outs, inputs, laterals)
-        return tuple(outs)
+        return maps[:1] + [conv(x) for conv, x in zip(self.pafpn_convs, maps[1:], strict=True)]
 
 
 class _WithoutTopDownPath:

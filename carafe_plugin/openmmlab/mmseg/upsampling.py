@@ -112,8 +112,7 @@ class CARAFEUPerHead(UPerHead):
             return torch.cat(levels[:1] + [self._interpolate(level, size) for level in levels[1:]], dim=1)
         fused = levels[-1]
         for level, upsampler in zip(levels[-2::-1], reversed(self.fuse_upsamplers), strict=True):
-            height, width = level.shape[2:]
-            fused = torch.cat([level, upsample_to(upsampler, fused, (height, width))], dim=1)
+            fused = torch.cat([level, upsample_to(upsampler, fused, level.shape[2:])], dim=1)
         return fused
 
     def _interpolate(self, features: Tensor, size: Sequence[int]) -> Tensor:
