@@ -222,11 +222,16 @@ def _convert_module(
     state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str, fork: Fork
 ) -> tuple[dict[str, Tensor], tuple[int, int, int, float]]:
     """A module's new parameters, without a prefix, and the last four values of its :class:`Converted`."""
-    after = f"{prefix}{LAYOUTS[name].after or LAYOUTS[to].after}."
-    own = {key: value for key, value in state_dict.items() if key.startswith(prefix) and not key.startswith(after)}
-    source = _read(own, prefix, name, fork)
+    own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    after = f"{LAYOUTS[name].after or LAYOUTS[to].after}."
+    kept = {key: own.pop(key) for key in list(own) if key.startswith(after)}
+    try:
+        source = _read(own, name, fork)
+    except RuntimeError as error:  # torch lists the keys: missing, unexpected, of another shape
+        listed = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise LayoutError(f"{module_name(prefix)} looks like the layout {name}, but does not fit: {listed}") from error
     weight_name = f"{prefix}{LAYOUTS[name].encoder}.weight"
-    dtype = own[weight_name].dtype
+    dtype = state_dict[weight_name].dtype
     if dtype not in TOLERANCE:
         raise LayoutError(f"{weight_name} must be of a floating-point dtype, got {dtype}")
     kernel_size = _kernel_size(source.encoder, weight_name, fork.scale)
@@ -234,29 +239,32 @@ def _convert_module(
     parameters = _write(result, LAYOUTS[to], dtype)
 
     # What was written, in its dtype, against what was read: rounding and naming are part of the check.
-    written = _read(parameters, "", to, fork)
+    written = _read(parameters, to, fork)
     distance = difference(*((written, source) if to == "mmcv" else (source, written)), kernel_size, fork)
     if not distance <= TOLERANCE[dtype]:
         raise LayoutError(
             f"{module_name(prefix)}: the outputs differ by {distance:.3g} after the conversion from "
             f"{name} to {to} (tolerance {TOLERANCE[dtype]:g}); nothing was written"
         )
-    parameters |= {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(after)}
-    return parameters, (source.compressor.in_channels, source.compressor.out_channels, kernel_size, distance)
+    settings = (source.compressor.in_channels, source.compressor.out_channels, kernel_size, distance)
+    return {**parameters, **kept}, settings
 
 
-def _read(state_dict: Mapping[str, Tensor], prefix: str, name: str, fork: Fork) -> Parts:
-    """A module's layers from its parameters, which have the names of the layout ``name``."""
+def _read(state_dict: Mapping[str, Tensor], name: str, fork: Fork) -> Parts:
+    """A module's layers from its parameters, which have the names of the layout ``name``. Raises torch's RuntimeError
+    where they do not fit.
+    """
     layout = LAYOUTS[name]
-    compressor, encoder = (state_dict[f"{prefix}{part}.weight"].shape for part in (layout.compressor, layout.encoder))
+    places = (layout.compressor, layout.encoder)
+    compressor, encoder = (state_dict[f"{place}.weight"].shape for place in places)
     if len(encoder) != 4 or compressor[2:] != (1, 1) or encoder[1] != compressor[0]:
         raise LayoutError(
-            f"{prefix}{layout.compressor}.weight and {layout.encoder}.weight must have shapes (Cm, C, 1, 1) and "
+            f"{places[0]}.weight and {places[1]}.weight must have shapes (Cm, C, 1, 1) and "
             f"(k^2 * s^2, Cm, k_enc, k_enc), got {tuple(compressor)} and {tuple(encoder)}"
         )
 
     def norm(place: str | None, channels: int) -> nn.Module:
-        present = place is not None and f"{prefix}{place}.running_mean" in state_dict
+        present = f"{place}.running_mean" in state_dict
         return _batch_norm(channels, MMCV_EPS if name == "mmcv" else fork.eps) if present else nn.Identity()
 
     parts = Parts(
@@ -265,44 +273,35 @@ def _read(state_dict: Mapping[str, Tensor], prefix: str, name: str, fork: Fork) 
         _convolution(*encoder),
         norm(layout.encoder_norm, encoder[0]),
     )
-    left = dict(state_dict)
-    for part, place in zip(parts, layout, strict=False):
-        missing = []
-        for kind, value in part.state_dict().items():
-            key = f"{prefix}{place}.{kind}"
-            given = left.pop(key, None)
-            if given is None:
-                missing.append(key)
-            elif given.shape != value.shape:
-                raise LayoutError(f"{key} must have shape {tuple(value.shape)}, got {tuple(given.shape)}")
-            else:
-                value.copy_(given)
-        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-        if missing and isinstance(part, nn.BatchNorm2d):  # a convolution's bias may be absent
-            raise LayoutError(f"the norm {prefix}{place} is not complete: {', '.join(missing)} missing")
-    if left:
-        raise LayoutError(
-            f"{module_name(prefix)} looks like the layout {name}, but these keys do not match: {', '.join(left)}"
-        )
+    no_biases = {f"{place}.bias": torch.zeros(len(state_dict[f"{place}.weight"])) for place in places}
+    _named(parts, layout).load_state_dict({**no_biases, **state_dict})
     return parts
 
 
+def _write(parts: Parts, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+    values = _named(parts, layout).state_dict()
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in values.items()}
+
+
+def _named(parts: Parts, layout: Layout) -> nn.Module:
+    """A module with the parts at their places in a layout."""
+    root = nn.Module()
+    for part, place in zip(parts, layout, strict=False):
+        *folders, name = place.split(".") if place else ["none"]
+        parent = root
+        for folder in folders:
+            parent.add_module(folder, getattr(parent, folder, nn.Module()))
+            parent = parent.get_submodule(folder)
+        parent.add_module(name, part)
+    return root
+
+
 def _convolution(channels: int, in_channels: int, *kernel: int) -> nn.Conv2d:
-    layer: Any = nn.Conv2d(in_channels, channels, kernel, padding=kernel[0] // 2, dtype=torch.float64)  # type: ignore[arg-type]
-    nn.init.zeros_(layer.bias)
-    return layer.eval()
+    return nn.Conv2d(in_channels, channels, kernel, padding=kernel[0] // 2, dtype=torch.float64).eval()  # type: ignore[arg-type]
 
 
 def _batch_norm(channels: int, eps: float) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps, dtype=torch.float64).eval()
-
-
-def _write(parts: Parts, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-    result = {}
-    for part, place in zip(parts, layout, strict=False):
-        for kind, value in part.state_dict().items():
-            result[f"{place}.{kind}"] = value.to(dtype) if value.is_floating_point() else value
-    return result
 
 
 def _kernel_size(encoder: nn.Conv2d, weight_name: str, scale: int) -> int:
