@@ -45,13 +45,11 @@ TOOLBOXES = ("mmdet", "mmseg")
 def _mmcv_carafe() -> ModuleType | None:
     """MMCV's module of the operator; None where MMCV was installed without compiled operators."""
     try:
-        importlib.import_module("mmcv.ops.carafe")
+        return importlib.import_module("mmcv.ops.carafe")  # its attribute of that name in mmcv.ops is the function
     except ModuleNotFoundError as error:
         if error.name not in ("mmcv._ext", "mmcv.ops", "mmcv.ops.carafe"):
             raise
         return None
-    # The attribute mmcv.ops.carafe is the function; the module of that name is found here alone.
-    return sys.modules["mmcv.ops.carafe"]
 
 
 _mmcv_module = _mmcv_carafe()

@@ -335,7 +335,7 @@ def ms_deform_attn_backward(*tensors: Tensor, **settings: int) -> None:
     _fill_gradients(results, attend, (value, locations, weights), grad_output)
 
 
-def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, ...]:
+def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, *, alpha: float) -> tuple[Tensor, ...]:
     """Signs (+1 at the label's class, -1 elsewhere, the background being no class) and weights (N, C) of the terms, the
     probability of each to be wrong, and the logarithm of that to be right.
     """
@@ -348,18 +348,16 @@ def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) ->
     return sign, share, (-logits).sigmoid(), F.logsigmoid(logits)
 
 
-def sigmoid_focal_loss_forward(
-    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
-) -> None:
-    _, share, wrong, log = _focal_terms(input, target, weight, alpha)
+def sigmoid_focal_loss_forward(*tensors: Tensor, gamma: float, alpha: float) -> None:
+    *inputs, output = tensors
+    _, share, wrong, log = _focal_terms(*inputs, alpha=alpha)
     output.copy_(-share * wrong**gamma * log)
 
 
-def sigmoid_focal_loss_backward(
-    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
-) -> None:
+def sigmoid_focal_loss_backward(*tensors: Tensor, gamma: float, alpha: float) -> None:
+    *inputs, grad_input = tensors
     # Not autograd's, whose derivative of wrong**gamma is infinite at 0 for gamma < 1.
-    sign, share, wrong, log = _focal_terms(input, target, weight, alpha)
+    sign, share, wrong, log = _focal_terms(*inputs, alpha=alpha)
     grad_input.copy_(sign * share * wrong**gamma * (gamma * (1 - wrong) * log - wrong))
 
 
@@ -371,17 +369,15 @@ def _label_scores(softmax: Tensor, target: Tensor, weight: Tensor) -> tuple[Tens
     return share, chosen, chosen.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
-def softmax_focal_loss_forward(
-    softmax: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
-) -> None:
-    share, chosen, log = _label_scores(softmax, target, weight)
+def softmax_focal_loss_forward(*tensors: Tensor, gamma: float, alpha: float) -> None:
+    *inputs, output = tensors
+    share, chosen, log = _label_scores(*inputs)
     output.copy_(-alpha * share * (1 - chosen) ** gamma * log)
 
 
-def softmax_focal_loss_backward(
-    softmax: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
-) -> None:
-    """Fills ``grad_input`` with the gradient with respect to the logits of ``softmax``."""
+def softmax_focal_loss_backward(*tensors: Tensor, gamma: float, alpha: float) -> None:
+    """Fills the last tensor with the gradient with respect to the logits of the first."""
+    softmax, target, weight, _, grad_input = tensors
     share, chosen, log = _label_scores(softmax, target, weight)
     slope = alpha * share * (gamma * (1 - chosen) ** (gamma - 1) * chosen * log - (1 - chosen) ** gamma)
     grad_input.copy_(slope[:, None] * (F.one_hot(target.clamp(min=0), softmax.shape[1]) - _single(softmax)))

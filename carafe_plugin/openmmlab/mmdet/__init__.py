@@ -14,12 +14,10 @@ registered type                                 subclass of, with its arguments 
 
 ``CARAFEMaskFormerHead`` is ``MaskFormerHead`` for ``CARAFEPixelDecoder``.
 
-Either name works in a configuration: the full path as it stands, the short name after importing this module::
+The full path works in a configuration as it stands, the short name after ``custom_imports`` of this module::
 
     neck = dict(type="carafe_plugin.openmmlab.mmdet.CARAFEFPN")
-
-    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmdet"])
-    neck = dict(type="CARAFEFPN")
+    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmdet"])  # then also type="CARAFEFPN"
 
 CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.1. ``CARAFEFPN`` is the
 paper's: the plain FPN with its interpolation replaced. MMDetection's own ``FPN_CARAFE`` has another topology; it is

@@ -6,12 +6,9 @@ registered type                                 subclass of, with its arguments 
 ``CARAFEResNet`` (V1c, V1d), ``CARAFEResNeXt``  ``ResNet``, ``ResNetV1c``, ...                   max pooling, strides
 ==============================================  ===============================================  ======================
 
-Either name works in a configuration: the full path as it stands, the short name after importing this module::
+The full path works in a configuration as it stands, the short name after ``custom_imports`` of this module::
 
     backbone = dict(type="carafe_plugin.openmmlab.mmpretrain.CARAFEResNet", depth=50)
-
-    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmpretrain"])
-    backbone = dict(type="CARAFEResNet", depth=50)
 
 What is trained here on ImageNet becomes MMDetection's and MMSegmentation's backbone by ``tools/convert_backbone.py``.
 CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.1 and 5.1.

@@ -9,12 +9,9 @@ registered type                                 subclass of, with its arguments 
 ``CARAFEInterpConv``                            ``InterpConv`` (UNet's ``upsample_cfg``)         interpolation
 ==============================================  ===============================================  ======================
 
-Either name works in a configuration: the full path as it stands, the short name after importing this module::
+The full path works in a configuration as it stands, the short name after ``custom_imports`` of this module::
 
     decode_head = dict(type="carafe_plugin.openmmlab.mmseg.CARAFEUPerHead")
-
-    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmseg"])
-    decode_head = dict(type="CARAFEUPerHead")
 
 MMSegmentation builds MaskFormer and Mask2Former on MMDetection's: where that is installed, its pixel decoders are here
 under the full path as well (see :mod:`carafe_plugin.openmmlab.mmdet`), and ``CARAFEMaskFormerHead`` is
