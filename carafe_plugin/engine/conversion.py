@@ -108,10 +108,9 @@ def convert(
     fork, origins = _choose_fork(content, to, given, below)
     apply = partial(convert_layout, to=to, fork=fork, below=below, rename=rename)
     weights = apply(content.weights)
+    converted = {module.source for module in weights.modules}
     old = content.meta.get(RECORD)
-    records = dict(old) if isinstance(old, dict) else {}
-    for module in weights.modules:
-        records.pop(module.source, None)
+    records = {name: old[name] for name in old if name not in converted} if isinstance(old, dict) else {}
     records |= {module.destination: dict(layout=to, **vars(fork)) for module in weights.modules}
     checkpoint = dict(meta={**content.meta, RECORD: records}, state_dict=weights.state_dict)
     if content.ema is None:

@@ -383,9 +383,6 @@ def softmax_focal_loss_backward(*tensors: Tensor, gamma: float, alpha: float) ->
     grad_input.copy_(slope[:, None] * (F.one_hot(target.clamp(min=0), softmax.shape[1]) - _single(softmax)))
 
 
-# --------------------------------------------------------------------------------------------------------- CARAFE
-
-
 def carafe_forward(*tensors: Tensor, **settings: int) -> None:
     features, masks, *kept, output = tensors
     output.copy_(carafe(features, masks, **settings))
@@ -402,17 +399,11 @@ def carafe_backward(*tensors: Tensor, **settings: Any) -> None:
 carafe_naive_forward, carafe_naive_backward = carafe_forward, carafe_backward
 
 
-# ---------------------------------------------------------------------------------------------------- information
-
-
 def get_compiler_version() -> str:
     return "none: torchvision's operators, by carafe_plugin"
 
 
 get_compiling_cuda_version = get_compiler_version
-
-
-# ---------------------------------------------------------------------------------------------------- the module
 
 
 def fill(module: ModuleType) -> None:

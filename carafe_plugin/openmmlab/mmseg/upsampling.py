@@ -62,14 +62,18 @@ class CARAFEUPerHead(UPerHead):
             fuse=[self.channels * (levels_below_top - i) for i in range(levels_below_top)],
         )
         switches = {name: pop_switch(upsampler_cfg, name, bool(places[name])) for name in SWITCHES}
-        for name in SWITCHES:
-            if switches[name] and not places[name]:
-                lacking = "pool_scales is empty" if name == "ppm" else "in_channels has one level"
-                raise ValueError(f"carafe_cfg: {name}=True, but there is nothing to upsample: {lacking}")
 
         def build(name: str) -> ModuleList | None:
-            # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
-            return ModuleList(_build(upsampler_cfg, c) for c in places[name]) if switches[name] else None
+            if not switches[name]:
+                return None
+            if not places[name]:
+                lacking = "pool_scales is empty" if name == "ppm" else "in_channels has one level"
+                raise ValueError(f"carafe_cfg: {name}=True, but there is nothing to upsample: {lacking}")
+            try:  # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
+                return ModuleList(build_upsampler(upsampler_cfg, channels) for channels in places[name])
+            except TypeError as error:
+                known = f"apart from the upsampler's arguments, the switches are {', '.join(SWITCHES)}"
+                raise TypeError(f"{error} ({known})") from error
 
         self.ppm_upsamplers = build("ppm")
         self.upsample_modules = build("fpn")
@@ -117,15 +121,6 @@ class CARAFEUPerHead(UPerHead):
 
     def _interpolate(self, features: Tensor, size: Sequence[int]) -> Tensor:
         return resize(features, size=size, mode="bilinear", align_corners=self.align_corners)
-
-
-def _build(cfg: Mapping[str, Any], channels: int) -> nn.Module:
-    try:
-        return build_upsampler(cfg, channels)
-    except TypeError as error:
-        raise TypeError(
-            f"{error} (apart from the upsampler's arguments, the switches are {', '.join(SWITCHES)})"
-        ) from error
 
 
 @MODELS.register_module()
