@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,23 +100,17 @@ def fix_boxes(model: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
     filled as the model runs: what it kept itself in its last forward pass, under 'proposals' and 'detections'.
     """
     kept: dict[str, int] = {}
-    rpn, heads = getattr(model, "rpn_head", None), getattr(model, "roi_head", None)
-    if rpn is not None and heads is not None:
-        _replace(rpn, "predict", kept, "proposals", _limit(rpn, PROPOSALS), shape)
-        if hasattr(heads, "predict_bbox"):
-            _replace(heads, "predict_bbox", kept, "detections", _limit(heads, DETECTIONS), shape)
+    if getattr(model, "rpn_head", None) is not None and getattr(model, "roi_head", None) is not None:
+        _replace(model.rpn_head, "predict", kept, "proposals", PROPOSALS, shape)
+        if hasattr(model.roi_head, "predict_bbox"):
+            _replace(model.roi_head, "predict_bbox", kept, "detections", DETECTIONS, shape)
     return kept
 
 
-def _limit(head: nn.Module, usual: int) -> int:
+def _replace(head: Any, method: str, kept: dict[str, int], name: str, usual: int, shape: tuple[int, int]) -> None:
     settings = getattr(head, "test_cfg", None) or {}
-    return (settings.get("rcnn") or settings).get("max_per_img", usual)
-
-
-def _replace(
-    head: nn.Module, method: str, kept: dict[str, int], name: str, number: int, shape: tuple[int, int]
-) -> None:
-    predict: Callable = getattr(head, method)
+    number = (settings.get("rcnn") or settings).get("max_per_img", usual)
+    predict = getattr(head, method)
 
     def same_boxes(*arguments: Any, **settings: Any) -> list:
         results = predict(*arguments, **settings)
@@ -140,18 +134,12 @@ def _random_boxes(like: Any, number: int, shape: tuple[int, int]) -> Any:
     )
 
 
-def share_parameters(models: Iterator[nn.Module] | list[nn.Module]) -> None:
+def share_parameters(models: Iterable[nn.Module]) -> None:
     """Give parameters and buffers of the same name and shape the values of the first model that has them."""
-    values: dict[str, torch.Tensor] = {}
+    values: dict[tuple[str, torch.Size], torch.Tensor] = {}
     for model in models:
-        own = model.state_dict()
-        model.load_state_dict({name: values[name] for name in own if _fits(values.get(name), own[name])}, strict=False)
-        for name, value in own.items():
-            values.setdefault(name, value)
-
-
-def _fits(value: torch.Tensor | None, own: torch.Tensor) -> bool:
-    return value is not None and value.shape == own.shape
+        for name, own in model.state_dict().items():
+            own.copy_(values.setdefault((name, own.shape), own))
 
 
 def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Complexity:

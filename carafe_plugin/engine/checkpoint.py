@@ -50,11 +50,7 @@ def checkpoint_types() -> Iterator[None]:
 
 def use_safe_loading() -> None:
     """Let mmengine load local checkpoints by :func:`read_checkpoint`, in this process."""
-    CheckpointLoader.register_scheme("", _load_local, force=True)
-
-
-def _load_local(path: str, map_location: Any = None) -> dict:
-    return read_checkpoint(path, map_location=map_location)
+    CheckpointLoader.register_scheme("", read_checkpoint, force=True)
 
 
 def check_checkpoint_exists(path: str) -> Path:
@@ -65,7 +61,7 @@ def check_checkpoint_exists(path: str) -> Path:
     return file
 
 
-def read_checkpoint(path: str, training: bool = False, map_location: Any = "cpu") -> dict:
+def read_checkpoint(path: str, map_location: Any = "cpu", training: bool = False) -> dict:
     """Read a local checkpoint; with ``training``, one that holds what resuming needs, not only weights. Raises
     CheckpointError where it is missing, truncated, damaged or no checkpoint. ``map_location`` is as for ``torch.load``.
     """

@@ -7,26 +7,35 @@ what no name tells. Both sides of every conversion are run on the same input (:f
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from carafe_plugin.engine.plain_carafe import (
-    ACTIVATIONS,
-    NORM_PARTS,
-    ORDERS,
-    Fork,
-    Parts,
-    difference,
-    from_mmcv,
-    to_mmcv,
-)
+from carafe_plugin.modules import CARAFEUpsample
 
-__all__ = ["ACTIVATIONS", "LAYOUTS", "ORDERS", "Conversion", "Converted", "Fork", "Layout", "LayoutError"]
-__all__ += ["convert_layout", "find_modules", "find_sources", "norm_of_mmcv"]
+#: What can follow the compressor. MMCV's own class has nothing there.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.1),  # the slope of the YOLO family
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "mish": nn.Mish,
+    "hardswish": nn.Hardswish,
+}
+
+#: How the encoder's k^2 * s^2 channels lie. "taps": tap by tap with the s^2 positions inside, which is what a pixel
+#: shuffle before the softmax reads, and MMCV. "positions": position by position with the k^2 taps inside, where the
+#: logits are viewed as (s^2, k^2), normalised and applied, and the result is pixel-shuffled.
+ORDERS = ("taps", "positions")
+MMCV_EPS = 1e-5  # torch's default, and with it that of compressor_norm
 
 
 class LayoutError(ValueError):
@@ -34,45 +43,57 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Fork:
+    """What the names do not tell about the side that is not MMCV's."""
+
+    act: str = "identity"  # after the compressor, one of ACTIVATIONS
+    eps: float = 1e-5  # of the BatchNorms: 1e-3 in the YOLO family
+    order: str = "taps"  # of the encoder's channels, one of ORDERS
+    scale: int = 2  # s, the upsampling factor
+
+    def __post_init__(self) -> None:
+        for name, values in (("act", tuple(ACTIVATIONS)), ("order", ORDERS)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int) or self.scale < 1:
+            raise ValueError(f"scale must be a positive int, got {self.scale!r}")
+        if not (isinstance(self.eps, int | float) and self.eps > 0):
+            raise ValueError(f"eps must be positive, got {self.eps!r}")
+
+
+class Layout(NamedTuple):
     """Names of a module's parts below the module's own name; None where there never is such a part."""
 
     compressor: str
+    compressor_norm: str | None  # the BatchNorm after the compressor
     encoder: str
-    compressor_norm: str | None = None  # the BatchNorm after the compressor
     encoder_norm: str | None = None
     after: str | None = None  # a convolution after the reassembly, not part of the operator: it keeps its name
-
-    def parts(self) -> list[str]:
-        """All names."""
-        names = (self.compressor, self.compressor_norm, self.encoder, self.encoder_norm, self.after)
-        return [name for name in names if name is not None]
 
 
 #: A norm may be absent from a checkpoint of any layout: exported models have theirs folded. So may a bias.
 LAYOUTS = {
     # mmcv.ops.CARAFEPack, mmdet 1.x's CARAFEPack, and CARAFEUpsample of this package (alone with compressor_norm)
-    "mmcv": Layout("channel_compressor", "content_encoder", compressor_norm="compressor_norm"),
+    "mmcv": Layout("channel_compressor", "compressor_norm", "content_encoder"),
     # comp and enc are blocks of conv, bn and act; the usual one, also in the YOLO family
-    "conv-bn": Layout("comp.conv", "enc.conv", "comp.bn", "enc.bn"),
+    "conv-bn": Layout("comp.conv", "comp.bn", "enc.conv", "enc.bn"),
     # comp is such a block, enc a convolution with a BatchNorm next to it
-    "conv-bn-split": Layout("comp.conv", "enc", "comp.bn", "bn"),
+    "conv-bn-split": Layout("comp.conv", "comp.bn", "enc", "bn"),
     # comp and enc are nn.Sequential(convolution, BatchNorm, ...)
-    "sequential": Layout("comp.0", "enc.0", "comp.1", "enc.1"),
+    "sequential": Layout("comp.0", "comp.1", "enc.0", "enc.1"),
     # comp is such a Sequential, enc a convolution
-    "sequential-conv": Layout("comp.0", "enc", "comp.1"),
+    "sequential-conv": Layout("comp.0", "comp.1", "enc"),
     # two convolutions
-    "comp-enc": Layout("comp", "enc"),
+    "comp-enc": Layout("comp", None, "enc"),
     # two convolutions, and a third that changes the channels afterwards
-    "down-encoder": Layout("down", "encoder", after="out"),
+    "down-encoder": Layout("down", None, "encoder", after="out"),
 }
 
 #: How far the two sides of a conversion may differ, by the checkpoint's dtype: folding rounds the parameters once.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-1}
 
 
-@dataclass(frozen=True)
-class Converted:
+class Converted(NamedTuple):
     """One converted module: where, which, and by how much the two sides' outputs differ at most."""
 
     source: str
@@ -84,8 +105,7 @@ class Converted:
     difference: float
 
 
-@dataclass(frozen=True)
-class Conversion:
+class Conversion(NamedTuple):
     """A converted checkpoint: all its parameters, those of no CARAFE untouched, and what was converted."""
 
     state_dict: dict[str, Tensor]
@@ -125,58 +145,51 @@ def _sources(to: str) -> list[str]:
     return [name for name in LAYOUTS if name != "mmcv"] if to == "mmcv" else ["mmcv"]
 
 
+@torch.no_grad()
 def convert_layout(
     state_dict: Mapping[str, Tensor],
     to: str,
-    fork: Fork | None = None,
+    fork: Fork,
     below: Sequence[str] = ("",),
     rename: Mapping[str, str] | None = None,
 ) -> Conversion:
     """Convert every CARAFE module of a checkpoint whose name starts with one of ``below``, from MMCV's layout to
     another or from another to MMCV's. ``state_dict`` stays as it is; the result has all parameters in the old order.
 
-    ``to`` is a key of :data:`LAYOUTS`. ``fork`` says what the names do not tell about the side that is not MMCV's; None
-    is ``Fork()``, without an activation, and not enough where a module of MMCV's names has a ``compressor_norm``.
+    ``to`` is a key of :data:`LAYOUTS`. ``fork`` says what the names do not tell about the side that is not MMCV's.
     ``rename`` maps modules' old names to new ones: ``{"model.11": "neck.upsample_modules.0"}``.
 
     Raises LayoutError where no module is found, keys next to a module's belong to no known part, shapes do not fit, the
     target cannot express the source, or the two sides' outputs differ.
     """
     rename = dict(rename or {})
-    if to not in LAYOUTS:
-        raise ValueError(f"the layout must be one of {', '.join(LAYOUTS)}, got {to!r}")
     places = find_sources(state_dict, to, below)
     if not places:
         raise LayoutError(_nothing_found(state_dict, to, below))
     if unknown := [name for name in rename if f"{name}." not in places]:
         found = ", ".join(prefix.rstrip(".") for prefix in places)
         raise LayoutError(f"no CARAFE module is called {', '.join(unknown)}; found {found}")
-    if fork is None:
-        if normed := [_called(prefix) for prefix in places if norm_of_mmcv(state_dict, prefix)]:
-            raise LayoutError(f"{normed[0]} has a compressor_norm: fork must say which activation follows it")
-        fork = Fork()
 
     replaced: dict[str, dict[str, Tensor]] = {}
-    owner: dict[str, str] = {}
     modules = []
     for prefix, name in places.items():
         source = prefix.rstrip(".")
         destination = rename.get(source, source)
-        keys = _keys_of(state_dict, prefix, name, to)
-        parameters, settings = _convert_module(state_dict, keys, prefix, name, to, fork)
+        parameters, settings = _convert_module(state_dict, prefix, name, to, fork)
         replaced[prefix] = {f"{destination}." * bool(prefix) + key: value for key, value in parameters.items()}
-        owner |= dict.fromkeys(keys, prefix)
         modules.append(Converted(source, destination, name, *settings))
     result: dict[str, Tensor] = {}
     for key, value in state_dict.items():
-        new = replaced.pop(owner[key], {}) if key in owner else {key: value}  # all of a module, where its first was
+        owner = next((prefix for prefix in places if key.startswith(prefix)), None)
+        new = {key: value} if owner is None else replaced.pop(owner, {})  # all of a module, where its first was
         if duplicates := sorted(result.keys() & new.keys()):
             raise LayoutError(f"the converted checkpoint would hold {', '.join(duplicates)} twice")
         result |= new
     return Conversion(result, modules)
 
 
-def _called(prefix: str) -> str:
+def module_name(prefix: str) -> str:
+    """What messages call the module with this prefix."""
     return prefix.rstrip(".") or "the module"
 
 
@@ -193,120 +206,211 @@ def _nothing_found(state_dict: Mapping[str, Tensor], to: str, below: Sequence[st
     )
 
 
-def _keys_of(state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str) -> list[str]:
-    """The keys of a module. Raises LayoutError where some are of no known part."""
-    layout = LAYOUTS[name]
-    tails = {f"{part}.{kind}" for part in (layout.compressor, layout.encoder) for kind in ("weight", "bias")}
-    for norm in (layout.compressor_norm, layout.encoder_norm):
-        if norm is not None and f"{prefix}{norm}.running_mean" in state_dict:
-            tails |= {f"{norm}.{kind}" for kind in (*NORM_PARTS, "num_batches_tracked")}
-    if after := layout.after or LAYOUTS[to].after:
-        tails |= {f"{after}.{kind}" for kind in ("weight", "bias")}
-    keys = [key for key in state_dict if key.startswith(prefix)]
-    if strange := [key for key in keys if key[len(prefix) :] not in tails]:
-        place = prefix.rstrip(".") or "the checkpoint"
-        raise LayoutError(f"{place} looks like the layout {name}, but these keys do not match: {', '.join(strange)}")
-    return keys
-
-
 # ------------------------------------------------------------------------------------------------ one module
 
 
-def _convert_module(
-    state_dict: Mapping[str, Tensor], keys: Sequence[str], prefix: str, name: str, to: str, fork: Fork
-) -> tuple[dict[str, Tensor], tuple[int, int, int, float]]:
-    """A module's new parameters, without a prefix, and what :class:`Converted` holds after the layout's name."""
-    dtype = state_dict[f"{prefix}{LAYOUTS[name].encoder}.weight"].dtype
-    if dtype not in TOLERANCE:
-        raise LayoutError(f"{prefix}{LAYOUTS[name].encoder}.weight must be of a floating-point dtype, got {dtype}")
-    source = _read(state_dict, prefix, name)
-    kernel_size = _kernel_size(source, prefix, name, fork.scale)
-    result = to_mmcv(source, fork) if to == "mmcv" else from_mmcv(source, fork, *_norms(LAYOUTS[to]))
-    parameters = {key: value.to(dtype) for key, value in _write(result, LAYOUTS[to]).items()}
-    counters = [state_dict[key] for key in keys if key.endswith("num_batches_tracked")]
-    for norm in [key.removesuffix("running_mean") for key in list(parameters) if key.endswith("running_mean")]:
-        parameters[f"{norm}num_batches_tracked"] = counters[0] if counters else torch.zeros((), dtype=torch.int64)
+class Parts(NamedTuple):
+    """One module's layers in float64, by the names of :class:`Layout`; Identity where there is no norm."""
 
-    if after := LAYOUTS[name].after or LAYOUTS[to].after:
-        parameters |= {key[len(prefix) :]: state_dict[key] for key in keys if key.startswith(f"{prefix}{after}.")}
+    compressor: nn.Conv2d
+    compressor_norm: nn.Module
+    encoder: nn.Conv2d
+    encoder_norm: nn.Module
+
+
+def _convert_module(
+    state_dict: Mapping[str, Tensor], prefix: str, name: str, to: str, fork: Fork
+) -> tuple[dict[str, Tensor], tuple[int, int, int, float]]:
+    """A module's new parameters, without a prefix, and the last four values of its :class:`Converted`."""
+    own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    after = f"{LAYOUTS[name].after or LAYOUTS[to].after}."
+    kept = {key: own.pop(key) for key in list(own) if key.startswith(after)}
+    try:
+        source = _read(own, name, fork)
+    except RuntimeError as error:  # torch lists the keys: missing, unexpected, of another shape
+        listed = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise LayoutError(f"{module_name(prefix)} looks like the layout {name}, but does not fit: {listed}") from error
+    weight_name = f"{prefix}{LAYOUTS[name].encoder}.weight"
+    dtype = state_dict[weight_name].dtype
+    if dtype not in TOLERANCE:
+        raise LayoutError(f"{weight_name} must be of a floating-point dtype, got {dtype}")
+    kernel_size = _kernel_size(source.encoder, weight_name, fork.scale)
+    result = to_mmcv(source, fork) if to == "mmcv" else from_mmcv(source, fork, LAYOUTS[to])
+    parameters = _write(result, LAYOUTS[to], dtype)
 
     # What was written, in its dtype, against what was read: rounding and naming are part of the check.
-    written = _read(parameters, "", to)
+    written = _read(parameters, to, fork)
     distance = difference(*((written, source) if to == "mmcv" else (source, written)), kernel_size, fork)
     if not distance <= TOLERANCE[dtype]:
         raise LayoutError(
-            f"{_called(prefix)}: the outputs differ by {distance:.3g} after the conversion from "
+            f"{module_name(prefix)}: the outputs differ by {distance:.3g} after the conversion from "
             f"{name} to {to} (tolerance {TOLERANCE[dtype]:g}); nothing was written"
         )
-    compressed, channels = source.compressor[0].shape[:2]
-    return parameters, (channels, compressed, kernel_size, distance)
+    settings = (source.compressor.in_channels, source.compressor.out_channels, kernel_size, distance)
+    return {**parameters, **kept}, settings
 
 
-def _norms(layout: Layout) -> tuple[bool, bool]:
-    return layout.compressor_norm is not None, layout.encoder_norm is not None
-
-
-def _read(state_dict: Mapping[str, Tensor], prefix: str, name: str) -> Parts:
-    """A module's parameters as float64."""
+def _read(state_dict: Mapping[str, Tensor], name: str, fork: Fork) -> Parts:
+    """A module's layers from its parameters, which have the names of the layout ``name``. Raises torch's RuntimeError
+    where they do not fit.
+    """
     layout = LAYOUTS[name]
-
-    def convolution(part: str) -> tuple[Tensor, Tensor]:
-        weight = state_dict[f"{prefix}{part}.weight"].double()
-        if weight.dim() != 4:
-            raise LayoutError(f"{prefix}{part}.weight must have 4 dimensions, got shape {tuple(weight.shape)}")
-        bias = state_dict.get(f"{prefix}{part}.bias")
-        return weight, weight.new_zeros(len(weight)) if bias is None else bias.double()
-
-    def norm(part: str | None, channels: int) -> Tensor | None:
-        if part is None or f"{prefix}{part}.running_mean" not in state_dict:
-            return None
-        names = [f"{prefix}{part}.{kind}" for kind in NORM_PARTS]
-        if missing := [key for key in names if key not in state_dict]:
-            raise LayoutError(f"the norm {prefix}{part} is not complete: {', '.join(missing)} missing")
-        rows = [state_dict[key].double() for key in names]
-        if any(row.shape != (channels,) for row in rows):
-            raise LayoutError(f"{names[0]} must have shape ({channels},), got {tuple(rows[0].shape)}")
-        return torch.stack(rows)
-
-    compressor, encoder = convolution(layout.compressor), convolution(layout.encoder)
-    if compressor[0].shape[2:] != (1, 1) or encoder[0].shape[1] != len(compressor[0]):
+    places = (layout.compressor, layout.encoder)
+    compressor, encoder = (state_dict[f"{place}.weight"].shape for place in places)
+    if len(encoder) != 4 or compressor[2:] != (1, 1) or encoder[1] != compressor[0]:
         raise LayoutError(
-            f"{prefix}{layout.compressor}.weight and {layout.encoder}.weight must have shapes (Cm, C, 1, 1) and "
-            f"(k^2 * s^2, Cm, k_enc, k_enc), got {tuple(compressor[0].shape)} and {tuple(encoder[0].shape)}"
+            f"{places[0]}.weight and {places[1]}.weight must have shapes (Cm, C, 1, 1) and "
+            f"(k^2 * s^2, Cm, k_enc, k_enc), got {tuple(compressor)} and {tuple(encoder)}"
         )
-    return Parts(
-        compressor,
-        norm(layout.compressor_norm, len(compressor[0])),
-        encoder,
-        norm(layout.encoder_norm, len(encoder[0])),
+
+    def norm(place: str | None, channels: int) -> nn.Module:
+        present = f"{place}.running_mean" in state_dict
+        return _batch_norm(channels, MMCV_EPS if name == "mmcv" else fork.eps) if present else nn.Identity()
+
+    parts = Parts(
+        _convolution(*compressor),
+        norm(layout.compressor_norm, compressor[0]),
+        _convolution(*encoder),
+        norm(layout.encoder_norm, encoder[0]),
     )
+    no_biases = {f"{place}.bias": torch.zeros(len(state_dict[f"{place}.weight"])) for place in places}
+    _named(parts, layout).load_state_dict({**no_biases, **state_dict})
+    return parts
 
 
-def _kernel_size(parts: Parts, prefix: str, name: str, scale: int) -> int:
-    weight = parts.encoder[0]
-    taps, rest = divmod(len(weight), scale**2)
-    kernel_size, encoder_kernel = math.isqrt(taps), weight.shape[2]
+def _write(parts: Parts, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+    values = _named(parts, layout).state_dict()
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in values.items()}
+
+
+def _named(parts: Parts, layout: Layout) -> nn.Module:
+    """A module with the parts at their places in a layout."""
+    root = nn.Module()
+    for part, place in zip(parts, layout, strict=False):
+        *folders, name = place.split(".") if place else ["none"]
+        parent = root
+        for folder in folders:
+            parent.add_module(folder, getattr(parent, folder, nn.Module()))
+            parent = parent.get_submodule(folder)
+        parent.add_module(name, part)
+    return root
+
+
+def _convolution(channels: int, in_channels: int, *kernel: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, kernel, padding=kernel[0] // 2, dtype=torch.float64).eval()  # type: ignore[arg-type]
+
+
+def _batch_norm(channels: int, eps: float) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps, dtype=torch.float64).eval()
+
+
+def _kernel_size(encoder: nn.Conv2d, weight_name: str, scale: int) -> int:
+    taps, rest = divmod(encoder.out_channels, scale**2)
+    kernel_size, (rows, columns) = math.isqrt(taps), encoder.kernel_size
     if rest or kernel_size**2 != taps or kernel_size % 2 == 0:
         raise LayoutError(
-            f"{prefix}{LAYOUTS[name].encoder}.weight has {len(weight)} channels, which is not k^2 * s^2 with an odd k "
+            f"{weight_name} has {encoder.out_channels} channels, which is not k^2 * s^2 with an odd k "
             f"and the scale s = {scale}: give the right scale (groups, and downsampling, have no other layout)"
         )
-    if encoder_kernel % 2 == 0 or weight.shape[3] != encoder_kernel:
-        raise LayoutError(
-            f"{prefix}{LAYOUTS[name].encoder}.weight must have an odd square kernel, got shape {tuple(weight.shape)}"
-        )
+    if rows % 2 == 0 or rows != columns:
+        raise LayoutError(f"{weight_name} must have an odd square kernel, got shape {tuple(encoder.weight.shape)}")
     return kernel_size
 
 
-def _write(parts: Parts, layout: Layout) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for part, (weight, bias), norm_part, norm in (
-        (layout.compressor, parts.compressor, layout.compressor_norm, parts.compressor_norm),
-        (layout.encoder, parts.encoder, layout.encoder_norm, parts.encoder_norm),
-    ):
-        result[f"{part}.weight"] = weight
-        if norm is None or layout is LAYOUTS["mmcv"]:  # a block of convolution and norm has no bias
-            result[f"{part}.bias"] = bias
-        if norm is not None:
-            result |= {f"{norm_part}.{kind}": row for kind, row in zip(NORM_PARTS, norm, strict=True)}
+# ------------------------------------------------------------------------------------------------ the mathematics
+
+
+def to_mmcv(source: Parts, fork: Fork) -> Parts:
+    """MMCV's layers of a fork's module: no norm, except where an activation follows the compressor's."""
+    encoder = _reorder(_fold(source.encoder, source.encoder_norm), fork, to_taps=True)
+    if fork.act == "identity" or isinstance(source.compressor_norm, nn.Identity):
+        return Parts(_fold(source.compressor, source.compressor_norm), nn.Identity(), encoder, nn.Identity())
+    return Parts(source.compressor, _with_eps(source.compressor_norm, MMCV_EPS), encoder, nn.Identity())
+
+
+def from_mmcv(source: Parts, fork: Fork, layout: Layout) -> Parts:
+    """A fork's layers of MMCV's, with the norms that its layout has."""
+    encoder = _reorder(source.encoder, fork, to_taps=False)
+    return Parts(
+        *_split(source.compressor, source.compressor_norm, layout.compressor_norm is not None, fork.eps),
+        *_split(encoder, source.encoder_norm, layout.encoder_norm is not None, fork.eps),
+    )
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """A convolution with the norm after it as one convolution."""
+    return fuse_conv_bn_eval(convolution, norm) if isinstance(norm, nn.BatchNorm2d) else convolution
+
+
+def _split(convolution: Any, norm: Any, wanted: bool, eps: float) -> tuple[nn.Conv2d, nn.Module]:
+    """The same as a convolution without bias and a norm that adds it where one is ``wanted``, else as one alone."""
+    if not wanted:
+        return _fold(convolution, norm), nn.Identity()
+    if isinstance(norm, nn.Identity):
+        norm = _with_eps(_batch_norm(convolution.out_channels, eps=0), eps)
+        norm.bias.copy_(convolution.bias)
+    else:
+        norm = _with_eps(norm, eps)
+        norm.running_mean -= convolution.bias
+    convolution = copy.deepcopy(convolution)
+    convolution.bias = None
+    return convolution, norm
+
+
+def _with_eps(norm: Any, eps: float) -> nn.BatchNorm2d:
+    """A norm that computes the same with another ``eps``."""
+    result = _batch_norm(norm.num_features, eps)
+    result.load_state_dict(norm.state_dict())
+    result.weight.mul_(((norm.running_var + eps) / (norm.running_var + norm.eps)).sqrt())
     return result
+
+
+def _reorder(convolution: nn.Conv2d, fork: Fork, to_taps: bool) -> nn.Conv2d:
+    """The encoder with its channels from the fork's order to tap by tap, or back."""
+    if fork.order == "taps":
+        return convolution
+    rows = fork.scale**2 if to_taps else convolution.out_channels // fork.scale**2
+    order = torch.arange(convolution.out_channels).view(rows, -1).t().flatten()
+    convolution = copy.deepcopy(convolution)
+    for parameter in convolution.parameters():
+        parameter.copy_(parameter[order])
+    return convolution
+
+
+def plain_carafe(features: Tensor, parts: Parts, fork: Fork) -> tuple[Tensor, Tensor]:
+    """CARAFE written out as those projects do, from float64 features (N, C, H, W): the upsampled features,
+    (N, C, sH, sW), and the logits of their kernels, (N, k^2, sH, sW).
+    """
+    s, taps = fork.scale, parts.encoder.out_channels // fork.scale**2
+    act = ACTIVATIONS[fork.act]()
+    logits = nn.Sequential(parts.compressor, parts.compressor_norm, act, parts.encoder, parts.encoder_norm)(features)
+    if fork.order == "positions":
+        logits = logits.unflatten(1, (s * s, taps)).transpose(1, 2).flatten(1, 2)
+    logits = F.pixel_shuffle(logits, s)
+    larger = F.interpolate(features, scale_factor=s, mode="nearest")
+    k = math.isqrt(taps)
+    patches = F.unfold(larger, k, dilation=s, padding=k // 2 * s).view(*features.shape[:2], taps, *larger.shape[2:])
+    return (patches * logits.softmax(1)[:, None]).sum(2), logits
+
+
+def difference(mmcv: Parts, other: Parts, kernel_size: int, fork: Fork) -> float:
+    """How far this package's module is from the fork's formulation: outputs, and logits relative to the largest.
+
+    The outputs alone would not do: near a fresh initialisation all kernels are alike, in whatever order.
+    """
+    module = CARAFEUpsample(
+        mmcv.compressor.in_channels,
+        fork.scale,
+        kernel_size,
+        encoder_kernel=mmcv.encoder.kernel_size[0],
+        compressed_channels=mmcv.compressor.out_channels,
+        norm=None if isinstance(mmcv.compressor_norm, nn.Identity) else nn.BatchNorm2d,
+        act=ACTIVATIONS[fork.act],
+    )
+    module.double().eval().load_state_dict(_write(mmcv, LAYOUTS["mmcv"], torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, mmcv.compressor.in_channels, 7, 9, dtype=torch.float64, generator=generator)
+    outputs, logits = module(features), F.pixel_shuffle(module.predict_logits(features), fork.scale)
+    expected, expected_logits = plain_carafe(features, other, fork)
+    scale = expected_logits.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return max((outputs - expected).abs().max().item(), ((logits - expected_logits).abs().max() / scale).item())

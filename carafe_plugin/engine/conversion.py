@@ -24,6 +24,7 @@ from carafe_plugin.engine.checkpoint_layouts import (
     LayoutError,
     convert_layout,
     find_sources,
+    module_name,
     norm_of_mmcv,
 )
 from carafe_plugin.engine.errors import UsageError
@@ -107,10 +108,9 @@ def convert(
     fork, origins = _choose_fork(content, to, given, below)
     apply = partial(convert_layout, to=to, fork=fork, below=below, rename=rename)
     weights = apply(content.weights)
+    converted = {module.source for module in weights.modules}
     old = content.meta.get(RECORD)
-    records = dict(old) if isinstance(old, dict) else {}
-    for module in weights.modules:
-        records.pop(module.source, None)
+    records = {name: old[name] for name in old if name not in converted} if isinstance(old, dict) else {}
     records |= {module.destination: dict(layout=to, **vars(fork)) for module in weights.modules}
     checkpoint = dict(meta={**content.meta, RECORD: records}, state_dict=weights.state_dict)
     if content.ema is None:
@@ -122,10 +122,10 @@ def convert(
 def _choose_fork(content: Content, to: str, given: Mapping[str, Any], below: Sequence[str]) -> tuple[Fork, str]:
     """What the names do not tell: as given, else from the modules' records, else the defaults."""
     places = find_sources(content.weights, to, below)
-    records = _read_records(content.meta, places)
+    records = {prefix: _read_record(content.meta, prefix, layout) for prefix, layout in places.items()}
     for prefix, layout in places.items():
         recorded, normed = records[prefix].get("act"), layout == "mmcv" and norm_of_mmcv(content.weights, prefix)
-        _check_activation(prefix.rstrip(".") or "the module", layout, to, given["act"], recorded, normed)
+        _check_activation(module_name(prefix), layout, to, given["act"], recorded, normed)
     values: dict[str, Any] = {}
     origins = []
     for option, default in vars(Fork()).items():
@@ -149,16 +149,13 @@ def _choose_fork(content: Content, to: str, given: Mapping[str, Any], below: Seq
     return Fork(**values), f"the other side: {', '.join(origins)}"
 
 
-def _read_records(meta: dict, places: dict[str, str]) -> dict[str, dict]:
-    """The records of the modules to convert, by prefix: none of a module whose layout is not what its record says."""
+def _read_record(meta: dict, prefix: str, layout: str) -> dict:
+    """What is recorded of a module; nothing where its layout is not what its record says."""
     records = meta.get(RECORD)
-    found = {}
-    for prefix, layout in places.items():
-        record = records.get(prefix.rstrip(".")) if isinstance(records, dict) else None
-        if not isinstance(record, dict) or record.get("layout") != layout:
-            record = {}
-        found[prefix] = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
-    return found
+    record = records.get(prefix.rstrip(".")) if isinstance(records, dict) else None
+    if not isinstance(record, dict) or record.get("layout") != layout:
+        return {}
+    return {name: value for name, value in record.items() if isinstance(value, str | int | float)}
 
 
 def _check_activation(module: str, layout: str, to: str, given: str | None, recorded: str | None, normed: bool) -> None:

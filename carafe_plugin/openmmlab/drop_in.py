@@ -45,13 +45,11 @@ TOOLBOXES = ("mmdet", "mmseg")
 def _mmcv_carafe() -> ModuleType | None:
     """MMCV's module of the operator; None where MMCV was installed without compiled operators."""
     try:
-        importlib.import_module("mmcv.ops.carafe")
+        return importlib.import_module("mmcv.ops.carafe")  # its attribute of that name in mmcv.ops is the function
     except ModuleNotFoundError as error:
         if error.name not in ("mmcv._ext", "mmcv.ops", "mmcv.ops.carafe"):
             raise
         return None
-    # The attribute mmcv.ops.carafe is the function; the module of that name is found here alone.
-    return sys.modules["mmcv.ops.carafe"]
 
 
 _mmcv_module = _mmcv_carafe()
@@ -85,12 +83,6 @@ class CARAFEPack(CARAFEUpsample, _Stock):
         self.up_kernel, self.up_group = self.kernel_size, self.group_size  # MMCV's names
 
 
-def _replace_operator() -> None:
-    if _mmcv_module is not None:
-        _mmcv_module.carafe = carafe  # type: ignore[attr-defined]
-        sys.modules["mmcv.ops"].carafe = carafe  # type: ignore[attr-defined]
-
-
 def _register() -> None:
     for toolbox in TOOLBOXES:
         if importlib.util.find_spec(toolbox) is None:
@@ -110,4 +102,5 @@ def _register() -> None:
 
 
 _register()
-_replace_operator()
+if _mmcv_module is not None:
+    _mmcv_module.carafe = sys.modules["mmcv.ops"].carafe = carafe  # type: ignore[attr-defined]

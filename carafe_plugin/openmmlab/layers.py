@@ -11,7 +11,7 @@ It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -133,24 +133,11 @@ _DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
 INTERPOLATIONS = ("nearest", "bilinear")
 
 
-class Interpolation(nn.Module):
-    """The toolboxes' resizing without parameters, which CARAFE++ replaces, as a module.
+class Interpolation(nn.Upsample):
+    """The toolboxes' resizing without parameters, which CARAFE++ replaces: features (N, C, H, W) to a given size."""
 
-    Arguments are those of :func:`torch.nn.functional.interpolate`: ``mode`` is ``"nearest"`` or ``"bilinear"``, of
-    which the latter takes ``align_corners``.
-    """
-
-    def __init__(self, mode: str, align_corners: bool | None = None) -> None:
-        super().__init__()
-        self.mode = mode
-        self.align_corners = align_corners
-
-    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """Resize features (N, C, H, W) to ``size`` (H', W')."""
+    def forward(self, features: Tensor, size: Sequence[int]) -> Tensor:  # type: ignore[override]
         return F.interpolate(features, size=size, mode=self.mode, align_corners=self.align_corners)
-
-    def extra_repr(self) -> str:
-        return f"mode={self.mode!r}, align_corners={self.align_corners}"
 
 
 def read_cfg(carafe_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -160,15 +147,23 @@ def read_cfg(carafe_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(carafe_cfg or {})
 
 
+def pop_switch(cfg: dict[str, Any], name: str, default: bool) -> bool:
+    """Take a switch out of a ``carafe_cfg``; one that is not a bool is a TypeError."""
+    switch = cfg.pop(name, default)
+    if not isinstance(switch, bool):
+        raise TypeError(f"carafe_cfg: the switch {name!r} must be True or False, got {switch!r}")
+    return switch
+
+
 def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
     """Build the upsampler that a ``carafe_cfg`` describes, as every adapter of the toolboxes takes it.
 
     Args:
         carafe_cfg (dict | None): ``type`` is ``"CARAFEUpsample"`` when left out, with its arguments (``up_kernel``,
             ``compressed_channels``, ...) as the other keys; None means the paper's setting. ``"nearest"`` and
-            ``"bilinear"`` give :class:`Interpolation`, with which an adapter does what its parent does, bit for bit,
-            where the parent interpolates so. Any other type that ``MODELS`` knows is built with ``channels``,
-            ``scale_factor`` and the remaining keys.
+            ``"bilinear"`` (which takes ``align_corners``) give :class:`Interpolation`, with which an adapter does
+            what its parent does, bit for bit, where the parent interpolates so. Any other type that ``MODELS`` knows is
+            built with ``channels``, ``scale_factor`` and the remaining keys.
         channels (int): channels of the features, set by the caller, never by ``carafe_cfg``.
         scale_factor (int): upsampling factor, set by the caller as well.
 
@@ -227,20 +222,21 @@ def _build_resampler(
         )
     try:
         if kind in interpolations:
-            return Interpolation(kind, **{key: value for key, value in cfg.items() if key not in ("type", "_scope_")})
+            settings = {key: value for key, value in cfg.items() if key not in ("type", "_scope_")}
+            return Interpolation(None, scale_factor, kind, **settings)
         return MODELS.build(dict(cfg, **fixed))
     except (TypeError, ValueError) as error:
         raise type(error)(f"carafe_cfg={cfg!r}: {error}") from error
 
 
-def upsample_to(upsampler: nn.Module, features: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> Tensor:
     """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
     if isinstance(upsampler, Interpolation):
         return upsampler(features, size)
     return fit_to_size(upsampler(features), size)
 
 
-def fit_to_size(features: Tensor, size: tuple[int, int]) -> Tensor:
+def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
     """Crop (N, C, H, W) to ``size`` at the bottom and right, or complete it there by repeating the last row and column.
 
     Levels of a pyramid seldom differ by exactly two: twice ``ceil(H / 2)`` exceeds an odd ``H`` by one, and twice

@@ -1,16 +1,18 @@
 """The functions of MMCV's extension, on torchvision, PyTorch and this package's operator.
 
-:mod:`~carafe_plugin.openmmlab.mmcv_ops` says which of them runs on what, and puts every public function of this module
-into ``mmcv._ext``. MMCV passes tensors by position and settings by name; where it has allocated the results, the
-functions fill them. Tensors that only a CUDA kernel needs as a buffer are left as they are.
+:mod:`~carafe_plugin.openmmlab.mmcv_ops` says which of them runs on what, and :func:`fill` puts every other public
+function of this module into ``mmcv._ext``. MMCV passes tensors by position and settings by name; where it has allocated
+the results, the functions fill them. Tensors that only a CUDA kernel needs as a buffer are left as they are.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -44,10 +46,14 @@ def _order_does_not_matter() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
 
 
-def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
+def _fill_gradients(
+    results: Sequence[Tensor], function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor
+) -> None:
     with torch.enable_grad(), _order_does_not_matter():
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        return torch.autograd.grad(function(*leaves), leaves, grad_output)
+        grads = torch.autograd.grad(function(*leaves), leaves, grad_output)
+    for result, grad in zip(results, grads, strict=True):
+        result.copy_(grad)
 
 
 # ---------------------------------------------------------------------------------------------------------- boxes
@@ -169,7 +175,8 @@ def roi_align_forward(
             output[some] = torch.finfo(output.dtype).min if output.is_cuda else -10000
             continue
         # As many bins as samples, with one sample in each.
-        values, index = _bins(align.sample(features, rois[some], rows, columns), rows, columns).max(dim=-1)
+        samples = align.sample(features, rois[some], rows, columns).unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+        values, index = samples.transpose(3, 4).flatten(4).max(dim=-1)
         output[some] = values.to(output.dtype)
         argmax_y[some] = (index // columns).to(argmax_y.dtype)
         argmax_x[some] = (index % columns).to(argmax_x.dtype)
@@ -189,13 +196,6 @@ def roi_align_backward(
         bins = grad.new_zeros(*grad.shape, rows * columns).scatter_(-1, index[..., None], grad[..., None])
         split = bins.unflatten(-1, (rows, columns)).transpose(3, 4)
         grad_input += align.spread(split.flatten(4, 5).flatten(2, 3), rois[some], grad_input)
-
-
-def _bins(samples: Tensor, rows: int, columns: int) -> Tensor:
-    """Samples (R, C, height * rows, width * columns) as (R, C, height, width, rows * columns)."""
-    r, c, h, w = samples.shape
-    split = samples.reshape(r, c, h // rows, rows, w // columns, columns)
-    return split.transpose(3, 4).reshape(r, c, h // rows, w // columns, rows * columns)
 
 
 def roi_pool_forward(
@@ -245,12 +245,12 @@ def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_in
 
 def deform_conv_forward(*tensors: Tensor, **geometry: int) -> None:
     input, weight, offset, output, *_ = tensors
-    output.copy_(_deform_conv(input, weight, offset, None, None, geometry))
+    output.copy_(_deform_conv(geometry, input, weight, offset))
 
 
 def deform_conv_backward_input(*tensors: Tensor, **geometry: int) -> None:
     input, offset, grad_output, grad_input, grad_offset, weight, *_ = tensors
-    grads = _deform_conv_backward(grad_output, input, weight, offset, None, None, geometry)
+    grads = _deform_conv(geometry, input, weight, offset, grad_output=grad_output)
     grad_input.copy_(grads[0])
     grad_offset.copy_(grads[2])
 
@@ -258,37 +258,36 @@ def deform_conv_backward_input(*tensors: Tensor, **geometry: int) -> None:
 def deform_conv_backward_parameters(*tensors: Tensor, scale: float, **geometry: int) -> None:
     # Neither function may keep the other's part: a backward pass may ask for one of them alone.
     input, offset, grad_output, grad_weight, *_ = tensors
-    grads = _deform_conv_backward(grad_output, input, torch.zeros_like(grad_weight), offset, None, None, geometry)
+    grads = _deform_conv(geometry, input, torch.zeros_like(grad_weight), offset, grad_output=grad_output)
     grad_weight.add_(grads[1], alpha=scale)
 
 
 def modulated_deform_conv_forward(*tensors: Tensor, with_bias: bool, **geometry: int) -> None:
     input, weight, bias, _, offset, mask, output, _ = tensors
-    output.copy_(_deform_conv(input, weight, offset, mask, bias if with_bias else None, geometry))
+    output.copy_(_deform_conv(geometry, input, weight, offset, mask, bias if with_bias else None))
 
 
 def modulated_deform_conv_backward(*tensors: Tensor, with_bias: bool, **geometry: int) -> None:
     input, weight, bias, _, offset, mask, _, *results, grad_output = tensors
+    grads = _deform_conv(geometry, input, weight, offset, mask, bias if with_bias else None, grad_output)
     grad_input, grad_weight, grad_bias, grad_offset, grad_mask = results
-    grads = _deform_conv_backward(grad_output, input, weight, offset, mask, bias if with_bias else None, geometry)
     wanted = (grad_input, grad_weight, grad_offset, grad_mask, *([grad_bias] if with_bias else []))
     for target, grad in zip(wanted, grads, strict=False):
         target.copy_(grad)
 
 
-def _deform_conv(*arguments: Any) -> Tensor:
-    return torch.ops.torchvision.deform_conv2d(*_deform_conv_arguments(*arguments))
-
-
-def _deform_conv_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    with _order_does_not_matter():
-        return torch.ops.torchvision._deform_conv2d_backward(_wide(grad_output), *_deform_conv_arguments(*arguments))
-
-
-def _deform_conv_arguments(
-    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None, geometry: dict[str, int]
-) -> tuple:
-    """What torchvision's operators take, from MMCV's names for both versions of the convolution."""
+def _deform_conv(
+    geometry: dict[str, int],
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    grad_output: Tensor | None = None,
+) -> Any:
+    """Either version of the convolution, with MMCV's names for its geometry; with ``grad_output`` the gradients to
+    input, weight, offset, mask and bias.
+    """
     first = ("dH", "dW", "padH", "padW", "dilationH", "dilationW")
     second = ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")
     placed = [geometry[name] for name in (first if "dH" in geometry else second)]
@@ -296,7 +295,11 @@ def _deform_conv_arguments(
     mask = input.new_zeros(input.shape[0], 1) if mask is None else mask
     bias = input.new_zeros(weight.shape[0]) if bias is None else bias
     tensors = map(_wide, (input, weight, offset, mask, bias))
-    return (*tensors, *placed, geometry["group"], geometry["deformable_group"], use_mask)
+    arguments = (*tensors, *placed, geometry["group"], geometry["deformable_group"], use_mask)
+    if grad_output is None:
+        return torch.ops.torchvision.deform_conv2d(*arguments)
+    with _order_does_not_matter():
+        return torch.ops.torchvision._deform_conv2d_backward(_wide(grad_output), *arguments)
 
 
 def masked_im2col_forward(
@@ -329,11 +332,10 @@ def ms_deform_attn_backward(*tensors: Tensor, **settings: int) -> None:
     def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return ms_deform_attn_forward(value, shapes, level_starts, locations, weights)
 
-    for target, grad in zip(results, _gradients(attend, (value, locations, weights), grad_output), strict=True):
-        target.copy_(grad)
+    _fill_gradients(results, attend, (value, locations, weights), grad_output)
 
 
-def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, ...]:
+def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, *, alpha: float) -> tuple[Tensor, ...]:
     """Signs (+1 at the label's class, -1 elsewhere, the background being no class) and weights (N, C) of the terms, the
     probability of each to be wrong, and the logarithm of that to be right.
     """
@@ -346,18 +348,16 @@ def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) ->
     return sign, share, (-logits).sigmoid(), F.logsigmoid(logits)
 
 
-def sigmoid_focal_loss_forward(
-    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
-) -> None:
-    _, share, wrong, log = _focal_terms(input, target, weight, alpha)
+def sigmoid_focal_loss_forward(*tensors: Tensor, gamma: float, alpha: float) -> None:
+    *inputs, output = tensors
+    _, share, wrong, log = _focal_terms(*inputs, alpha=alpha)
     output.copy_(-share * wrong**gamma * log)
 
 
-def sigmoid_focal_loss_backward(
-    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
-) -> None:
+def sigmoid_focal_loss_backward(*tensors: Tensor, gamma: float, alpha: float) -> None:
+    *inputs, grad_input = tensors
     # Not autograd's, whose derivative of wrong**gamma is infinite at 0 for gamma < 1.
-    sign, share, wrong, log = _focal_terms(input, target, weight, alpha)
+    sign, share, wrong, log = _focal_terms(*inputs, alpha=alpha)
     grad_input.copy_(sign * share * wrong**gamma * (gamma * (1 - wrong) * log - wrong))
 
 
@@ -369,57 +369,70 @@ def _label_scores(softmax: Tensor, target: Tensor, weight: Tensor) -> tuple[Tens
     return share, chosen, chosen.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
-def softmax_focal_loss_forward(
-    softmax: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
-) -> None:
-    share, chosen, log = _label_scores(softmax, target, weight)
+def softmax_focal_loss_forward(*tensors: Tensor, gamma: float, alpha: float) -> None:
+    *inputs, output = tensors
+    share, chosen, log = _label_scores(*inputs)
     output.copy_(-alpha * share * (1 - chosen) ** gamma * log)
 
 
-def softmax_focal_loss_backward(
-    softmax: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
-) -> None:
-    """Fills ``grad_input`` with the gradient with respect to the logits of ``softmax``."""
+def softmax_focal_loss_backward(*tensors: Tensor, gamma: float, alpha: float) -> None:
+    """Fills the last tensor with the gradient with respect to the logits of the first."""
+    softmax, target, weight, _, grad_input = tensors
     share, chosen, log = _label_scores(softmax, target, weight)
     slope = alpha * share * (gamma * (1 - chosen) ** (gamma - 1) * chosen * log - (1 - chosen) ** gamma)
     grad_input.copy_(slope[:, None] * (F.one_hot(target.clamp(min=0), softmax.shape[1]) - _single(softmax)))
 
 
-# --------------------------------------------------------------------------------------------------------- CARAFE
-
-
 def carafe_forward(*tensors: Tensor, **settings: int) -> None:
-    features, masks, kept_features, *_, output = tensors
-    carafe_naive_forward(features, masks, output, **settings)
-    kept_features.copy_(features)  # all that MMCV hands to the backward pass
-
-
-def carafe_backward(*tensors: Tensor, **settings: int) -> None:
-    grad_output, kept_features, masks, *_, grad_features, grad_masks = tensors
-    carafe_naive_backward(grad_output, kept_features, masks, grad_features, grad_masks, **settings)
-
-
-def carafe_naive_forward(features: Tensor, masks: Tensor, output: Tensor, **settings: int) -> None:
+    features, masks, *kept, output = tensors
     output.copy_(carafe(features, masks, **settings))
+    if kept:  # carafe's alone: all that MMCV hands to its backward pass
+        kept[0].copy_(features)
 
 
-def carafe_naive_backward(
-    grad_output: Tensor, features: Tensor, masks: Tensor, grad_features: Tensor, grad_masks: Tensor, **settings: int
-) -> None:
-    def reassemble(features: Tensor, masks: Tensor) -> Tensor:
-        return carafe(features, masks, **settings)
-
-    grads = _gradients(reassemble, (features, masks), grad_output)
-    grad_features.copy_(grads[0])
-    grad_masks.copy_(grads[1])
+def carafe_backward(*tensors: Tensor, **settings: Any) -> None:
+    grad_output, features, masks, *_, grad_features, grad_masks = tensors
+    reassemble = functools.partial(carafe, **settings)
+    _fill_gradients((grad_features, grad_masks), reassemble, (features, masks), grad_output)
 
 
-# ---------------------------------------------------------------------------------------------------- information
+carafe_naive_forward, carafe_naive_backward = carafe_forward, carafe_backward
 
 
 def get_compiler_version() -> str:
     return "none: torchvision's operators, by carafe_plugin"
 
 
-def get_compiling_cuda_version() -> str:
-    return get_compiler_version()
+get_compiling_cuda_version = get_compiler_version
+
+
+def fill(module: ModuleType) -> None:
+    """Make a module ``mmcv._ext``: the operators, ``is_stand_in``, and for any other name a function that raises."""
+    try:
+        import torchvision  # noqa: F401  (its operators are registered with torch.ops)
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"mmcv has no compiled operators, and torchvision, whose operators would take their place, cannot be "
+            f"imported: {error}",
+            name=module.__name__,
+        ) from error
+    for name, value in globals().items():
+        if isinstance(value, FunctionType) and value.__module__ == __name__ and name[0] != "_" and value is not fill:
+            setattr(module, name, value)
+    module.is_stand_in = True  # type: ignore[attr-defined]
+    module.__dict__.pop("__file__", None)  # that of an extension which does not load
+
+    def missing(name: str) -> Callable[..., NoReturn]:
+        if name.startswith("__"):
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        def call(*args: Any, **kwargs: Any) -> NoReturn:
+            raise NotImplementedError(
+                f"mmcv's operator {name} is compiled code, and torchvision has nothing in its place: install mmcv with "
+                "its operators (pip install --no-build-isolation onedl-mmcv, or mmcv, for the torch that is "
+                "installed; make env MMCV=compiled in a checkout of carafe_plugin)"
+            )
+
+        return call
+
+    module.__getattr__ = missing  # type: ignore[method-assign]

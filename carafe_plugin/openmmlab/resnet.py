@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from carafe_plugin import modules
-from carafe_plugin.openmmlab.layers import CARAFEDownsample, build_downsampler, read_cfg
+from carafe_plugin.openmmlab.layers import CARAFEDownsample, build_downsampler, pop_switch, read_cfg
 from carafe_plugin.openmmlab.resnet_checkpoints import ARCHITECTURES, CheckpointMismatch, matching_depths
 
 #: The keys of a carafe_cfg that CARAFEDownsample takes; a place in the network sets the first two.
@@ -127,9 +127,15 @@ class DownsamplingBackbone(nn.Module):
 
     def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        stem_cfg, stages, self.downsampler_norm_eval, pointwise, cfg = self._read_carafe_cfg(carafe_cfg)
+        cfg = read_cfg(carafe_cfg)
+        stem, stages = cfg.pop("stem", True), self._read_stages(cfg.pop("stages", None))
+        self.downsampler_norm_eval, pointwise = (pop_switch(cfg, name, False) for name in ("norm_eval", "pointwise"))
+        if not isinstance(stem, (bool, Mapping)):
+            raise TypeError(f"carafe_cfg: 'stem' must be True or False, got {stem!r} (or a dictionary of arguments)")
+        self._complete(cfg)
         self.downsampler_names = []
-        if stem_cfg is not None:
+        if stem is not False:
+            stem_cfg = cfg if stem is True else {**cfg, **stem}
             self.maxpool = build_downsampler(stem_cfg, self.stem_channels, _stride(self.maxpool))
             self.downsampler_names.append("maxpool")
         for index, (name, wanted) in enumerate(zip(self.res_layers, stages, strict=True)):
@@ -143,46 +149,42 @@ class DownsamplingBackbone(nn.Module):
                 self.downsampler_names.append(self._swap(f"{name}.0.{place}", cfg, pointwise))
         self._freeze_stages()  # once more: what is new belongs to its stage
 
-    def _read_carafe_cfg(
-        self, carafe_cfg: Mapping[str, Any] | None
-    ) -> tuple[dict[str, Any] | None, Sequence[bool | None], bool, bool, dict[str, Any]]:
-        """Check and split: the stem's operator or None, stages (None: by stride), two flags, the stages' operator."""
-        cfg = read_cfg(carafe_cfg)
-        stem, norm_eval, pointwise = cfg.pop("stem", True), cfg.pop("norm_eval", False), cfg.pop("pointwise", False)
-        for key, value in (("norm_eval", norm_eval), ("pointwise", pointwise)):
-            if not isinstance(value, bool):
-                raise TypeError(f"carafe_cfg: {key!r} must be True or False, got {value!r}")
-        if not isinstance(stem, (bool, Mapping)):
-            raise TypeError(f"carafe_cfg: 'stem' must be True or False, got {stem!r} (or a dictionary of arguments)")
-        stages = cfg.pop("stages", None)
+    def _read_stages(self, stages: Any) -> Sequence[bool | None]:
+        """Whether each stage is to have CARAFE++; None where its stride decides."""
         if stages is None:
-            stages = [None] * self.num_stages
-        elif not isinstance(stages, Sequence) or not all(isinstance(stage, bool) for stage in stages):
+            return [None] * self.num_stages
+        if not isinstance(stages, Sequence) or not all(isinstance(stage, bool) for stage in stages):
             raise TypeError(f"carafe_cfg: 'stages' must be a sequence of one bool for each stage, got {stages!r}")
-        elif len(stages) != self.num_stages:
+        if len(stages) != self.num_stages:
             raise ValueError(f"carafe_cfg: 'stages' must have {self.num_stages} entries (num_stages), got {stages!r}")
+        return stages
 
-        kind = cfg.setdefault("type", "CARAFEDownsample")
-        if _is_layer(kind):
-            unknown = cfg.keys() - {"type", "_scope_", *_LAYER_KEYS}
-            if unknown:
-                raise TypeError(
-                    f"carafe_cfg has the unknown key {sorted(unknown)[0]!r}; expected 'stem' and 'stages' for the "
-                    f"places, 'norm_eval', 'pointwise', 'type', {', '.join(map(repr, _LAYER_KEYS[2:]))}"
-                )
-            if cfg.get("compressed_channels", 0) is not None:  # without a compressor there is nothing to normalise
-                cfg.setdefault("norm_cfg", _trained_batch_norm(self.norm_cfg))
-                cfg.setdefault("act_cfg", dict(type="ReLU", inplace=True))
-        stem_cfg = dict(cfg, **(stem if isinstance(stem, Mapping) else {})) if stem is not False else None
-        return stem_cfg, stages, norm_eval, pointwise, cfg
+    def _complete(self, cfg: dict[str, Any]) -> None:
+        """Check the keys of this package's layer, and give its compressor the backbone's norm and activation."""
+        kind: Any = cfg.setdefault("type", "CARAFEDownsample")
+        if isinstance(kind, str):
+            with suppress(RuntimeError):  # not registered: building it says so
+                kind = MODELS.get(kind)
+        if not (isinstance(kind, type) and issubclass(kind, CARAFEDownsample)):
+            return
+        if unknown := cfg.keys() - {"type", "_scope_", *_LAYER_KEYS}:
+            raise TypeError(
+                f"carafe_cfg has the unknown key {sorted(unknown)[0]!r}; expected 'stem' and 'stages' for the "
+                f"places, 'norm_eval', 'pointwise', 'type', {', '.join(map(repr, _LAYER_KEYS[2:]))}"
+            )
+        if cfg.get("compressed_channels", 0) is not None:  # without a compressor there is nothing to normalise
+            norm = getattr(self.norm_cfg["type"], "__name__", self.norm_cfg["type"])
+            usual = "BN" in norm or "BatchNorm" in norm
+            cfg.setdefault("norm_cfg", dict(self.norm_cfg, requires_grad=True) if usual else dict(type="BN"))
+            cfg.setdefault("act_cfg", dict(type="ReLU", inplace=True))
 
     def _swap(self, place: str, cfg: Mapping[str, Any], pointwise: bool) -> str:
         """Swap the strided module called ``place`` and return the name of its downsampler."""
-        parent = self.get_submodule(place.rpartition(".")[0])
-        name = place.rpartition(".")[2]
-        old: Any = getattr(parent, name)
+        parent_name, _, name = place.rpartition(".")
+        parent: Any = self.get_submodule(parent_name)
+        old: Any = self.get_submodule(place)
         if isinstance(old, nn.AvgPool2d):  # of a shortcut: the convolution after it knows the channels
-            setattr(parent, name, build_downsampler(cfg, getattr(parent, "1").in_channels, _stride(old)))
+            setattr(parent, name, build_downsampler(cfg, parent[1].in_channels, _stride(old)))
             return place
         if pointwise:
             old = _pointwise(old)
@@ -269,7 +271,7 @@ _DOCSTRING = """{name} ({about}) that downsamples by CARAFE++ (arXiv 2012.04733,
 
     Example:
         >>> import torch
-        >>> from {package} import CARAFE{name}
+        >>> from {module} import CARAFE{name}
         >>> backbone = CARAFE{name}(depth=50, carafe_cfg=dict(stages=(False, True, True, True)))
         >>> backbone(torch.rand(1, 3, 64, 96))[-1].shape
         torch.Size([1, 2048, 2, 3])
@@ -279,12 +281,12 @@ _DOCSTRING = """{name} ({about}) that downsamples by CARAFE++ (arXiv 2012.04733,
 def downsampling_resnets(module: str, registry: Registry, *parents: type[nn.Module]) -> list[Any]:
     """A toolbox's ResNets (``parents``), downsampling by CARAFE++ and registered as ``CARAFE`` and the parent's name.
 
-    ``module`` is the full name of the toolbox's module that assigns the classes, by which they are pickled.
+    ``module`` is the full name of the module that assigns the classes, by which they are pickled.
     """
     classes = []
     for parent in parents:
         name = parent.__name__
-        text = _DOCSTRING.format(name=name, about=_VARIANTS[name], package=module.rpartition(".")[0])
+        text = _DOCSTRING.format(name=name, about=_VARIANTS[name], module=module)
         namespace = dict(__module__=module, __doc__=text)
         classes.append(type(f"CARAFE{name}", (DownsamplingBackbone, parent), namespace))
         registry.register_module(module=classes[-1])
@@ -306,24 +308,6 @@ def _has_any(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
 def _is_frozen(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-
-
-def _is_layer(kind: Any) -> bool:
-    """Whether a type is this package's layer, which takes ``norm_cfg`` and ``act_cfg``."""
-    if isinstance(kind, str):
-        with suppress(RuntimeError):  # not registered: building it says so
-            kind = MODELS.get(kind)
-    return isinstance(kind, type) and issubclass(kind, CARAFEDownsample)
-
-
-def _name(kind: Any) -> str:
-    return kind if isinstance(kind, str) else getattr(kind, "__name__", "")
-
-
-def _trained_batch_norm(norm_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone's kind of BatchNorm, or plain BatchNorm for a backbone with another norm."""
-    name = _name(norm_cfg["type"])
-    return dict(norm_cfg, requires_grad=True) if "BN" in name or "BatchNorm" in name else dict(type="BN")
 
 
 def _stride(module: nn.Module | None) -> int:

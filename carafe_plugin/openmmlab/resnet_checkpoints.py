@@ -16,16 +16,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = [
-    "ARCHITECTURES",
-    "CARAFE_KEY",
-    "CheckpointMismatch",
-    "backbone_type",
-    "count_carafe",
-    "extract_backbone",
-    "matching_depths",
-]
-
 #: Depth -> whether its blocks are bottlenecks, and their number in each stage.
 ARCHITECTURES = {
     18: (False, (2, 2, 2, 2)),
@@ -58,21 +48,19 @@ def matching_depths(state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple
         >>> matching_depths(dict.fromkeys(keys, torch.zeros(())))
         (18,)
     """
+    names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
     blocks: dict[int, int] = {}
-    bottleneck = False
-    for key in state_dict:
-        found = _BLOCK.match(key, len(prefix)) if key.startswith(prefix) else None
-        if found:
-            stage, block = (int(number) for number in found.groups())
-            blocks[stage] = max(blocks.get(stage, 0), block + 1)
-            bottleneck = bottleneck or key.startswith("conv3.", found.end())
-    if sorted(blocks) != list(range(1, len(blocks) + 1)):
-        return ()
+    for found in filter(None, map(_BLOCK.match, names)):
+        stage, block = map(int, found.groups())
+        blocks[stage] = max(blocks.get(stage, 0), block + 1)
     counts = tuple(blocks[stage] for stage in sorted(blocks))
+    if not counts or sorted(blocks) != list(range(1, len(blocks) + 1)):
+        return ()
+    bottleneck = any(re.match(r"layer\d+\.\d+\.conv3\.", name) for name in names)
     return tuple(
         depth
         for depth, (bottlenecks, stages) in ARCHITECTURES.items()
-        if counts and bottleneck == bottlenecks and stages[: len(counts)] == counts
+        if bottleneck == bottlenecks and stages[: len(counts)] == counts
     )
 
 
@@ -130,13 +118,13 @@ def extract_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _stages_without_pooling(backbone: Mapping[str, Tensor]) -> set[str]:
     """The shortcuts without pooling of a net that has it in others (``avg_down``)."""
-    first: set[str] = set()  # shortcuts that start with their convolution, not with a pooling
-    second: set[str] = set()
-    for key, value in backbone.items():
-        found = _SHORTCUT.fullmatch(key)
-        if found and found[3] == "weight" and value.dim() == 4:
-            {"0": first, "1": second}[found[2]].add(found[1])
-    return first if second else set()
+    convolutions = [
+        found.group(1, 2)
+        for key, value in backbone.items()
+        if (found := _SHORTCUT.fullmatch(key)) and found[3] == "weight" and value.dim() == 4
+    ]
+    pooled = any(index == "1" for _, index in convolutions)  # others start with their convolution
+    return {name for name, index in convolutions if pooled and index == "0"}
 
 
 def _rename(key: str, shift: set[str]) -> str:

@@ -6,13 +6,13 @@ from types import ModuleType
 import mmcv.ops  # noqa: F401
 import torch
 
-from carafe_plugin.openmmlab import mmcv_stand_in
+from carafe_plugin.openmmlab import mmcv_operators
 
 
 def stand_in():
     """A module filled as ``mmcv._ext`` is where MMCV has no compiled one."""
     module = ModuleType("mmcv._ext")
-    mmcv_stand_in.fill(module)
+    mmcv_operators.fill(module)
     return module
 
 

@@ -60,7 +60,7 @@ def test_each_class_is_found_by_its_names_and_documented(toolbox, name):
     assert registry.module_dict[f"CARAFE{name}"] is cls
     assert registry.get(f"carafe_plugin.openmmlab.{toolbox}.CARAFE{name}") is cls
     assert pickle.loads(pickle.dumps(cls)) is cls
-    assert repr(cls) == f"<class 'carafe_plugin.openmmlab.{toolbox}.backbones.CARAFE{name}'>"
+    assert repr(cls) == f"<class 'carafe_plugin.openmmlab.{toolbox}.CARAFE{name}'>"
     (examples,) = (found for found in doctest.DocTestFinder(recurse=False).find(cls) if found.examples)
     assert doctest.DocTestRunner().run(examples).failed == 0
 

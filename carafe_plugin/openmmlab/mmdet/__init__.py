@@ -14,12 +14,10 @@ registered type                                 subclass of, with its arguments 
 
 ``CARAFEMaskFormerHead`` is ``MaskFormerHead`` for ``CARAFEPixelDecoder``.
 
-Either name works in a configuration: the full path as it stands, the short name after importing this module::
+The full path works in a configuration as it stands, the short name after ``custom_imports`` of this module::
 
     neck = dict(type="carafe_plugin.openmmlab.mmdet.CARAFEFPN")
-
-    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmdet"])
-    neck = dict(type="CARAFEFPN")
+    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmdet"])  # then also type="CARAFEFPN"
 
 CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.1. ``CARAFEFPN`` is the
 paper's: the plain FPN with its interpolation replaced. MMDetection's own ``FPN_CARAFE`` has another topology; it is
@@ -28,25 +26,26 @@ served by :mod:`carafe_plugin.openmmlab.drop_in`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from carafe_plugin.openmmlab import require
 
 require("mmdet", __name__)
 
+from mmdet.models.backbones import ResNet, ResNetV1d, ResNeXt  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
+
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
-from carafe_plugin.openmmlab.mmdet.backbones import (  # noqa: E402
-    CARAFEResNet,
-    CARAFEResNetV1c,
-    CARAFEResNetV1d,
-    CARAFEResNeXt,
-)
-from carafe_plugin.openmmlab.mmdet.mask_head import CARAFEFCNMaskHead  # noqa: E402
-from carafe_plugin.openmmlab.mmdet.necks import CARAFEFPN, CARAFEPAFPN  # noqa: E402
-from carafe_plugin.openmmlab.mmdet.pixel_decoders import (  # noqa: E402
+from carafe_plugin.openmmlab.mmdet.upsampling import (  # noqa: E402
+    CARAFEFPN,
+    CARAFEPAFPN,
+    CARAFEFCNMaskHead,
     CARAFEMaskFormerHead,
     CARAFEMSDeformAttnPixelDecoder,
     CARAFEPixelDecoder,
     CARAFETransformerEncoderPixelDecoder,
 )
+from carafe_plugin.openmmlab.resnet import downsampling_resnets  # noqa: E402
 
 __all__ = [
     "CARAFEFPN",
@@ -63,3 +62,15 @@ __all__ = [
     "CARAFETransformerEncoderPixelDecoder",
     "CARAFEUpsample",
 ]
+
+
+class ResNetV1c(ResNet):
+    """MMSegmentation's class of that name, its names of parameters and checkpoints included; MMDetection has none."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(deep_stem=True, avg_down=False, **kwargs)
+
+
+CARAFEResNet, CARAFEResNetV1c, CARAFEResNetV1d, CARAFEResNeXt = downsampling_resnets(
+    __name__, MODELS, ResNet, ResNetV1c, ResNetV1d, ResNeXt
+)

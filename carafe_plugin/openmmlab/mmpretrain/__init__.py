@@ -6,12 +6,9 @@ registered type                                 subclass of, with its arguments 
 ``CARAFEResNet`` (V1c, V1d), ``CARAFEResNeXt``  ``ResNet``, ``ResNetV1c``, ...                   max pooling, strides
 ==============================================  ===============================================  ======================
 
-Either name works in a configuration: the full path as it stands, the short name after importing this module::
+The full path works in a configuration as it stands, the short name after ``custom_imports`` of this module::
 
     backbone = dict(type="carafe_plugin.openmmlab.mmpretrain.CARAFEResNet", depth=50)
-
-    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmpretrain"])
-    backbone = dict(type="CARAFEResNet", depth=50)
 
 What is trained here on ImageNet becomes MMDetection's and MMSegmentation's backbone by ``tools/convert_backbone.py``.
 CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.1 and 5.1.
@@ -23,13 +20,11 @@ from carafe_plugin.openmmlab import require
 
 require("mmpretrain", __name__)
 
+from mmpretrain.models.backbones import ResNet, ResNetV1c, ResNetV1d, ResNeXt  # noqa: E402
+from mmpretrain.registry import MODELS  # noqa: E402
+
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
-from carafe_plugin.openmmlab.mmpretrain.backbones import (  # noqa: E402
-    CARAFEResNet,
-    CARAFEResNetV1c,
-    CARAFEResNetV1d,
-    CARAFEResNeXt,
-)
+from carafe_plugin.openmmlab.resnet import downsampling_resnets  # noqa: E402
 
 __all__ = [
     "CARAFEDownsample",
@@ -39,3 +34,7 @@ __all__ = [
     "CARAFEResNetV1d",
     "CARAFEUpsample",
 ]
+
+CARAFEResNet, CARAFEResNetV1c, CARAFEResNetV1d, CARAFEResNeXt = downsampling_resnets(
+    __name__, MODELS, ResNet, ResNetV1c, ResNetV1d, ResNeXt
+)

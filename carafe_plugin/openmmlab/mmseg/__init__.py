@@ -9,12 +9,9 @@ registered type                                 subclass of, with its arguments 
 ``CARAFEInterpConv``                            ``InterpConv`` (UNet's ``upsample_cfg``)         interpolation
 ==============================================  ===============================================  ======================
 
-Either name works in a configuration: the full path as it stands, the short name after importing this module::
+The full path works in a configuration as it stands, the short name after ``custom_imports`` of this module::
 
     decode_head = dict(type="carafe_plugin.openmmlab.mmseg.CARAFEUPerHead")
-
-    custom_imports = dict(imports=["carafe_plugin.openmmlab.mmseg"])
-    decode_head = dict(type="CARAFEUPerHead")
 
 MMSegmentation builds MaskFormer and Mask2Former on MMDetection's: where that is installed, its pixel decoders are here
 under the full path as well (see :mod:`carafe_plugin.openmmlab.mmdet`), and ``CARAFEMaskFormerHead`` is
@@ -25,21 +22,18 @@ under the full path as well (see :mod:`carafe_plugin.openmmlab.mmdet`), and ``CA
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 
 from carafe_plugin.openmmlab import require
 
 require("mmseg", __name__)
 
+from mmseg.models.backbones import ResNet, ResNetV1c, ResNetV1d, ResNeXt  # noqa: E402
+from mmseg.registry import MODELS  # noqa: E402
+
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
-from carafe_plugin.openmmlab.mmseg.backbones import (  # noqa: E402
-    CARAFEResNet,
-    CARAFEResNetV1c,
-    CARAFEResNetV1d,
-    CARAFEResNeXt,
-)
-from carafe_plugin.openmmlab.mmseg.fpn_head import CARAFEFPNHead  # noqa: E402
-from carafe_plugin.openmmlab.mmseg.uper_head import CARAFEUPerHead  # noqa: E402
-from carafe_plugin.openmmlab.mmseg.upsample import CARAFEInterpConv  # noqa: E402
+from carafe_plugin.openmmlab.mmseg.upsampling import CARAFEFPNHead, CARAFEInterpConv, CARAFEUPerHead  # noqa: E402
+from carafe_plugin.openmmlab.resnet import downsampling_resnets  # noqa: E402
 
 __all__ = [
     "CARAFEDownsample",
@@ -53,19 +47,27 @@ __all__ = [
     "CARAFEUpsample",
 ]
 
+CARAFEResNet, CARAFEResNetV1c, CARAFEResNetV1d, CARAFEResNeXt = downsampling_resnets(
+    __name__, MODELS, ResNet, ResNetV1c, ResNetV1d, ResNeXt
+)
+
 # MMSegmentation builds MaskFormer and Mask2Former on MMDetection's; it works without where MMDetection is missing or
 # lacks something itself, and so does this module.
 if importlib.util.find_spec("mmdet") is not None:
-    try:
-        from carafe_plugin.openmmlab.mmdet.pixel_decoders import (
+    with suppress(ModuleNotFoundError):
+        from mmseg.models.decode_heads import MaskFormerHead
+
+        from carafe_plugin.openmmlab.mmdet.upsampling import (
             CARAFEMSDeformAttnPixelDecoder,
             CARAFEPixelDecoder,
             CARAFETransformerEncoderPixelDecoder,
+            MemoryProjection,
         )
-        from carafe_plugin.openmmlab.mmseg.maskformer_head import CARAFEMaskFormerHead
-    except ModuleNotFoundError:
-        pass
-    else:
+
+        @MODELS.register_module()
+        class CARAFEMaskFormerHead(MemoryProjection, MaskFormerHead):
+            """MaskFormerHead, with its arguments and checkpoints, for CARAFEPixelDecoder as its ``pixel_decoder``."""
+
         __all__ += [
             "CARAFEMSDeformAttnPixelDecoder",
             "CARAFEMaskFormerHead",

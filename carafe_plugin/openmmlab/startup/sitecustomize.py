@@ -35,12 +35,11 @@ class ExtensionFinder:
                 continue
             spec = finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = CompiledLoader(spec.loader)
+                spec.loader = ExtensionLoader(spec.loader)
                 return spec
         foreign = [str(file) for folder in path or () for file in Path(folder).glob("_ext.*.so")]  # for another Python
-        if foreign:
-            return ModuleSpec(name, CompiledLoader(ExtensionFileLoader(name, foreign[0])), origin=foreign[0])
-        return ModuleSpec(name, StandInLoader("mmcv has no compiled operators here"))
+        compiled = ExtensionFileLoader(name, foreign[0]) if foreign else None
+        return ModuleSpec(name, ExtensionLoader(compiled), origin=foreign[0] if foreign else None)
 
 
 def is_ours(finder: object) -> bool:
@@ -48,53 +47,41 @@ def is_ours(finder: object) -> bool:
     return getattr(finder, "__name__", None) == ExtensionFinder.__name__
 
 
-class StandInLoader(Loader):
-    """Makes the module of torchvision's operators, and says why."""
+class ExtensionLoader(Loader):
+    """Loads MMCV's compiled extension; where there is none, torchvision's operators; each time says what happens."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, compiled: Loader | None) -> None:
+        self.compiled = compiled
+        self.reason = "mmcv has no compiled operators here"
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        if self.compiled is None:
+            return None
+        try:
+            return self.compiled.create_module(spec)
+        except ImportError as error:
+            self.reason = f"mmcv's compiled operators do not load here ({error})"
+            if os.environ.get(VARIABLE) == "torchvision":
+                self.compiled = None
+                self.reason += f", and {VARIABLE} asks for it"
+                return None
+            remedy = f"install an mmcv built for this torch, or set {VARIABLE}=torchvision to run on torchvision's"
+            message = f"{self.reason}: {remedy}"
+            _say(f"error: {message}", always=True)  # toolboxes catch an ImportError and continue without operators
+            raise ImportError(message, name=EXTENSION) from error
 
     def exec_module(self, module: ModuleType) -> None:
+        if self.compiled is not None:
+            self.compiled.exec_module(module)
+            return
+        if importlib.util.find_spec("carafe_plugin") is None:
+            sys.path.append(str(FOLDER.parents[2]))  # a checkout that is not installed, in a process of another folder
         try:
-            _stand_in().fill(module)
+            importlib.import_module("carafe_plugin.openmmlab.mmcv_operators").fill(module)
         except ImportError as error:
             _say(f"error: {error}", always=True)
             raise
         _say(f"{self.reason}: torchvision's take their place (carafe_plugin.openmmlab.mmcv_ops)")
-
-
-class CompiledLoader(Loader):
-    """Loads MMCV's compiled extension; where that fails, says what can be done about it."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        try:
-            return self.loader.create_module(spec)
-        except ImportError as error:
-            reason = f"mmcv's compiled operators do not load here ({error})"
-            if os.environ.get(VARIABLE) == "torchvision":
-                self.loader = StandInLoader(f"{reason}, and {VARIABLE} asks for it")
-                return None
-            remedy = f"install an mmcv built for this torch, or set {VARIABLE}=torchvision to run on torchvision's"
-            _say(
-                f"error: {reason}: {remedy}", always=True
-            )  # toolboxes catch an ImportError and continue without operators
-            raise ImportError(f"{reason}: {remedy}", name=EXTENSION) from error
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-
-
-def _stand_in() -> ModuleType:
-    try:
-        return importlib.import_module("carafe_plugin.openmmlab.mmcv_stand_in")
-    except ModuleNotFoundError as error:
-        if error.name != "carafe_plugin":
-            raise
-        sys.path.append(str(FOLDER.parents[2]))  # a checkout that is not installed, in a process of another folder
-        return importlib.import_module("carafe_plugin.openmmlab.mmcv_stand_in")
 
 
 @functools.lru_cache(None)  # older Pythons that a run may start read this file too
