@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ..ops.functional import scale_ratio
 from ..ops.fused import reassemble_logits
-from ..ops.reference import NORMALIZERS, masks_from_logits, normalize_kernels
-
-__all__ = ["NORMALIZERS", "KernelPrediction", "normalize_kernels", "resize_ratio"]
+from ..ops.reference import NORMALIZERS, masks_from_logits
+from .checks import check_features, odd, positive
 
 
 class KernelPrediction(nn.Module):
@@ -36,17 +35,16 @@ class KernelPrediction(nn.Module):
         act: Callable[[], nn.Module] | None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("channels", channels),
-            ("the group size", group_size),
-            ("encoder_dilation", encoder_dilation),
-            ("compressed_channels", 1 if compressed_channels is None else compressed_channels),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        for name, value in (("the reassembly kernel", kernel_size), ("encoder_kernel", encoder_kernel)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
-                raise ValueError(f"{name} must be an odd positive int, got {value!r}")
+        self.channels = positive("channels", channels)
+        self.up, self.down = up, down
+        self.kernel_size = odd("the reassembly kernel", kernel_size)
+        self.group_size = positive("the group size", group_size)
+        self.encoder_kernel = odd("encoder_kernel", encoder_kernel)
+        self.encoder_dilation = positive("encoder_dilation", encoder_dilation)
+        self.compressed_channels = compressed_channels
+        self.normalizer = normalizer
+        if compressed_channels is not None:
+            positive("compressed_channels", compressed_channels)
         if channels % group_size:
             raise ValueError(f"channels must be a multiple of the group size {group_size}, got {channels}")
         if normalizer not in NORMALIZERS:
@@ -54,12 +52,6 @@ class KernelPrediction(nn.Module):
         if compressed_channels is None and (norm is not None or act is not None):
             raise ValueError("norm and act follow the channel compressor: compressed_channels=None admits neither")
 
-        self.channels = channels
-        self.up, self.down = up, down
-        self.kernel_size, self.group_size = kernel_size, group_size
-        self.encoder_kernel, self.encoder_dilation = encoder_kernel, encoder_dilation
-        self.compressed_channels = compressed_channels
-        self.normalizer = normalizer
         self.channel_compressor = None if compressed_channels is None else nn.Conv2d(channels, compressed_channels, 1)
         # In the order in which they run: tools that fold norms into convolutions take a norm for its predecessor's.
         self.compressor_norm = None if norm is None or compressed_channels is None else norm(compressed_channels)
@@ -87,33 +79,26 @@ class KernelPrediction(nn.Module):
         """The name that OpenMMLab's initialisation calls."""
         self.reset_parameters()
 
+    @property
+    def settings(self) -> tuple[int, int, int, int, str]:
+        """k, G, up, down and the normaliser: what :func:`carafe_plugin.ops.fused.reassemble_logits` takes last."""
+        return self.kernel_size, self.group_size, self.up, self.down, self.normalizer
+
     def predict_logits(self, features: Tensor) -> Tensor:
         """What the content encoder says: (N, G * k^2 * up^2, H, W), or, downsampling, (N, G * k^2, H', W')."""
-        content = features
-        if self.channel_compressor is not None:
-            content = self.channel_compressor(content)
-        if self.compressor_norm is not None:
-            content = self.compressor_norm(content)
-        if self.compressor_act is not None:
-            content = self.compressor_act(content)
-        return self.content_encoder(content)
+        for layer in (self.channel_compressor, self.compressor_norm, self.compressor_act, self.content_encoder):
+            if layer is not None:
+                features = layer(features)
+        return features
 
     def predict_kernels(self, features: Tensor) -> Tensor:
         """The normalised kernels of every output location, (N, C, H, W) -> (N, G * k^2, H', W')."""
-        logits = self.predict_logits(features)
-        return masks_from_logits(logits, self.kernel_size, self.group_size, self.up, self.down, self.normalizer)
+        return masks_from_logits(self.predict_logits(features), *self.settings)
 
     def forward(self, features: Tensor) -> Tensor:
         """Rescale features, (N, C, H, W) -> (N, C, ceil(H * up / down), ceil(W * up / down))."""
-        if features.dim() != 4 or features.shape[1] != self.channels:
-            raise ValueError(
-                f"features must have shape (N, {self.channels}, H, W) as channels={self.channels} says, "
-                f"got {tuple(features.shape)}"
-            )
-        logits = self.predict_logits(features)
-        return reassemble_logits(
-            features, logits, self.kernel_size, self.group_size, self.up, self.down, self.normalizer
-        )
+        check_features(features, self.channels)
+        return reassemble_logits(features, self.predict_logits(features), *self.settings)
 
     def extra_repr(self) -> str:
         scale = f"{self.up}" if self.down == 1 else f"{self.up}/{self.down}"
@@ -123,9 +108,9 @@ class KernelPrediction(nn.Module):
         )
 
 
-def resize_ratio(scale_factor: int | float | Fraction, *, invert: bool) -> tuple[int, int]:
-    """``(up, down)`` of a module's scale factor, which is at least 1 and says how many times larger or smaller."""
-    up, down = scale_ratio(scale_factor)
-    if up < down:
+def resize_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
+    """A module's scale factor, at least 1, as coprime numerator and denominator."""
+    numerator, denominator = scale_ratio(scale_factor)
+    if numerator < denominator:
         raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
-    return (down, up) if invert else (up, down)
+    return numerator, denominator

@@ -52,7 +52,7 @@ class CARAFEUpsample(KernelPrediction):
         norm: Callable[[int], nn.Module] | None = None,
         act: Callable[[], nn.Module] | None = None,
     ) -> None:
-        up, down = resize_ratio(scale_factor, invert=False)
+        up, down = resize_ratio(scale_factor)
         kernel, encoder = (up_kernel, up_group), (encoder_kernel, encoder_dilation)
         super().__init__(channels, up, down, *kernel, *encoder, compressed_channels, normalizer, norm, act)
         self.scale_factor = scale_factor
