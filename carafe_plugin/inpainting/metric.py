@@ -13,9 +13,12 @@ from mmengine.registry import METRICS
 from PIL import Image
 from torch import Tensor
 
+from carafe_plugin._require import require
+
 #: Of an image without an error, whose PSNR would be infinite.
 HIGHEST_PSNR = 100.0
 SSIM_WINDOW = 11
+WANG_2004: dict[str, Any] = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
 
 
 def psnr(mean_squared_error: float) -> float:
@@ -58,12 +61,9 @@ class InpaintingMetric(BaseMetric):
     def __init__(self, folder: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.folder = folder
-        try:
-            from skimage.metrics import structural_similarity
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "InpaintingMetric computes SSIM with scikit-image, which is not installed", name=error.name
-            ) from error
+        require("skimage", "the SSIM of InpaintingMetric")
+        from skimage.metrics import structural_similarity
+
         self._ssim = structural_similarity
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
@@ -78,17 +78,7 @@ class InpaintingMetric(BaseMetric):
             error = completed - original
             found = dict(l1=100 * float(np.abs(error).mean()), psnr=psnr(float((error**2).mean())))
             if min(error.shape[1:]) >= SSIM_WINDOW:
-                found["ssim"] = float(
-                    self._ssim(
-                        completed,
-                        original,
-                        channel_axis=0,
-                        data_range=1.0,
-                        gaussian_weights=True,
-                        sigma=1.5,
-                        use_sample_covariance=False,
-                    )
-                )
+                found["ssim"] = float(self._ssim(completed, original, channel_axis=0, data_range=1.0, **WANG_2004))
             hole = sample["holes"][0].cpu().numpy() > 0
             if hole.any():
                 found["l1_hole"] = 100 * float(np.abs(error[:, hole]).mean())
