@@ -23,17 +23,13 @@ from carafe_plugin.ops.fused import reassemble_logits
 from carafe_plugin.ops.reference import output_size
 
 
-def check_validity(features: Tensor, validity: Tensor) -> None:
-    """Raise a ValueError unless ``validity`` is the one-channel map that belongs to ``features``."""
+def fill_unknown(features: Tensor, validity: Tensor) -> Tensor:
+    """The paper's M * X, with 0 for what is invalid, even for NaN, in the memory format of ``features``."""
     expected = (features.shape[0], 1, *features.shape[2:])
     if tuple(validity.shape) != expected:
         raise ValueError(
             f"validity must have shape {expected}, as features {tuple(features.shape)} say, got {tuple(validity.shape)}"
         )
-
-
-def fill_unknown(features: Tensor, validity: Tensor) -> Tensor:
-    """The paper's M * X, with 0 for what is invalid, even for NaN, in the memory format of ``features``."""
     # Out of place, masked_fill would return a contiguous tensor.
     return features.clone().masked_fill_(validity == 0, 0)
 
@@ -73,7 +69,6 @@ class PartialConv2d(nn.Conv2d):
 
     def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """X and M -> X' and M'."""
-        check_validity(features, validity)
         known = fill_unknown(features, validity)
         with torch.no_grad():
             window = validity.new_ones(1, 1, *self.kernel_size)
@@ -84,34 +79,6 @@ class PartialConv2d(nn.Conv2d):
         if self.bias is not None:
             output = output + self.bias[:, None, None] * valid
         return output, valid
-
-
-def propagate(module: KernelPrediction, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Rescale features and their validity with the same content-aware kernels, those of any plain module.
-
-    The kernels W are predicted from M * X, so nothing under a hole can influence them. For every output location:
-
-        X' = sum(W M X) * sum(W) / sum(W M)  where sum(W M) > 0, else 0;    M' = [sum(W M) > 0]
-
-    Outside the map X is zero and valid, as CARAFE++ has it. sum(W) is 1 with the normalisers whose kernels sum to 1;
-    with 'sigmoid' it keeps the kernels' own scale. Where all of a window is valid the factor is exactly 1: an all-valid
-    map gives plain CARAFE++, bit for bit. With several groups of channels, a location is valid where it is so in each.
-    """
-    check_validity(features, validity)
-    known = fill_unknown(features, validity)
-    logits = module.predict_logits(known)
-    dtype = logits.dtype  # under autocast the plain modules' too
-    settings = (module.kernel_size, module.group_size, module.up, module.down, module.normalizer)
-    with _without_autocast(features.device.type):
-        # Where little is valid, a quotient of two small sums: too small for float16.
-        exact = torch.float32 if dtype == torch.float16 else dtype
-        known, logits = known.to(dtype).to(exact), logits.to(exact)
-        total = reassemble_logits(known, logits, *settings)
-        valid_weight, weight = _kernel_sums(module, validity, logits)
-        valid, factor = _validity_and_factor(valid_weight, weight)
-        n, c, h, w = total.shape
-        output = (total.reshape(n, module.group_size, -1, h, w) * factor[:, :, None]).reshape(n, c, h, w)
-    return output.to(dtype), valid.to(features.dtype)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
@@ -129,29 +96,47 @@ def _validity_and_factor(valid_weight: Tensor, weight: Tensor) -> tuple[Tensor, 
     return valid, torch.where(valid, weight / torch.where(valid, valid_weight, 1), 0)
 
 
-def _kernel_sums(module: KernelPrediction, validity: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(W M) and sum(W) of every kernel, each (N, G, H', W'), with what is outside the map counted as valid.
-
-    Both are reassemblies, of M and of ones, within a margin of ones as wide as the kernels' radius. (1 - sum(W (1 - M))
-    would need no margin, but where little is valid rounding would eat it.)
-    """
-    k, g, up, down = module.kernel_size, module.group_size, module.up, module.down
-    # Wide enough, and a whole number of locations of the output, so that sources keep their places.
-    margin = output_size(k // 2, 1, down) * down
-    maps = torch.cat([validity, torch.ones_like(validity)], dim=1).repeat(1, g, 1, 1).to(logits.dtype)
-    maps = F.pad(maps, [margin] * 4, value=1.0)
-    margin_of_logits = margin // down if up == 1 else margin
-    sums = reassemble_logits(maps, F.pad(logits, [margin_of_logits] * 4), k, g, up, down, module.normalizer)
-    start = margin * up // down
-    height, width = (output_size(size, up, down) for size in validity.shape[2:])
-    sums = sums[..., start : start + height, start : start + width]
-    return sums[:, 0::2], sums[:, 1::2]
-
-
 class _MaskedCARAFE(KernelPrediction):
     def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """X and M -> X' and M', see :func:`propagate`."""
-        return propagate(self, features, validity)
+        r"""X and M -> X' and M', rescaled with the same content-aware kernels.
+
+        The kernels W are predicted from M * X, so nothing under a hole can influence them. For every output location:
+
+            X' = sum(W M X) * sum(W) / sum(W M)  where sum(W M) > 0, else 0;    M' = [sum(W M) > 0]
+
+        Outside the map X is zero and valid, as CARAFE++ has it. sum(W) is 1 with the normalisers whose kernels sum to
+        1; with 'sigmoid' it keeps the kernels' own scale. Where all of a window is valid the factor is exactly 1: an
+        all-valid map gives plain CARAFE++, bit for bit. With several groups of channels, a location is valid where it
+        is so in each.
+        """
+        known = fill_unknown(features, validity)
+        logits = self.predict_logits(known)
+        dtype = logits.dtype  # under autocast the plain modules' too
+        with _without_autocast(features.device.type):
+            # Where little is valid, a quotient of two small sums: too small for float16.
+            exact = torch.float32 if dtype == torch.float16 else dtype
+            known, logits = known.to(dtype).to(exact), logits.to(exact)
+            total = reassemble_logits(known, logits, *self.settings)
+            valid, factor = _validity_and_factor(*self._kernel_sums(validity, logits))
+            output = (total.unflatten(1, (self.group_size, -1)) * factor[:, :, None]).flatten(1, 2)
+        return output.to(dtype), valid.to(features.dtype)
+
+    def _kernel_sums(self, validity: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """sum(W M) and sum(W) of every kernel, (N, G, H', W') each, with what is outside the map counted as valid.
+
+        Both are reassemblies, of M and of ones, within a margin of ones as wide as the kernels' radius. (1 - sum(W (1 -
+        M)) would need no margin, but where little is valid rounding would eat it.)
+        """
+        k, g, up, down, _ = self.settings
+        # Wide enough, and a whole number of locations of the output, so that sources keep their places.
+        margin = output_size(k // 2, 1, down) * down
+        maps = torch.cat([validity, torch.ones_like(validity)], dim=1).repeat(1, g, 1, 1).to(logits.dtype)
+        maps = F.pad(maps, [margin] * 4, value=1.0)
+        logits = F.pad(logits, [margin // down if up == 1 else margin] * 4)
+        start = margin * up // down
+        height, width = (output_size(size, up, down) for size in validity.shape[2:])
+        sums = reassemble_logits(maps, logits, *self.settings)[..., start : start + height, start : start + width]
+        return sums[:, 0::2], sums[:, 1::2]
 
     def effective_kernels(self, kernels: Tensor, validity: Tensor) -> Tensor:
         """The weights that the features have in X', W M sum(W) / sum(W M), for :mod:`carafe_plugin.analysis`.

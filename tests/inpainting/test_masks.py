@@ -10,7 +10,6 @@ pytest.importorskip("mmengine", reason="mmengine is not installed")
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.analysis import record_reassemblies
 from carafe_plugin.inpainting import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d
-from carafe_plugin.inpainting.masked import propagate
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 from carafe_plugin.ops.reference import reassemble
 
@@ -239,14 +238,13 @@ def test_validity_of_another_shape(layer):
         layer(torch.rand(2, 3, 8, 8), torch.ones(2, 3, 8, 8))
 
 
-def test_half_precision_on_the_plain_way():
-    """propagate() serves any kernel prediction, in bfloat16 as well."""
+def test_bfloat16_knows_the_same_locations():
     torch.manual_seed(0)
     module = MaskedCARAFEUpsample(4)
     features, validity = torch.randn(1, 4, 8, 8), torch.ones(1, 1, 8, 8)
     validity[..., 2:7, 2:7] = 0
-    expected, expected_valid = propagate(module, features, validity)
-    output, valid = propagate(module.bfloat16(), features.bfloat16(), validity.bfloat16())
+    expected, expected_valid = module(features, validity)
+    output, valid = module.bfloat16()(features.bfloat16(), validity.bfloat16())
     assert output.dtype == valid.dtype == torch.bfloat16
     assert torch.equal(valid.float(), expected_valid)
     torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0.05)
