@@ -1,4 +1,4 @@
-"""The kernel prediction module (paper, Sec. 3.2): what up- and downsampling share."""
+"""CARAFE++ up- and downsampling, and the kernel prediction that they share (paper, Sec. 3)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class KernelPrediction(nn.Module):
     docstrings describe the arguments.
     """
 
+    downsamples = False
+
     def __init__(
         self,
         channels: int,
-        up: int,
-        down: int,
+        scale_factor: int | float | Fraction,
         kernel_size: int,
         group_size: int,
         encoder_kernel: int,
@@ -36,6 +37,12 @@ class KernelPrediction(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = positive("channels", channels)
+        self.scale_factor = scale_factor
+        up, down = scale_ratio(scale_factor)
+        if up < down:
+            raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
+        if self.downsamples:
+            up, down = down, up
         self.up, self.down = up, down
         self.kernel_size = odd("the reassembly kernel", kernel_size)
         self.group_size = positive("the group size", group_size)
@@ -108,9 +115,95 @@ class KernelPrediction(nn.Module):
         )
 
 
-def resize_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
-    """A module's scale factor, at least 1, as coprime numerator and denominator."""
-    numerator, denominator = scale_ratio(scale_factor)
-    if numerator < denominator:
-        raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
-    return numerator, denominator
+class CARAFEUpsample(KernelPrediction):
+    """Content-aware upsampling: (N, C, H, W) -> (N, C, ceil(sigma * H), ceil(sigma * W)).
+
+    Paper, Sec. 3 and Fig. 3; the ICCV 2019 paper's CARAFE is this module. Argument names, parameter names and shapes,
+    channel order and initialisation are those of mmcv's ``CARAFEPack``, so its checkpoints load with ``strict=True``.
+
+    Args:
+        channels (int): C, kept by the operator.
+        scale_factor (int | float | fractions.Fraction): sigma, how many times larger the output is; at least 1.
+        up_kernel (int): k of the reassembly, odd.
+        up_group (int): G, groups of channels with kernels of their own; divides ``channels``.
+        encoder_kernel (int): k_encoder, odd. The paper recommends ``up_kernel - 2``.
+        encoder_dilation (int): dilation of the content encoder.
+        compressed_channels (int | None): Cm, channels after the channel compressor; None removes the compressor.
+        normalizer (str): the kernel normaliser, 'softmax', 'sigmoid' or 'sigmoid_normalized' (Table 14).
+        norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor, e.g.
+            ``nn.BatchNorm2d``.
+        act (Callable[[], nn.Module] | None): builds an activation after that, e.g. ``nn.ReLU``.
+
+    Raises:
+        ValueError: an argument is out of its range, or the input has other channels.
+
+    Example:
+        >>> import torch
+        >>> from carafe_plugin import CARAFEUpsample
+        >>> CARAFEUpsample(256)(torch.rand(1, 256, 25, 42)).shape
+        torch.Size([1, 256, 50, 84])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale_factor: int | float | Fraction = 2,
+        up_kernel: int = 5,
+        up_group: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int | None = 64,
+        normalizer: str = "softmax",
+        norm: Callable[[int], nn.Module] | None = None,
+        act: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        kernel, encoder = (up_kernel, up_group), (encoder_kernel, encoder_dilation)
+        super().__init__(channels, scale_factor, *kernel, *encoder, compressed_channels, normalizer, norm, act)
+
+
+class CARAFEDownsample(KernelPrediction):
+    """Content-aware downsampling: (N, C, H, W) -> (N, C, ceil(H / sigma), ceil(W / sigma)).
+
+    Paper, Sec. 3 and Fig. 2. It replaces a max pooling or the stride of a convolution. In a backbone the paper adds
+    BatchNorm and ReLU after the channel compressor: ``norm=nn.BatchNorm2d, act=nn.ReLU``.
+
+    Args:
+        channels (int): C, kept by the operator.
+        scale_factor (int | float | fractions.Fraction): sigma, how many times smaller the output is; at least 1
+            (2 halves the map).
+        down_kernel (int): k of the reassembly, odd.
+        down_group (int): G, groups of channels with kernels of their own; divides ``channels``.
+        encoder_kernel (int): k_encoder, odd. The paper recommends ``down_kernel - 2``.
+        encoder_dilation (int): dilation of the content encoder, whose stride is sigma.
+        compressed_channels (int | None): Cm, channels after the channel compressor; None removes the compressor.
+        normalizer (str): the kernel normaliser, 'softmax', 'sigmoid' or 'sigmoid_normalized' (Table 14).
+        norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor.
+        act (Callable[[], nn.Module] | None): builds an activation after that.
+
+    Raises:
+        ValueError: an argument is out of its range, or the input has other channels.
+
+    Example:
+        >>> import torch
+        >>> from carafe_plugin import CARAFEDownsample
+        >>> CARAFEDownsample(64)(torch.rand(1, 64, 25, 42)).shape
+        torch.Size([1, 64, 13, 21])
+    """
+
+    downsamples = True
+
+    def __init__(
+        self,
+        channels: int,
+        scale_factor: int | float | Fraction = 2,
+        down_kernel: int = 5,
+        down_group: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int | None = 16,
+        normalizer: str = "softmax",
+        norm: Callable[[int], nn.Module] | None = None,
+        act: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        kernel, encoder = (down_kernel, down_group), (encoder_kernel, encoder_dilation)
+        super().__init__(channels, scale_factor, *kernel, *encoder, compressed_channels, normalizer, norm, act)
