@@ -196,12 +196,10 @@ class InpaintingFolder(Dataset):
         resized = np.array([max(round(edge * scale), self.size) for edge in image.size])
         room = resized - self.size
         corner = room // 2 if self.test_mode else rng.integers(0, room, endpoint=True)
-        if scale == 1:
-            image = image.crop((*corner, *(corner + self.size)))
-        else:  # of the crop alone: the whole of a long strip would take gigabytes
-            unit = np.array(image.size) / resized
-            box = (*(corner * unit), *np.minimum((corner + self.size) * unit, image.size))
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        # Of the crop alone: the whole of a long strip would take gigabytes. At scale 1 it changes no pixel.
+        unit = np.array(image.size) / resized
+        box = (*(corner * unit), *np.minimum((corner + self.size) * unit, image.size))
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
         return ImageOps.mirror(image) if not self.test_mode and rng.random() < self.flip else image
 
 
