@@ -12,6 +12,7 @@ any rational scale.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class PartialConv2d(nn.Conv2d):
     As in its authors' module, what lies outside the map is invalid: windows at the border are scaled up as those next
     to a hole are. One validity map serves all channels.
 
-    Args: those of :class:`torch.nn.Conv2d`, without groups and padding modes.
+    Args: those of :class:`torch.nn.Conv2d`; groups and padding modes are a ValueError.
 
     Example:
         >>> import torch
@@ -55,17 +56,10 @@ class PartialConv2d(nn.Conv2d):
         (torch.Size([1, 16, 8, 8]), 4)
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        dilation: int = 1,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.groups != 1 or self.padding_mode != "zeros":
+            raise ValueError(f"groups must be 1 and padding_mode 'zeros', got {self.groups} and {self.padding_mode!r}")
 
     def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """X and M -> X' and M'."""

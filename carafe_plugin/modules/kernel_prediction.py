@@ -72,19 +72,15 @@ class KernelPrediction(nn.Module):
             padding=(encoder_kernel - 1) * encoder_dilation // 2,
             dilation=encoder_dilation,
         )
-        self.reset_parameters()
+        self.init_weights()
 
-    def reset_parameters(self) -> None:
+    def init_weights(self) -> None:
         """Xavier-uniform convolutions, then a content encoder near zero: reassembly starts as a plain average."""
         for conv in (self.channel_compressor, self.content_encoder):
             if conv is not None and conv.bias is not None:
                 nn.init.xavier_uniform_(conv.weight)
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
-
-    def init_weights(self) -> None:
-        """The name that OpenMMLab's initialisation calls."""
-        self.reset_parameters()
 
     @property
     def settings(self) -> tuple[int, int, int, int, str]:
@@ -108,11 +104,8 @@ class KernelPrediction(nn.Module):
         return reassemble_logits(features, self.predict_logits(features), *self.settings)
 
     def extra_repr(self) -> str:
-        scale = f"{self.up}" if self.down == 1 else f"{self.up}/{self.down}"
-        return (
-            f"channels={self.channels}, scale={scale}, kernel_size={self.kernel_size}, group_size={self.group_size}, "
-            f"normalizer={self.normalizer!r}"
-        )
+        settings = f"kernel_size={self.kernel_size}, group_size={self.group_size}, normalizer={self.normalizer!r}"
+        return f"channels={self.channels}, scale={Fraction(self.up, self.down)}, {settings}"
 
 
 class CARAFEUpsample(KernelPrediction):

@@ -299,3 +299,9 @@ def test_shapes_on_the_meta_device(direction):
     found = module.to("meta")(features.to("meta"), validity.to("meta"))
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
     assert {tensor.device.type for tensor in found} == {"meta"}
+
+
+@pytest.mark.parametrize("setting", [dict(groups=3), dict(padding_mode="reflect")])
+def test_partial_convolutions_have_one_group_and_zeros_outside(setting):
+    with pytest.raises(ValueError, match="groups must be 1 and padding_mode 'zeros', got"):
+        PartialConv2d(3, 3, 3, **setting)
