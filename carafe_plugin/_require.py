@@ -15,15 +15,10 @@ _DISTRIBUTIONS = {
 
 
 def require(package: str, purpose: str) -> None:
-    """Import a package, or say that it is missing and what asked for it.
+    """Import a package, or raise an ImportError: it is not installed, and ``purpose`` needs it.
 
-    Args:
-        package (str): its import name, such as ``"mmdet"``.
-        purpose (str): who needs it, for the message.
-
-    Raises:
-        ImportError: it is not installed. A package that is installed but fails to import (a version that it does not
-            accept, a missing dependency of its own) keeps its own error.
+    A package that is installed but fails to import (a version that it does not accept, a missing dependency of its own)
+    keeps its own error.
     """
     try:
         importlib.import_module(package)

@@ -64,10 +64,6 @@ def _sliced(t: Tensor) -> Tensor:
     return padded[:, 1:, 2:-1, 1:-1]
 
 
-def _expanded(t: Tensor) -> Tensor:
-    return t[:1, :, :, :1].expand_as(t)
-
-
 # Every way in which a map may lie in memory. `expanded` repeats one column and one image with strides of 0, so it
 # changes the values; the others do not. What surrounds a slice is NaN: reading it cannot go unnoticed.
 LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -75,7 +71,7 @@ LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "sliced": _sliced,
     "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "expanded": _expanded,
+    "expanded": lambda t: t[:1, :, :, :1].expand_as(t),
 }
 
 

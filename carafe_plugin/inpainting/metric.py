@@ -11,7 +11,6 @@ import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 from PIL import Image
-from torch import Tensor
 
 from carafe_plugin._require import require
 
@@ -72,7 +71,8 @@ class InpaintingMetric(BaseMetric):
         Holes are Tensor[1, H, W], 1 in the hole; with ``folder``, images have a ``path`` too.
         """
         for sample in data_samples:
-            completed, original = (_unit_range(sample[name]) for name in ("completed", "original"))
+            images = [sample[name].detach().cpu().double().numpy() for name in ("completed", "original")]
+            completed, original = ((image + 1) / 2 for image in images)
             if self.folder:
                 self._write(completed, sample["path"])
             error = completed - original
@@ -97,7 +97,3 @@ class InpaintingMetric(BaseMetric):
         names = ("l1", "psnr", "l1_hole", "psnr_hole", "ssim")
         values = {name: [found[name] for found in results if name in found] for name in names}
         return {name: float(np.mean(found)) for name, found in values.items() if found}
-
-
-def _unit_range(image: Tensor) -> np.ndarray:
-    return (image.detach().cpu().double().numpy() + 1) / 2

@@ -36,10 +36,10 @@ def _apply(layer: nn.Module, features: Tensor, validity: Tensor | None) -> Maske
 class _Convolution(nn.Module):
     """A convolution, plain, partial or transposed, its norm and its activation."""
 
-    def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, channels: int, norm: bool) -> None:
+    def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, norm: bool) -> None:
         super().__init__()
         self.convolution = convolution
-        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.norm = nn.BatchNorm2d(convolution.out_channels) if norm else nn.Identity()
         kaiming_init(convolution, mode="fan_in")
 
     def forward(self, features: Tensor, validity: Tensor | None) -> Masked:
@@ -141,7 +141,7 @@ class InpaintingGenerator(BaseModule):
     def _convolution(self, channels: int, out_channels: int, kernel: int = 3, **settings: Any) -> _Convolution:
         padding = settings.get("dilation", 1) * (kernel // 2)
         convolution = self.kinds[0](channels, out_channels, kernel, padding=padding, bias=not self.norm, **settings)
-        return _Convolution(convolution, out_channels, self.norm)
+        return _Convolution(convolution, self.norm)
 
     def _downsampling(self, channels: int, out_channels: int, carafe: dict | None) -> list[nn.Module]:
         if carafe is None:
@@ -151,7 +151,7 @@ class InpaintingGenerator(BaseModule):
     def _upsampling(self, channels: int, out_channels: int, carafe: dict | None) -> list[nn.Module]:
         if carafe is None and self.upsampling == "deconv":
             deconvolution = nn.ConvTranspose2d(channels, out_channels, 4, stride=2, padding=1, bias=not self.norm)
-            return [_Convolution(deconvolution, out_channels, self.norm)]
+            return [_Convolution(deconvolution, self.norm)]
         larger = _Nearest() if carafe is None else _CARAFE(self.kinds[2](channels, **carafe))
         return [larger, self._convolution(channels, out_channels)]
 
