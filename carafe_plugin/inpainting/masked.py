@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 from carafe_plugin.ops.fused import reassemble_logits
-from carafe_plugin.ops.reference import output_size
+from carafe_plugin.ops.reference import output_size, source_index
 
 
 def fill_unknown(features: Tensor, validity: Tensor) -> Tensor:
@@ -137,15 +137,14 @@ class _MaskedCARAFE(KernelPrediction):
 
         Shaped as ``kernels``, the normalised W (N, G * k^2, H', W'), in float32 or float64; 0 where M' is 0.
         """
-        n, _, height, width = kernels.shape
-        k = self.kernel_size
+        k, g, up, down, _ = self.settings
         padded = F.pad(validity[:, 0] != 0, [k // 2] * 4, value=True)
         windows = padded.unfold(1, k, 1).unfold(2, k, 1)  # (N, H, W, k, k)
-        rows, columns = (torch.arange(size, device=padded.device) * self.down // self.up for size in (height, width))
-        known = windows[:, rows[:, None], columns].flatten(3).movedim(3, 1)  # (N, k^2, H', W')
-        split = kernels.to(torch.promote_types(kernels.dtype, torch.float32)).reshape(n, -1, k * k, height, width)
-        _, factor = _validity_and_factor((split * known[:, None]).sum(2), split.sum(2))
-        return (split * known[:, None] * factor[:, :, None]).flatten(1, 2)
+        rows, columns = (source_index(size, up, down, validity.device) for size in validity.shape[2:])
+        known = windows[:, None, rows[:, None], columns].flatten(4).movedim(4, 2)  # (N, 1, k^2, H', W')
+        weights = kernels.to(torch.promote_types(kernels.dtype, torch.float32)).unflatten(1, (g, k * k))
+        _, factor = _validity_and_factor((weights * known).sum(2), weights.sum(2))
+        return (weights * known * factor[:, :, None]).flatten(1, 2)
 
 
 class MaskedCARAFEUpsample(_MaskedCARAFE, CARAFEUpsample):
