@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,9 @@ class DrawSampler(InfiniteSampler):
         [0, 1, 2, 3, 4]
     """
 
-    _skipped = 0
+    def __init__(self, dataset: Sized, seed: int | None = None) -> None:
+        super().__init__(dataset, seed=seed)
+        self._skipped = 0
 
     def skip(self, draws: int) -> None:
         """Begin after this process's first ``draws`` draws."""

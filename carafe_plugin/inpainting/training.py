@@ -36,16 +36,14 @@ class PerNetworkOptimWrapperConstructor:
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         if paramwise_cfg is not None:
             raise ValueError("paramwise_cfg belongs in the configuration of each network's optimiser wrapper")
-        # Parts have their optimiser inside; what else is a dictionary, such as clip_grad, is a common setting.
-        parts = {
-            name: value
-            for name, value in optim_wrapper_cfg.items()
-            if isinstance(value, Mapping) and "optimizer" in value
-        }
-        if not parts:
+        self.parts: dict[str, Mapping] = {}
+        self.common: dict[str, Any] = {}
+        for name, value in optim_wrapper_cfg.items():
+            # Parts have their optimiser inside; what else is a dictionary, such as clip_grad, is a common setting.
+            is_part = isinstance(value, Mapping) and "optimizer" in value
+            (self.parts if is_part else self.common)[name] = value
+        if not self.parts:
             raise ValueError(f"optim_wrapper must name parts of the model with an 'optimizer', got {optim_wrapper_cfg}")
-        self.parts = parts
-        self.common = {name: value for name, value in optim_wrapper_cfg.items() if name not in parts}
 
     def __call__(self, model: nn.Module) -> OptimWrapperDict:
         """An optimiser wrapper for every part of ``model``."""
