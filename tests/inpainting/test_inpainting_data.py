@@ -266,5 +266,5 @@ def test_metric_writes_what_was_completed(tmp_path):
 
 def test_metric_names_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(ImportError, match="the SSIM of InpaintingMetric needs skimage, .* install scikit-image"):
+    with pytest.raises(ImportError, match=r"the SSIM of InpaintingMetric needs skimage, .* install scikit-image"):
         InpaintingMetric()
