@@ -117,14 +117,10 @@ def extensions() -> dict:
     nvcc = [*common, "-DUSE_CUDA", "--threads=0", *(f"-Xcompiler={prefix}" for prefix in prefixes)]
     nvcc.append(f"-DCARAFE_PTX={int('+PTX' in os.environ.get('TORCH_CUDA_ARCH_LIST', ''))}")
     sources = ["csrc/registration.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("carafe", "baseline", "avx2", "avx512"))]
-    modules = [CppExtension("carafe_plugin._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True)]
+    options = {"extra_compile_args": {"cxx": cxx, "nvcc": nvcc}, "py_limited_api": True}
+    modules = [CppExtension("carafe_plugin._C", sources, **options)]
     if with_cuda:
-        arguments = {"cxx": cxx, "nvcc": nvcc}
-        modules.append(
-            CUDAExtension(
-                "carafe_plugin._C_cuda", ["csrc/cuda/carafe.cu"], extra_compile_args=arguments, py_limited_api=True
-            )
-        )
+        modules.append(CUDAExtension("carafe_plugin._C_cuda", ["csrc/cuda/carafe.cu"], **options))
     return {
         "ext_modules": modules,
         "cmdclass": {"build_ext": BuildExtension, "build_py": BuildPackage},

@@ -1,4 +1,4 @@
-"""The OpenMMLab packages, which are optional."""
+"""Packages that are optional."""
 
 from __future__ import annotations
 
@@ -10,25 +10,21 @@ _DISTRIBUTIONS = {
     "mmdet": "onedl-mmdetection (or mmdet)",
     "mmseg": "onedl-mmsegmentation (or mmsegmentation)",
     "mmpretrain": "onedl-mmpretrain (or mmpretrain)",
+    "skimage": "scikit-image",
 }
 
 
-def require(toolbox: str, purpose: str) -> None:
-    """Import a toolbox, or say which package is missing and what asked for it.
+def require(package: str, purpose: str) -> None:
+    """Import a package, or raise an ImportError: it is not installed, and ``purpose`` needs it.
 
-    Args:
-        toolbox (str): the toolbox's import name, such as ``"mmdet"``.
-        purpose (str): who needs it, for the message.
-
-    Raises:
-        ImportError: the toolbox is not installed. A toolbox that is installed but fails to import (a version that it
-            does not accept, a missing dependency of its own) keeps its own error.
+    A package that is installed but fails to import (a version that it does not accept, a missing dependency of its own)
+    keeps its own error.
     """
     try:
-        importlib.import_module(toolbox)
+        importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != toolbox:
+        if error.name != package:
             raise
         raise ImportError(
-            f"{purpose} needs {toolbox}, which is not installed: install {_DISTRIBUTIONS[toolbox]}", name=toolbox
+            f"{purpose} needs {package}, which is not installed: install {_DISTRIBUTIONS[package]}", name=package
         ) from error

@@ -1,14 +1,12 @@
-"""What every test of the operator needs: devices, dtypes, shapes, layouts, and tolerances with their reasons.
+"""What every test of the operator needs: scales, shapes, layouts, and tolerances with their reasons.
 
 Part of the package, so that a project that builds on the operator can test against the same definition.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +30,6 @@ TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
 }
-
-
-def devices() -> tuple[str, ...]:
-    """The device types that the operator is compiled for. Tests skip, with the reason, those that are absent here."""
-    return ("cpu", "cuda")
-
-
-def dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes that the operator serves on every device."""
-    return tuple(TOLERANCES)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -76,10 +64,6 @@ def _sliced(t: Tensor) -> Tensor:
     return padded[:, 1:, 2:-1, 1:-1]
 
 
-def _expanded(t: Tensor) -> Tensor:
-    return t[:1, :, :, :1].expand_as(t)
-
-
 # Every way in which a map may lie in memory. `expanded` repeats one column and one image with strides of 0, so it
 # changes the values; the others do not. What surrounds a slice is NaN: reading it cannot go unnoticed.
 LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -87,7 +71,7 @@ LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "sliced": _sliced,
     "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "expanded": _expanded,
+    "expanded": lambda t: t[:1, :, :, :1].expand_as(t),
 }
 
 
@@ -115,34 +99,3 @@ def random_case(
     shapes = ((batch, channels, *size), (batch, group_size * kernel_size**2, *out), (batch, channels, *out))
     features, masks, grad = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
     return features.to(device, dtype), masks.to(device, dtype), grad.to(device, dtype)
-
-
-def pairwise(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Few cases in which every pair of values of every two options occurs: greedy, deterministic.
-
-    Example:
-        >>> len(list(pairwise({"a": range(3), "b": range(3), "c": range(3)})))
-        10
-    """
-    names = list(options)
-
-    def pair(axis: int, value: int, other: int, other_value: int) -> tuple[int, int, int, int]:
-        return (axis, value, other, other_value) if axis < other else (other, other_value, axis, value)
-
-    pending = {
-        (a, i, b, j)
-        for a, b in itertools.combinations(range(len(names)), 2)
-        for i in range(len(options[names[a]]))
-        for j in range(len(options[names[b]]))
-    }
-    while pending:
-        a, i, b, j = min(pending)
-        case = {a: i, b: j}
-        for axis in range(len(names)):
-            if axis not in case:
-                values = range(len(options[names[axis]]))
-                covered = [sum(pair(axis, value, *other) in pending for other in case.items()) for value in values]
-                case[axis] = covered.index(max(covered))
-        for a, b in itertools.combinations(range(len(names)), 2):
-            pending.discard((a, case[a], b, case[b]))
-        yield {name: options[name][case[axis]] for axis, name in enumerate(names)}

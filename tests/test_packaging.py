@@ -168,7 +168,7 @@ def test_binaries_need_only_stable_symbols(installed):
 def test_wheel_passes_the_operator_tests_without_openmmlab(installed, tmp_path):
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(installed), str(TESTS)]),
+        "PYTHONPATH": os.pathsep.join([str(installed), str(TESTS), str(TESTS / "support")]),
         "CARAFE_EXPECTED_FOLDER": str(installed),
     }
     files = [TESTS / "ops" / name for name in OPERATOR_TESTS]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -24,9 +25,7 @@ require("mmengine", __name__)
 
 from mmengine.analysis import FlopAnalyzer  # noqa: E402
 
-__all__ = ["Complexity", "Site", "add_handles", "carafe_sites", "count"]
-
-
+_SETTINGS = ("channels", "kernel_size", "encoder_kernel", "group_size", "compressed_channels", "normalizer")
 # Of PyTorch's own operators that MMEngine does not count, the two that are not small.
 _ATTENTION = ("aten::scaled_dot_product_attention", "aten::_native_multi_head_attention")
 
@@ -142,18 +141,12 @@ def carafe_sites(model: nn.Module, found: Complexity) -> Iterator[Site]:
     """Every CARAFE++ in ``model``, in the order of its modules, with what :func:`count` found for it."""
     for name, module in model.named_modules():
         if isinstance(module, KernelPrediction):
-            up = module.up >= module.down
-            larger, smaller = (module.up, module.down) if up else (module.down, module.up)
+            scale = Fraction(module.up, module.down)
             yield Site(
                 name=name,
-                direction="up" if up else "down",
-                scale=f"{larger}/{smaller}" if smaller > 1 else f"{larger}",
-                channels=module.channels,
-                kernel_size=module.kernel_size,
-                encoder_kernel=module.encoder_kernel,
-                group_size=module.group_size,
-                compressed_channels=module.compressed_channels,
-                normalizer=module.normalizer,
+                direction="up" if scale >= 1 else "down",
+                scale=str(max(scale, 1 / scale)),
+                **{setting: getattr(module, setting) for setting in _SETTINGS},
                 parameters=found.parameters[name],
                 flops=found.flops[name],
                 share=found.flops[name] / max(1, found.flops[""]),

@@ -34,8 +34,6 @@ from torch import Tensor, nn
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 from carafe_plugin.ops.reference import masks_from_logits
 
-__all__ = ["Reassembly", "Sources", "chain_groups", "check_chain", "compose", "record_reassemblies"]
-
 
 @dataclass(frozen=True)
 class Sources:
@@ -156,13 +154,12 @@ def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
         logits[site] = output.detach()
 
     def keep_kernels(name: str, site: Any, inputs: tuple, named: dict[str, Any], output: Any) -> None:
-        k, g = site.kernel_size, site.group_size
-        kernels = masks_from_logits(logits.pop(site), k, g, site.up, site.down, site.normalizer)
+        kernels = masks_from_logits(logits.pop(site), *site.settings)
         features, *rest = signature(site.forward).bind(*inputs, **named).args
         if rest:  # of which not every location counts
             kernels = site.effective_kernels(kernels, *rest)
-        (height, width), (n, _, *out_size) = features.shape[-2:], kernels.shape
-        kernels = kernels.cpu().reshape(n, g, k, k, *out_size)
+        kernels = kernels.cpu().unflatten(1, (site.group_size, site.kernel_size, site.kernel_size))
+        height, width = features.shape[-2:]
         found.append(Reassembly(name, kernels, (height, width), site.up, site.down))
 
     handles = []

@@ -4,8 +4,7 @@ Importing this package needs MMEngine, and registers its types in MMEngine's roo
 with ``custom_imports = dict(imports=["carafe_plugin.inpainting"])`` names them.
 """
 
-from .dataset import DrawSampler, InpaintingFolder
-from .free_form import free_form_mask
+from .dataset import DrawSampler, InpaintingFolder, free_form_mask
 from .masked import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d
 from .metric import InpaintingMetric
 from .model import InpaintingGAN, InpaintingPreprocessor

@@ -12,6 +12,7 @@ any rational scale.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,16 @@ from torch import Tensor, nn
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 from carafe_plugin.ops.fused import reassemble_logits
-from carafe_plugin.ops.reference import output_size
+from carafe_plugin.ops.reference import output_size, source_index
 
 
-def check_validity(features: Tensor, validity: Tensor) -> None:
-    """Raise a ValueError unless ``validity`` is the one-channel map that belongs to ``features``."""
+def fill_unknown(features: Tensor, validity: Tensor) -> Tensor:
+    """The paper's M * X, with 0 for what is invalid, even for NaN, in the memory format of ``features``."""
     expected = (features.shape[0], 1, *features.shape[2:])
     if tuple(validity.shape) != expected:
         raise ValueError(
             f"validity must have shape {expected}, as features {tuple(features.shape)} say, got {tuple(validity.shape)}"
         )
-
-
-def fill_unknown(features: Tensor, validity: Tensor) -> Tensor:
-    """The paper's M * X, with 0 for what is invalid, even for NaN, in the memory format of ``features``."""
     # Out of place, masked_fill would return a contiguous tensor.
     return features.clone().masked_fill_(validity == 0, 0)
 
@@ -48,7 +45,7 @@ class PartialConv2d(nn.Conv2d):
     As in its authors' module, what lies outside the map is invalid: windows at the border are scaled up as those next
     to a hole are. One validity map serves all channels.
 
-    Args: those of :class:`torch.nn.Conv2d`, without groups and padding modes.
+    Args: those of :class:`torch.nn.Conv2d`; groups and padding modes are a ValueError.
 
     Example:
         >>> import torch
@@ -59,21 +56,13 @@ class PartialConv2d(nn.Conv2d):
         (torch.Size([1, 16, 8, 8]), 4)
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        dilation: int = 1,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.groups != 1 or self.padding_mode != "zeros":
+            raise ValueError(f"groups must be 1 and padding_mode 'zeros', got {self.groups} and {self.padding_mode!r}")
 
     def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """X and M -> X' and M'."""
-        check_validity(features, validity)
         known = fill_unknown(features, validity)
         with torch.no_grad():
             window = validity.new_ones(1, 1, *self.kernel_size)
@@ -84,34 +73,6 @@ class PartialConv2d(nn.Conv2d):
         if self.bias is not None:
             output = output + self.bias[:, None, None] * valid
         return output, valid
-
-
-def propagate(module: KernelPrediction, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Rescale features and their validity with the same content-aware kernels, those of any plain module.
-
-    The kernels W are predicted from M * X, so nothing under a hole can influence them. For every output location:
-
-        X' = sum(W M X) * sum(W) / sum(W M)  where sum(W M) > 0, else 0;    M' = [sum(W M) > 0]
-
-    Outside the map X is zero and valid, as CARAFE++ has it. sum(W) is 1 with the normalisers whose kernels sum to 1;
-    with 'sigmoid' it keeps the kernels' own scale. Where all of a window is valid the factor is exactly 1: an all-valid
-    map gives plain CARAFE++, bit for bit. With several groups of channels, a location is valid where it is so in each.
-    """
-    check_validity(features, validity)
-    known = fill_unknown(features, validity)
-    logits = module.predict_logits(known)
-    dtype = logits.dtype  # under autocast the plain modules' too
-    settings = (module.kernel_size, module.group_size, module.up, module.down, module.normalizer)
-    with _without_autocast(features.device.type):
-        # Where little is valid, a quotient of two small sums: too small for float16.
-        exact = torch.float32 if dtype == torch.float16 else dtype
-        known, logits = known.to(dtype).to(exact), logits.to(exact)
-        total = reassemble_logits(known, logits, *settings)
-        valid_weight, weight = _kernel_sums(module, validity, logits)
-        valid, factor = _validity_and_factor(valid_weight, weight)
-        n, c, h, w = total.shape
-        output = (total.reshape(n, module.group_size, -1, h, w) * factor[:, :, None]).reshape(n, c, h, w)
-    return output.to(dtype), valid.to(features.dtype)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
@@ -129,44 +90,61 @@ def _validity_and_factor(valid_weight: Tensor, weight: Tensor) -> tuple[Tensor, 
     return valid, torch.where(valid, weight / torch.where(valid, valid_weight, 1), 0)
 
 
-def _kernel_sums(module: KernelPrediction, validity: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(W M) and sum(W) of every kernel, each (N, G, H', W'), with what is outside the map counted as valid.
-
-    Both are reassemblies, of M and of ones, within a margin of ones as wide as the kernels' radius. (1 - sum(W (1 - M))
-    would need no margin, but where little is valid rounding would eat it.)
-    """
-    k, g, up, down = module.kernel_size, module.group_size, module.up, module.down
-    # Wide enough, and a whole number of locations of the output, so that sources keep their places.
-    margin = output_size(k // 2, 1, down) * down
-    maps = torch.cat([validity, torch.ones_like(validity)], dim=1).repeat(1, g, 1, 1).to(logits.dtype)
-    maps = F.pad(maps, [margin] * 4, value=1.0)
-    margin_of_logits = margin // down if up == 1 else margin
-    sums = reassemble_logits(maps, F.pad(logits, [margin_of_logits] * 4), k, g, up, down, module.normalizer)
-    start = margin * up // down
-    height, width = (output_size(size, up, down) for size in validity.shape[2:])
-    sums = sums[..., start : start + height, start : start + width]
-    return sums[:, 0::2], sums[:, 1::2]
-
-
 class _MaskedCARAFE(KernelPrediction):
     def forward(self, features: Tensor, validity: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """X and M -> X' and M', see :func:`propagate`."""
-        return propagate(self, features, validity)
+        r"""X and M -> X' and M', rescaled with the same content-aware kernels.
+
+        The kernels W are predicted from M * X, so nothing under a hole can influence them. For every output location:
+
+            X' = sum(W M X) * sum(W) / sum(W M)  where sum(W M) > 0, else 0;    M' = [sum(W M) > 0]
+
+        Outside the map X is zero and valid, as CARAFE++ has it. sum(W) is 1 with the normalisers whose kernels sum to
+        1; with 'sigmoid' it keeps the kernels' own scale. Where all of a window is valid the factor is exactly 1: an
+        all-valid map gives plain CARAFE++, bit for bit. With several groups of channels, a location is valid where it
+        is so in each.
+        """
+        known = fill_unknown(features, validity)
+        logits = self.predict_logits(known)
+        dtype = logits.dtype  # under autocast the plain modules' too
+        with _without_autocast(features.device.type):
+            # Where little is valid, a quotient of two small sums: too small for float16.
+            exact = torch.float32 if dtype == torch.float16 else dtype
+            known, logits = known.to(dtype).to(exact), logits.to(exact)
+            total = reassemble_logits(known, logits, *self.settings)
+            valid, factor = _validity_and_factor(*self._kernel_sums(validity, logits))
+            output = (total.unflatten(1, (self.group_size, -1)) * factor[:, :, None]).flatten(1, 2)
+        return output.to(dtype), valid.to(features.dtype)
+
+    def _kernel_sums(self, validity: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """sum(W M) and sum(W) of every kernel, (N, G, H', W') each, with what is outside the map counted as valid.
+
+        Both are reassemblies, of M and of ones, within a margin of ones as wide as the kernels' radius. (1 - sum(W (1 -
+        M)) would need no margin, but where little is valid rounding would eat it.)
+        """
+        k, g, up, down, _ = self.settings
+        # Wide enough, and a whole number of locations of the output, so that sources keep their places.
+        margin = output_size(k // 2, 1, down) * down
+        maps = torch.cat([validity, torch.ones_like(validity)], dim=1).repeat(1, g, 1, 1).to(logits.dtype)
+        maps = F.pad(maps, [margin] * 4, value=1.0)
+        logits = F.pad(logits, [margin // down if up == 1 else margin] * 4)
+        start = margin * up // down
+        height, width = (output_size(size, up, down) for size in validity.shape[2:])
+        sums = reassemble_logits(maps, logits, *self.settings)[..., start : start + height, start : start + width]
+        return sums[:, 0::2], sums[:, 1::2]
 
     def effective_kernels(self, kernels: Tensor, validity: Tensor) -> Tensor:
         """The weights that the features have in X', W M sum(W) / sum(W M), for :mod:`carafe_plugin.analysis`.
 
         Shaped as ``kernels``, the normalised W (N, G * k^2, H', W'), in float32 or float64; 0 where M' is 0.
         """
-        n, _, height, width = kernels.shape
-        k = self.kernel_size
+        k, g, up, down, _ = self.settings
         padded = F.pad(validity[:, 0] != 0, [k // 2] * 4, value=True)
         windows = padded.unfold(1, k, 1).unfold(2, k, 1)  # (N, H, W, k, k)
-        rows, columns = (torch.arange(size, device=padded.device) * self.down // self.up for size in (height, width))
-        known = windows[:, rows[:, None], columns].flatten(3).movedim(3, 1)  # (N, k^2, H', W')
-        split = kernels.to(torch.promote_types(kernels.dtype, torch.float32)).reshape(n, -1, k * k, height, width)
-        _, factor = _validity_and_factor((split * known[:, None]).sum(2), split.sum(2))
-        return (split * known[:, None] * factor[:, :, None]).flatten(1, 2)
+        rows, columns = (source_index(size, up, down, validity.device) for size in validity.shape[2:])
+        known = windows[:, None, rows[:, None], columns].flatten(4).movedim(4, 2)  # (N, 1, k^2, H', W')
+        weights = kernels.to(torch.promote_types(kernels.dtype, torch.float32)).unflatten(1, (g, k * k))
+        _, factor = _validity_and_factor((weights * known).sum(2), weights.sum(2))
+        return (weights * known * factor[:, :, None]).flatten(1, 2)
 
 
 class MaskedCARAFEUpsample(_MaskedCARAFE, CARAFEUpsample):

@@ -11,11 +11,13 @@ import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 from PIL import Image
-from torch import Tensor
+
+from carafe_plugin._require import require
 
 #: Of an image without an error, whose PSNR would be infinite.
 HIGHEST_PSNR = 100.0
 SSIM_WINDOW = 11
+WANG_2004: dict[str, Any] = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
 
 
 def psnr(mean_squared_error: float) -> float:
@@ -58,12 +60,9 @@ class InpaintingMetric(BaseMetric):
     def __init__(self, folder: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.folder = folder
-        try:
-            from skimage.metrics import structural_similarity
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "InpaintingMetric computes SSIM with scikit-image, which is not installed", name=error.name
-            ) from error
+        require("skimage", "the SSIM of InpaintingMetric")
+        from skimage.metrics import structural_similarity
+
         self._ssim = structural_similarity
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
@@ -72,23 +71,14 @@ class InpaintingMetric(BaseMetric):
         Holes are Tensor[1, H, W], 1 in the hole; with ``folder``, images have a ``path`` too.
         """
         for sample in data_samples:
-            completed, original = (_unit_range(sample[name]) for name in ("completed", "original"))
+            images = [sample[name].detach().cpu().double().numpy() for name in ("completed", "original")]
+            completed, original = ((image + 1) / 2 for image in images)
             if self.folder:
                 self._write(completed, sample["path"])
             error = completed - original
             found = dict(l1=100 * float(np.abs(error).mean()), psnr=psnr(float((error**2).mean())))
             if min(error.shape[1:]) >= SSIM_WINDOW:
-                found["ssim"] = float(
-                    self._ssim(
-                        completed,
-                        original,
-                        channel_axis=0,
-                        data_range=1.0,
-                        gaussian_weights=True,
-                        sigma=1.5,
-                        use_sample_covariance=False,
-                    )
-                )
+                found["ssim"] = float(self._ssim(completed, original, channel_axis=0, data_range=1.0, **WANG_2004))
             hole = sample["holes"][0].cpu().numpy() > 0
             if hole.any():
                 found["l1_hole"] = 100 * float(np.abs(error[:, hole]).mean())
@@ -107,7 +97,3 @@ class InpaintingMetric(BaseMetric):
         names = ("l1", "psnr", "l1_hole", "psnr_hole", "ssim")
         values = {name: [found[name] for found in results if name in found] for name in names}
         return {name: float(np.mean(found)) for name, found in values.items() if found}
-
-
-def _unit_range(image: Tensor) -> np.ndarray:
-    return (image.detach().cpu().double().numpy() + 1) / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,12 +23,8 @@ class InpaintingPreprocessor(BaseDataPreprocessor):
     def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
         """Lists of uint8 images (3, H, W) and holes (1, H, W) -> float32 batches, with whatever else ``data`` has."""
         data = self.cast_data(data)
-        inputs, holes = (_stack(data[name]) for name in ("inputs", "holes"))
+        inputs, holes = (torch.stack(list(data[name])).float() for name in ("inputs", "holes"))
         return {**data, "inputs": inputs / 127.5 - 1, "holes": holes}
-
-
-def _stack(maps: Tensor | Sequence[Tensor]) -> Tensor:
-    return (maps if isinstance(maps, Tensor) else torch.stack(list(maps))).float()
 
 
 @MODELS.register_module()

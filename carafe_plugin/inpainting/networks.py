@@ -13,12 +13,16 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample
+from carafe_plugin.modules.checks import positive
 
 from .masked import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d, fill_unknown
 
 #: Height and width of an image must be multiples of it: two halvings.
 STRIDE = 4
 UPSAMPLINGS = ("deconv", "nearest")
+#: Convolution, down- and upsampling of a network.
+PLAIN = (nn.Conv2d, CARAFEDownsample, CARAFEUpsample)
+PARTIAL = (PartialConv2d, MaskedCARAFEDownsample, MaskedCARAFEUpsample)
 
 #: What every layer takes and returns: features, and their validity in a Partial Conv network, None in another.
 Masked = tuple[Tensor, Tensor | None]
@@ -32,10 +36,10 @@ def _apply(layer: nn.Module, features: Tensor, validity: Tensor | None) -> Maske
 class _Convolution(nn.Module):
     """A convolution, plain, partial or transposed, its norm and its activation."""
 
-    def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, channels: int, norm: bool) -> None:
+    def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, norm: bool) -> None:
         super().__init__()
         self.convolution = convolution
-        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.norm = nn.BatchNorm2d(convolution.out_channels) if norm else nn.Identity()
         kaiming_init(convolution, mode="fan_in")
 
     def forward(self, features: Tensor, validity: Tensor | None) -> Masked:
@@ -120,57 +124,36 @@ class InpaintingGenerator(BaseModule):
         if partial and upsampling == "deconv":
             raise ValueError("upsampling must be 'nearest' with partial=True: a deconvolution has no partial form")
         self.partial, self.upsampling, self.norm = partial, upsampling, norm
+        self.kinds = PARTIAL if partial else PLAIN
         down, up = _switches(carafe_cfg)
         full, half, quarter = base_channels, 2 * base_channels, 4 * base_channels
-        self.encoder = nn.ModuleList(
-            [
-                self._convolution(3 if partial else 4, full, 5),
-                *self._downsampling(full, half, down),
-                self._convolution(half, half),
-                *self._downsampling(half, quarter, down),
-                self._convolution(quarter, quarter),
-                self._convolution(quarter, quarter),
-            ]
-        )
+        self.encoder = nn.ModuleList([self._convolution(3 if partial else 4, full, 5)])
+        self.encoder.extend([*self._downsampling(full, half, down), self._convolution(half, half)])
+        self.encoder.extend([*self._downsampling(half, quarter, down), self._convolution(quarter, quarter)])
+        self.encoder.append(self._convolution(quarter, quarter))
         self.bottleneck = nn.ModuleList([self._convolution(quarter, quarter, dilation=d) for d in dilations])
-        self.decoder = nn.ModuleList(
-            [
-                self._convolution(quarter, quarter),
-                self._convolution(quarter, quarter),
-                *self._upsampling(quarter, half, up),
-                self._convolution(half, half),
-                *self._upsampling(half, full, up),
-                self._convolution(full, full // 2),
-            ]
-        )
-        kind: type[nn.Conv2d] = PartialConv2d if partial else nn.Conv2d
-        self.to_image = kind(full // 2, 3, 3, padding=1)
+        self.decoder = nn.ModuleList([self._convolution(quarter, quarter), self._convolution(quarter, quarter)])
+        self.decoder.extend([*self._upsampling(quarter, half, up), self._convolution(half, half)])
+        self.decoder.extend([*self._upsampling(half, full, up), self._convolution(full, full // 2)])
+        self.to_image = self.kinds[0](full // 2, 3, 3, padding=1)
         xavier_init(self.to_image, distribution="normal")
 
-    def _convolution(
-        self, channels: int, out_channels: int, kernel: int = 3, stride: int = 1, dilation: int = 1
-    ) -> _Convolution:
-        kind = PartialConv2d if self.partial else nn.Conv2d
-        padding = dilation * (kernel // 2)
-        convolution = kind(
-            channels, out_channels, kernel, stride=stride, padding=padding, dilation=dilation, bias=not self.norm
-        )
-        return _Convolution(convolution, out_channels, self.norm)
+    def _convolution(self, channels: int, out_channels: int, kernel: int = 3, **settings: Any) -> _Convolution:
+        padding = settings.get("dilation", 1) * (kernel // 2)
+        convolution = self.kinds[0](channels, out_channels, kernel, padding=padding, bias=not self.norm, **settings)
+        return _Convolution(convolution, self.norm)
 
     def _downsampling(self, channels: int, out_channels: int, carafe: dict | None) -> list[nn.Module]:
         if carafe is None:
             return [self._convolution(channels, out_channels, stride=2)]
-        kind = MaskedCARAFEDownsample if self.partial else CARAFEDownsample
-        return [_CARAFE(kind(channels, **carafe)), self._convolution(channels, out_channels)]
+        return [_CARAFE(self.kinds[1](channels, **carafe)), self._convolution(channels, out_channels)]
 
     def _upsampling(self, channels: int, out_channels: int, carafe: dict | None) -> list[nn.Module]:
-        if carafe is not None:
-            kind = MaskedCARAFEUpsample if self.partial else CARAFEUpsample
-            return [_CARAFE(kind(channels, **carafe)), self._convolution(channels, out_channels)]
-        if self.upsampling == "nearest":
-            return [_Nearest(), self._convolution(channels, out_channels)]
-        deconvolution = nn.ConvTranspose2d(channels, out_channels, 4, stride=2, padding=1, bias=not self.norm)
-        return [_Convolution(deconvolution, out_channels, self.norm)]
+        if carafe is None and self.upsampling == "deconv":
+            deconvolution = nn.ConvTranspose2d(channels, out_channels, 4, stride=2, padding=1, bias=not self.norm)
+            return [_Convolution(deconvolution, self.norm)]
+        larger = _Nearest() if carafe is None else _CARAFE(self.kinds[2](channels, **carafe))
+        return [larger, self._convolution(channels, out_channels)]
 
     def forward(self, images: Tensor, holes: Tensor) -> Tensor:
         """Predict the paper's y_hat, (N, 3, H, W) in [-1, 1], from images likewise.
@@ -229,18 +212,13 @@ class PatchDiscriminator(BaseModule):
 
     def __init__(self, base_channels: int = 64, strided: int = 3, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
-        for name, value in (("base_channels", base_channels), ("strided", strided)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        widths = [base_channels * min(2**level, 8) for level in range(strided + 1)]
+        positive("base_channels", base_channels)
+        widths = [base_channels * min(2**level, 8) for level in range(positive("strided", strided) + 1)]
         layers: list[nn.Module] = [nn.Conv2d(4, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level, (before, after) in enumerate(pairwise(widths), 1):
             stride = 2 if level < strided else 1
-            layers += [
-                nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.LeakyReLU(0.2),
-            ]
+            layers.append(nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False))
+            layers.extend([nn.BatchNorm2d(after), nn.LeakyReLU(0.2)])
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):

@@ -13,6 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.model import MMSeparateDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
 from torch import nn
 
 
@@ -35,16 +36,14 @@ class PerNetworkOptimWrapperConstructor:
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         if paramwise_cfg is not None:
             raise ValueError("paramwise_cfg belongs in the configuration of each network's optimiser wrapper")
-        # Parts have their optimiser inside; what else is a dictionary, such as clip_grad, is a common setting.
-        parts = {
-            name: value
-            for name, value in optim_wrapper_cfg.items()
-            if isinstance(value, Mapping) and "optimizer" in value
-        }
-        if not parts:
+        self.parts: dict[str, Mapping] = {}
+        self.common: dict[str, Any] = {}
+        for name, value in optim_wrapper_cfg.items():
+            # Parts have their optimiser inside; what else is a dictionary, such as clip_grad, is a common setting.
+            is_part = isinstance(value, Mapping) and "optimizer" in value
+            (self.parts if is_part else self.common)[name] = value
+        if not self.parts:
             raise ValueError(f"optim_wrapper must name parts of the model with an 'optimizer', got {optim_wrapper_cfg}")
-        self.parts = parts
-        self.common = {name: value for name, value in optim_wrapper_cfg.items() if name not in parts}
 
     def __call__(self, model: nn.Module) -> OptimWrapperDict:
         """An optimiser wrapper for every part of ``model``."""
@@ -84,7 +83,7 @@ class ExactResumeHook(Hook):
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Put the state of all random numbers into the checkpoint; name the weights as without several processes."""
         if is_model_wrapper(runner.model):
-            checkpoint["state_dict"] = _without_wrappers(runner.model.module, checkpoint["state_dict"])
+            checkpoint["state_dict"] = weights_to_cpu(get_state_dict(runner.model))
         name, keys, *rest = np.random.get_state()
         checkpoint["random_state"] = dict(
             torch=torch.get_rng_state(),
@@ -117,13 +116,3 @@ class ExactResumeHook(Hook):
         np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
-
-
-def _without_wrappers(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
-    wrapped = [name for name, part in model.named_children() if is_model_wrapper(part)]
-
-    def plain(key: str) -> str:
-        name, _, rest = key.partition(".")
-        return f"{name}.{rest.removeprefix('module.')}" if name in wrapped else key
-
-    return type(weights)((plain(key), value) for key, value in weights.items())

@@ -1,6 +1,5 @@
 """CARAFE++ as plain ``torch.nn`` modules: they need neither mmcv nor mmengine."""
 
-from .downsample import CARAFEDownsample
-from .upsample import CARAFEUpsample
+from .kernel_prediction import CARAFEDownsample, CARAFEUpsample
 
 __all__ = ["CARAFEDownsample", "CARAFEUpsample"]

@@ -1,4 +1,4 @@
-"""The kernel prediction module (paper, Sec. 3.2): what up- and downsampling share."""
+"""CARAFE++ up- and downsampling, and the kernel prediction that they share (paper, Sec. 3)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ..ops.functional import scale_ratio
 from ..ops.fused import reassemble_logits
-from ..ops.reference import NORMALIZERS, masks_from_logits, normalize_kernels
-
-__all__ = ["NORMALIZERS", "KernelPrediction", "normalize_kernels", "resize_ratio"]
+from ..ops.reference import NORMALIZERS, masks_from_logits
+from .checks import check_features, odd, positive
 
 
 class KernelPrediction(nn.Module):
@@ -21,11 +20,12 @@ class KernelPrediction(nn.Module):
     docstrings describe the arguments.
     """
 
+    downsamples = False
+
     def __init__(
         self,
         channels: int,
-        up: int,
-        down: int,
+        scale_factor: int | float | Fraction,
         kernel_size: int,
         group_size: int,
         encoder_kernel: int,
@@ -36,17 +36,22 @@ class KernelPrediction(nn.Module):
         act: Callable[[], nn.Module] | None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("channels", channels),
-            ("the group size", group_size),
-            ("encoder_dilation", encoder_dilation),
-            ("compressed_channels", 1 if compressed_channels is None else compressed_channels),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        for name, value in (("the reassembly kernel", kernel_size), ("encoder_kernel", encoder_kernel)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
-                raise ValueError(f"{name} must be an odd positive int, got {value!r}")
+        self.channels = positive("channels", channels)
+        self.scale_factor = scale_factor
+        up, down = scale_ratio(scale_factor)
+        if up < down:
+            raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
+        if self.downsamples:
+            up, down = down, up
+        self.up, self.down = up, down
+        self.kernel_size = odd("the reassembly kernel", kernel_size)
+        self.group_size = positive("the group size", group_size)
+        self.encoder_kernel = odd("encoder_kernel", encoder_kernel)
+        self.encoder_dilation = positive("encoder_dilation", encoder_dilation)
+        self.compressed_channels = compressed_channels
+        self.normalizer = normalizer
+        if compressed_channels is not None:
+            positive("compressed_channels", compressed_channels)
         if channels % group_size:
             raise ValueError(f"channels must be a multiple of the group size {group_size}, got {channels}")
         if normalizer not in NORMALIZERS:
@@ -54,12 +59,6 @@ class KernelPrediction(nn.Module):
         if compressed_channels is None and (norm is not None or act is not None):
             raise ValueError("norm and act follow the channel compressor: compressed_channels=None admits neither")
 
-        self.channels = channels
-        self.up, self.down = up, down
-        self.kernel_size, self.group_size = kernel_size, group_size
-        self.encoder_kernel, self.encoder_dilation = encoder_kernel, encoder_dilation
-        self.compressed_channels = compressed_channels
-        self.normalizer = normalizer
         self.channel_compressor = None if compressed_channels is None else nn.Conv2d(channels, compressed_channels, 1)
         # In the order in which they run: tools that fold norms into convolutions take a norm for its predecessor's.
         self.compressor_norm = None if norm is None or compressed_channels is None else norm(compressed_channels)
@@ -73,9 +72,9 @@ class KernelPrediction(nn.Module):
             padding=(encoder_kernel - 1) * encoder_dilation // 2,
             dilation=encoder_dilation,
         )
-        self.reset_parameters()
+        self.init_weights()
 
-    def reset_parameters(self) -> None:
+    def init_weights(self) -> None:
         """Xavier-uniform convolutions, then a content encoder near zero: reassembly starts as a plain average."""
         for conv in (self.channel_compressor, self.content_encoder):
             if conv is not None and conv.bias is not None:
@@ -83,49 +82,121 @@ class KernelPrediction(nn.Module):
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
 
-    def init_weights(self) -> None:
-        """The name that OpenMMLab's initialisation calls."""
-        self.reset_parameters()
+    @property
+    def settings(self) -> tuple[int, int, int, int, str]:
+        """k, G, up, down and the normaliser: what :func:`carafe_plugin.ops.fused.reassemble_logits` takes last."""
+        return self.kernel_size, self.group_size, self.up, self.down, self.normalizer
 
     def predict_logits(self, features: Tensor) -> Tensor:
         """What the content encoder says: (N, G * k^2 * up^2, H, W), or, downsampling, (N, G * k^2, H', W')."""
-        content = features
-        if self.channel_compressor is not None:
-            content = self.channel_compressor(content)
-        if self.compressor_norm is not None:
-            content = self.compressor_norm(content)
-        if self.compressor_act is not None:
-            content = self.compressor_act(content)
-        return self.content_encoder(content)
+        for layer in (self.channel_compressor, self.compressor_norm, self.compressor_act, self.content_encoder):
+            if layer is not None:
+                features = layer(features)
+        return features
 
     def predict_kernels(self, features: Tensor) -> Tensor:
         """The normalised kernels of every output location, (N, C, H, W) -> (N, G * k^2, H', W')."""
-        logits = self.predict_logits(features)
-        return masks_from_logits(logits, self.kernel_size, self.group_size, self.up, self.down, self.normalizer)
+        return masks_from_logits(self.predict_logits(features), *self.settings)
 
     def forward(self, features: Tensor) -> Tensor:
         """Rescale features, (N, C, H, W) -> (N, C, ceil(H * up / down), ceil(W * up / down))."""
-        if features.dim() != 4 or features.shape[1] != self.channels:
-            raise ValueError(
-                f"features must have shape (N, {self.channels}, H, W) as channels={self.channels} says, "
-                f"got {tuple(features.shape)}"
-            )
-        logits = self.predict_logits(features)
-        return reassemble_logits(
-            features, logits, self.kernel_size, self.group_size, self.up, self.down, self.normalizer
-        )
+        check_features(features, self.channels)
+        return reassemble_logits(features, self.predict_logits(features), *self.settings)
 
     def extra_repr(self) -> str:
-        scale = f"{self.up}" if self.down == 1 else f"{self.up}/{self.down}"
-        return (
-            f"channels={self.channels}, scale={scale}, kernel_size={self.kernel_size}, group_size={self.group_size}, "
-            f"normalizer={self.normalizer!r}"
-        )
+        settings = f"kernel_size={self.kernel_size}, group_size={self.group_size}, normalizer={self.normalizer!r}"
+        return f"channels={self.channels}, scale={Fraction(self.up, self.down)}, {settings}"
 
 
-def resize_ratio(scale_factor: int | float | Fraction, *, invert: bool) -> tuple[int, int]:
-    """``(up, down)`` of a module's scale factor, which is at least 1 and says how many times larger or smaller."""
-    up, down = scale_ratio(scale_factor)
-    if up < down:
-        raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
-    return (down, up) if invert else (up, down)
+class CARAFEUpsample(KernelPrediction):
+    """Content-aware upsampling: (N, C, H, W) -> (N, C, ceil(sigma * H), ceil(sigma * W)).
+
+    Paper, Sec. 3 and Fig. 3; the ICCV 2019 paper's CARAFE is this module. Argument names, parameter names and shapes,
+    channel order and initialisation are those of mmcv's ``CARAFEPack``, so its checkpoints load with ``strict=True``.
+
+    Args:
+        channels (int): C, kept by the operator.
+        scale_factor (int | float | fractions.Fraction): sigma, how many times larger the output is; at least 1.
+        up_kernel (int): k of the reassembly, odd.
+        up_group (int): G, groups of channels with kernels of their own; divides ``channels``.
+        encoder_kernel (int): k_encoder, odd. The paper recommends ``up_kernel - 2``.
+        encoder_dilation (int): dilation of the content encoder.
+        compressed_channels (int | None): Cm, channels after the channel compressor; None removes the compressor.
+        normalizer (str): the kernel normaliser, 'softmax', 'sigmoid' or 'sigmoid_normalized' (Table 14).
+        norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor, e.g.
+            ``nn.BatchNorm2d``.
+        act (Callable[[], nn.Module] | None): builds an activation after that, e.g. ``nn.ReLU``.
+
+    Raises:
+        ValueError: an argument is out of its range, or the input has other channels.
+
+    Example:
+        >>> import torch
+        >>> from carafe_plugin import CARAFEUpsample
+        >>> CARAFEUpsample(256)(torch.rand(1, 256, 25, 42)).shape
+        torch.Size([1, 256, 50, 84])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale_factor: int | float | Fraction = 2,
+        up_kernel: int = 5,
+        up_group: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int | None = 64,
+        normalizer: str = "softmax",
+        norm: Callable[[int], nn.Module] | None = None,
+        act: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        kernel, encoder = (up_kernel, up_group), (encoder_kernel, encoder_dilation)
+        super().__init__(channels, scale_factor, *kernel, *encoder, compressed_channels, normalizer, norm, act)
+
+
+class CARAFEDownsample(KernelPrediction):
+    """Content-aware downsampling: (N, C, H, W) -> (N, C, ceil(H / sigma), ceil(W / sigma)).
+
+    Paper, Sec. 3 and Fig. 2. It replaces a max pooling or the stride of a convolution. In a backbone the paper adds
+    BatchNorm and ReLU after the channel compressor: ``norm=nn.BatchNorm2d, act=nn.ReLU``.
+
+    Args:
+        channels (int): C, kept by the operator.
+        scale_factor (int | float | fractions.Fraction): sigma, how many times smaller the output is; at least 1
+            (2 halves the map).
+        down_kernel (int): k of the reassembly, odd.
+        down_group (int): G, groups of channels with kernels of their own; divides ``channels``.
+        encoder_kernel (int): k_encoder, odd. The paper recommends ``down_kernel - 2``.
+        encoder_dilation (int): dilation of the content encoder, whose stride is sigma.
+        compressed_channels (int | None): Cm, channels after the channel compressor; None removes the compressor.
+        normalizer (str): the kernel normaliser, 'softmax', 'sigmoid' or 'sigmoid_normalized' (Table 14).
+        norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor.
+        act (Callable[[], nn.Module] | None): builds an activation after that.
+
+    Raises:
+        ValueError: an argument is out of its range, or the input has other channels.
+
+    Example:
+        >>> import torch
+        >>> from carafe_plugin import CARAFEDownsample
+        >>> CARAFEDownsample(64)(torch.rand(1, 64, 25, 42)).shape
+        torch.Size([1, 64, 13, 21])
+    """
+
+    downsamples = True
+
+    def __init__(
+        self,
+        channels: int,
+        scale_factor: int | float | Fraction = 2,
+        down_kernel: int = 5,
+        down_group: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int | None = 16,
+        normalizer: str = "softmax",
+        norm: Callable[[int], nn.Module] | None = None,
+        act: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        kernel, encoder = (down_kernel, down_group), (encoder_kernel, encoder_dilation)
+        super().__init__(channels, scale_factor, *kernel, *encoder, compressed_channels, normalizer, norm, act)

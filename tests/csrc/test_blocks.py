@@ -11,9 +11,11 @@ import torch
 
 from carafe_plugin.ops import fused, reference
 from carafe_plugin.ops.reference import NORMALIZERS, masks_from_logits
-from carafe_plugin.testing import TOLERANCES, assert_close, dtypes, pairwise
+from carafe_plugin.testing import TOLERANCES, assert_close
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from covering import pairwise
 from hosts import DTYPES, ORDERS, compile_host, label, run_under_sanitizers
 
 # Bytes of shared memory less the 64 that the kernel itself takes: what every GPU gives a block, and what each of the
@@ -28,7 +30,7 @@ OPTIONS = {
     "size": ((6, 8), (5, 7), (1, 1), (2, 33), (9, 20)),
     "channels": (4, 20, 36),
     "how": ("masks", *NORMALIZERS),
-    "dtype": dtypes(),
+    "dtype": reference.DTYPES,
     "layout": (0, 1, 2),
     "misaligned": (False, True),
 }

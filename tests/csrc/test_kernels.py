@@ -12,9 +12,11 @@ import torch
 from carafe_plugin.ops import reference
 from carafe_plugin.ops.functional import scale_ratio
 from carafe_plugin.ops.reference import NORMALIZERS, masks_from_logits
-from carafe_plugin.testing import SCALES, TOLERANCES, assert_close, dtypes, pairwise, random_case
+from carafe_plugin.testing import SCALES, TOLERANCES, assert_close, random_case
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from covering import pairwise
 from hosts import DTYPES, ORDERS, compile_host, label, run_under_sanitizers
 
 CASES = list(
@@ -24,7 +26,7 @@ CASES = list(
             "group_size": (1, 2, 4),
             "scale": (*SCALES, Fraction(5, 4), Fraction(2, 5)),
             "size": ((6, 8), (5, 7), (1, 1), (2, 33)),
-            "dtype": dtypes(),
+            "dtype": reference.DTYPES,
             "layout": (0, 1, 2),
         }
     )
@@ -111,7 +113,7 @@ FROM_LOGITS = list(
             "size": ((6, 8), (1, 1), (19, 209)),
             "channels": (8, 38),
             "normalizer": NORMALIZERS,
-            "dtype": dtypes(),
+            "dtype": reference.DTYPES,
             "layout": (0, 1, 2),
         }
     )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -210,6 +211,8 @@ def test_draws():
         sampler.skip(4)
         assert take(sampler, 3) == shares[-1][4:]
     assert sorted(itertools.chain(*shares), key=lambda item: item[1]) == draws
+    with pytest.raises(TypeError, match="shuffle"):
+        DrawSampler(range(7), shuffle=False)
 
 
 def test_metric_is_the_formulas():
@@ -259,3 +262,9 @@ def test_metric_writes_what_was_completed(tmp_path):
         found = np.asarray(Image.open(tmp_path / "out" / name)).transpose(2, 0, 1)
         assert np.array_equal(found, ((sample["completed"] + 1) * 127.5).round().numpy())
     assert "inpainting/ssim" not in metric.evaluate(2), "smaller than its window"
+
+
+def test_metric_names_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ImportError, match=r"the SSIM of InpaintingMetric needs skimage, .* install scikit-image"):
+        InpaintingMetric()

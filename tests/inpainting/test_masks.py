@@ -10,7 +10,6 @@ pytest.importorskip("mmengine", reason="mmengine is not installed")
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.analysis import record_reassemblies
 from carafe_plugin.inpainting import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d
-from carafe_plugin.inpainting.masked import propagate
 from carafe_plugin.modules.kernel_prediction import KernelPrediction
 from carafe_plugin.ops.reference import reassemble
 
@@ -239,14 +238,13 @@ def test_validity_of_another_shape(layer):
         layer(torch.rand(2, 3, 8, 8), torch.ones(2, 3, 8, 8))
 
 
-def test_half_precision_on_the_plain_way():
-    """propagate() serves any kernel prediction, in bfloat16 as well."""
+def test_bfloat16_knows_the_same_locations():
     torch.manual_seed(0)
     module = MaskedCARAFEUpsample(4)
     features, validity = torch.randn(1, 4, 8, 8), torch.ones(1, 1, 8, 8)
     validity[..., 2:7, 2:7] = 0
-    expected, expected_valid = propagate(module, features, validity)
-    output, valid = propagate(module.bfloat16(), features.bfloat16(), validity.bfloat16())
+    expected, expected_valid = module(features, validity)
+    output, valid = module.bfloat16()(features.bfloat16(), validity.bfloat16())
     assert output.dtype == valid.dtype == torch.bfloat16
     assert torch.equal(valid.float(), expected_valid)
     torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0.05)
@@ -301,3 +299,9 @@ def test_shapes_on_the_meta_device(direction):
     found = module.to("meta")(features.to("meta"), validity.to("meta"))
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
     assert {tensor.device.type for tensor in found} == {"meta"}
+
+
+@pytest.mark.parametrize("setting", [dict(groups=3), dict(padding_mode="reflect")])
+def test_partial_convolutions_have_one_group_and_zeros_outside(setting):
+    with pytest.raises(ValueError, match="groups must be 1 and padding_mode 'zeros', got"):
+        PartialConv2d(3, 3, 3, **setting)

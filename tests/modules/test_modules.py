@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
-from carafe_plugin.modules.kernel_prediction import NORMALIZERS, normalize_kernels
 from carafe_plugin.ops import reference
+from carafe_plugin.ops.reference import NORMALIZERS, normalize_kernels
 from carafe_plugin.testing import relative_error
 
 

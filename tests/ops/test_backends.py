@@ -20,12 +20,12 @@ CHECK = """
 import ctypes, torch, carafe_plugin._C
 from fractions import Fraction
 from carafe_plugin.ops import carafe, reference
-from carafe_plugin.testing import TOLERANCES, assert_close, random_case, dtypes
+from carafe_plugin.testing import TOLERANCES, assert_close, random_case
 from carafe_plugin.ops.functional import scale_ratio
 library = ctypes.CDLL(carafe_plugin._C.__file__)
 library.carafe_cpu_path.restype = ctypes.c_char_p
 ops = torch.ops.carafe_plugin
-for dtype in dtypes():
+for dtype in reference.DTYPES:
     for scale in (2, 3, Fraction(1, 2), Fraction(3, 2)):
         for k, g in ((5, 1), (3, 4), (1, 1), (7, 2)):
             args = (k, g, *scale_ratio(scale))

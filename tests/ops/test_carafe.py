@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from covering import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +16,6 @@ from carafe_plugin.testing import (
     SHAPES,
     TOLERANCES,
     assert_close,
-    dtypes,
-    pairwise,
     random_case,
     relative_error,
 )
@@ -28,7 +27,7 @@ CASES = list(
             "group_size": (1, 2, 4, 8),
             "scale": SCALES,
             "size": SHAPES,
-            "dtype": dtypes(),
+            "dtype": reference.DTYPES,
             "layout": tuple(LAYOUTS),
             "mask_layout": tuple(LAYOUTS),
             "grad_layout": tuple(LAYOUTS),
@@ -106,7 +105,7 @@ def test_rows_longer_than_a_span(width, layout, device):
         compare(*map(LAYOUTS[layout], case), 5, 2, scale)
 
 
-@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("lanes", range(15, 34))
 def test_every_end_of_a_row(lanes, dtype, device):
     # Rows end with a whole vector, a part of one, or half a one that holds the rest.
@@ -183,7 +182,7 @@ def test_delta_kernels_copy(device):
     assert torch.equal(carafe(features, masks, 5), nearest)
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", reference.DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [2, Fraction(1, 2), Fraction(3, 2)], ids=str)
 def test_same_bits_on_repeated_runs_and_for_any_number_of_threads(dtype, scale, device):
     features, masks, grad = random_case((33, 50), 40, 5, 2, scale, dtype=dtype, device=device)
@@ -246,7 +245,7 @@ def test_memory_is_the_output_alone(device):
     assert allocated == output.numel() * output.element_size()
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", reference.DTYPES, ids=str)
 def test_one_wrong_output_among_thousands_is_noticed(dtype):
     expected = torch.randn(38_000, dtype=dtype)
     assert_close(expected.clone(), expected)

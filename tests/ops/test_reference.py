@@ -1,13 +1,15 @@
 """The specification itself: against plain loops, and its gradients against autograd."""
 
+import itertools
 from fractions import Fraction
 
 import pytest
 import torch
+from covering import pairwise
 
 from carafe_plugin.ops import reference
 from carafe_plugin.ops.functional import scale_ratio
-from carafe_plugin.testing import SCALES, pairwise, random_case
+from carafe_plugin.testing import SCALES, random_case
 from ops.naive import naive_carafe
 
 CASES = list(
@@ -20,6 +22,14 @@ CASES = list(
         }
     )
 )
+
+
+def test_cases_cover_every_pair():
+    options = {"a": range(3), "b": range(3), "c": range(3)}
+    cases = list(pairwise(options))
+    assert len(cases) == 10
+    for first, second in itertools.combinations(options, 2):
+        assert len({(case[first], case[second]) for case in cases}) == 9
 
 
 def name(case):
