@@ -43,7 +43,7 @@ from carafe_plugin.engine import bare_models
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.cli import add_config_options, run_tool
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "mmdet"

@@ -23,7 +23,7 @@ from benchmarks import command
 from benchmarks.comparison import Peer, Problem
 from benchmarks.peers import OTHERS, Reassembly, in_steps, mmcv, of_module, shifted_madd, unfold_einsum
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 
 
 class ModuleProblem(Problem):

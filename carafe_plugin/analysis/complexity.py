@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from carafe_plugin._require import require
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 
 require("mmengine", __name__)
 

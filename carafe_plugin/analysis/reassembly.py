@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 from carafe_plugin.ops.reference import masks_from_logits
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from carafe_plugin.analysis import Reassembly, record_reassemblies
 from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 
 #: What ``--chain`` knows: the names of the modules of each. A shortcut's downsampler runs beside the main path's.
 CHAINS = {

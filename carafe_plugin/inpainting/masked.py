@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 from carafe_plugin.ops.fused import reassemble_logits
 from carafe_plugin.ops.reference import output_size, source_index
 

@@ -1,5 +1,5 @@
 """CARAFE++ as plain ``torch.nn`` modules: they need neither mmcv nor mmengine."""
 
-from .kernel_prediction import CARAFEDownsample, CARAFEUpsample
+from .carafe import CARAFEDownsample, CARAFEUpsample
 
 __all__ = ["CARAFEDownsample", "CARAFEUpsample"]

@@ -88,7 +88,7 @@ def test_what_was_measured_survives_a_cut(tiny: list[str], tmp_path: Path, monke
 def test_profile_tells_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import model as bench_model
     from carafe_plugin import CARAFEUpsample
-    from carafe_plugin.modules import kernel_prediction
+    from carafe_plugin.modules import carafe
 
     clock = [0.0]
     monkeypatch.setattr(torch.utils.benchmark, "timer", lambda: clock[0])
@@ -107,7 +107,7 @@ def test_profile_tells_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("channel_compressor", "compressor_norm", "compressor_act", "content_encoder")
     for seconds, module in zip((1, 2, 4, 8, 64), (*(getattr(upsampler, name) for name in names), pool), strict=True):
         module.forward = taking(seconds, module.forward)
-    monkeypatch.setattr(kernel_prediction, "reassemble_logits", taking(16, kernel_prediction.reassemble_logits))
+    monkeypatch.setattr(carafe, "reassemble_logits", taking(16, carafe.reassemble_logits))
     interpolate = taking(32, torch.nn.functional.interpolate)
     monkeypatch.setattr(torch.nn.functional, "interpolate", interpolate)
 

@@ -14,7 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 
 from carafe_plugin.inpainting import InpaintingMetric
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 
 FOLDER = Path(__file__).parents[2] / "configs" / "inpainting"
 ROWS = ["global-local", "global-local-carafe", "partial-conv", "partial-conv-carafe"]

@@ -10,7 +10,7 @@ pytest.importorskip("mmengine", reason="mmengine is not installed")
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.analysis import record_reassemblies
 from carafe_plugin.inpainting import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 from carafe_plugin.ops.reference import reassemble
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from carafe_plugin.inpainting import (
     PatchDiscriminator,
 )
 from carafe_plugin.inpainting.model import adversarial_loss, reconstruction_losses
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

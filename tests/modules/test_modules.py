@@ -226,9 +226,9 @@ def test_modules_copy_and_pickle(tmp_path):
     ("cls", "arguments", "message"),
     [
         (CARAFEUpsample, {"channels": 0}, "channels must be a positive int, got 0"),
-        (CARAFEUpsample, {"channels": 8, "up_kernel": 4}, "the reassembly kernel must be an odd positive int, got 4"),
+        (CARAFEUpsample, {"channels": 8, "up_kernel": 4}, "up_kernel must be an odd positive int, got 4"),
         (CARAFEUpsample, {"channels": 8, "encoder_kernel": 2}, "encoder_kernel must be an odd positive int, got 2"),
-        (CARAFEUpsample, {"channels": 8, "up_group": 3}, "channels must be a multiple of the group size 3, got 8"),
+        (CARAFEUpsample, {"channels": 8, "up_group": 3}, "channels must be a multiple of up_group=3, got 8"),
         (CARAFEUpsample, {"channels": 8, "scale_factor": 0.5}, "scale_factor must be at least 1, got 0.5"),
         (CARAFEDownsample, {"channels": 8, "scale_factor": 0}, "scale_factor must be finite and greater than 0, got 0"),
         (CARAFEDownsample, {"channels": 8, "normalizer": "l2"}, "normalizer must be one of softmax, sigmoid, .* 'l2'"),

@@ -161,7 +161,7 @@ def test_build_upsampler_takes_any_registered_type_class_or_path(monkeypatch):
         (dict(channels=8), ValueError, "carafe_cfg must not set 'channels'"),
         (dict(scale_factor=4), ValueError, "carafe_cfg must not set 'scale_factor'"),
         (dict(up_kernel=4), ValueError, "carafe_cfg=.*must be an odd"),
-        (dict(up_group=3), ValueError, "carafe_cfg=.*multiple of the group size 3"),
+        (dict(up_group=3), ValueError, "carafe_cfg=.*multiple of up_group=3"),
         (dict(normalizer="relu"), ValueError, "carafe_cfg=.*normalizer"),
     ],
 )

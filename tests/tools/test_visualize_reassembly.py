@@ -23,7 +23,7 @@ from carafe_plugin.analysis import Reassembly, compose
 from carafe_plugin.engine import bare_models, prediction, reassembly_pictures, reassembly_view
 from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.reassembly_pictures import Shown
-from carafe_plugin.modules.kernel_prediction import KernelPrediction
+from carafe_plugin.modules.carafe import KernelPrediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BACKBONE = ["backbone.maxpool", *(f"backbone.layer{stage}.0.conv1.downsampler" for stage in (2, 3, 4))]

@@ -44,8 +44,9 @@ class KernelPrediction(nn.Module):
         if self.downsamples:
             up, down = down, up
         self.up, self.down = up, down
-        self.kernel_size = odd("the reassembly kernel", kernel_size)
-        self.group_size = positive("the group size", group_size)
+        direction = "down" if self.downsamples else "up"
+        self.kernel_size = odd(f"{direction}_kernel", kernel_size)
+        self.group_size = positive(f"{direction}_group", group_size)
         self.encoder_kernel = odd("encoder_kernel", encoder_kernel)
         self.encoder_dilation = positive("encoder_dilation", encoder_dilation)
         self.compressed_channels = compressed_channels
@@ -53,7 +54,7 @@ class KernelPrediction(nn.Module):
         if compressed_channels is not None:
             positive("compressed_channels", compressed_channels)
         if channels % group_size:
-            raise ValueError(f"channels must be a multiple of the group size {group_size}, got {channels}")
+            raise ValueError(f"channels must be a multiple of {direction}_group={group_size}, got {channels}")
         if normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}")
         if compressed_channels is None and (norm is not None or act is not None):
@@ -72,15 +73,19 @@ class KernelPrediction(nn.Module):
             padding=(encoder_kernel - 1) * encoder_dilation // 2,
             dilation=encoder_dilation,
         )
-        self.init_weights()
+        self.reset_parameters()
 
-    def init_weights(self) -> None:
+    def reset_parameters(self) -> None:
         """Xavier-uniform convolutions, then a content encoder near zero: reassembly starts as a plain average."""
         for conv in (self.channel_compressor, self.content_encoder):
             if conv is not None and conv.bias is not None:
                 nn.init.xavier_uniform_(conv.weight)
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
+
+    def init_weights(self) -> None:
+        """MMEngine's name for :meth:`reset_parameters`."""
+        self.reset_parameters()
 
     @property
     def settings(self) -> tuple[int, int, int, int, str]:
