@@ -28,12 +28,11 @@ from pathlib import Path
 
 from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.console import table_console
-from carafe_plugin.engine.errors import UsageError
 from studies.ablation import report as ablation_report
-from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, complete, find_result, plan
-from studies.common import ROOT, console, duration, print_errors, shown, text_table
-from studies.demo.generate_scenes import add_dataset_options, generate, integer
-from studies.demo.run import alone_in, guarded
+from studies.ablation.runs import RECIPES, REQUEST, RESULTS, Run, Setup, complete, find_result, plan
+from studies.common import console, duration, integer, print_errors, shown, text_table
+from studies.demo.generate_scenes import generate, request_from
+from studies.demo.run import add_run_options, alone_in, guarded
 from studies.demo.steps import StepError
 from studies.paper_tables.rows import read_tables
 
@@ -41,25 +40,17 @@ DEFAULT_TABLES = (4, 6)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--table",
-        type=int,
-        action="append",
-        metavar="N",
-        help=f"one of {', '.join(map(str, RECIPES))}; may be repeated",
+        "--table", type=int, action="append", choices=RECIPES, help="may be repeated (default: 4 and 6)"
     )
-    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="S", help="of the trainings")
+    text = "of the trainings (default: 0 1 2)"
+    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="S", help=text)
     parser.add_argument("--plan", action="store_true", help="say what is done and what is to do, and stop")
     parser.add_argument("--report", action="store_true", help="write tables and plots of the results so far, and stop")
-    parser.add_argument("--iterations", type=integer(1), help="of each training (default: the recipe's)")
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "ablation", help="logs and checkpoints")
-    parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder of the generated datasets")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="one file a run, tables and plots")
-    add_dataset_options(parser, Setup.request)
+    text = "one file a run, tables and plots (default: studies/ablation/results)"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=text)
+    add_run_options(parser, "work_dirs/ablation", "data", None, REQUEST)
     return parser.parse_args(argv)
 
 
@@ -107,18 +98,15 @@ def report(runs: list[Run], setup: Setup) -> list[str]:
         wide.print(text_table(found.title, *ablation_report.texts(found), ("method", "seeds")))
         for path in ablation_report.write(found, setup.results):
             console.print(f"Written: {shown(path)}", markup=False)
-        weak += ablation_report.weak_baseline(found)
+        weak += ablation_report.weak_baselines(found)
     return weak
 
 
 def ablation(args: argparse.Namespace) -> int:
     """Do what the command line says."""
-    numbers = args.table or list(DEFAULT_TABLES)
-    unknown = [number for number in numbers if number not in RECIPES]
-    if unknown:
-        raise UsageError(f"--table: expected one of {', '.join(map(str, RECIPES))}, got {unknown[0]}")
-    setup = Setup.from_args(args)
-    runs = plan(dict.fromkeys(numbers), dict.fromkeys(args.seeds), setup)
+    folders = (args.work_dir.resolve(), args.data_root.resolve(), args.results.resolve())
+    setup = Setup(*folders, request_from(args, REQUEST.format), args.iterations)
+    runs = plan(dict.fromkeys(args.table or DEFAULT_TABLES), list(dict.fromkeys(args.seeds)))
     to_do = show_plan(runs, setup)
     if args.plan:
         return 0
@@ -134,11 +122,10 @@ def ablation(args: argparse.Namespace) -> int:
         print_errors(faults)
         return 1 if faults else 0
 
-    return guarded(work)
+    return guarded(work, *folders)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
     return run_tool(ablation, parse_args(argv))
 
 

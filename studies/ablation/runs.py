@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from mmengine.config import Config
 
-from studies.common import ROOT, write_json
+from studies.common import ROOT, digest, write_json
 from studies.demo import detection, segmentation
 from studies.demo.comparison import Comparison, Demo, Model
-from studies.demo.generate_scenes import Request, request_from
-from studies.demo.steps import count_parameters, discard_stale, seconds_per_iteration, train_and_evaluate
+from studies.demo.generate_scenes import Request
+from studies.demo.steps import discard_stale, results, train_and_evaluate
 from studies.paper_tables.rows import CONFIGS, Row, read_tables
 
 RESULTS = ROOT / "studies" / "ablation" / "results"
+REQUEST = Request(seed=0, train=600, val=120, size=128)
 #: Where operators stand in a model. A row's are recognised by the type, which is this package's.
 PARTS = (("backbone",), ("neck",), ("roi_head", "mask_head"), ("decode_head",))
 OURS = "carafe_plugin.openmmlab."
@@ -58,25 +57,18 @@ RECIPES = {3: FASTER, 4: FASTER, 5: FASTER, 6: MASK, 7: MASK, 9: UPERNET} | {n: 
 class Setup:
     """Where things are, and what changes in all runs."""
 
-    request: ClassVar[Request] = Request(seed=0, train=600, val=120, size=128)
-
     work_dir: Path
     data_root: Path
     results: Path
-    scenes: Request = request
+    scenes: Request = REQUEST
     iterations: int | None = None
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Setup:
-        folders = (args.work_dir.resolve(), args.data_root.resolve(), args.results.resolve())
-        return cls(*folders, request_from(args, cls.request.format), args.iterations)
 
     def dataset(self, recipe: Recipe) -> tuple[Request, Path]:
         """The dataset of a recipe, and its folder. Segmentation keeps the size and figures of its own demo."""
         request, own = self.scenes, recipe.comparison.request
         if own.format == request.format:
             return request, self.data_root / f"scenes-{request.size}"
-        size = request.size if request.size != self.request.size else own.size
+        size = request.size if request.size != REQUEST.size else own.size
         request = dataclasses.replace(request, format=own.format, figures=own.figures, size=size)
         return request, self.data_root / Path(recipe.comparison.data_root).name
 
@@ -120,21 +112,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"table-{self.table:02}_{slug(self.row.method)}_seed-{self.seed}"
+        """Of its file: ``table-04_nearest-conv_seed-0``."""
+        method = re.sub("[^a-z0-9]+", "-", self.row.method.lower()).strip("-") or "baseline"
+        return f"table-{self.table:02}_{method}_seed-{self.seed}"
 
 
-def slug(method: str) -> str:
-    """A method's name in that of a file."""
-    return re.sub("[^a-z0-9]+", "-", method.lower()).strip("-") or "baseline"
-
-
-def plan(tables: Iterable[int], seeds: Iterable[int], setup: Setup) -> list[Run]:
+def plan(tables: Iterable[int], seeds: Sequence[int]) -> list[Run]:
     """All runs, in the order in which they are done: every row with one seed before the next seed."""
     known = read_tables()
-    seeds = list(seeds)
-    return [
-        Run(number, row, seed, RECIPES[number]) for number in tables for seed in seeds for row in known[number].rows
-    ]
+    return [Run(n, row, seed, RECIPES[n]) for n in tables for seed in seeds for row in known[n].rows]
 
 
 def _operators(row: Row, parts: tuple[str, ...]) -> dict[str, Any]:
@@ -170,43 +156,39 @@ def fingerprint(run: Run, setup: Setup) -> str:
     """A digest of all that decides a run's result: the whole composed config, the dataset, the changes for a trial."""
     request, _ = setup.dataset(run.recipe)
     content = [run.config.to_dict(), dataclasses.asdict(request), setup.iterations]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest(json.dumps(content, sort_keys=True, default=str))[:16]
 
 
 def find_result(run: Run, setup: Setup) -> dict[str, Any] | None:
     """The result of a run, or of the same run in another table; None where there is none."""
-    own = setup.results / f"{run.name}.json"
-    others = sorted(setup.results.glob("table-*_seed-*.json")) if setup.results.is_dir() else []
     wanted = fingerprint(run, setup)
-    for path in [own, *others]:
-        if path.is_file():
-            result = json.loads(path.read_text())
-            if result["fingerprint"] == wanted:
-                return result
+    for path in sorted(setup.results.glob("table-*_seed-*.json"), key=lambda path: path.stem != run.name):
+        result = json.loads(path.read_text())
+        if result["fingerprint"] == wanted:
+            return result
     return None
 
 
 def complete(run: Run, setup: Setup) -> None:
     """Train (from the newest checkpoint if there is one), evaluate, and write the result file."""
-    described = setup.demo(run)
-    (model,) = described.models
-    discard_stale(described, model)
-    train_and_evaluate(described, model)
-    write_json(
-        setup.results / f"{run.name}.json",
-        {
-            "table": run.table,
-            "method": run.row.method,
-            "config": run.row.path,
-            "recipe": run.recipe.config,
-            "seed": run.seed,
-            "iterations": described.iterations,
-            "metrics": json.loads(described.metrics_file(model).read_text()),
-            "parameters": count_parameters(described, model),
-            "seconds_per_iteration": round(seconds_per_iteration(described.folder(model)), 4),
-            "scenes": dataclasses.asdict(described.request),
-            "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "fingerprint": fingerprint(run, setup),
-        },
-    )
+    demo = setup.demo(run)
+    (model,) = demo.models
+    discard_stale(demo, model)
+    train_and_evaluate(demo, model)
+    found = results(demo, model)
+    result = {
+        "table": run.table,
+        "method": run.row.method,
+        "config": run.row.path,
+        "recipe": run.recipe.config,
+        "seed": run.seed,
+        "iterations": demo.iterations,
+        "metrics": {name: found[name] for name in demo.comparison.metrics},
+        "parameters": found["parameters"],
+        "seconds_per_iteration": found["seconds_per_iter"],
+        "scenes": dataclasses.asdict(demo.request),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "fingerprint": fingerprint(run, setup),
+    }
+    write_json(setup.results / f"{run.name}.json", result)

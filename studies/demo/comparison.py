@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from rich import box
 from rich.table import Table
 
-from studies.common import ROOT
+from carafe_plugin.engine.config import load_config
+from studies.common import ROOT, text_table
 from studies.demo.generate_scenes import Request
 
 Summary = dict[str, dict[str, float]]  # what summary.json holds: each model's results
@@ -42,7 +44,7 @@ COSTS: Costs = {"parameters": ("parameters", "{:,}".format), "seconds_per_iter":
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a demo compares; a subclass draws the predictions and may add results of its own and judge them.
+    """What a demo compares; a subclass may add results of its own and judge them.
 
     ``metrics``, ``minimum`` and ``costs`` are by key in summary.json.
     """
@@ -50,6 +52,7 @@ class Comparison:
     name: str  # of its default folder below ``work_dirs``
     models: tuple[Model, ...]
     more_models: tuple[Model, ...] = ()  # added by ``--all``
+    references: Mapping[str, str] = field(default_factory=dict)  # what :meth:`complete` adds: keys, names for people
     data_root: str  # where the configs look for the dataset, below the root
     data_options: Mapping[str, str]  # the configs' settings that name the dataset, and each one's path in its folder
     request: Request  # the default dataset
@@ -59,35 +62,32 @@ class Comparison:
     metrics: Mapping[str, Metric]
     minimum: Mapping[str, float] = field(default_factory=dict)  # below it nothing is compared
     costs: Costs = field(default_factory=lambda: COSTS)
-    caption: str | None = None  # below the table
+    caption: str = ""  # below the table
     predictions: str  # the file or folder that ``tools/test.py --out`` writes
-
-    def draw(self, demo: Demo, models: Sequence[Model], out: Path) -> None:
-        """Draw the models' predictions into a file."""
-        raise NotImplementedError
+    draw: Callable[[Demo, Sequence[Model], Path], None]  # draws the models' predictions into a file
 
     def complete(self, demo: Demo, summary: Summary) -> Summary:
         """Add what the models' evaluations do not contain."""
         return summary
 
-    def titles(self) -> dict[str, str]:
-        """By key in summary.json, whose results they are."""
-        return {model.name: model.title for model in (*self.models, *self.more_models)}
-
     def table(self, demo: Demo, summary: Summary) -> Table:
         """One row per model; narrow enough for a terminal of 80 columns."""
         size = f"{demo.request.val} generated scenes, {demo.request.size} x {demo.request.size}"
-        table = Table(title=f"{size}; {demo.iterations} iterations from scratch", caption=self.caption)
         figures = {key: (metric.title, f"{{:.{metric.digits}f}}".format) for key, metric in self.metrics.items()}
         columns = {**figures, **self.costs}
-        table.add_column("model", no_wrap=True)
-        for title, _ in columns.values():
-            table.add_column(title, justify="right", no_wrap=True)
-        titles = self.titles()
-        for name, found in summary.items():
-            cells = (text(found[key]) if key in found else "" for key, (_, text) in columns.items())
-            table.add_row(titles[name], *cells)
-        return table
+        titles = {**self.references, **{model.name: model.title for model in (*self.models, *self.more_models)}}
+        lines = [
+            [titles[name], *(text(found[key]) if key in found else "" for key, (_, text) in columns.items())]
+            for name, found in summary.items()
+        ]
+        return text_table(
+            f"{size}; {demo.iterations} iterations from scratch",
+            ["model", *(title for title, _ in columns.values())],
+            lines,
+            left=("model",),
+            caption=self.caption,
+            frame=box.HEAVY_HEAD,
+        )
 
     def remarks(self, summary: Summary) -> list[str]:
         """Lines below the table."""
@@ -146,6 +146,4 @@ class Demo:
 
     def load_config(self, model: Model) -> Config:
         """The model's config with this run's changes."""
-        config = Config.fromfile(ROOT / model.config)
-        config.merge_from_dict(self.config_options())
-        return config
+        return load_config(str(ROOT / model.config), self.config_options())

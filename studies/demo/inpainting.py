@@ -14,32 +14,27 @@ Example:
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mmengine
 import numpy as np
 import torch
 
 from carafe_plugin.engine import bare_models
 from carafe_plugin.inpainting import InpaintingMetric
-from studies.common import ROOT
 from studies.demo.comparison import COSTS, Comparison, Demo, Metric, Model, Summary
 from studies.demo.generate_scenes import Request
 from studies.demo.pictures import Cell, draw_grid
 from studies.demo.run import main
+from studies.demo.steps import build
 
 #: How much better than the mean colour a model must be, in dB over the hole.
 MARGIN = 1.5
 DRAWN = 5
 MEAN_FILL = "mean_fill"
-
-
-def load_predictions(demo: Demo, model: Model) -> list[dict[str, Any]]:
-    """What ``tools/test.py --out`` has dumped of each image."""
-    return pickle.loads(demo.predictions(model).read_bytes())
 
 
 def to_pixels(image: torch.Tensor) -> np.ndarray:
@@ -58,7 +53,7 @@ def mean_fill(sample: dict[str, Any]) -> torch.Tensor:
 def measure_mean_fill(demo: Demo) -> dict[str, float]:
     """The metrics of the same holes, filled with the mean colour."""
     metric = InpaintingMetric()
-    for sample in load_predictions(demo, demo.models[0]):
+    for sample in mmengine.load(demo.predictions(demo.models[0])):
         metric.process({}, [{**sample, "completed": mean_fill(sample)}])
     found = metric.compute_metrics(metric.results)
     return {name: round(found[name], 6) for name in demo.comparison.metrics}
@@ -66,13 +61,21 @@ def measure_mean_fill(demo: Demo) -> dict[str, float]:
 
 def cost(demo: Demo, model: Model) -> dict[str, int]:
     """Parameters of the generator, and its multiply-adds for one image."""
-    cfg = bare_models.read_config(str(ROOT / model.config), demo.config_options())
-    found = bare_models.count_model(cfg, bare_models.build_model(cfg), (demo.request.size, demo.request.size))
+    found = bare_models.count_model(*build(demo, model), (demo.request.size, demo.request.size))
     return {"generator_parameters": found.parameters["generator"], "generator_flops": found.flops["generator"]}
 
 
-def _two_lines(title: str) -> str:
-    return title.replace(", ", ",\n")
+def draw(demo: Demo, models: Sequence[Model], out: Path) -> None:
+    """Draw the validation images whose holes are largest: input, mask, what every model made of it, original."""
+    samples = {model.title.replace(", ", ",\n"): mmengine.load(demo.predictions(model)) for model in models}
+    rows = {}
+    numbered = enumerate(zip(*samples.values(), strict=True), 1)
+    for number, found in sorted(numbered, key=lambda item: -float(item[1][0]["holes"].sum()))[:DRAWN]:
+        original, hole = found[0]["original"], found[0]["holes"]
+        images = [original * (1 - hole) + hole, 2 * hole.expand(3, -1, -1) - 1]
+        images += [*(sample["completed"] for sample in found), original]
+        rows[f"image {number}"] = [Cell(to_pixels(image)) for image in images]
+    draw_grid(["input", "mask", *samples, "original"], rows, out, 1.9)
 
 
 class Inpainting(Comparison):
@@ -82,23 +85,6 @@ class Inpainting(Comparison):
         """Add the mean colour's results and the generators' cost."""
         models = {model.name: summary[model.name] | cost(demo, model) for model in demo.models}
         return {MEAN_FILL: measure_mean_fill(demo), **models}
-
-    def draw(self, demo: Demo, models: Sequence[Model], out: Path) -> None:
-        """Draw the validation images whose holes are largest: input, mask, what every model made of it, original."""
-        samples = {model.title: load_predictions(demo, model) for model in models}
-        first = samples[models[0].title]
-        rows = {}
-        for index in sorted(range(len(first)), key=lambda i: -float(first[i]["holes"].sum()))[:DRAWN]:
-            original, hole = first[index]["original"], first[index]["holes"]
-            images = [original * (1 - hole) + hole, 2 * hole.expand(3, -1, -1) - 1]
-            images += [*(found[index]["completed"] for found in samples.values()), original]
-            rows[f"image {index + 1}"] = [Cell(to_pixels(image)) for image in images]
-        titles = ["input", "mask", *samples, "original"]
-        draw_grid(list(map(_two_lines, titles)), rows, out, 1.9)
-
-    def titles(self) -> dict[str, str]:
-        """The models on two lines each, and the mean colour."""
-        return {MEAN_FILL: "mean colour", **{name: _two_lines(title) for name, title in super().titles().items()}}
 
     def remarks(self, summary: Summary) -> list[str]:
         """One line for every model: how far it is above the mean colour."""
@@ -121,6 +107,7 @@ class Inpainting(Comparison):
 
 COMPARISON = Inpainting(
     name="demo-inpaint",
+    references={MEAN_FILL: "mean colour"},
     models=(
         Model("global_local", "Global&Local", "configs/inpainting/global-local_scenes-64x64.py"),
         Model(
@@ -151,6 +138,7 @@ COMPARISON = Inpainting(
     },
     caption="L1 in %, PSNR in dB, the generator's multiply-adds (M) and seconds per iteration",
     predictions="predictions.pkl",
+    draw=draw,
 )
 
 if __name__ == "__main__":

@@ -9,33 +9,41 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from carafe_plugin.engine.errors import UsageError
-from studies.common import ROOT, console, duration, print_errors, shown
+from studies.common import (
+    ROOT,
+    console,
+    duration,
+    integer,
+    print_errors,
+    shown,
+    text_table,
+    write_json,
+    writing_into,
+)
 from studies.demo.comparison import Comparison, Demo, Model, Summary
-from studies.demo.generate_scenes import add_dataset_options, generate, integer, is_complete, request_from
-from studies.demo.steps import StepError, belongs, discard_stale, is_evaluated, summarise, train_and_evaluate
+from studies.demo.generate_scenes import Request, add_dataset_options, generate, is_complete, request_from
+from studies.demo.steps import StepError, belongs, discard_stale, is_evaluated, results, train_and_evaluate
 
 
 def plan(demo: Demo) -> Table:
     """What will be done, and about how long each step takes."""
-    table = Table("step", "about", "state", title="The demo on two CPU cores")
-
-    def add(step: str, seconds: float, done: bool) -> None:
-        table.add_row(step, duration(seconds), "done" if done else "to do")
-
     request = demo.request
-    seconds = (request.train + request.val) * (0.02 + 0.002 * request.figures)
     step = f"generate {request.train} + {request.val} scenes in {shown(demo.data_root)}"
-    add(step, seconds, is_complete(demo.data_root, request))
+    seconds = (request.train + request.val) * (0.02 + 0.002 * request.figures)
+    steps = [(step, seconds, is_complete(demo.data_root, request))]
     for model in demo.models:
         known = belongs(demo, model)
         seconds = demo.iterations * demo.comparison.seconds + 20
-        add(f"train {model.title}", seconds, known and demo.checkpoint(model).is_file())
-        add(f"evaluate {model.title}", 30, known and is_evaluated(demo, model))
-    add(f"table, summary.json and pictures in {shown(demo.work_dir)}", 20, False)
-    return table
+        steps.append((f"train {model.title}", seconds, known and demo.checkpoint(model).is_file()))
+        steps.append((f"evaluate {model.title}", 30, known and is_evaluated(demo, model)))
+    steps.append((f"table, summary.json and pictures in {shown(demo.work_dir)}", 20, False))
+    lines = [[step, duration(seconds), "done" if done else "to do"] for step, seconds, done in steps]
+    headings = ["step", "about", "state"]
+    return text_table("The demo on two CPU cores", headings, lines, left=headings, frame=box.HEAVY_HEAD)
 
 
 def compared(demo: Demo) -> list[Model]:
@@ -54,29 +62,37 @@ def run(demo: Demo) -> Summary:
     for model in demo.models:
         train_and_evaluate(demo, model)
     models = compared(demo)
-    summary = summarise(demo, models)
+    summary = demo.comparison.complete(demo, {model.name: results(demo, model) for model in models})
+    write_json(demo.work_dir / "summary.json", summary)
     demo.comparison.draw(demo, models, demo.work_dir / "predictions.png")
     return summary
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser, work_dir: str, data_root: str, iterations: int | None, request: Request
+) -> None:
+    """The options of demos and ablations: folders, whose defaults are below the root, and what all trainings share."""
+    for option, default, text in (
+        ("--work-dir", work_dir, "folder of logs, checkpoints and results"),
+        ("--data-root", data_root, "folder of the generated images"),
+    ):
+        parser.add_argument(option, type=Path, default=ROOT / default, help=f"{text} (default: {default})")
+    text = f"of each training (default: {iterations or 'as in its config'})"
+    parser.add_argument("--iterations", type=integer(1), default=iterations, metavar="N", help=text)
+    add_dataset_options(parser, request)
 
 
 def parse_args(comparison: Comparison, description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line of a demo."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / comparison.name, help="where results go")
-    parser.add_argument("--data-root", type=Path, default=ROOT / comparison.data_root, help="where the dataset goes")
-    parser.add_argument(
-        "--iterations",
-        type=integer(1),
-        default=comparison.iterations,
-        help=f"of each training (default: {comparison.iterations})",
-    )
     parser.add_argument(
         "--no-minimum", action="store_true", help="succeed however little the models have learnt, for a short trial"
     )
     if comparison.more_models:
         titles = ", ".join(model.title for model in comparison.more_models)
         parser.add_argument("--all", action="store_true", help=f"with a further model: {titles}")
-    add_dataset_options(parser, comparison.request)
+    work_dir = f"work_dirs/{comparison.name}"
+    add_run_options(parser, work_dir, comparison.data_root, comparison.iterations, comparison.request)
     return parser.parse_args(argv)
 
 
@@ -88,15 +104,16 @@ def demo_from(comparison: Comparison, args: argparse.Namespace) -> Demo:
     return Demo(comparison, *folders, request, args.iterations, (*comparison.models, *more_models))
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Do work that returns an exit code; an interrupt or what a user can mend is one line, not a traceback."""
+def guarded(work: Callable[[], int], *folders: Path) -> int:
+    """Do work in the user's folders and return its exit code; an interrupt or what a user can mend is one line."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return work()
+        with writing_into(*folders):
+            return work()
     except KeyboardInterrupt:
         console.print("\n[yellow]Interrupted. The same command resumes from here.[/yellow]")
         return 130
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         print_errors([str(error)])
         return 1
     finally:
@@ -131,4 +148,4 @@ def main(comparison: Comparison, description: str | None, argv: Sequence[str] | 
         print_errors(missed)
         return 1 if missed else 0
 
-    return guarded(work)
+    return guarded(work, demo.work_dir, demo.data_root)

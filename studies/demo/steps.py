@@ -7,7 +7,6 @@ is stamped with a digest of its whole config and of the dataset: results of anot
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import re
 import shutil
@@ -16,16 +15,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.progress import MofNCompleteColumn, Progress
+from mmengine.config import Config
+from torch import nn
 
 from carafe_plugin.engine import bare_models
+from carafe_plugin.engine.console import progress_bar
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.openmmlab import mmcv_ops
-from studies.common import ROOT, console, duration, shown, write_json
-from studies.demo.comparison import Demo, Model, Summary
+from studies.common import ROOT, console, digest, duration, shown, write_json
+from studies.demo.comparison import Demo, Model
 from studies.demo.generate_scenes import annotation_files, is_complete
 
 STAMP = "fingerprint.txt"
@@ -46,9 +48,8 @@ def run_tool(title: str, command: Sequence[str], log: Path) -> None:
     """Run one of our tools, its output in ``log``, behind a progress bar; StepError where it does not exit with 0."""
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"$ python {' '.join(command)} >> {shown(log)}", style="dim", markup=False)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     started = time.monotonic()
+    tail: deque[str] = deque(maxlen=25)
     with (
         log.open("a") as file,
         subprocess.Popen(
@@ -60,16 +61,15 @@ def run_tool(title: str, command: Sequence[str], log: Path) -> None:
             errors="replace",
             preexec_fn=_die_with_parent,
         ) as process,
-        bar as progress,
+        progress_bar(title) as progress,
     ):
         assert process.stdout is not None
         task = progress.add_task(title, total=None)
-        tail: list[str] = []
         try:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
-                tail = [*tail, line][-25:]
+                tail.append(line)
                 if found := re.search(r"Iter\(\w+\)\s*\[\s*(\d+)/(\d+)\]", line):
                     progress.update(task, completed=int(found[1]), total=int(found[2]))
         except BaseException:
@@ -83,27 +83,26 @@ def run_tool(title: str, command: Sequence[str], log: Path) -> None:
     console.print(f"{title}: done in {duration(time.monotonic() - started)}")
 
 
-def _run(demo: Demo, model: Model, verb: str, *command: str) -> None:
-    options = [f"{key}={value}" for key, value in demo.config_options().items()]
-    log = demo.work_dir / f"{'train' if verb == 'Train' else 'test'}_{model.name}.log"
-    run_tool(f"{verb} {model.name}", [*command, *(["--cfg-options", *options] if options else [])], log)
+def _run(demo: Demo, model: Model, title: str, tool: str, *options: str | Path) -> None:
+    changes = [f"{key}={value}" for key, value in demo.config_options().items()]
+    command = [f"tools/{tool}.py", model.config, *(shown(o) if isinstance(o, Path) else o for o in options)]
+    command += ["--cfg-options", *changes] if changes else []
+    run_tool(f"{title} {model.name}", command, demo.work_dir / f"{tool}_{model.name}.log")
 
 
 def train(demo: Demo, model: Model) -> None:
     """Train the model, from its newest checkpoint if there is one."""
-    folder, checkpoint = demo.folder(model), demo.checkpoint(model)
-    _run(demo, model, "Train", "tools/train.py", model.config, "--work-dir", shown(folder), "--resume", "auto")
-    if not checkpoint.is_file():
-        raise StepError(f"Train {model.name}: tools/train.py succeeded but {checkpoint} is missing")
+    _run(demo, model, "Train", "train", "--work-dir", demo.folder(model), "--resume", "auto")
+    if not demo.checkpoint(model).is_file():
+        raise StepError(f"Train {model.name}: tools/train.py succeeded but {demo.checkpoint(model)} is missing")
 
 
 def evaluate(demo: Demo, model: Model) -> None:
     """Evaluate the trained model, keep its predictions, and its metrics in ``metrics.json``."""
     work_dir = demo.folder(model) / "test"
     shutil.rmtree(work_dir, ignore_errors=True)  # what an interrupted evaluation left
-    checkpoint, *folders = map(shown, (demo.checkpoint(model), work_dir, demo.predictions(model)))
-    options = ("--work-dir", folders[0], "--out", folders[1])
-    _run(demo, model, "Evaluate", "tools/test.py", model.config, checkpoint, *options)
+    options = (demo.checkpoint(model), "--work-dir", work_dir, "--out", demo.predictions(model))
+    _run(demo, model, "Evaluate", "test", *options)
     # The logger hook leaves all metrics of an evaluation in <time>/<time>.json.
     found = [path for path in work_dir.glob("*/*.json") if path.stem == path.parent.name]
     if len(found) != 1:
@@ -111,12 +110,12 @@ def evaluate(demo: Demo, model: Model) -> None:
             f"Evaluate {model.name}: expected one <time>/<time>.json with metrics in {work_dir}, found {len(found)}"
         )
     logged = json.loads(found[0].read_text())
-    metrics = demo.comparison.metrics
-    if missing := [metric.logged for metric in metrics.values() if metric.logged not in logged]:
+    try:
+        chosen = {key: round(logged[m.logged] * m.unit, 6) for key, m in demo.comparison.metrics.items()}
+    except KeyError as error:
         raise StepError(
-            f"Evaluate {model.name}: {found[0]} has no metric {missing[0]!r}; a model that finds nothing has none"
-        )
-    chosen = {name: round(logged[metric.logged] * metric.unit, 6) for name, metric in metrics.items()}
+            f"Evaluate {model.name}: {found[0]} has no metric {error}; a model that finds nothing has none"
+        ) from error
     write_json(demo.metrics_file(model), chosen)
 
 
@@ -137,10 +136,7 @@ def train_and_evaluate(demo: Demo, model: Model) -> None:
 def _fingerprint(demo: Demo, model: Model) -> str:
     """A digest of all that decides a model's result: its whole config and the annotations."""
     config = json.dumps(demo.load_config(model).to_dict(), sort_keys=True, default=str)
-    digest = hashlib.sha256(config.encode())
-    for file in annotation_files(demo.data_root, demo.request):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return digest(config, annotation_files(demo.data_root, demo.request))
 
 
 def belongs(demo: Demo, model: Model) -> bool:
@@ -168,11 +164,11 @@ def discard_stale(demo: Demo, model: Model) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- results
-def count_parameters(demo: Demo, model: Model) -> int:
-    """Build the model and count what it learns."""
+def build(demo: Demo, model: Model) -> tuple[Config, nn.Module]:
+    """A model's config with the run's changes, and the model."""
     mmcv_ops.install()
-    built = bare_models.build_model(bare_models.read_config(str(ROOT / model.config), demo.config_options()))
-    return sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+    config = bare_models.read_config(str(ROOT / model.config), demo.config_options())
+    return config, bare_models.build_model(config)
 
 
 def seconds_per_iteration(folder: Path) -> float:
@@ -187,16 +183,9 @@ def seconds_per_iteration(folder: Path) -> float:
     return statistics.median(times or [seconds for window in windows for seconds in window])
 
 
-def summarise(demo: Demo, models: Sequence[Model]) -> Summary:
-    """Collect the models' results and write ``summary.json``."""
-    results = {
-        model.name: {
-            **json.loads(demo.metrics_file(model).read_text()),
-            "parameters": count_parameters(demo, model),
-            "seconds_per_iter": round(seconds_per_iteration(demo.folder(model)), 4),
-        }
-        for model in models
-    }
-    summary = demo.comparison.complete(demo, results)
-    write_json(demo.work_dir / "summary.json", summary)
-    return summary
+def results(demo: Demo, model: Model) -> dict[str, float]:
+    """A model's metrics, how many parameters it learns, and its training's seconds per iteration."""
+    parameters = sum(p.numel() for p in build(demo, model)[1].parameters() if p.requires_grad)
+    seconds = round(seconds_per_iteration(demo.folder(model)), 4)
+    metrics = json.loads(demo.metrics_file(model).read_text())
+    return {**metrics, "parameters": parameters, "seconds_per_iter": seconds}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -172,6 +174,34 @@ def test_interrupting_stops_the_tool(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "The same command resumes from here" in printed
     assert not is_alive(int(log.read_text()))
+
+
+def test_whose_os_error_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line where the user's folder or a full disk is the cause; a mistake of the project keeps its traceback."""
+
+    def outcome(error: OSError) -> int:
+        monkeypatch.setattr(demo_run, "run", mock.Mock(side_effect=error))
+        return demo_run.main(COMPARISONS["demo"], None, arguments("demo", tmp_path))
+
+    for error in (
+        PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "work" / "baseline")),
+        PermissionError(errno.EACCES, "Permission denied", str(tmp_path)),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ):
+        assert outcome(error) == 1
+        assert f"error: {error}" in capsys.readouterr().out.replace("\n", "")
+    for error in (
+        FileNotFoundError(errno.ENOENT, "absent", str(ROOT / "configs" / "x.py")),
+        ConnectionError("refused"),
+    ):
+        with pytest.raises(type(error)):
+            outcome(error)
+    (tmp_path / "work").rename(tmp_path / "file")
+    (tmp_path / "work").touch()
+    assert demo_run.main(COMPARISONS["demo"], None, arguments("demo", tmp_path)) == 1
+    assert "error: " in capsys.readouterr().out
 
 
 def test_two_demos_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

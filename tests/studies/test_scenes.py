@@ -267,6 +267,13 @@ def test_interrupted_writing_leaves_no_dataset(format: str, tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "data"
+    assert generate_scenes.main(["--out", str(out), "--train", "1", "--val", "1", "--size", "64"]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_folder_of_somebody_else_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("draft")
     assert generate_scenes.main(["--out", str(tmp_path), "--train", "1", "--val", "1", "--size", "64"]) == 2
