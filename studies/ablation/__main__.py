@@ -32,8 +32,7 @@ from studies.ablation import report as ablation_report
 from studies.ablation.runs import RECIPES, REQUEST, RESULTS, Run, Setup, complete, find_result, plan
 from studies.common import console, duration, integer, print_errors, shown, text_table
 from studies.demo.generate_scenes import generate, request_from
-from studies.demo.run import add_run_options, alone_in, guarded
-from studies.demo.steps import StepError
+from studies.demo.run import StepError, add_run_options, alone_in, guarded
 from studies.paper_tables.rows import read_tables
 
 DEFAULT_TABLES = (4, 6)

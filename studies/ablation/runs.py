@@ -20,7 +20,7 @@ from studies.common import ROOT, digest, write_json
 from studies.demo import detection, segmentation
 from studies.demo.comparison import Comparison, Demo, Model
 from studies.demo.generate_scenes import Request
-from studies.demo.steps import discard_stale, results, train_and_evaluate
+from studies.demo.run import discard_stale, results, train_and_evaluate
 from studies.paper_tables.rows import CONFIGS, Row, read_tables
 
 RESULTS = ROOT / "studies" / "ablation" / "results"

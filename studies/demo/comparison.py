@@ -113,6 +113,7 @@ class Demo:
     request: Request
     iterations: int
     models: tuple[Model, ...]
+    judged: bool = True  # whether a result below its minimum is an error
 
     def folder(self, model: Model) -> Path:
         return self.work_dir / model.name

@@ -28,8 +28,7 @@ from carafe_plugin.inpainting import InpaintingMetric
 from studies.demo.comparison import COSTS, Comparison, Demo, Metric, Model, Summary
 from studies.demo.generate_scenes import Request
 from studies.demo.pictures import Cell, draw_grid
-from studies.demo.run import main
-from studies.demo.steps import build
+from studies.demo.run import build, main
 
 #: How much better than the mean colour a model must be, in dB over the hole.
 MARGIN = 1.5
@@ -142,4 +141,4 @@ COMPARISON = Inpainting(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(COMPARISON, __doc__, None))
+    sys.exit(main(COMPARISON, __doc__))

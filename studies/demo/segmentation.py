@@ -60,4 +60,4 @@ COMPARISON = Comparison(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(COMPARISON, __doc__, None))
+    sys.exit(main(COMPARISON, __doc__))

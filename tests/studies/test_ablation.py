@@ -24,7 +24,7 @@ from carafe_plugin.engine.cli import run_tool
 from studies.ablation import report as ablation_report
 from studies.ablation import runs as ablation_runs
 from studies.ablation.runs import Run, Setup, fingerprint, plan
-from studies.demo import steps as demo_steps
+from studies.demo import run as demo_run
 from studies.paper_tables.rows import Row, read_tables
 
 TINY = ("--train=8", "--val=4", "--size=96", "--iterations=2", "--seeds=3")
@@ -58,7 +58,7 @@ def two_rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
         tool, *arguments = command
         assert call_tool(Path(tool).stem, *arguments) == 0
 
-    monkeypatch.setattr(demo_steps, "run_tool", run_here)
+    monkeypatch.setattr(demo_run, "run_tool", run_here)
     tables = read_tables()
     carafe = tables[4].rows[-1]
     assert carafe.config == tables[5].rows[0].config
@@ -126,16 +126,16 @@ def test_baselines_are_the_plain_models() -> None:
 def test_a_run_is_done_once(tmp_path: Path, two_rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted between its steps it resumes; another table's row of the same model needs none."""
     steps = []
-    train, evaluate = demo_steps.train, demo_steps.evaluate
+    train, evaluate = demo_run.train, demo_run.evaluate
 
     def interrupted(demo: Any, model: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_steps, "train", lambda *args: steps.append("train") or train(*args))
-    monkeypatch.setattr(demo_steps, "evaluate", interrupted)
+    monkeypatch.setattr(demo_run, "train", lambda *args: steps.append("train") or train(*args))
+    monkeypatch.setattr(demo_run, "evaluate", interrupted)
     assert call(tmp_path, "--table=4", *TINY) == 130
     assert not (tmp_path / "results").exists()
-    monkeypatch.setattr(demo_steps, "evaluate", lambda *args: steps.append("evaluate") or evaluate(*args))
+    monkeypatch.setattr(demo_run, "evaluate", lambda *args: steps.append("evaluate") or evaluate(*args))
     # Two iterations teach nothing: mmdet logs -1 or 0 where a model finds nothing.
     assert call(tmp_path, "--table=4", *TINY) == 0
     assert call(tmp_path, "--table=4", "--table=5", *TINY) == 0
@@ -261,9 +261,9 @@ def test_a_failed_training_is_said_and_the_others_go_on(
 
     def fails(demo: Any, model: Any) -> None:
         tried.append(model.name)
-        raise demo_steps.StepError("Train: failed with exit code 7")
+        raise demo_run.StepError("Train: failed with exit code 7")
 
-    monkeypatch.setattr(demo_steps, "train", fails)
+    monkeypatch.setattr(demo_run, "train", fails)
     assert call(tmp_path, "--table=4", *TINY[:-1], "--seeds", "3", "4") == 1
     assert [name[-6:] for name in tried] == ["seed-3", "seed-4"]
     printed = " ".join(capsys.readouterr().out.split())

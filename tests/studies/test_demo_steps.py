@@ -21,9 +21,8 @@ from tiny_runs import ROOT
 
 from studies.demo import generate_scenes
 from studies.demo import run as demo_run
-from studies.demo import steps as demo_steps
 from studies.demo.comparison import Demo
-from studies.demo.steps import StepError, discard_stale
+from studies.demo.run import StepError, discard_stale
 
 
 @pytest.mark.parametrize("tool", list(COMPARISONS))
@@ -112,7 +111,7 @@ def test_models_differ_in_types_alone(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tool", list(COMPARISONS))
 def test_default_options_change_nothing_in_the_configs(tool: str) -> None:
     comparison = COMPARISONS[tool]
-    demo = demo_run.demo_from(comparison, demo_run.parse_args(comparison, None, []))
+    demo = demo_run.parse_demo(comparison, None, [])
     assert demo.config_options() == {}
     assert demo.request == comparison.request
     assert demo.models == comparison.models
@@ -128,17 +127,17 @@ def test_failing_tool_is_reported_with_its_log(tmp_path: Path, capsys: pytest.Ca
     log = tmp_path / "tool.log"
     code = "import sys; print('Iter(train) [ 1/20]  loss: 1'); print('a long story'); print('the end'); sys.exit(3)"
     with pytest.raises(StepError) as error:
-        demo_steps.run_tool("Train it", ["-c", code], log)
+        demo_run.run_tool("Train it", ["-c", code], log)
     for part in ("Train it failed with exit code 3", str(log), "a long story\nthe end"):
         assert part in str(error.value)
     assert log.read_text().endswith("the end\n")
 
 
 def test_missing_checkpoint_after_training_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_steps, "run_tool", lambda *_: None)
+    monkeypatch.setattr(demo_run, "run_tool", lambda *_: None)
     demo = demo_in("demo", tmp_path)
     with pytest.raises(StepError, match=r"iter_4\.pth is missing"):
-        demo_steps.train(demo, demo.models[0])
+        demo_run.train(demo, demo.models[0])
 
 
 def test_evaluation_without_the_metric_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,21 +148,21 @@ def test_evaluation_without_the_metric_is_an_error(tmp_path: Path, monkeypatch: 
         log.parent.mkdir(parents=True)
         log.write_text(json.dumps({"aAcc": 50.0}))
 
-    monkeypatch.setattr(demo_steps, "run_tool", write_log)
+    monkeypatch.setattr(demo_run, "run_tool", write_log)
     with pytest.raises(StepError, match="has no metric 'mIoU'"):
-        demo_steps.evaluate(demo, demo.models[0])
-    monkeypatch.setattr(demo_steps, "run_tool", lambda *_: None)
+        demo_run.evaluate(demo, demo.models[0])
+    monkeypatch.setattr(demo_run, "run_tool", lambda *_: None)
     with pytest.raises(StepError, match=r"expected one <time>/<time>\.json"):
-        demo_steps.evaluate(demo, demo.models[0])
+        demo_run.evaluate(demo, demo.models[0])
 
 
 def test_interrupting_stops_the_tool(tmp_path: Path) -> None:
     """SIGTERM, as from a job scheduler: the demo says how to resume, and leaves no training behind."""
     code = (
-        "import sys, pathlib\nfrom studies.demo import detection, run, steps\n"
+        "import sys, pathlib\nfrom studies.demo import detection, run\n"
         "tool = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
         f"log = pathlib.Path({str(tmp_path / 'log')!r})\n"
-        "run.run = lambda _: steps.run_tool('Train', ['-c', tool], log)\n"
+        "run.run = lambda _: run.run_tool('Train', ['-c', tool], log)\n"
         f"sys.exit(run.main(detection.COMPARISON, None, {arguments('demo', tmp_path)!r}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -218,9 +217,9 @@ def test_iteration_time_is_the_median_without_the_warm_up(tmp_path: Path) -> Non
         log = tmp_path / session / "vis_data" / "scalars.json"
         log.parent.mkdir(parents=True)
         log.write_text("".join(json.dumps({"time": seconds, "step": i}) + "\n" for i, seconds in enumerate(times)))
-    assert demo_steps.seconds_per_iteration(tmp_path) == 2.5
+    assert demo_run.seconds_per_iteration(tmp_path) == 2.5
     with pytest.raises(StepError, match="no iteration times"):
-        demo_steps.seconds_per_iteration(tmp_path / "20250101_000000")
+        demo_run.seconds_per_iteration(tmp_path / "20250101_000000")
 
 
 @pytest.mark.parametrize(
