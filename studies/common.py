@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from carafe_plugin.engine.errors import UsageError
 ROOT = Path(__file__).resolve().parents[1]
 
 console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of an evaluation: its title, its name in the log of tools/test.py, the value of a logged 1."""
+
+    title: str
+    logged: str
+    unit: float = 1.0
+    digits: int = 3
 
 
 def text_table(

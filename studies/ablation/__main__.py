@@ -23,6 +23,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,16 +52,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help=text)
     add_run_options(parser, "work_dirs/ablation", "data", None, REQUEST)
     return parser.parse_args(argv)
-
-
-def show_plan(runs: list[Run], setup: Setup) -> list[Run]:
-    """Say what is done and what is to do; returns the latter."""
-    to_do = [run for run in runs if find_result(run, setup) is None]
-    for number in dict.fromkeys(run.table for run in runs):
-        of_table = [run for run in runs if run.table == number]
-        left = sum(run in to_do for run in of_table)
-        console.print(f"Table {number}: {len(of_table)} runs, {len(of_table) - left} done, {left} to do")
-    return to_do
 
 
 def run_all(to_do: list[Run], setup: Setup) -> list[str]:
@@ -106,7 +97,10 @@ def ablation(args: argparse.Namespace) -> int:
     folders = (args.work_dir.resolve(), args.data_root.resolve(), args.results.resolve())
     setup = Setup(*folders, request_from(args, REQUEST.format), args.iterations)
     runs = plan(dict.fromkeys(args.table or DEFAULT_TABLES), list(dict.fromkeys(args.seeds)))
-    to_do = show_plan(runs, setup)
+    to_do = [run for run in runs if find_result(run, setup) is None]
+    every, left = (Counter(run.table for run in some) for some in (runs, to_do))
+    for number, count in every.items():
+        console.print(f"Table {number}: {count} runs, {count - left[number]} done, {left[number]} to do")
     if args.plan:
         return 0
 

@@ -18,9 +18,9 @@ from mmengine.config import Config
 
 from studies.common import ROOT, digest, write_json
 from studies.demo import detection, segmentation
+from studies.demo import run as demo_run
 from studies.demo.comparison import Comparison, Demo, Model
 from studies.demo.generate_scenes import Request
-from studies.demo.run import discard_stale, results, train_and_evaluate
 from studies.paper_tables.rows import CONFIGS, Row, read_tables
 
 RESULTS = ROOT / "studies" / "ablation" / "results"
@@ -173,9 +173,8 @@ def complete(run: Run, setup: Setup) -> None:
     """Train (from the newest checkpoint if there is one), evaluate, and write the result file."""
     demo = setup.demo(run)
     (model,) = demo.models
-    discard_stale(demo, model)
-    train_and_evaluate(demo, model)
-    found = results(demo, model)
+    demo_run.discard_stale(demo, model)
+    found = demo_run.complete(demo, model)
     result = {
         "table": run.table,
         "method": run.row.method,

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from carafe_plugin.engine.config import load_config
-from studies.common import ROOT, text_table
+from studies.common import ROOT, Metric, text_table
 from studies.demo.generate_scenes import Request
 
 Summary = dict[str, dict[str, float]]  # what summary.json holds: each model's results
@@ -25,16 +25,6 @@ class Model:
     name: str
     title: str
     config: str
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number of an evaluation: its column title, its name in the log of tools/test.py, the value of a logged 1."""
-
-    title: str
-    logged: str
-    unit: float = 1.0
-    digits: int = 3
 
 
 #: What a model costs, by key in summary.json: the column's title, and how it is written.
@@ -121,8 +111,8 @@ class Demo:
     def checkpoint(self, model: Model) -> Path:
         return self.folder(model) / f"iter_{self.iterations}.pth"
 
-    def metrics_file(self, model: Model) -> Path:
-        return self.folder(model) / "metrics.json"
+    def results_file(self, model: Model) -> Path:
+        return self.folder(model) / "results.json"
 
     def predictions(self, model: Model) -> Path:
         return self.folder(model) / self.comparison.predictions

@@ -29,7 +29,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from studies.demo.comparison import Comparison, Demo, Metric, Model
+from studies.common import Metric
+from studies.demo.comparison import Comparison, Demo, Model
 from studies.demo.generate_scenes import Request
 from studies.demo.pictures import COLOURS, MIN_OBJECTS, Cell, Drawn, draw_grid
 from studies.demo.run import main

@@ -92,24 +92,19 @@ def write_coco(out: Path, split: str, scenes: Iterable[Scene]) -> None:
     file.write_text(json.dumps(content, separators=(",", ":")))
 
 
-def label_map(scene: Scene, owner: np.ndarray) -> np.ndarray:
-    """The label of each pixel as ADE20k counts, uint8, in the shape of ``owner``; the background is a class too.
-
-    As 0, which is neither trained nor measured (mmseg's ``reduce_zero_label``), it would take the figures' outlines out
-    of the evaluation: a model could paint them as wide as it liked.
-    """
-    labels = [CLASSES.index(item.category) + 1 for item in scene.objects]
-    # The last entry is the one that owner's -1 picks.
-    return np.array([*labels, CLASSES.index("background") + 1], dtype=np.uint8)[owner]
-
-
 def write_ade20k(out: Path, split: str, scenes: Iterable[Scene]) -> None:
-    """Write ``out/images/<split>/*.jpg`` and ``out/annotations/<split>/*.png``, the splits named as in ADE20k."""
+    """Write ``out/images/<split>/*.jpg`` and ``out/annotations/<split>/*.png``, the splits named as in ADE20k.
+
+    The background is a class too. As 0, which is neither trained nor measured (mmseg's ``reduce_zero_label``), it would
+    take the figures' outlines out of the evaluation: a model could paint them as wide as it liked.
+    """
     folder = FORMATS["ade20k"].folders[split]
     for number, scene in enumerate(scenes, 1):
         image, owner = paint_scene(scene)
         _save(image, out / "images" / folder / f"{number:06d}.jpg", quality=QUALITY, subsampling=0)
-        _save(label_map(scene, owner), out / "annotations" / folder / f"{number:06d}.png")
+        shown = [*(item.category for item in scene.objects), "background"]  # the last for owner's -1
+        labels = np.array([CLASSES.index(category) + 1 for category in shown], dtype=np.uint8)
+        _save(labels[owner], out / "annotations" / folder / f"{number:06d}.png")
 
 
 def write_images(out: Path, split: str, scenes: Iterable[Scene]) -> None:

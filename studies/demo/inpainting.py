@@ -25,7 +25,8 @@ import torch
 
 from carafe_plugin.engine import bare_models
 from carafe_plugin.inpainting import InpaintingMetric
-from studies.demo.comparison import COSTS, Comparison, Demo, Metric, Model, Summary
+from studies.common import Metric
+from studies.demo.comparison import COSTS, Comparison, Demo, Model, Summary
 from studies.demo.generate_scenes import Request
 from studies.demo.pictures import Cell, draw_grid
 from studies.demo.run import build, main
@@ -49,21 +50,6 @@ def mean_fill(sample: dict[str, Any]) -> torch.Tensor:
     return original * known + colour * holes
 
 
-def measure_mean_fill(demo: Demo) -> dict[str, float]:
-    """The metrics of the same holes, filled with the mean colour."""
-    metric = InpaintingMetric()
-    for sample in mmengine.load(demo.predictions(demo.models[0])):
-        metric.process({}, [{**sample, "completed": mean_fill(sample)}])
-    found = metric.compute_metrics(metric.results)
-    return {name: round(found[name], 6) for name in demo.comparison.metrics}
-
-
-def cost(demo: Demo, model: Model) -> dict[str, int]:
-    """Parameters of the generator, and its multiply-adds for one image."""
-    found = bare_models.count_model(*build(demo, model), (demo.request.size, demo.request.size))
-    return {"generator_parameters": found.parameters["generator"], "generator_flops": found.flops["generator"]}
-
-
 def draw(demo: Demo, models: Sequence[Model], out: Path) -> None:
     """Draw the validation images whose holes are largest: input, mask, what every model made of it, original."""
     samples = {model.title.replace(", ", ",\n"): mmengine.load(demo.predictions(model)) for model in models}
@@ -81,9 +67,17 @@ class Inpainting(Comparison):
     """Compares with the mean colour as well, and shows what the generators cost."""
 
     def complete(self, demo: Demo, summary: Summary) -> Summary:
-        """Add the mean colour's results and the generators' cost."""
-        models = {model.name: summary[model.name] | cost(demo, model) for model in demo.models}
-        return {MEAN_FILL: measure_mean_fill(demo), **models}
+        """Add the generators' cost, and the metrics of the same holes filled with the mean colour."""
+        metric = InpaintingMetric()
+        for sample in mmengine.load(demo.predictions(demo.models[0])):
+            metric.process({}, [{**sample, "completed": mean_fill(sample)}])
+        filled = metric.compute_metrics(metric.results)
+        completed = {MEAN_FILL: {name: round(filled[name], 6) for name in self.metrics}}
+        for model in demo.models:
+            found = bare_models.count_model(*build(demo, model), (demo.request.size, demo.request.size))
+            cost = {"generator_parameters": found.parameters["generator"], "generator_flops": found.flops["generator"]}
+            completed[model.name] = {**summary[model.name], **cost}
+        return completed
 
     def remarks(self, summary: Summary) -> list[str]:
         """One line for every model: how far it is above the mean colour."""

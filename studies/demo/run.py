@@ -110,8 +110,27 @@ def train(demo: Demo, model: Model) -> None:
         raise StepError(f"Train {model.name}: tools/train.py succeeded but {demo.checkpoint(model)} is missing")
 
 
+def build(demo: Demo, model: Model) -> tuple[Config, nn.Module]:
+    """A model's config with the run's changes, and the model."""
+    mmcv_ops.install()
+    config = bare_models.read_config(str(ROOT / model.config), demo.config_options())
+    return config, bare_models.build_model(config)
+
+
+def seconds_per_iteration(folder: Path) -> float:
+    """A training's median iteration time, from its logs; the first window of each start is left out as warm-up."""
+    windows = [
+        [entry["time"] for entry in map(json.loads, log.read_text().splitlines()) if "time" in entry]
+        for log in sorted(folder.glob("*/vis_data/scalars.json"))
+    ]
+    if not any(windows):
+        raise StepError(f"no iteration times in {folder}/*/vis_data/scalars.json")
+    times = [seconds for window in windows for seconds in window[1:]]
+    return statistics.median(times or [seconds for window in windows for seconds in window])
+
+
 def evaluate(demo: Demo, model: Model) -> None:
-    """Evaluate the trained model, keep its predictions, and its metrics in ``metrics.json``."""
+    """Evaluate the trained model, keep its predictions, and its results in ``results.json``."""
     work_dir = demo.folder(model) / "test"
     shutil.rmtree(work_dir, ignore_errors=True)  # what an interrupted evaluation left
     options = (demo.checkpoint(model), "--work-dir", work_dir, "--out", demo.predictions(model))
@@ -124,25 +143,28 @@ def evaluate(demo: Demo, model: Model) -> None:
         )
     logged = json.loads(found[0].read_text())
     try:
-        chosen = {key: round(logged[m.logged] * m.unit, 6) for key, m in demo.comparison.metrics.items()}
+        results = {key: round(logged[m.logged] * m.unit, 6) for key, m in demo.comparison.metrics.items()}
     except KeyError as error:
         raise StepError(
             f"Evaluate {model.name}: {found[0]} has no metric {error}; a model that finds nothing has none"
         ) from error
-    write_json(demo.metrics_file(model), chosen)
+    results["parameters"] = sum(p.numel() for p in build(demo, model)[1].parameters() if p.requires_grad)
+    results["seconds_per_iter"] = round(seconds_per_iteration(demo.folder(model)), 4)
+    write_json(demo.results_file(model), results)
 
 
 def is_evaluated(demo: Demo, model: Model) -> bool:
-    """Whether the model's metrics and predictions exist."""
-    return demo.metrics_file(model).is_file() and demo.predictions(model).exists()
+    """Whether the model's results and predictions exist."""
+    return demo.results_file(model).is_file() and demo.predictions(model).exists()
 
 
-def train_and_evaluate(demo: Demo, model: Model) -> None:
-    """Do what is not done yet for a model."""
+def complete(demo: Demo, model: Model) -> dict[str, float]:
+    """Do what is not done yet for a model: its metrics, how many parameters it learns, and seconds per iteration."""
     if not demo.checkpoint(model).is_file():
         train(demo, model)
     if not is_evaluated(demo, model):
         evaluate(demo, model)
+    return json.loads(demo.results_file(model).read_text())
 
 
 # ----------------------------------------------------------------------------------------------------- belonging
@@ -176,34 +198,6 @@ def discard_stale(demo: Demo, model: Model) -> None:
     (folder / STAMP).write_text(_fingerprint(demo, model))
 
 
-# -------------------------------------------------------------------------------------------------------- results
-def build(demo: Demo, model: Model) -> tuple[Config, nn.Module]:
-    """A model's config with the run's changes, and the model."""
-    mmcv_ops.install()
-    config = bare_models.read_config(str(ROOT / model.config), demo.config_options())
-    return config, bare_models.build_model(config)
-
-
-def seconds_per_iteration(folder: Path) -> float:
-    """A training's median iteration time, from its logs; the first window of each start is left out as warm-up."""
-    windows = [
-        [entry["time"] for entry in map(json.loads, log.read_text().splitlines()) if "time" in entry]
-        for log in sorted(folder.glob("*/vis_data/scalars.json"))
-    ]
-    if not any(windows):
-        raise StepError(f"no iteration times in {folder}/*/vis_data/scalars.json")
-    times = [seconds for window in windows for seconds in window[1:]]
-    return statistics.median(times or [seconds for window in windows for seconds in window])
-
-
-def results(demo: Demo, model: Model) -> dict[str, float]:
-    """A model's metrics, how many parameters it learns, and its training's seconds per iteration."""
-    parameters = sum(p.numel() for p in build(demo, model)[1].parameters() if p.requires_grad)
-    seconds = round(seconds_per_iteration(demo.folder(model)), 4)
-    metrics = json.loads(demo.metrics_file(model).read_text())
-    return {**metrics, "parameters": parameters, "seconds_per_iter": seconds}
-
-
 # ------------------------------------------------------------------------------------------------------ the demos
 def plan(demo: Demo) -> Table:
     """What will be done, and about how long each step takes."""
@@ -235,10 +229,8 @@ def run(demo: Demo) -> Summary:
         console.print(f"Generate: wrote the dataset to {shown(demo.data_root)}")
     for model in demo.models:
         discard_stale(demo, model)
-    for model in demo.models:
-        train_and_evaluate(demo, model)
     models = compared(demo)
-    summary = demo.comparison.complete(demo, {model.name: results(demo, model) for model in models})
+    summary = demo.comparison.complete(demo, {model.name: complete(demo, model) for model in models})
     write_json(demo.work_dir / "summary.json", summary)
     demo.comparison.draw(demo, models, demo.work_dir / "predictions.png")
     return summary

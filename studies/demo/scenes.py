@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -101,35 +101,31 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
-class Background:
-    """Two colours mixed by smooth noise, a periodic pattern over them, and grain."""
+class Scene:
+    """A square scene of ``size`` pixels; ``objects`` are listed from back to front.
 
+    The background is two ``colours`` mixed by smooth noise, a periodic pattern over them, and grain.
+    """
+
+    size: int
     colours: Sequence[Colour]
     pattern: str  # 'plain', 'stripes', 'checks' or 'dots'
     period: float
     angle: float
     strength: float
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A square scene of ``size`` pixels; ``objects`` are listed from back to front."""
-
-    size: int
     noise_seed: int
-    background: Background
-    objects: Sequence[SceneObject]
+    objects: list[SceneObject] = field(default_factory=list)
 
 
 def _describe_figure(
-    rng: np.random.Generator, category: str, position: np.ndarray, radius: float, background: Background
+    rng: np.random.Generator, category: str, position: np.ndarray, radius: float, scene: Scene
 ) -> Figure:
     # A figure that nobody could tell from its background would be noise in the annotations.
     for _ in range(20):
         # Every category has its usual hue, as things have; neighbours' hues overlap, so that shape counts too.
         hue = (CATEGORIES.index(category) / len(CATEGORIES) + rng.normal(0, HUE_DEVIATION)) % 1
         colour = colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 1.0), rng.uniform(0.3, 1.0))
-        if min(np.abs(np.subtract(colour, other)).sum() for other in background.colours) > 0.8:
+        if min(np.abs(np.subtract(colour, other)).sum() for other in scene.colours) > 0.8:
             break
     brightness = rng.uniform(0.7, 1.3)
     return Figure(
@@ -143,13 +139,13 @@ def _describe_figure(
     )
 
 
-def _describe_crowd(rng: np.random.Generator, size: int, background: Background) -> SceneObject:
-    category = str(rng.choice(CATEGORIES))
+def _describe_crowd(rng: np.random.Generator, scene: Scene) -> SceneObject:
+    category, size = str(rng.choice(CATEGORIES)), scene.size
     centre = rng.uniform(0.25 * size, 0.75 * size, 2)
     radius = max(0.05 * size, 5.0)
     positions = np.clip(centre + rng.normal(0, 0.09 * size, (int(rng.integers(9, 15)), 2)), 0, size)
     figures = [
-        _describe_figure(rng, category, position, radius * rng.uniform(0.8, 1.2), background) for position in positions
+        _describe_figure(rng, category, position, radius * rng.uniform(0.8, 1.2), scene) for position in positions
     ]
     return SceneObject(category, figures, crowd=True)
 
@@ -161,15 +157,16 @@ def describe_scene(
 
     ``figures`` is the most single figures, of which a full scene refuses some; ``crowded`` adds a crowd of equals.
     """
-    background = Background(
+    scene = Scene(
+        size,
         colours=[colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.4), rng.uniform(0.25, 0.75)) for _ in range(2)],
         pattern=str(rng.choice(["plain", "stripes", "checks", "dots"])),
         period=rng.uniform(6, 24),
         angle=rng.uniform(0, np.pi),
         strength=rng.uniform(0.04, 0.12),
+        noise_seed=int(rng.integers(2**31)),
     )
-    noise_seed = int(rng.integers(2**31))
-    objects: list[SceneObject] = []
+    objects = scene.objects
     owner = np.full((size, size), -1)
     alone: list[int] = []  # how many pixels each object would show with nothing before it
 
@@ -185,7 +182,7 @@ def describe_scene(
             alone.append(int(shown[-1]))
 
     while crowded and not empty and not objects:
-        add(_describe_crowd(rng, size, background))
+        add(_describe_crowd(rng, scene))
     wanted = 0 if empty else int(rng.integers(max(figures // 4, 1), figures + 1))
     for _ in range(4 * wanted):  # a full scene may refuse some: it then has fewer, never hidden, objects
         if len(objects) >= wanted:
@@ -199,16 +196,16 @@ def describe_scene(
         # At most half of the figure's width lies outside.
         position = np.clip(position, radius * 0.2, size - radius * 0.2)
         category = str(rng.choice(CATEGORIES))
-        add(SceneObject(category, [_describe_figure(rng, category, position, radius, background)]))
-    return Scene(size, noise_seed, background, objects)
+        add(SceneObject(category, [_describe_figure(rng, category, position, radius, scene)]))
+    return scene
 
 
 # ------------------------------------------------------------------------------------------------------- painting
 def _coverage(category: str, figure: Figure, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
     """The window (rows, columns) that the figure touches, and which share of each pixel there it covers."""
     reach = figure.radius * 1.1 + 1  # the key's bit and the cross's corners reach a little over the unit circle
-    low = np.clip(np.floor([figure.y - reach, figure.x - reach]), 0, size).astype(int)
-    high = np.clip(np.ceil([figure.y + reach, figure.x + reach]), 0, size).astype(int)
+    centre = np.array([figure.y, figure.x])
+    low, high = np.clip([np.floor(centre - reach), np.ceil(centre + reach)], 0, size).astype(int)
     rows, columns = [
         (np.arange(a * SUPERSAMPLING, b * SUPERSAMPLING) + 0.5) / SUPERSAMPLING for a, b in zip(low, high, strict=True)
     ]
@@ -236,20 +233,21 @@ def _to_bytes(image: np.ndarray) -> np.ndarray:
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
 
-def _paint_background(rng: np.random.Generator, size: int, background: Background) -> np.ndarray:
+def _paint_background(rng: np.random.Generator, scene: Scene) -> np.ndarray:
+    size = scene.size
     mix = 0.65 * _enlarge(rng.uniform(0, 1, (5, 5)), size) + 0.35 * _enlarge(rng.uniform(0, 1, (20, 20)), size)
-    first, second = np.array(background.colours)
+    first, second = np.array(scene.colours)
     image = first + np.clip(mix, 0, 1)[..., None] * (second - first)
-    y, x = np.mgrid[:size, :size] * (2 * np.pi / background.period)
-    cos, sin = np.cos(background.angle), np.sin(background.angle)
+    y, x = np.mgrid[:size, :size] * (2 * np.pi / scene.period)
+    cos, sin = np.cos(scene.angle), np.sin(scene.angle)
     u, v = cos * x + sin * y, cos * y - sin * x
     pattern = {
         "plain": np.zeros_like(u),
         "stripes": np.sign(np.sin(u)),
         "checks": np.sign(np.sin(u) * np.sin(v)),
         "dots": np.where(np.sin(u) * np.sin(v) > 0.5, 1.0, -0.3),
-    }[background.pattern]
-    return image + background.strength * pattern[..., None]
+    }[scene.pattern]
+    return image + scene.strength * pattern[..., None]
 
 
 def paint_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -258,7 +256,7 @@ def paint_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     The owner is the index in ``scene.objects`` of what is seen in a pixel, -1 for the background: masks are disjoint.
     """
     rng = np.random.default_rng(scene.noise_seed)
-    image = _paint_background(rng, scene.size, scene.background)
+    image = _paint_background(rng, scene)
     owner = np.full((scene.size, scene.size), -1)
     for index, item in enumerate(scene.objects):
         _claim(owner, item, index)

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from studies.demo.comparison import Comparison, Demo, Metric, Model
+from studies.common import Metric
+from studies.demo.comparison import Comparison, Demo, Model
 from studies.demo.generate_scenes import Request
 from studies.demo.pictures import MIN_OBJECTS, Cell, draw_grid
 from studies.demo.run import main

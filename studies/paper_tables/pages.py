@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from carafe_plugin.engine.errors import UsageError
 from studies.common import ROOT, markdown_table, shown
-from studies.paper_tables.rows import COLUMNS, CONFIGS, RESULTS, TABLES, Row, Table, figure, known_cost, read_metrics
+from studies.paper_tables.rows import COLUMNS, CONFIGS, RESULTS, TABLES, Row, Table, figure, known_cost, result_file
 
 PAGE = ROOT / "docs" / "paper_tables.md"
 NOT_RUN = "not run"
@@ -33,8 +34,7 @@ def pages(tables: Tables, costs: dict[str, dict[str, Any]], results: Path = RESU
     """What every file that repeats the paper's figures should contain."""
     readmes = {path: fill_readme(path, tables) for path in sorted(CONFIGS.glob("*/README.md"))}
     metafiles = {path: fill_metafile(path, tables) for path in sorted(CONFIGS.glob("*/metafile.yml"))}
-    whole = markdown([(table, list(cells(table, costs, results))) for table in tables.values()])
-    return {**readmes, **metafiles, PAGE: whole}
+    return {**readmes, **metafiles, PAGE: markdown(tables.values(), costs, results)}
 
 
 # ----------------------------------------------------------------------------------------------------- the tables
@@ -65,17 +65,16 @@ def cells(table: Table, costs: dict[str, dict[str, Any]], results: Path) -> Iter
 
 def ours(table: Table, row: Row, line: list[Any], results: Path) -> str:
     """Our figures in the order of the table's columns."""
-    metrics = read_metrics(row, results)
-    if metrics is None:
+    path = result_file(row, results)
+    if not path.is_file():
         return NOT_RUN
-    found = table.measured(line, metrics)
-    return " / ".join(
-        f"{found[column]:.2f}" if column in found else "-" for column in table.columns if column != "task"
-    )
+    found = table.measured(line, json.loads(path.read_text(encoding="utf-8"))["metrics"])
+    columns = (column for column in table.columns if column != "task")
+    return " / ".join(f"{found[column]:.2f}" if column in found else "-" for column in columns)
 
 
-def markdown(tables: list[tuple[Table, list[list[str]]]]) -> str:
-    """Tables with their :func:`cells` as one page."""
+def markdown(tables: Iterable[Table], costs: dict[str, dict[str, Any]], results: Path) -> str:
+    """Tables as one page."""
     parts = [
         "# The paper's tables",
         "The figures are the paper's (arXiv 2012.04733) except in the last columns: parameters and FLOPs are counted "
@@ -86,11 +85,10 @@ def markdown(tables: list[tuple[Table, list[list[str]]]]) -> str:
         "[configs/inpainting](../configs/inpainting/README.md).",
         "Written by `python -m studies.paper_tables --write`.",
     ]
-    for table, lines in tables:
-        parts.append(f"## {title(table)}")
-        parts.append(markdown_table(headings(table), (line[:-1] + [_link(line[-1])] for line in lines)))
-        if table.note:
-            parts.append(table.note)
+    for table in tables:
+        lines = [[*line, _link(path)] for *line, path in cells(table, costs, results)]
+        parts += [f"## {title(table)}", markdown_table(headings(table), lines)]
+        parts += [table.note] if table.note else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -166,6 +164,6 @@ def _results(config: str, tables: Tables) -> str:
         text += f"      - Task: {METAFILE_TASKS[task]}\n"
         text += f"        Dataset: {table.data}, the paper's figures (Table {table.table})\n        Metrics:\n"
         for column, value in zip(table.columns, line, strict=True):
-            if name := COLUMNS[column].indexed.format(task) if column in COLUMNS else "":
+            if name := COLUMNS[column].title.format(task) if column in COLUMNS else "":
                 text += f"          {name}: {figure(column, value)}\n"
     return text
