@@ -75,18 +75,12 @@ class Setup:
     def demo(self, run: Run) -> Demo:
         """A run in the terms of the demos' steps, with its config written."""
         request, folder = self.dataset(run.recipe)
-        iterations = run.config.train_cfg.max_iters
-        comparison = dataclasses.replace(
-            run.recipe.comparison,
-            request=dataclasses.replace(run.recipe.comparison.request, seed=request.seed),  # the scenes' seed alone
-            iterations=iterations,
-            data_root=run.config.train_dataloader.dataset.data_root.rstrip("/"),
-        )
         config = self.work_dir / "configs" / f"{run.name}.py"
         config.parent.mkdir(parents=True, exist_ok=True)
         run.config.dump(config)
         model = Model(run.name, f"{run.row.method}, seed {run.seed}", str(config))
-        return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (model,))
+        iterations = self.iterations or run.config.train_cfg.max_iters
+        return Demo(run.recipe.comparison, self.work_dir, folder, request, iterations, run.seed, (model,))
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,8 @@ class Comparison:
     more_models: tuple[Model, ...] = ()  # added by ``--all``
     references: Mapping[str, str] = field(default_factory=dict)  # what :meth:`complete` adds: keys, names for people
     data_root: str  # where the configs look for the dataset, below the root
-    data_options: Mapping[str, str]  # the configs' settings that name the dataset, and each one's path in its folder
     request: Request  # the default dataset
     iterations: int  # of each training, as in the configs
-    scheduled: bool = True  # whether the configs have a learning-rate schedule, which ends with the training
     seconds: float  # per iteration on two cores, for the estimates of the plan
     metrics: Mapping[str, Metric]
     minimum: Mapping[str, float] = field(default_factory=dict)  # below it nothing is compared
@@ -102,6 +100,7 @@ class Demo:
     data_root: Path
     request: Request
     iterations: int
+    seed: int  # of the trainings
     models: tuple[Model, ...]
     judged: bool = True  # whether a result below its minimum is an error
 
@@ -117,24 +116,29 @@ class Demo:
     def predictions(self, model: Model) -> Path:
         return self.folder(model) / self.comparison.predictions
 
-    def config_options(self) -> dict[str, Any]:
-        """What this run changes in the configs; nothing with the default options."""
+    def config_options(self, model: Model) -> dict[str, Any]:
+        """What this run changes in the model's config; nothing with the default options."""
+        config = Config.fromfile(ROOT / model.config)
         options: dict[str, Any] = {}
-        if self.data_root != ROOT / self.comparison.data_root:
-            options |= {key: str(self.data_root / path) for key, path in self.comparison.data_options.items()}
-        if self.iterations != self.comparison.iterations:
+        data_root = config.train_dataloader.dataset.data_root
+        if self.data_root != ROOT / data_root:
+            splits = [split for split in ("train", "val", "test") if config.get(f"{split}_dataloader")]
+            options |= {f"{split}_dataloader.dataset.data_root": str(self.data_root) for split in splits}
+            if ann_file := config.test_evaluator.get("ann_file"):
+                options["test_evaluator.ann_file"] = str(self.data_root / Path(ann_file).relative_to(data_root))
+        if self.iterations != config.train_cfg.max_iters:
             options["train_cfg.max_iters"] = self.iterations
-            if self.comparison.scheduled:
+            if "param_scheduler" in config:
                 warm_up = max(1, self.iterations // 10)
                 options |= {"param_scheduler.0.end": warm_up, "param_scheduler.1.begin": warm_up}
                 options["param_scheduler.1.end"] = self.iterations
             if self.iterations < 100:  # too short for windows of ten iterations and checkpoints every fifty
                 options |= {"default_hooks.logger.interval": 1, "log_processor.window_size": 1}
                 options["default_hooks.checkpoint.interval"] = 1
-        if self.request.seed != self.comparison.request.seed:
-            options["randomness.seed"] = self.request.seed
+        if self.seed != config.randomness.seed:
+            options["randomness.seed"] = self.seed
         return options
 
     def load_config(self, model: Model) -> Config:
         """The model's config with this run's changes."""
-        return load_config(str(ROOT / model.config), self.config_options())
+        return load_config(str(ROOT / model.config), self.config_options(model))

@@ -35,16 +35,13 @@ from studies.demo.generate_scenes import Request
 from studies.demo.pictures import COLOURS, MIN_OBJECTS, Cell, Drawn, draw_grid
 from studies.demo.run import main
 
-ANNOTATIONS = "annotations/instances_val.json"
-
-
 DRAWN, MIN_SCORE = 6, 0.5
 
 
 def draw(demo: Demo, models: Sequence[Model], out: Path) -> None:
     """Outline the ground truth and each model's predictions on the first validation images with several objects."""
     with contextlib.redirect_stdout(io.StringIO()):  # COCO reports its progress with print
-        coco = COCO(str(demo.data_root / ANNOTATIONS))
+        coco = COCO(str(demo.data_root / "annotations" / "instances_val.json"))
     found = [{item["img_id"]: item["pred_instances"] for item in mmengine.load(demo.predictions(m))} for m in models]
     ids = sorted(coco.getImgIds())
     rows = {}
@@ -78,11 +75,6 @@ COMPARISON = Comparison(
         Model("carafe_all", "CARAFE++ everywhere", "configs/demo/mask-rcnn_r18-carafe_carafe-fpn-mask-head_scenes.py"),
     ),
     data_root="data/scenes",
-    data_options={
-        "train_dataloader.dataset.data_root": "",
-        "test_dataloader.dataset.data_root": "",
-        "test_evaluator.ann_file": ANNOTATIONS,
-    },
     request=Request(seed=0, train=600, val=120, size=160),
     iterations=280,
     seconds=1.1,

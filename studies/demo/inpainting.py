@@ -112,10 +112,8 @@ COMPARISON = Inpainting(
         ),
     ),
     data_root="data/scenes-images",
-    data_options={f"{split}_dataloader.dataset.data_root": "" for split in ("train", "val", "test")},
     request=Request(seed=0, train=1000, val=100, size=64, figures=4, format="images"),
     iterations=700,
-    scheduled=False,
     seconds=0.25,
     metrics={
         "l1": Metric("L1", "inpainting/l1", digits=2),

@@ -97,7 +97,7 @@ def run_tool(title: str, command: Sequence[str], log: Path) -> None:
 
 
 def _run(demo: Demo, model: Model, title: str, tool: str, *options: str | Path) -> None:
-    changes = [f"{key}={value}" for key, value in demo.config_options().items()]
+    changes = [f"{key}={value}" for key, value in demo.config_options(model).items()]
     command = [f"tools/{tool}.py", model.config, *(shown(o) if isinstance(o, Path) else o for o in options)]
     command += ["--cfg-options", *changes] if changes else []
     run_tool(f"{title} {model.name}", command, demo.work_dir / f"{tool}_{model.name}.log")
@@ -113,7 +113,7 @@ def train(demo: Demo, model: Model) -> None:
 def build(demo: Demo, model: Model) -> tuple[Config, nn.Module]:
     """A model's config with the run's changes, and the model."""
     mmcv_ops.install()
-    config = bare_models.read_config(str(ROOT / model.config), demo.config_options())
+    config = bare_models.read_config(str(ROOT / model.config), demo.config_options(model))
     return config, bare_models.build_model(config)
 
 
@@ -269,6 +269,7 @@ def parse_demo(comparison: Comparison, description: str | None, argv: Sequence[s
         data_root=args.data_root.resolve(),
         request=request_from(args, comparison.request.format),
         iterations=args.iterations,
+        seed=args.seed,
         models=(*comparison.models, *(more if more and args.all else ())),
         judged=not args.no_minimum,
     )

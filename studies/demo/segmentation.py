@@ -50,7 +50,6 @@ COMPARISON = Comparison(
         Model("carafe", "UperNet, CARAFE++", "configs/demo/upernet_r18-carafe_carafe-upernet_scenes.py"),
     ),
     data_root="data/scenes-ade20k",
-    data_options={f"{split}_dataloader.dataset.data_root": "" for split in ("train", "test")},
     request=Request(seed=0, train=600, val=120, size=160, figures=32, format="ade20k"),
     iterations=500,
     seconds=0.6,

@@ -129,7 +129,7 @@ def test_another_dataset_is_another_demo(finished: SimpleNamespace) -> None:
 def test_defaults_are_the_configurations() -> None:
     """Without options nothing changes in the configurations, so that they can be run by hand as well."""
     demo = demo_run.parse_demo(COMPARISON, None, [])
-    assert demo.config_options() == {}
+    assert [demo.config_options(model) for model in demo.models] == [{}] * len(demo.models)
     for model in demo.models:
         cfg = demo.load_config(model)
         assert cfg.train_cfg.max_iters == demo.iterations

@@ -21,7 +21,7 @@ def demo_of(comparison: Comparison, request: Request, folder: Path, titles: list
     """A demo with the dataset that ``request`` asks for, whose models have these titles and no predictions yet."""
     generate_scenes.generate(folder / "data", request)
     models = tuple(Model(title, title, comparison.models[0].config) for title in titles)
-    demo = Demo(comparison, folder / "work", folder / "data", request, 1, models)
+    demo = Demo(comparison, folder / "work", folder / "data", request, 1, 0, models)
     for model in models:
         demo.folder(model).mkdir(parents=True)
     return demo

@@ -112,7 +112,7 @@ def test_models_differ_in_types_alone(name: str, tmp_path: Path) -> None:
 def test_default_options_change_nothing_in_the_configs(tool: str) -> None:
     comparison = COMPARISONS[tool]
     demo = demo_run.parse_demo(comparison, None, [])
-    assert demo.config_options() == {}
+    assert [demo.config_options(model) for model in demo.models] == [{}] * len(demo.models)
     assert demo.request == comparison.request
     assert demo.models == comparison.models
     for model in (*comparison.models, *comparison.more_models):
