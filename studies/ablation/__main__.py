@@ -61,7 +61,7 @@ def run_all(to_do: list[Run], setup: Setup) -> list[str]:
     for index, run in enumerate(to_do):
         if find_result(run, setup):  # another row had the same model
             continue
-        each = statistics.mean(seconds) if seconds else run.recipe.seconds
+        each = statistics.mean(seconds) if seconds else 20 + run.config.train_cfg.max_iters * run.recipe.seconds
         left = duration((len(to_do) - index) * each)
         console.rule(f"{index + 1} of {len(to_do)}: Table {run.table}, {run.row.method}, seed {run.seed}; {left} left")
         started = time.monotonic()
@@ -93,7 +93,6 @@ def report(runs: list[Run], setup: Setup) -> list[str]:
 
 
 def ablation(args: argparse.Namespace) -> int:
-    """Do what the command line says."""
     folders = (args.work_dir.resolve(), args.data_root.resolve(), args.results.resolve())
     setup = Setup(*folders, request_from(args, REQUEST.format), args.iterations)
     runs = plan(dict.fromkeys(args.table or DEFAULT_TABLES), list(dict.fromkeys(args.seeds)))

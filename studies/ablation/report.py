@@ -10,8 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure  # without pyplot: no display, no state
 
-from studies.ablation.runs import Recipe, Run, Setup, find_result
+from studies.ablation.runs import Run, Setup, find_result
 from studies.common import markdown_table
+from studies.demo.comparison import Comparison
 from studies.paper_tables.rows import Row, Table
 
 MINIMUM = 0.30  # of a baseline's box AP50: below it a model has not learnt, and differences would mean nothing
@@ -41,7 +42,7 @@ class Found:
     """The results of one table: of those rows that have any."""
 
     table: Table
-    recipe: Recipe
+    recipe: Comparison
     rows: list[Method]
 
     @property
@@ -63,7 +64,7 @@ def collect(table: Table, runs: Sequence[Run], setup: Setup) -> Found:
 
 def texts(found: Found) -> tuple[list[str], list[list[str]]]:
     """Headings and lines, the same for the console and the page."""
-    metrics = found.recipe.comparison.metrics
+    metrics = found.recipe.metrics
     headings = ["method", "seeds", *(metric.title for metric in metrics.values()), "parameters", "s/it", "paper"]
     lines = [
         [
@@ -115,7 +116,7 @@ def draw(found: Found, path: Path) -> None:
         paper.plot(method.paper, row, "D", color="C1", markersize=5)
     scenes.set_yticks(range(len(found.rows)), [method.row.method for method in found.rows])
     scenes.invert_yaxis()
-    unit = found.recipe.comparison.metrics[found.recipe.main].title
+    unit = found.recipe.metrics[found.recipe.main].title
     scenes.set(title="generated scenes", xlabel=f"{unit}: seeds, mean and standard deviation")
     paper.set(title=f"the paper, {found.table.data}", xlabel=next(c for c in found.table.columns if c != "task"))
     for axes in (scenes, paper):
@@ -126,7 +127,7 @@ def draw(found: Found, path: Path) -> None:
 
 def weak_baselines(found: Found) -> list[str]:
     """A line for every baseline, a row without anything of this package, whose mean box AP50 is below the minimum."""
-    if "bbox_mAP_50" not in found.recipe.comparison.metrics:
+    if "bbox_mAP_50" not in found.recipe.metrics:
         return []
     means = {m.row.method: m.points("bbox_mAP_50")[1] / 100 for m in found.rows if "::" in m.row.config}
     return [

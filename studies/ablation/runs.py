@@ -7,9 +7,9 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,20 @@ from studies.paper_tables.rows import CONFIGS, Row, read_tables
 RESULTS = ROOT / "studies" / "ablation" / "results"
 REQUEST = Request(seed=0, train=600, val=120, size=128)
 #: Where operators stand in a model. A row's are recognised by the type, which is this package's.
-PARTS = (("backbone",), ("neck",), ("roi_head", "mask_head"), ("decode_head",))
+PARTS = ("backbone", "neck", "roi_head.mask_head", "decode_head")
 OURS = "carafe_plugin.openmmlab."
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A small model for a table's rows."""
-
-    config: str  # below the root
-    comparison: Comparison  # the demo's, with the metrics that a result file keeps
-    main: str  # the metric that the table is about
-    seconds: float  # about what a run takes on two cores
-
-
-def _recipe(name: str, demo: Comparison, main: str, seconds: float, metrics: Iterable[str] = ()) -> Recipe:
+def _recipe(name: str, demo: Comparison, main: str, seconds: float, metrics: Iterable[str] = ()) -> Comparison:
+    """The demo's comparison with a model of its own, ``seconds`` per iteration, and the metrics that a result keeps."""
+    model = Model(name, name, f"configs/demo/ablation/{name}_r18_scenes.py")
     kept = {key: demo.metrics[key] for key in metrics or demo.metrics}
-    comparison = dataclasses.replace(demo, name="ablation", metrics=kept)
-    return Recipe(f"configs/demo/ablation/{name}_r18_scenes.py", comparison, main, seconds)
+    return dataclasses.replace(demo, models=(model,), seconds=seconds, metrics=kept, main=main)
 
 
-FASTER = _recipe("faster-rcnn", detection.COMPARISON, "bbox_mAP", 180, ("bbox_mAP", "bbox_mAP_50"))
-MASK = _recipe("mask-rcnn", detection.COMPARISON, "segm_mAP", 220)
-UPERNET = _recipe("upernet", segmentation.COMPARISON, "mIoU", 180)
+FASTER = _recipe("faster-rcnn", detection.COMPARISON, "bbox_mAP", 0.5, ("bbox_mAP", "bbox_mAP_50"))
+MASK = _recipe("mask-rcnn", detection.COMPARISON, "segm_mAP", 0.6)
+UPERNET = _recipe("upernet", segmentation.COMPARISON, "mIoU", 0.8)
 #: By table. Table 12 is of classification; its backbones are compared in the detector that Table 3 has them in.
 RECIPES = {3: FASTER, 4: FASTER, 5: FASTER, 6: MASK, 7: MASK, 9: UPERNET} | {n: FASTER for n in (11, 12, 13, 14)}
 
@@ -63,14 +54,14 @@ class Setup:
     scenes: Request = REQUEST
     iterations: int | None = None
 
-    def dataset(self, recipe: Recipe) -> tuple[Request, Path]:
+    def dataset(self, recipe: Comparison) -> tuple[Request, Path]:
         """The dataset of a recipe, and its folder. Segmentation keeps the size and figures of its own demo."""
-        request, own = self.scenes, recipe.comparison.request
+        request, own = self.scenes, recipe.request
         if own.format == request.format:
             return request, self.data_root / f"scenes-{request.size}"
         size = request.size if request.size != REQUEST.size else own.size
         request = dataclasses.replace(request, format=own.format, figures=own.figures, size=size)
-        return request, self.data_root / Path(recipe.comparison.data_root).name
+        return request, self.data_root / Path(recipe.data_root).name
 
     def demo(self, run: Run) -> Demo:
         """A run in the terms of the demos' steps, with its config written."""
@@ -80,7 +71,7 @@ class Setup:
         run.config.dump(config)
         model = Model(run.name, f"{run.row.method}, seed {run.seed}", str(config))
         iterations = self.iterations or run.config.train_cfg.max_iters
-        return Demo(run.recipe.comparison, self.work_dir, folder, request, iterations, run.seed, (model,))
+        return Demo(run.recipe, self.work_dir, folder, request, iterations, run.seed, (model,))
 
 
 @dataclass(frozen=True)
@@ -90,17 +81,24 @@ class Run:
     table: int
     row: Row
     seed: int
-    recipe: Recipe
+    recipe: Comparison
 
     @cached_property
     def config(self) -> Config:
-        """The small model with the operators of the row, and the seed."""
-        config = copy.deepcopy(_read(ROOT / self.recipe.config))
+        """The small model with the seed and the row's operators: the ``type`` and ``carafe_cfg`` of its parts."""
+        config = copy.deepcopy(_read(ROOT / self.recipe.models[0].config))
+        row_model = {} if "::" in self.row.config else _read(CONFIGS / self.row.config).model
         changes: dict[str, Any] = {"randomness.seed": self.seed}
-        for parts in PARTS:
-            if operators := _operators(self.row, parts):
-                operators["type"] = f"{OURS}{config.default_scope}.{operators['type'].rpartition('.')[2]}"
-                changes[f"model.{'.'.join(parts)}"] = operators
+        for place in PARTS:
+            part = reduce(lambda part, name: part.get(name) or {}, place.split("."), row_model)
+            kind = str(part.get("type"))
+            if not kind.startswith(OURS):
+                continue  # the toolbox's own
+            operators: dict[str, Any] = {"type": f"{OURS}{config.default_scope}.{kind.rpartition('.')[2]}"}
+            if carafe_cfg := part.get("carafe_cfg"):
+                operators["carafe_cfg"] = carafe_cfg.to_dict()
+                operators["carafe_cfg"].pop("norm_eval", None)  # for a pretrained backbone: statistics are learnt here
+            changes[f"model.{place}"] = operators
         config.merge_from_dict(changes)
         return config
 
@@ -115,29 +113,6 @@ def plan(tables: Iterable[int], seeds: Sequence[int]) -> list[Run]:
     """All runs, in the order in which they are done: every row with one seed before the next seed."""
     known = read_tables()
     return [Run(n, row, seed, RECIPES[n]) for n in tables for seed in seeds for row in known[n].rows]
-
-
-def _operators(row: Row, parts: tuple[str, ...]) -> dict[str, Any]:
-    """The ``type`` and ``carafe_cfg`` of a part of a row's model; empty where the part is the toolbox's own."""
-    if "::" in row.config:
-        return {}
-    part: Any = _read(CONFIGS / row.config).model
-    for name in parts:
-        part = part.get(name) or {}
-    if not str(part.get("type")).startswith(OURS):
-        return {}
-    operators: dict[str, Any] = {"type": part["type"]}
-    if carafe_cfg := _plain(part.get("carafe_cfg") or {}):
-        carafe_cfg.pop("norm_eval", None)  # of a pretrained backbone; from scratch, statistics have to be learnt
-        operators["carafe_cfg"] = carafe_cfg
-    return operators
-
-
-def _plain(part: Any) -> Any:
-    """MMEngine's dictionaries as Python's, less the scope that it notes in those that came by a package's name."""
-    if isinstance(part, Mapping):
-        return {key: _plain(value) for key, value in part.items() if key != "_scope_"}
-    return part
 
 
 @cache
@@ -173,7 +148,7 @@ def complete(run: Run, setup: Setup) -> None:
         "table": run.table,
         "method": run.row.method,
         "config": run.row.path,
-        "recipe": run.recipe.config,
+        "recipe": run.recipe.models[0].config,
         "seed": run.seed,
         "iterations": demo.iterations,
         "metrics": {name: found[name] for name in demo.comparison.metrics},

@@ -48,6 +48,7 @@ class Comparison:
     iterations: int  # of each training, as in the configs
     seconds: float  # per iteration on two cores, for the estimates of the plan
     metrics: Mapping[str, Metric]
+    main: str = ""  # the metric that a plot shows
     minimum: Mapping[str, float] = field(default_factory=dict)  # below it nothing is compared
     costs: Costs = field(default_factory=lambda: COSTS)
     caption: str = ""  # below the table

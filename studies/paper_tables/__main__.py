@@ -68,7 +68,7 @@ def measure(rows: list[Row], costs: dict[str, dict[str, Any]], path: Path) -> No
 def record(config: str, source: Path, tables: dict[int, Table], folder: Path) -> Path:
     """Keep a file's metrics as our result; UsageError where no table has the config or none of its metrics is there."""
     wanted = os.path.relpath(Path(config).absolute(), paper_rows.CONFIGS) if "::" not in config else config
-    lines = [(table, row, line) for table in tables.values() for row, line, _ in table.lines if row.config == wanted]
+    lines = [(table, row, line) for table in tables.values() for row, line in table.lines if row.config == wanted]
     if not lines:
         raise UsageError(f"--record: {config} is not the config of a row in {paper_rows.TABLES}")
     try:
@@ -85,7 +85,6 @@ def record(config: str, source: Path, tables: dict[int, Table], folder: Path) ->
 
 
 def paper_tables(args: argparse.Namespace) -> None:
-    """Do what the command line says."""
     tables = paper_rows.read_tables()
     for name in ("markdown", "costs"):
         path = getattr(args, name)

@@ -39,7 +39,6 @@ def pages(tables: Tables, costs: dict[str, dict[str, Any]], results: Path = RESU
 
 # ----------------------------------------------------------------------------------------------------- the tables
 def headings(table: Table) -> list[str]:
-    """The headings of :func:`cells`."""
     return ["method", *table.columns, "M param.", "GFLOPs", "ours", "config"]
 
 
@@ -49,18 +48,18 @@ def title(table: Table) -> str:
 
 def cells(table: Table, costs: dict[str, dict[str, Any]], results: Path) -> Iterator[list[str]]:
     """The lines of a table as texts: method, the paper's figures, parameters, GFLOPs, our result, config."""
-    for row, line, first in table.lines:
-        cost = known_cost(row, costs) if first else None
-        size = [f"{cost['parameters'] / 1e6:.2f}" if cost else "?", "-"]
-        if row.counted:
-            size[1] = f"{cost['flops'] / 1e9:.1f}" if cost else "?"
-        yield [
-            row.method if first else "",
-            *(figure(column, value) for column, value in zip(table.columns, line, strict=True)),
-            *(size if first else ["", ""]),
-            ours(table, row, line, results),
-            row.path if first else "",
-        ]
+    for row in table.rows:
+        cost = known_cost(row, costs)
+        size = ["?", "?" if row.counted else "-"]
+        if cost:
+            size[0] = f"{cost['parameters'] / 1e6:.2f}"
+        if cost and row.counted:
+            size[1] = f"{cost['flops'] / 1e9:.1f}"
+        method, path = row.method, row.path
+        for line in row.paper:
+            figures = [figure(column, value) for column, value in zip(table.columns, line, strict=True)]
+            yield [method, *figures, *size, ours(table, row, line, results), path]
+            method, path, size = "", "", ["", ""]
 
 
 def ours(table: Table, row: Row, line: list[Any], results: Path) -> str:
@@ -74,7 +73,6 @@ def ours(table: Table, row: Row, line: list[Any], results: Path) -> str:
 
 
 def markdown(tables: Iterable[Table], costs: dict[str, dict[str, Any]], results: Path) -> str:
-    """Tables as one page."""
     parts = [
         "# The paper's tables",
         "The figures are the paper's (arXiv 2012.04733) except in the last columns: parameters and FLOPs are counted "
@@ -126,7 +124,7 @@ def _figures(tables: Tables) -> dict[str, dict[str, str]]:
     """By config, its figures by their names in READMEs, as ``box AP`` or ``mIoU``."""
     found: dict[str, dict[str, str]] = {}
     for table in tables.values():
-        for row, line, _ in table.lines:
+        for row, line in table.lines:
             for column, value in zip(table.columns, line, strict=True):
                 name = f"{table.task(line)} {column}" if column.startswith("AP") else column
                 found.setdefault(row.config, {})[name] = figure(column, value)

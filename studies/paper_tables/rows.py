@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +86,15 @@ class Table:
         """The task of one line of a table of detectors."""
         return line[0] if self.columns[0] == "task" else "box"
 
-    @cached_property
-    def lines(self) -> list[tuple[Row, list[Any], bool]]:
-        """Every line with its row, and whether it is the row's first."""
-        return [(row, line, index == 0) for row in self.rows for index, line in enumerate(row.paper)]
+    @property
+    def lines(self) -> list[tuple[Row, list[Any]]]:
+        """Every line with its row."""
+        return [(row, line) for row in self.rows for line in row.paper]
 
 
-def read_tables(path: Path = TABLES) -> dict[int, Table]:
+def read_tables() -> dict[int, Table]:
     """All tables by number."""
-    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    described = yaml.safe_load(TABLES.read_text(encoding="utf-8"))
     tables = [Table(**{**table, "rows": [Row(**row) for row in table["rows"]]}) for table in described]
     return {table.table: table for table in tables}
 

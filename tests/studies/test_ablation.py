@@ -188,7 +188,7 @@ def results(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
                 parameters=1000 + row,
                 seconds_per_iteration=0.5,
                 threads=2,
-                recipe=run.recipe.config,
+                recipe=run.recipe.models[0].config,
                 iterations=200,
                 scenes=dict(train=600, val=120, size=128),
             )
