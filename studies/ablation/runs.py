@@ -61,7 +61,7 @@ class Setup:
             return request, self.data_root / f"scenes-{request.size}"
         size = request.size if request.size != REQUEST.size else own.size
         request = dataclasses.replace(request, format=own.format, figures=own.figures, size=size)
-        return request, self.data_root / Path(recipe.data_root).name
+        return request, self.data_root / f"scenes-{own.format}"
 
     def demo(self, run: Run) -> Demo:
         """A run in the terms of the demos' steps, with its config written."""

@@ -40,12 +40,10 @@ class Comparison:
     """
 
     name: str  # of its default folder below ``work_dirs``
-    models: tuple[Model, ...]
+    models: tuple[Model, ...]  # whose configs agree on the dataset's folder and the number of iterations
     more_models: tuple[Model, ...] = ()  # added by ``--all``
     references: Mapping[str, str] = field(default_factory=dict)  # what :meth:`complete` adds: keys, names for people
-    data_root: str  # where the configs look for the dataset, below the root
     request: Request  # the default dataset
-    iterations: int  # of each training, as in the configs
     seconds: float  # per iteration on two cores, for the estimates of the plan
     metrics: Mapping[str, Metric]
     main: str = ""  # the metric that a plot shows

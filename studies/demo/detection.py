@@ -74,9 +74,7 @@ COMPARISON = Comparison(
     more_models=(
         Model("carafe_all", "CARAFE++ everywhere", "configs/demo/mask-rcnn_r18-carafe_carafe-fpn-mask-head_scenes.py"),
     ),
-    data_root="data/scenes",
     request=Request(seed=0, train=600, val=120, size=160),
-    iterations=280,
     seconds=1.1,
     metrics={
         "bbox_mAP": Metric("box AP", "coco/bbox_mAP"),

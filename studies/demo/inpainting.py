@@ -111,9 +111,7 @@ COMPARISON = Inpainting(
             "partial_conv_carafe", "Partial Conv, CARAFE++", "configs/inpainting/partial-conv-carafe_scenes-64x64.py"
         ),
     ),
-    data_root="data/scenes-images",
     request=Request(seed=0, train=1000, val=100, size=64, figures=4, format="images"),
-    iterations=700,
     seconds=0.25,
     metrics={
         "l1": Metric("L1", "inpainting/l1", digits=2),

@@ -260,8 +260,9 @@ def parse_demo(comparison: Comparison, description: str | None, argv: Sequence[s
     if more:
         titles = ", ".join(model.title for model in more)
         parser.add_argument("--all", action="store_true", help=f"with a further model: {titles}")
-    work_dir = f"work_dirs/{comparison.name}"
-    add_run_options(parser, work_dir, comparison.data_root, comparison.iterations, comparison.request)
+    config = Config.fromfile(ROOT / comparison.models[0].config)
+    folders = (f"work_dirs/{comparison.name}", config.train_dataloader.dataset.data_root)
+    add_run_options(parser, *folders, config.train_cfg.max_iters, comparison.request)
     args = parser.parse_args(argv)
     return Demo(
         comparison,
