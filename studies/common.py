@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
+import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +17,33 @@ from rich.console import Console
 from rich.table import Table
 
 from carafe_plugin.engine.atomic import AtomicLocalBackend
+from carafe_plugin.engine.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 console = Console(highlight=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class Metric:
+    """One number of an evaluation: its title, its name in the log of tools/test.py, the value of a logged 1."""
+
+    title: str
+    logged: str
+    unit: float = 1.0
+    digits: int = 3
+
+
 def text_table(
-    title: str, headings: Sequence[str], lines: Iterable[Sequence[str]], left: Collection[str], caption: str = ""
+    title: str,
+    headings: Sequence[str],
+    lines: Iterable[Sequence[str]],
+    left: Collection[str],
+    caption: str = "",
+    frame: box.Box = box.SIMPLE_HEAD,
 ) -> Table:
     """A table for a console; the columns ``left`` are left-justified and may be wrapped."""
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", caption_justify="left", box=frame)
     table.caption = caption or None
     for name in headings:
         table.add_column(name, justify="left" if name in left else "right", overflow="fold", no_wrap=name not in left)
@@ -53,6 +74,39 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
+def digest(text: str, files: Iterable[Path] = ()) -> str:
+    """A digest of a text and of the contents of files."""
+    found = hashlib.sha256(text.encode())
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write all of ``content`` or nothing; missing folders are made."""
     AtomicLocalBackend().put_text(json.dumps(content, indent=2) + "\n", path)
+
+
+@contextmanager
+def writing_into(*folders: Path) -> Iterator[None]:
+    """Turn an OSError caused by the user's folders or a full disk into a UsageError; others keep their tracebacks."""
+    try:
+        yield
+    except OSError as error:
+        named = Path(error.filename or "").absolute()  # in a folder, or above one that cannot be made
+        blamed = any(named.is_relative_to(f.absolute()) or f.absolute().is_relative_to(named) for f in folders)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.filename and blamed):
+            raise UsageError(str(error)) from error
+        raise
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer within bounds."""
+    bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and low <= int(text) and (high is None or int(text) <= high):
+            return int(text)
+        raise argparse.ArgumentTypeError(f"expected an integer {bounds}, got {text!r}")
+
+    return parse

@@ -23,54 +23,35 @@ import argparse
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.console import table_console
-from carafe_plugin.engine.errors import UsageError
 from studies.ablation import report as ablation_report
-from studies.ablation.runs import RECIPES, RESULTS, Run, Setup, complete, find_result, plan
-from studies.common import ROOT, console, duration, print_errors, shown, text_table
-from studies.demo.generate_scenes import add_dataset_options, generate, integer
-from studies.demo.run import alone_in, guarded
-from studies.demo.steps import StepError
+from studies.ablation.runs import RECIPES, REQUEST, RESULTS, Run, Setup, complete, find_result, plan
+from studies.common import console, duration, integer, print_errors, shown, text_table
+from studies.demo.generate_scenes import generate, request_from
+from studies.demo.run import StepError, add_run_options, alone_in, guarded
 from studies.paper_tables.rows import read_tables
 
 DEFAULT_TABLES = (4, 6)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--table",
-        type=int,
-        action="append",
-        metavar="N",
-        help=f"one of {', '.join(map(str, RECIPES))}; may be repeated",
+        "--table", type=int, action="append", choices=RECIPES, help="may be repeated (default: 4 and 6)"
     )
-    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="S", help="of the trainings")
+    text = "of the trainings (default: 0 1 2)"
+    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="S", help=text)
     parser.add_argument("--plan", action="store_true", help="say what is done and what is to do, and stop")
     parser.add_argument("--report", action="store_true", help="write tables and plots of the results so far, and stop")
-    parser.add_argument("--iterations", type=integer(1), help="of each training (default: the recipe's)")
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "ablation", help="logs and checkpoints")
-    parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder of the generated datasets")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="one file a run, tables and plots")
-    add_dataset_options(parser, Setup.request)
+    text = "one file a run, tables and plots (default: studies/ablation/results)"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=text)
+    add_run_options(parser, "work_dirs/ablation", "data", None, REQUEST)
     return parser.parse_args(argv)
-
-
-def show_plan(runs: list[Run], setup: Setup) -> list[Run]:
-    """Say what is done and what is to do; returns the latter."""
-    to_do = [run for run in runs if find_result(run, setup) is None]
-    for number in dict.fromkeys(run.table for run in runs):
-        of_table = [run for run in runs if run.table == number]
-        left = sum(run in to_do for run in of_table)
-        console.print(f"Table {number}: {len(of_table)} runs, {len(of_table) - left} done, {left} to do")
-    return to_do
 
 
 def run_all(to_do: list[Run], setup: Setup) -> list[str]:
@@ -80,7 +61,7 @@ def run_all(to_do: list[Run], setup: Setup) -> list[str]:
     for index, run in enumerate(to_do):
         if find_result(run, setup):  # another row had the same model
             continue
-        each = statistics.mean(seconds) if seconds else run.recipe.seconds
+        each = statistics.mean(seconds) if seconds else 20 + run.config.train_cfg.max_iters * run.recipe.seconds
         left = duration((len(to_do) - index) * each)
         console.rule(f"{index + 1} of {len(to_do)}: Table {run.table}, {run.row.method}, seed {run.seed}; {left} left")
         started = time.monotonic()
@@ -107,19 +88,18 @@ def report(runs: list[Run], setup: Setup) -> list[str]:
         wide.print(text_table(found.title, *ablation_report.texts(found), ("method", "seeds")))
         for path in ablation_report.write(found, setup.results):
             console.print(f"Written: {shown(path)}", markup=False)
-        weak += ablation_report.weak_baseline(found)
+        weak += ablation_report.weak_baselines(found)
     return weak
 
 
 def ablation(args: argparse.Namespace) -> int:
-    """Do what the command line says."""
-    numbers = args.table or list(DEFAULT_TABLES)
-    unknown = [number for number in numbers if number not in RECIPES]
-    if unknown:
-        raise UsageError(f"--table: expected one of {', '.join(map(str, RECIPES))}, got {unknown[0]}")
-    setup = Setup.from_args(args)
-    runs = plan(dict.fromkeys(numbers), dict.fromkeys(args.seeds), setup)
-    to_do = show_plan(runs, setup)
+    folders = (args.work_dir.resolve(), args.data_root.resolve(), args.results.resolve())
+    setup = Setup(*folders, request_from(args, REQUEST.format), args.iterations)
+    runs = plan(dict.fromkeys(args.table or DEFAULT_TABLES), list(dict.fromkeys(args.seeds)))
+    to_do = [run for run in runs if find_result(run, setup) is None]
+    every, left = (Counter(run.table for run in some) for some in (runs, to_do))
+    for number, count in every.items():
+        console.print(f"Table {number}: {count} runs, {count - left[number]} done, {left[number]} to do")
     if args.plan:
         return 0
 
@@ -134,11 +114,10 @@ def ablation(args: argparse.Namespace) -> int:
         print_errors(faults)
         return 1 if faults else 0
 
-    return guarded(work)
+    return guarded(work, *folders)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
     return run_tool(ablation, parse_args(argv))
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from matplotlib.figure import Figure  # without pyplot: no display, no state
 
-from studies.ablation.runs import Recipe, Run, Setup, find_result
+from studies.ablation.runs import Run, Setup, find_result
 from studies.common import markdown_table
+from studies.demo.comparison import Comparison
 from studies.paper_tables.rows import Row, Table
 
 MINIMUM = 0.30  # of a baseline's box AP50: below it a model has not learnt, and differences would mean nothing
-POINTS = 100.0
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class Method:
     results: list[dict[str, Any]]
     paper: float
 
-    def values(self, metric: str) -> list[float]:
-        """A metric of every seed, in points."""
-        return [POINTS * result["metrics"][metric] for result in self.results]
+    def points(self, metric: str) -> tuple[list[float], float, float]:
+        """A metric in points: of every seed, the mean, and the sample's standard deviation."""
+        values = [100 * result["metrics"][metric] for result in self.results]
+        return values, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
-    @property
-    def is_baseline(self) -> bool:
-        """Whether nothing of this package is in the row's model."""
-        return "::" in self.row.config
+    def text(self, metric: str) -> str:
+        """``34.1 ± 0.6``: the mean and, of several seeds, their spread."""
+        values, mean, spread = self.points(metric)
+        return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Found:
     """The results of one table: of those rows that have any."""
 
     table: Table
-    recipe: Recipe
+    recipe: Comparison
     rows: list[Method]
 
     @property
@@ -53,30 +54,23 @@ def collect(table: Table, runs: Sequence[Run], setup: Setup) -> Found:
     """The results so far of some runs of a table."""
     methods = []
     for row in table.rows:
-        found = [find_result(run, setup) for run in runs if run.row == row]
-        results = [result for result in found if result]
-        # The last line is the task's that a table is about; its first figure is AP, mIoU or top-1.
-        figures = [figure for figure in row.paper[-1] if isinstance(figure, (int, float))]
+        results = [result for run in runs if run.row == row and (result := find_result(run, setup))]
         if results:
-            methods.append(Method(row, results, figures[0]))
+            # The last line is the task's that a table is about; its first figure is AP, mIoU or top-1.
+            paper = next(figure for figure in row.paper[-1] if isinstance(figure, (int, float)))
+            methods.append(Method(row, results, paper))
     return Found(table, runs[0].recipe, methods)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """``34.1 +- 0.6``: the mean and the sample's standard deviation."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def texts(found: Found) -> tuple[list[str], list[list[str]]]:
     """Headings and lines, the same for the console and the page."""
-    metrics = found.recipe.comparison.metrics
+    metrics = found.recipe.metrics
     headings = ["method", "seeds", *(metric.title for metric in metrics.values()), "parameters", "s/it", "paper"]
     lines = [
         [
             method.row.method,
             " ".join(str(result["seed"]) for result in method.results),
-            *(mean_and_spread(method.values(metric)) for metric in metrics),
+            *map(method.text, metrics),
             f"{method.results[0]['parameters']:,}",
             f"{statistics.median(result['seconds_per_iteration'] for result in method.results):.2f}",
             str(method.paper),
@@ -113,19 +107,16 @@ def write(found: Found, folder: Path) -> list[Path]:
 
 def draw(found: Found, path: Path) -> None:
     """Every seed and the mean of every method, beside the paper's figures."""
-    names = [method.row.method for method in found.rows]
-    rows = range(len(names))
-    figure = Figure(figsize=(9, 1.2 + 0.4 * len(names)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(found.rows)), layout="constrained")
     scenes, paper = figure.subplots(1, 2, sharey=True)
-    for row, method in zip(rows, found.rows, strict=True):
-        values = method.values(found.recipe.main)
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    for row, method in enumerate(found.rows):
+        values, mean, spread = method.points(found.recipe.main)
         scenes.plot(values, [row] * len(values), "o", color="0.6", markersize=4)
-        scenes.errorbar(statistics.mean(values), row, xerr=spread, fmt="D", color="C0", markersize=5, capsize=3)
+        scenes.errorbar(mean, row, xerr=spread, fmt="D", color="C0", markersize=5, capsize=3)
         paper.plot(method.paper, row, "D", color="C1", markersize=5)
-    scenes.set_yticks(list(rows), names)
+    scenes.set_yticks(range(len(found.rows)), [method.row.method for method in found.rows])
     scenes.invert_yaxis()
-    unit = found.recipe.comparison.metrics[found.recipe.main].title
+    unit = found.recipe.metrics[found.recipe.main].title
     scenes.set(title="generated scenes", xlabel=f"{unit}: seeds, mean and standard deviation")
     paper.set(title=f"the paper, {found.table.data}", xlabel=next(c for c in found.table.columns if c != "task"))
     for axes in (scenes, paper):
@@ -134,16 +125,14 @@ def draw(found: Found, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def weak_baseline(found: Found) -> list[str]:
-    """A line for a baseline whose mean box AP50 is below the minimum."""
-    if "bbox_mAP_50" not in found.recipe.comparison.metrics:
+def weak_baselines(found: Found) -> list[str]:
+    """A line for every baseline, a row without anything of this package, whose mean box AP50 is below the minimum."""
+    if "bbox_mAP_50" not in found.recipe.metrics:
         return []
-    lines = []
-    for method in found.rows:
-        mean = statistics.mean(method.values("bbox_mAP_50")) / POINTS
-        if method.is_baseline and mean < MINIMUM:
-            lines.append(
-                f"Table {found.table.table}, {method.row.method}: the baseline's box AP50 is {mean:.3f}, at least "
-                f"{MINIMUM:.2f} was expected: the differences mean little"
-            )
-    return lines
+    means = {m.row.method: m.points("bbox_mAP_50")[1] / 100 for m in found.rows if "::" in m.row.config}
+    return [
+        f"Table {found.table.table}, {method}: the baseline's box AP50 is {mean:.3f}, at least {MINIMUM:.2f} was "
+        "expected: the differences mean little"
+        for method, mean in means.items()
+        if mean < MINIMUM
+    ]

@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from mmengine.config import Config
 
-from studies.common import ROOT, write_json
+from studies.common import ROOT, digest, write_json
 from studies.demo import detection, segmentation
+from studies.demo import run as demo_run
 from studies.demo.comparison import Comparison, Demo, Model
-from studies.demo.generate_scenes import Request, request_from
-from studies.demo.steps import count_parameters, discard_stale, seconds_per_iteration, train_and_evaluate
+from studies.demo.generate_scenes import Request
 from studies.paper_tables.rows import CONFIGS, Row, read_tables
 
 RESULTS = ROOT / "studies" / "ablation" / "results"
+REQUEST = Request(seed=0, train=600, val=120, size=128)
 #: Where operators stand in a model. A row's are recognised by the type, which is this package's.
-PARTS = (("backbone",), ("neck",), ("roi_head", "mask_head"), ("decode_head",))
+PARTS = ("backbone", "neck", "roi_head.mask_head", "decode_head")
 OURS = "carafe_plugin.openmmlab."
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A small model for a table's rows."""
-
-    config: str  # below the root
-    comparison: Comparison  # the demo's, with the metrics that a result file keeps
-    main: str  # the metric that the table is about
-    seconds: float  # about what a run takes on two cores
-
-
-def _recipe(name: str, demo: Comparison, main: str, seconds: float, metrics: Iterable[str] = ()) -> Recipe:
+def _recipe(name: str, demo: Comparison, main: str, seconds: float, metrics: Iterable[str] = ()) -> Comparison:
+    """The demo's comparison with a model of its own, ``seconds`` per iteration, and the metrics that a result keeps."""
+    model = Model(name, name, f"configs/demo/ablation/{name}_r18_scenes.py")
     kept = {key: demo.metrics[key] for key in metrics or demo.metrics}
-    comparison = dataclasses.replace(demo, name="ablation", metrics=kept)
-    return Recipe(f"configs/demo/ablation/{name}_r18_scenes.py", comparison, main, seconds)
+    return dataclasses.replace(demo, models=(model,), seconds=seconds, metrics=kept, main=main)
 
 
-FASTER = _recipe("faster-rcnn", detection.COMPARISON, "bbox_mAP", 180, ("bbox_mAP", "bbox_mAP_50"))
-MASK = _recipe("mask-rcnn", detection.COMPARISON, "segm_mAP", 220)
-UPERNET = _recipe("upernet", segmentation.COMPARISON, "mIoU", 180)
+FASTER = _recipe("faster-rcnn", detection.COMPARISON, "bbox_mAP", 0.5, ("bbox_mAP", "bbox_mAP_50"))
+MASK = _recipe("mask-rcnn", detection.COMPARISON, "segm_mAP", 0.6)
+UPERNET = _recipe("upernet", segmentation.COMPARISON, "mIoU", 0.8)
 #: By table. Table 12 is of classification; its backbones are compared in the detector that Table 3 has them in.
 RECIPES = {3: FASTER, 4: FASTER, 5: FASTER, 6: MASK, 7: MASK, 9: UPERNET} | {n: FASTER for n in (11, 12, 13, 14)}
 
@@ -58,43 +48,30 @@ RECIPES = {3: FASTER, 4: FASTER, 5: FASTER, 6: MASK, 7: MASK, 9: UPERNET} | {n: 
 class Setup:
     """Where things are, and what changes in all runs."""
 
-    request: ClassVar[Request] = Request(seed=0, train=600, val=120, size=128)
-
     work_dir: Path
     data_root: Path
     results: Path
-    scenes: Request = request
+    scenes: Request = REQUEST
     iterations: int | None = None
 
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Setup:
-        folders = (args.work_dir.resolve(), args.data_root.resolve(), args.results.resolve())
-        return cls(*folders, request_from(args, cls.request.format), args.iterations)
-
-    def dataset(self, recipe: Recipe) -> tuple[Request, Path]:
+    def dataset(self, recipe: Comparison) -> tuple[Request, Path]:
         """The dataset of a recipe, and its folder. Segmentation keeps the size and figures of its own demo."""
-        request, own = self.scenes, recipe.comparison.request
+        request, own = self.scenes, recipe.request
         if own.format == request.format:
             return request, self.data_root / f"scenes-{request.size}"
-        size = request.size if request.size != self.request.size else own.size
+        size = request.size if request.size != REQUEST.size else own.size
         request = dataclasses.replace(request, format=own.format, figures=own.figures, size=size)
-        return request, self.data_root / Path(recipe.comparison.data_root).name
+        return request, self.data_root / f"scenes-{own.format}"
 
     def demo(self, run: Run) -> Demo:
         """A run in the terms of the demos' steps, with its config written."""
         request, folder = self.dataset(run.recipe)
-        iterations = run.config.train_cfg.max_iters
-        comparison = dataclasses.replace(
-            run.recipe.comparison,
-            request=dataclasses.replace(run.recipe.comparison.request, seed=request.seed),  # the scenes' seed alone
-            iterations=iterations,
-            data_root=run.config.train_dataloader.dataset.data_root.rstrip("/"),
-        )
         config = self.work_dir / "configs" / f"{run.name}.py"
         config.parent.mkdir(parents=True, exist_ok=True)
         run.config.dump(config)
         model = Model(run.name, f"{run.row.method}, seed {run.seed}", str(config))
-        return Demo(comparison, self.work_dir, folder, request, self.iterations or iterations, (model,))
+        iterations = self.iterations or run.config.train_cfg.max_iters
+        return Demo(run.recipe, self.work_dir, folder, request, iterations, run.seed, (model,))
 
 
 @dataclass(frozen=True)
@@ -104,60 +81,38 @@ class Run:
     table: int
     row: Row
     seed: int
-    recipe: Recipe
+    recipe: Comparison
 
     @cached_property
     def config(self) -> Config:
-        """The small model with the operators of the row, and the seed."""
-        config = copy.deepcopy(_read(ROOT / self.recipe.config))
+        """The small model with the seed and the row's operators: the ``type`` and ``carafe_cfg`` of its parts."""
+        config = copy.deepcopy(_read(ROOT / self.recipe.models[0].config))
+        row_model = {} if "::" in self.row.config else _read(CONFIGS / self.row.config).model
         changes: dict[str, Any] = {"randomness.seed": self.seed}
-        for parts in PARTS:
-            if operators := _operators(self.row, parts):
-                operators["type"] = f"{OURS}{config.default_scope}.{operators['type'].rpartition('.')[2]}"
-                changes[f"model.{'.'.join(parts)}"] = operators
+        for place in PARTS:
+            part = reduce(lambda part, name: part.get(name) or {}, place.split("."), row_model)
+            kind = str(part.get("type"))
+            if not kind.startswith(OURS):
+                continue  # the toolbox's own
+            operators: dict[str, Any] = {"type": f"{OURS}{config.default_scope}.{kind.rpartition('.')[2]}"}
+            if carafe_cfg := part.get("carafe_cfg"):
+                operators["carafe_cfg"] = carafe_cfg.to_dict()
+                operators["carafe_cfg"].pop("norm_eval", None)  # for a pretrained backbone: statistics are learnt here
+            changes[f"model.{place}"] = operators
         config.merge_from_dict(changes)
         return config
 
     @property
     def name(self) -> str:
-        return f"table-{self.table:02}_{slug(self.row.method)}_seed-{self.seed}"
+        """Of its file: ``table-04_nearest-conv_seed-0``."""
+        method = re.sub("[^a-z0-9]+", "-", self.row.method.lower()).strip("-") or "baseline"
+        return f"table-{self.table:02}_{method}_seed-{self.seed}"
 
 
-def slug(method: str) -> str:
-    """A method's name in that of a file."""
-    return re.sub("[^a-z0-9]+", "-", method.lower()).strip("-") or "baseline"
-
-
-def plan(tables: Iterable[int], seeds: Iterable[int], setup: Setup) -> list[Run]:
+def plan(tables: Iterable[int], seeds: Sequence[int]) -> list[Run]:
     """All runs, in the order in which they are done: every row with one seed before the next seed."""
     known = read_tables()
-    seeds = list(seeds)
-    return [
-        Run(number, row, seed, RECIPES[number]) for number in tables for seed in seeds for row in known[number].rows
-    ]
-
-
-def _operators(row: Row, parts: tuple[str, ...]) -> dict[str, Any]:
-    """The ``type`` and ``carafe_cfg`` of a part of a row's model; empty where the part is the toolbox's own."""
-    if "::" in row.config:
-        return {}
-    part: Any = _read(CONFIGS / row.config).model
-    for name in parts:
-        part = part.get(name) or {}
-    if not str(part.get("type")).startswith(OURS):
-        return {}
-    operators: dict[str, Any] = {"type": part["type"]}
-    if carafe_cfg := _plain(part.get("carafe_cfg") or {}):
-        carafe_cfg.pop("norm_eval", None)  # of a pretrained backbone; from scratch, statistics have to be learnt
-        operators["carafe_cfg"] = carafe_cfg
-    return operators
-
-
-def _plain(part: Any) -> Any:
-    """MMEngine's dictionaries as Python's, less the scope that it notes in those that came by a package's name."""
-    if isinstance(part, Mapping):
-        return {key: _plain(value) for key, value in part.items() if key != "_scope_"}
-    return part
+    return [Run(n, row, seed, RECIPES[n]) for n in tables for seed in seeds for row in known[n].rows]
 
 
 @cache
@@ -170,43 +125,38 @@ def fingerprint(run: Run, setup: Setup) -> str:
     """A digest of all that decides a run's result: the whole composed config, the dataset, the changes for a trial."""
     request, _ = setup.dataset(run.recipe)
     content = [run.config.to_dict(), dataclasses.asdict(request), setup.iterations]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest(json.dumps(content, sort_keys=True, default=str))[:16]
 
 
 def find_result(run: Run, setup: Setup) -> dict[str, Any] | None:
     """The result of a run, or of the same run in another table; None where there is none."""
-    own = setup.results / f"{run.name}.json"
-    others = sorted(setup.results.glob("table-*_seed-*.json")) if setup.results.is_dir() else []
     wanted = fingerprint(run, setup)
-    for path in [own, *others]:
-        if path.is_file():
-            result = json.loads(path.read_text())
-            if result["fingerprint"] == wanted:
-                return result
+    for path in sorted(setup.results.glob("table-*_seed-*.json"), key=lambda path: path.stem != run.name):
+        result = json.loads(path.read_text())
+        if result["fingerprint"] == wanted:
+            return result
     return None
 
 
 def complete(run: Run, setup: Setup) -> None:
     """Train (from the newest checkpoint if there is one), evaluate, and write the result file."""
-    described = setup.demo(run)
-    (model,) = described.models
-    discard_stale(described, model)
-    train_and_evaluate(described, model)
-    write_json(
-        setup.results / f"{run.name}.json",
-        {
-            "table": run.table,
-            "method": run.row.method,
-            "config": run.row.path,
-            "recipe": run.recipe.config,
-            "seed": run.seed,
-            "iterations": described.iterations,
-            "metrics": json.loads(described.metrics_file(model).read_text()),
-            "parameters": count_parameters(described, model),
-            "seconds_per_iteration": round(seconds_per_iteration(described.folder(model)), 4),
-            "scenes": dataclasses.asdict(described.request),
-            "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "fingerprint": fingerprint(run, setup),
-        },
-    )
+    demo = setup.demo(run)
+    (model,) = demo.models
+    demo_run.discard_stale(demo, model)
+    found = demo_run.complete(demo, model)
+    result = {
+        "table": run.table,
+        "method": run.row.method,
+        "config": run.row.path,
+        "recipe": run.recipe.models[0].config,
+        "seed": run.seed,
+        "iterations": demo.iterations,
+        "metrics": {name: found[name] for name in demo.comparison.metrics},
+        "parameters": found["parameters"],
+        "seconds_per_iteration": found["seconds_per_iter"],
+        "scenes": dataclasses.asdict(demo.request),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "fingerprint": fingerprint(run, setup),
+    }
+    write_json(setup.results / f"{run.name}.json", result)

@@ -17,28 +17,55 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from studies.demo.comparison import Comparison, Demo, Metric, Model
+import mmengine
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from studies.common import Metric
+from studies.demo.comparison import Comparison, Demo, Model
 from studies.demo.generate_scenes import Request
-from studies.demo.pictures import draw_comparison
+from studies.demo.pictures import COLOURS, MIN_OBJECTS, Cell, Drawn, draw_grid
 from studies.demo.run import main
 
-ANNOTATIONS = "annotations/instances_val.json"
+DRAWN, MIN_SCORE = 6, 0.5
 
 
-class Detection(Comparison):
-    """Draws outlines."""
+def draw(demo: Demo, models: Sequence[Model], out: Path) -> None:
+    """Outline the ground truth and each model's predictions on the first validation images with several objects."""
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO reports its progress with print
+        coco = COCO(str(demo.data_root / "annotations" / "instances_val.json"))
+    found = [{item["img_id"]: item["pred_instances"] for item in mmengine.load(demo.predictions(m))} for m in models]
+    ids = sorted(coco.getImgIds())
+    rows = {}
+    for image_id in ([i for i in ids if len(coco.imgToAnns[i]) >= MIN_OBJECTS] or ids)[:DRAWN]:
+        image = np.asarray(Image.open(demo.data_root / "val" / coco.imgs[image_id]["file_name"]).convert("RGB"))
+        objects = [
+            Drawn(coco.annToMask(item), item["category_id"] - 1, "crowd" if item["iscrowd"] else "")
+            for item in coco.imgToAnns[image_id]
+        ]
+        cells = [Cell(image, objects)]
+        for predicted in (predictions[image_id] for predictions in found):
+            each = zip(predicted["masks"], predicted["labels"], predicted["scores"], strict=True)
+            kept = [
+                Drawn(coco_mask.decode(mask), int(label), f"{float(score):.2f}")
+                for mask, label, score in each
+                if score >= MIN_SCORE
+            ]
+            cells.append(Cell(image, kept))
+        rows[f"image {image_id}"] = cells
+    names = [item["name"] for item in coco.loadCats(sorted(coco.getCatIds()))]
+    draw_grid(["ground truth", *(m.title for m in models)], rows, out, 3.2, dict(zip(names, COLOURS, strict=False)))
 
-    def draw(self, demo: Demo, models: Sequence[Model], out: Path) -> None:
-        """Draw outlines on validation images: the ground truth and each model's."""
-        predictions = {model.title: demo.predictions(model) for model in models}
-        draw_comparison(demo.data_root / ANNOTATIONS, demo.data_root / "val", predictions, out)
 
-
-COMPARISON = Detection(
+COMPARISON = Comparison(
     name="demo",
     models=(
         Model("baseline", "Mask R-CNN", "configs/demo/mask-rcnn_r18_fpn_scenes.py"),
@@ -47,14 +74,7 @@ COMPARISON = Detection(
     more_models=(
         Model("carafe_all", "CARAFE++ everywhere", "configs/demo/mask-rcnn_r18-carafe_carafe-fpn-mask-head_scenes.py"),
     ),
-    data_root="data/scenes",
-    data_options={
-        "train_dataloader.dataset.data_root": "",
-        "test_dataloader.dataset.data_root": "",
-        "test_evaluator.ann_file": ANNOTATIONS,
-    },
     request=Request(seed=0, train=600, val=120, size=160),
-    iterations=280,
     seconds=1.1,
     metrics={
         "bbox_mAP": Metric("box AP", "coco/bbox_mAP"),
@@ -64,7 +84,8 @@ COMPARISON = Detection(
     },
     minimum={"bbox_mAP_50": 0.40, "segm_mAP_50": 0.25},
     predictions="predictions.pkl",
+    draw=draw,
 )
 
 if __name__ == "__main__":
-    sys.exit(main(COMPARISON, __doc__, None))
+    sys.exit(main(COMPARISON, __doc__))

@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from rich.progress import track
 
+from carafe_plugin.engine.cli import run_tool
+from carafe_plugin.engine.console import progress_bar
 from carafe_plugin.engine.errors import UsageError
+from studies.common import integer, writing_into
 from studies.demo.scenes import CATEGORIES, FIGURES, SPLITS, Scene, paint_lit_scene, paint_scene, scenes
 
 #: Raise this whenever the same arguments give other scenes, so that existing datasets are written anew.
@@ -50,27 +52,20 @@ class Format:
     annotations: str  # the files which tell one dataset from another
     folders: Mapping[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
 
-    def annotation_files(self, out: Path, split: str) -> list[Path]:
-        """The files that hold a split's annotations."""
-        return sorted(out.glob(self.annotations.format(self.folders[split])))
 
-    def holds_split(self, out: Path, split: str, count: int) -> bool:
-        """Whether all files of a split exist."""
-        images = sum(1 for _ in out.glob(self.images.format(self.folders[split])))
-        wanted = count if "*" in self.annotations else 1
-        return images == count and len(self.annotation_files(out, split)) == wanted
+def _save(pixels: np.ndarray, path: Path, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
 
 
 def write_coco(out: Path, split: str, scenes: Iterable[Scene]) -> None:
     """Write ``out/<split>/*.png`` and ``out/annotations/instances_<split>.json``: visible masks as compressed RLE."""
-    (out / split).mkdir(parents=True)
-    (out / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, scene in enumerate(scenes, 1):
         image, owner = paint_scene(scene)
         file_name = f"{image_id:06d}.png"
-        Image.fromarray(image).save(out / split / file_name)
+        _save(image, out / split / file_name)
         images.append({"id": image_id, "file_name": file_name, "width": scene.size, "height": scene.size})
         for index, item in enumerate(scene.objects):
             visible = coco_mask.encode(np.asfortranarray(owner == index, dtype=np.uint8))
@@ -92,36 +87,30 @@ def write_coco(out: Path, split: str, scenes: Iterable[Scene]) -> None:
         "annotations": annotations,
         "categories": [{"id": i, "name": name, "supercategory": "figure"} for i, name in enumerate(CATEGORIES, 1)],
     }
-    (out / "annotations" / f"instances_{split}.json").write_text(json.dumps(content, separators=(",", ":")))
-
-
-def label_map(scene: Scene, owner: np.ndarray) -> np.ndarray:
-    """The label of each pixel as ADE20k counts, uint8, in the shape of ``owner``; the background is a class too.
-
-    As 0, which is neither trained nor measured (mmseg's ``reduce_zero_label``), it would take the figures' outlines out
-    of the evaluation: a model could paint them as wide as it liked.
-    """
-    labels = [CLASSES.index(item.category) + 1 for item in scene.objects]
-    # The last entry is the one that owner's -1 picks.
-    return np.array([*labels, CLASSES.index("background") + 1], dtype=np.uint8)[owner]
+    file = out / "annotations" / f"instances_{split}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, separators=(",", ":")))
 
 
 def write_ade20k(out: Path, split: str, scenes: Iterable[Scene]) -> None:
-    """Write ``out/images/<split>/*.jpg`` and ``out/annotations/<split>/*.png``, the splits named as in ADE20k."""
-    images, annotations = (out / kind / FORMATS["ade20k"].folders[split] for kind in ("images", "annotations"))
-    images.mkdir(parents=True)
-    annotations.mkdir(parents=True)
+    """Write ``out/images/<split>/*.jpg`` and ``out/annotations/<split>/*.png``, the splits named as in ADE20k.
+
+    The background is a class too. As 0, which is neither trained nor measured (mmseg's ``reduce_zero_label``), it would
+    take the figures' outlines out of the evaluation: a model could paint them as wide as it liked.
+    """
+    folder = FORMATS["ade20k"].folders[split]
     for number, scene in enumerate(scenes, 1):
         image, owner = paint_scene(scene)
-        Image.fromarray(image).save(images / f"{number:06d}.jpg", quality=QUALITY, subsampling=0)
-        Image.fromarray(label_map(scene, owner)).save(annotations / f"{number:06d}.png")
+        _save(image, out / "images" / folder / f"{number:06d}.jpg", quality=QUALITY, subsampling=0)
+        shown = [*(item.category for item in scene.objects), "background"]  # the last for owner's -1
+        labels = np.array([CLASSES.index(category) + 1 for category in shown], dtype=np.uint8)
+        _save(labels[owner], out / "annotations" / folder / f"{number:06d}.png")
 
 
 def write_images(out: Path, split: str, scenes: Iterable[Scene]) -> None:
     """Write ``out/<split>/*.png``: what fills a hole is in the image itself."""
-    (out / split).mkdir(parents=True)
     for number, scene in enumerate(scenes, 1):
-        Image.fromarray(paint_lit_scene(scene)).save(out / split / f"{number:06d}.png")
+        _save(paint_lit_scene(scene), out / split / f"{number:06d}.png")
 
 
 FORMATS = {
@@ -147,19 +136,29 @@ class Request:
     format: str = "coco"
 
 
+def _files(out: Path, request: Request, kind: str, split: str) -> list[Path]:
+    """The files of one split; ``kind`` is ``"images"`` or ``"annotations"``."""
+    form = FORMATS[request.format]
+    return sorted(out.glob(getattr(form, kind).format(form.folders[split])))
+
+
+def annotation_files(out: Path, request: Request) -> list[Path]:
+    """The files that hold the annotations of both splits."""
+    return [file for split in SPLITS for file in _files(out, request, "annotations", split)]
+
+
 def is_complete(out: Path, request: Request) -> bool:
     """Whether ``out`` already holds exactly the requested dataset."""
     try:
         stored = Request(**json.loads((out / MARKER).read_text()))
     except (OSError, ValueError, TypeError):
         return False
-    holds = FORMATS[request.format].holds_split
-    return stored == request and all(holds(out, split, getattr(request, split)) for split in SPLITS)
-
-
-def annotation_files(out: Path, request: Request) -> list[Path]:
-    """The files that hold the annotations of both splits."""
-    return [file for split in SPLITS for file in FORMATS[request.format].annotation_files(out, split)]
+    a_file_each = "*" in FORMATS[request.format].annotations
+    return stored == request and all(
+        len(_files(out, request, "images", split)) == count
+        and len(_files(out, request, "annotations", split)) == (count if a_file_each else 1)
+        for split, count in (("train", request.train), ("val", request.val))
+    )
 
 
 def generate(out: Path, request: Request) -> bool:
@@ -174,34 +173,18 @@ def generate(out: Path, request: Request) -> bool:
             f"{out} exists and was not written by this script (it has no {MARKER}); give another path or remove it"
         )
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split in SPLITS:
-        count = getattr(request, split)
-        described = scenes(request.seed, split, count, request.size, request.figures)
-        title = f"Writing {split}"
-        shown = track(described, title, total=count, transient=True, disable=not sys.stdout.isatty())
-        FORMATS[request.format].write(partial, split, shown)
-    (partial / MARKER).write_text(json.dumps(asdict(request)))
-    if out.exists():
-        shutil.rmtree(out)
-    partial.replace(out)
+    with writing_into(out, partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        for split in SPLITS:
+            count = getattr(request, split)
+            described = scenes(request.seed, split, count, request.size, request.figures)
+            with progress_bar(f"writing {split}") as progress:
+                FORMATS[request.format].write(partial, split, progress.track(described, total=count))
+        (partial / MARKER).write_text(json.dumps(asdict(request)))
+        if out.exists():
+            shutil.rmtree(out)
+        partial.replace(out)
     return True
-
-
-def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer within bounds."""
-    expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
 
 
 def add_dataset_options(parser: argparse.ArgumentParser, defaults: Request) -> None:
@@ -222,21 +205,23 @@ def request_from(args: argparse.Namespace, format: str) -> Request:
     return Request(args.seed, args.train, args.val, args.size, figures=args.figures, format=format)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate a dataset of textured scenes.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--format", choices=list(FORMATS), default="coco", help="instances, label maps or images alone (default: coco)"
     )
     add_dataset_options(parser, Request(seed=0, train=600, val=120, size=160))
-    args = parser.parse_args(argv)
-    try:
-        written = generate(args.out, request_from(args, args.format))
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args(argv)
+
+
+def write_dataset(args: argparse.Namespace) -> None:
+    written = generate(args.out, request_from(args, args.format))
     print(f"{args.out}: {args.train} + {args.val} images {'written' if written else 'already complete, nothing to do'}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(write_dataset, parse_args(argv))
 
 
 if __name__ == "__main__":

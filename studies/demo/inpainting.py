@@ -14,32 +14,27 @@ Example:
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mmengine
 import numpy as np
 import torch
 
 from carafe_plugin.engine import bare_models
 from carafe_plugin.inpainting import InpaintingMetric
-from studies.common import ROOT
-from studies.demo.comparison import COSTS, Comparison, Demo, Metric, Model, Summary
+from studies.common import Metric
+from studies.demo.comparison import COSTS, Comparison, Demo, Model, Summary
 from studies.demo.generate_scenes import Request
 from studies.demo.pictures import Cell, draw_grid
-from studies.demo.run import main
+from studies.demo.run import build, main
 
 #: How much better than the mean colour a model must be, in dB over the hole.
 MARGIN = 1.5
 DRAWN = 5
 MEAN_FILL = "mean_fill"
-
-
-def load_predictions(demo: Demo, model: Model) -> list[dict[str, Any]]:
-    """What ``tools/test.py --out`` has dumped of each image."""
-    return pickle.loads(demo.predictions(model).read_bytes())
 
 
 def to_pixels(image: torch.Tensor) -> np.ndarray:
@@ -55,50 +50,34 @@ def mean_fill(sample: dict[str, Any]) -> torch.Tensor:
     return original * known + colour * holes
 
 
-def measure_mean_fill(demo: Demo) -> dict[str, float]:
-    """The metrics of the same holes, filled with the mean colour."""
-    metric = InpaintingMetric()
-    for sample in load_predictions(demo, demo.models[0]):
-        metric.process({}, [{**sample, "completed": mean_fill(sample)}])
-    found = metric.compute_metrics(metric.results)
-    return {name: round(found[name], 6) for name in demo.comparison.metrics}
-
-
-def cost(demo: Demo, model: Model) -> dict[str, int]:
-    """Parameters of the generator, and its multiply-adds for one image."""
-    cfg = bare_models.read_config(str(ROOT / model.config), demo.config_options())
-    found = bare_models.count_model(cfg, bare_models.build_model(cfg), (demo.request.size, demo.request.size))
-    return {"generator_parameters": found.parameters["generator"], "generator_flops": found.flops["generator"]}
-
-
-def _two_lines(title: str) -> str:
-    return title.replace(", ", ",\n")
+def draw(demo: Demo, models: Sequence[Model], out: Path) -> None:
+    """Draw the validation images whose holes are largest: input, mask, what every model made of it, original."""
+    samples = {model.title.replace(", ", ",\n"): mmengine.load(demo.predictions(model)) for model in models}
+    rows = {}
+    numbered = enumerate(zip(*samples.values(), strict=True), 1)
+    for number, found in sorted(numbered, key=lambda item: -float(item[1][0]["holes"].sum()))[:DRAWN]:
+        original, hole = found[0]["original"], found[0]["holes"]
+        images = [original * (1 - hole) + hole, 2 * hole.expand(3, -1, -1) - 1]
+        images += [*(sample["completed"] for sample in found), original]
+        rows[f"image {number}"] = [Cell(to_pixels(image)) for image in images]
+    draw_grid(["input", "mask", *samples, "original"], rows, out, 1.9)
 
 
 class Inpainting(Comparison):
     """Compares with the mean colour as well, and shows what the generators cost."""
 
     def complete(self, demo: Demo, summary: Summary) -> Summary:
-        """Add the mean colour's results and the generators' cost."""
-        models = {model.name: summary[model.name] | cost(demo, model) for model in demo.models}
-        return {MEAN_FILL: measure_mean_fill(demo), **models}
-
-    def draw(self, demo: Demo, models: Sequence[Model], out: Path) -> None:
-        """Draw the validation images whose holes are largest: input, mask, what every model made of it, original."""
-        samples = {model.title: load_predictions(demo, model) for model in models}
-        first = samples[models[0].title]
-        rows = {}
-        for index in sorted(range(len(first)), key=lambda i: -float(first[i]["holes"].sum()))[:DRAWN]:
-            original, hole = first[index]["original"], first[index]["holes"]
-            images = [original * (1 - hole) + hole, 2 * hole.expand(3, -1, -1) - 1]
-            images += [*(found[index]["completed"] for found in samples.values()), original]
-            rows[f"image {index + 1}"] = [Cell(to_pixels(image)) for image in images]
-        titles = ["input", "mask", *samples, "original"]
-        draw_grid(list(map(_two_lines, titles)), rows, out, 1.9)
-
-    def titles(self) -> dict[str, str]:
-        """The models on two lines each, and the mean colour."""
-        return {MEAN_FILL: "mean colour", **{name: _two_lines(title) for name, title in super().titles().items()}}
+        """Add the generators' cost, and the metrics of the same holes filled with the mean colour."""
+        metric = InpaintingMetric()
+        for sample in mmengine.load(demo.predictions(demo.models[0])):
+            metric.process({}, [{**sample, "completed": mean_fill(sample)}])
+        filled = metric.compute_metrics(metric.results)
+        completed = {MEAN_FILL: {name: round(filled[name], 6) for name in self.metrics}}
+        for model in demo.models:
+            found = bare_models.count_model(*build(demo, model), (demo.request.size, demo.request.size))
+            cost = {"generator_parameters": found.parameters["generator"], "generator_flops": found.flops["generator"]}
+            completed[model.name] = {**summary[model.name], **cost}
+        return completed
 
     def remarks(self, summary: Summary) -> list[str]:
         """One line for every model: how far it is above the mean colour."""
@@ -121,6 +100,7 @@ class Inpainting(Comparison):
 
 COMPARISON = Inpainting(
     name="demo-inpaint",
+    references={MEAN_FILL: "mean colour"},
     models=(
         Model("global_local", "Global&Local", "configs/inpainting/global-local_scenes-64x64.py"),
         Model(
@@ -131,11 +111,7 @@ COMPARISON = Inpainting(
             "partial_conv_carafe", "Partial Conv, CARAFE++", "configs/inpainting/partial-conv-carafe_scenes-64x64.py"
         ),
     ),
-    data_root="data/scenes-images",
-    data_options={f"{split}_dataloader.dataset.data_root": "" for split in ("train", "val", "test")},
     request=Request(seed=0, train=1000, val=100, size=64, figures=4, format="images"),
-    iterations=700,
-    scheduled=False,
     seconds=0.25,
     metrics={
         "l1": Metric("L1", "inpainting/l1", digits=2),
@@ -151,7 +127,8 @@ COMPARISON = Inpainting(
     },
     caption="L1 in %, PSNR in dB, the generator's multiply-adds (M) and seconds per iteration",
     predictions="predictions.pkl",
+    draw=draw,
 )
 
 if __name__ == "__main__":
-    sys.exit(main(COMPARISON, __doc__, None))
+    sys.exit(main(COMPARISON, __doc__))

@@ -26,11 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.cli import run_tool
-from carafe_plugin.engine.console import table_console
+from carafe_plugin.engine.console import progress_bar, table_console
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from studies.common import shown, text_table, write_json
 from studies.paper_tables import rows as paper_rows
@@ -39,11 +37,11 @@ from studies.paper_tables.rows import Row, Table
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--table", type=int, action="append", metavar="N", help="this table alone; may be repeated")
+    numbers = paper_rows.read_tables()
+    parser.add_argument("--table", type=int, action="append", choices=numbers, help="this table alone; may be repeated")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
     parser.add_argument("--write", action="store_true", help="update docs/paper_tables.md, READMEs and metafiles")
     parser.add_argument("--measure", action="store_true", help="count the models of changed configs")
@@ -61,15 +59,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(rows: list[Row], costs: dict[str, dict[str, Any]], path: Path) -> None:
     """Count the models that are not known yet; the file is written after each, so that nothing is lost."""
     missing = {row.config: row.counted for row in rows if not paper_rows.known_cost(row, costs)}
-    for config in track(missing, "Counting", transient=True, disable=not sys.stdout.isatty()):
-        costs[config] = paper_rows.measure(config, missing[config])
-        write_json(path, dict(sorted(costs.items())))
+    with progress_bar("counting") as progress:
+        for config in progress.track(missing):
+            costs[config] = paper_rows.measure(config, missing[config])
+            write_json(path, dict(sorted(costs.items())))
 
 
 def record(config: str, source: Path, tables: dict[int, Table], folder: Path) -> Path:
     """Keep a file's metrics as our result; UsageError where no table has the config or none of its metrics is there."""
     wanted = os.path.relpath(Path(config).absolute(), paper_rows.CONFIGS) if "::" not in config else config
-    lines = [(table, row, line) for table in tables.values() for row, line, _ in table.lines if row.config == wanted]
+    lines = [(table, row, line) for table in tables.values() for row, line in table.lines if row.config == wanted]
     if not lines:
         raise UsageError(f"--record: {config} is not the config of a row in {paper_rows.TABLES}")
     try:
@@ -86,11 +85,7 @@ def record(config: str, source: Path, tables: dict[int, Table], folder: Path) ->
 
 
 def paper_tables(args: argparse.Namespace) -> None:
-    """Do what the command line says."""
     tables = paper_rows.read_tables()
-    unknown = sorted(set(args.table or ()) - tables.keys())
-    if unknown:
-        raise UsageError(f"--table: expected one of {', '.join(map(str, tables))}, got {unknown[0]}")
     for name in ("markdown", "costs"):
         path = getattr(args, name)
         if path and not path.absolute().parent.is_dir():
@@ -105,14 +100,14 @@ def paper_tables(args: argparse.Namespace) -> None:
     if args.measure:
         measure([row for table in chosen for row in table.rows], costs, args.costs)
     console = table_console()
-    filled = [(table, list(cells(table, costs, args.results))) for table in chosen]
-    for table, lines in filled:
-        left = ("method", "task", "ours", "config")
+    left = ("method", "task", "ours", "config")
+    for table in chosen:
+        lines = cells(table, costs, args.results)
         console.print(text_table(title(table), headings(table), lines, left, table.note))
     if any(not paper_rows.known_cost(row, costs) for table in chosen for row in table.rows):
         console.print("?: not counted since its config changed; --measure counts it.")
     if args.markdown:
-        args.markdown.write_text(markdown(filled), encoding="utf-8")
+        args.markdown.write_text(markdown(chosen, costs, args.results), encoding="utf-8")
     if args.write:
         for page, text in pages(tables, costs, args.results).items():
             if not page.is_file() or page.read_text(encoding="utf-8") != text:
@@ -121,7 +116,6 @@ def paper_tables(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
     return run_tool(paper_tables, parse_args(argv))
 
 

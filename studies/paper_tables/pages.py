@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from carafe_plugin.engine.errors import UsageError
 from studies.common import ROOT, markdown_table, shown
-from studies.paper_tables.rows import COLUMNS, CONFIGS, RESULTS, TABLES, Row, Table, figure, known_cost, read_metrics
+from studies.paper_tables.rows import COLUMNS, CONFIGS, RESULTS, TABLES, Row, Table, figure, known_cost, result_file
 
 PAGE = ROOT / "docs" / "paper_tables.md"
 NOT_RUN = "not run"
@@ -33,13 +34,11 @@ def pages(tables: Tables, costs: dict[str, dict[str, Any]], results: Path = RESU
     """What every file that repeats the paper's figures should contain."""
     readmes = {path: fill_readme(path, tables) for path in sorted(CONFIGS.glob("*/README.md"))}
     metafiles = {path: fill_metafile(path, tables) for path in sorted(CONFIGS.glob("*/metafile.yml"))}
-    whole = markdown([(table, list(cells(table, costs, results))) for table in tables.values()])
-    return {**readmes, **metafiles, PAGE: whole}
+    return {**readmes, **metafiles, PAGE: markdown(tables.values(), costs, results)}
 
 
 # ----------------------------------------------------------------------------------------------------- the tables
 def headings(table: Table) -> list[str]:
-    """The headings of :func:`cells`."""
     return ["method", *table.columns, "M param.", "GFLOPs", "ours", "config"]
 
 
@@ -49,33 +48,31 @@ def title(table: Table) -> str:
 
 def cells(table: Table, costs: dict[str, dict[str, Any]], results: Path) -> Iterator[list[str]]:
     """The lines of a table as texts: method, the paper's figures, parameters, GFLOPs, our result, config."""
-    for row, line, first in table.lines:
-        cost = known_cost(row, costs) if first else None
-        size = [f"{cost['parameters'] / 1e6:.2f}" if cost else "?", "-"]
-        if row.counted:
-            size[1] = f"{cost['flops'] / 1e9:.1f}" if cost else "?"
-        yield [
-            row.method if first else "",
-            *(figure(column, value) for column, value in zip(table.columns, line, strict=True)),
-            *(size if first else ["", ""]),
-            ours(table, row, line, results),
-            row.path if first else "",
-        ]
+    for row in table.rows:
+        cost = known_cost(row, costs)
+        size = ["?", "?" if row.counted else "-"]
+        if cost:
+            size[0] = f"{cost['parameters'] / 1e6:.2f}"
+        if cost and row.counted:
+            size[1] = f"{cost['flops'] / 1e9:.1f}"
+        method, path = row.method, row.path
+        for line in row.paper:
+            figures = [figure(column, value) for column, value in zip(table.columns, line, strict=True)]
+            yield [method, *figures, *size, ours(table, row, line, results), path]
+            method, path, size = "", "", ["", ""]
 
 
 def ours(table: Table, row: Row, line: list[Any], results: Path) -> str:
     """Our figures in the order of the table's columns."""
-    metrics = read_metrics(row, results)
-    if metrics is None:
+    path = result_file(row, results)
+    if not path.is_file():
         return NOT_RUN
-    found = table.measured(line, metrics)
-    return " / ".join(
-        f"{found[column]:.2f}" if column in found else "-" for column in table.columns if column != "task"
-    )
+    found = table.measured(line, json.loads(path.read_text(encoding="utf-8"))["metrics"])
+    columns = (column for column in table.columns if column != "task")
+    return " / ".join(f"{found[column]:.2f}" if column in found else "-" for column in columns)
 
 
-def markdown(tables: list[tuple[Table, list[list[str]]]]) -> str:
-    """Tables with their :func:`cells` as one page."""
+def markdown(tables: Iterable[Table], costs: dict[str, dict[str, Any]], results: Path) -> str:
     parts = [
         "# The paper's tables",
         "The figures are the paper's (arXiv 2012.04733) except in the last columns: parameters and FLOPs are counted "
@@ -86,11 +83,10 @@ def markdown(tables: list[tuple[Table, list[list[str]]]]) -> str:
         "[configs/inpainting](../configs/inpainting/README.md).",
         "Written by `python -m studies.paper_tables --write`.",
     ]
-    for table, lines in tables:
-        parts.append(f"## {title(table)}")
-        parts.append(markdown_table(headings(table), (line[:-1] + [_link(line[-1])] for line in lines)))
-        if table.note:
-            parts.append(table.note)
+    for table in tables:
+        lines = [[*line, _link(path)] for *line, path in cells(table, costs, results)]
+        parts += [f"## {title(table)}", markdown_table(headings(table), lines)]
+        parts += [table.note] if table.note else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,7 +124,7 @@ def _figures(tables: Tables) -> dict[str, dict[str, str]]:
     """By config, its figures by their names in READMEs, as ``box AP`` or ``mIoU``."""
     found: dict[str, dict[str, str]] = {}
     for table in tables.values():
-        for row, line, _ in table.lines:
+        for row, line in table.lines:
             for column, value in zip(table.columns, line, strict=True):
                 name = f"{table.task(line)} {column}" if column.startswith("AP") else column
                 found.setdefault(row.config, {})[name] = figure(column, value)
@@ -166,6 +162,6 @@ def _results(config: str, tables: Tables) -> str:
         text += f"      - Task: {METAFILE_TASKS[task]}\n"
         text += f"        Dataset: {table.data}, the paper's figures (Table {table.table})\n        Metrics:\n"
         for column, value in zip(table.columns, line, strict=True):
-            if name := COLUMNS[column].indexed.format(task) if column in COLUMNS else "":
+            if name := COLUMNS[column].title.format(task) if column in COLUMNS else "":
                 text += f"          {name}: {figure(column, value)}\n"
     return text

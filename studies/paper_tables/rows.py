@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from carafe_plugin.engine import bare_models
-from studies.common import ROOT
+from studies import common
+from studies.common import ROOT, Metric
 
 CONFIGS = ROOT / "configs"
 TABLES = CONFIGS / "paper" / "tables.yml"
@@ -23,29 +22,20 @@ COSTS = ROOT / "studies" / "paper_tables" / "costs.json"
 RESULTS = ROOT / "studies" / "paper_tables" / "results"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of figures: what they are called elsewhere, and how they are written."""
-
-    logged: str  # the metric's name in the logs of tools/test.py; ``{}`` is the task's
-    unit: float = 1.0  # the table's value of a logged 1
-    digits: int = 2  # decimals in the paper
-    indexed: str = ""  # the name in a metafile, of main figures alone; ``{}`` is the task
-
-
+#: The metric of a column; its title is that of a metafile, and ``{}`` the task in the table's or mmdet's words.
 COLUMNS = {
-    "AP": Column("coco/{}_mAP", 100, 1, "{} AP"),
-    "AP50": Column("coco/{}_mAP_50", 100, 1),
-    "AP75": Column("coco/{}_mAP_75", 100, 1),
-    "APS": Column("coco/{}_mAP_s", 100, 1),
-    "APM": Column("coco/{}_mAP_m", 100, 1),
-    "APL": Column("coco/{}_mAP_l", 100, 1),
-    "top-1": Column("accuracy/top1", indexed="Top 1 Accuracy"),
-    "top-5": Column("accuracy/top5", indexed="Top 5 Accuracy"),
-    "mIoU": Column("mIoU", indexed="mIoU"),
-    "pixel accuracy": Column("aAcc", indexed="pixel accuracy"),
-    "L1 (%)": Column("inpainting/l1", indexed="l1"),
-    "PSNR (dB)": Column("inpainting/psnr", indexed="PSNR"),
+    "AP": Metric("{} AP", "coco/{}_mAP", 100, 1),
+    "AP50": Metric("", "coco/{}_mAP_50", 100, 1),
+    "AP75": Metric("", "coco/{}_mAP_75", 100, 1),
+    "APS": Metric("", "coco/{}_mAP_s", 100, 1),
+    "APM": Metric("", "coco/{}_mAP_m", 100, 1),
+    "APL": Metric("", "coco/{}_mAP_l", 100, 1),
+    "top-1": Metric("Top 1 Accuracy", "accuracy/top1", digits=2),
+    "top-5": Metric("Top 5 Accuracy", "accuracy/top5", digits=2),
+    "mIoU": Metric("mIoU", "mIoU", digits=2),
+    "pixel accuracy": Metric("pixel accuracy", "aAcc", digits=2),
+    "L1 (%)": Metric("l1", "inpainting/l1", digits=2),
+    "PSNR (dB)": Metric("PSNR", "inpainting/psnr", digits=2),
 }
 TASKS = {"box": "bbox", "mask": "segm"}
 
@@ -96,15 +86,15 @@ class Table:
         """The task of one line of a table of detectors."""
         return line[0] if self.columns[0] == "task" else "box"
 
-    @cached_property
-    def lines(self) -> list[tuple[Row, list[Any], bool]]:
-        """Every line with its row, and whether it is the row's first."""
-        return [(row, line, index == 0) for row in self.rows for index, line in enumerate(row.paper)]
+    @property
+    def lines(self) -> list[tuple[Row, list[Any]]]:
+        """Every line with its row."""
+        return [(row, line) for row in self.rows for line in row.paper]
 
 
-def read_tables(path: Path = TABLES) -> dict[int, Table]:
+def read_tables() -> dict[int, Table]:
     """All tables by number."""
-    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    described = yaml.safe_load(TABLES.read_text(encoding="utf-8"))
     tables = [Table(**{**table, "rows": [Row(**row) for row in table["rows"]]}) for table in described]
     return {table.table: table for table in tables}
 
@@ -113,11 +103,8 @@ def read_tables(path: Path = TABLES) -> dict[int, Table]:
 def digest(config: str) -> str:
     """A digest of a config's text and that of every file of ours that it builds on; a toolbox's counts by its name."""
     if "::" in config:
-        return hashlib.sha256(config.encode()).hexdigest()[:16]
-    content = hashlib.sha256()
-    for path in _chain(CONFIGS / config):
-        content.update(path.read_bytes())
-    return content.hexdigest()[:16]
+        return common.digest(config)[:16]
+    return common.digest("", _chain(CONFIGS / config))[:16]
 
 
 def _chain(path: Path) -> Iterator[Path]:
@@ -125,9 +112,8 @@ def _chain(path: Path) -> Iterator[Path]:
     yield path
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "_base_":
-            texts = [node.value for node in ast.walk(statement.value) if isinstance(node, ast.Constant)]
-            for text in texts:
-                if isinstance(text, str) and (base := (path.parent / text).resolve()).is_file():
+            for node in ast.walk(statement.value):
+                if isinstance(node, ast.Constant) and (base := (path.parent / str(node.value)).resolve()).is_file():
                     yield from _chain(base)
 
 
@@ -164,9 +150,3 @@ def measure(config: str, counted: bool = True) -> dict[str, Any]:
 def result_file(row: Row, folder: Path = RESULTS) -> Path:
     """Where our result is kept: ``{"config": ..., "metrics": {...}}``, the same for the same config in every table."""
     return folder / (re.sub(r"[^\w.-]+", "_", row.config.removesuffix(".py")) + ".json")
-
-
-def read_metrics(row: Row, folder: Path = RESULTS) -> dict[str, float] | None:
-    """The metrics that we measured with a row's config, None where there is no result."""
-    path = result_file(row, folder)
-    return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.is_file() else None

@@ -113,7 +113,7 @@ def test_a_row_is_in_the_folder_of_its_table(tables):
 
 def test_every_line_fills_the_columns(tables):
     for table in tables.values():
-        for row, line, _ in table.lines:
+        for row, line in table.lines:
             assert len(line) == len(table.columns), row
             assert all(figure is None or 0 < figure < 100 for figure in line if not isinstance(figure, str)), row
 
@@ -122,7 +122,7 @@ def test_a_config_has_the_same_figures_in_every_table(tables):
     """A main configuration is a row of several tables: what they have in common agrees, as in the paper."""
     seen, shared = {}, 0
     for table in tables.values():
-        for row, line, _ in table.lines:
+        for row, line in table.lines:
             for column, value in zip(table.columns, line, strict=True):
                 key = row.config, table.task(line), column
                 shared += key in seen

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from carafe_plugin.engine.cli import run_tool
 from studies.ablation import report as ablation_report
 from studies.ablation import runs as ablation_runs
 from studies.ablation.runs import Run, Setup, fingerprint, plan
-from studies.demo import steps as demo_steps
+from studies.demo import run as demo_run
 from studies.paper_tables.rows import Row, read_tables
 
 TINY = ("--train=8", "--val=4", "--size=96", "--iterations=2", "--seeds=3")
@@ -56,7 +58,7 @@ def two_rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
         tool, *arguments = command
         assert call_tool(Path(tool).stem, *arguments) == 0
 
-    monkeypatch.setattr(demo_steps, "run_tool", run_here)
+    monkeypatch.setattr(demo_run, "run_tool", run_here)
     tables = read_tables()
     carafe = tables[4].rows[-1]
     assert carafe.config == tables[5].rows[0].config
@@ -67,7 +69,7 @@ def two_rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
 
 
 def test_forty_eight_runs_of_as_many_models(setup: Setup) -> None:
-    runs = plan((4, 6), (0, 1, 2), setup)
+    runs = plan((4, 6), (0, 1, 2))
     assert len(runs) == 48
     assert len({run.name for run in runs}) == 48
     assert len({fingerprint(run, setup) for run in runs}) == 48
@@ -124,16 +126,16 @@ def test_baselines_are_the_plain_models() -> None:
 def test_a_run_is_done_once(tmp_path: Path, two_rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted between its steps it resumes; another table's row of the same model needs none."""
     steps = []
-    train, evaluate = demo_steps.train, demo_steps.evaluate
+    train, evaluate = demo_run.train, demo_run.evaluate
 
     def interrupted(demo: Any, model: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_steps, "train", lambda *args: steps.append("train") or train(*args))
-    monkeypatch.setattr(demo_steps, "evaluate", interrupted)
+    monkeypatch.setattr(demo_run, "train", lambda *args: steps.append("train") or train(*args))
+    monkeypatch.setattr(demo_run, "evaluate", interrupted)
     assert call(tmp_path, "--table=4", *TINY) == 130
     assert not (tmp_path / "results").exists()
-    monkeypatch.setattr(demo_steps, "evaluate", lambda *args: steps.append("evaluate") or evaluate(*args))
+    monkeypatch.setattr(demo_run, "evaluate", lambda *args: steps.append("evaluate") or evaluate(*args))
     # Two iterations teach nothing: mmdet logs -1 or 0 where a model finds nothing.
     assert call(tmp_path, "--table=4", *TINY) == 0
     assert call(tmp_path, "--table=4", "--table=5", *TINY) == 0
@@ -153,13 +155,13 @@ def test_a_run_is_done_once(tmp_path: Path, two_rows: list[Row], monkeypatch: py
 def test_written_config_is_the_composed_one(setup: Setup) -> None:
     """The file for tools/train.py says what changes; read back it is what the fingerprint is of."""
     for table, index in ((3, 4), (9, 4), (6, 2)):
-        run = plan((table,), (5,), setup)[index]
+        run = plan((table,), (5,))[index]
         path = setup.demo(run).models[0].config
         assert Config.fromfile(path).to_dict() == run.config.to_dict()
 
 
 def test_another_configuration_is_another_run(setup: Setup) -> None:
-    (run, *_) = plan((4,), (0,), setup)
+    (run, *_) = plan((4,), (0,))
     changed = Run(run.table, run.row, 1, run.recipe)
     smaller = Setup(setup.work_dir, setup.data_root, setup.results, setup.scenes, iterations=3)
     elsewhere = Setup(setup.work_dir / "x", setup.data_root / "x", setup.results, setup.scenes)
@@ -173,7 +175,7 @@ def results(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     tables = read_tables()
     del tables[4].rows[4:]
     monkeypatch.setattr(ablation_runs, "read_tables", lambda: tables)
-    runs = plan((4,), (0, 1, 2), setup)
+    runs = plan((4,), (0, 1, 2))
     setup.results.mkdir()
     for run in runs:
         row = read_tables()[4].rows.index(run.row)
@@ -186,7 +188,7 @@ def results(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
                 parameters=1000 + row,
                 seconds_per_iteration=0.5,
                 threads=2,
-                recipe=run.recipe.config,
+                recipe=run.recipe.models[0].config,
                 iterations=200,
                 scenes=dict(train=600, val=120, size=128),
             )
@@ -220,7 +222,8 @@ def test_weak_baseline_is_said(setup: Setup, results: list[Run], capsys: pytest.
 def test_report_interrupted_or_not_writable(
     setup: Setup, results: list[Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for error, code, said in ((KeyboardInterrupt(), 130, "Interrupted"), (OSError("disk full"), 1, "error: disk full")):
+    full = OSError(errno.ENOSPC, "disk full")
+    for error, code, said in ((KeyboardInterrupt(), 130, "Interrupted"), (full, 1, "disk full")):
         monkeypatch.setattr(ablation_report, "write", mock.Mock(side_effect=error))
         assert call(setup.results.parent, "--table=4", "--report") == code
         assert said in capsys.readouterr().out
@@ -235,8 +238,11 @@ def test_plan_says_what_is_left(setup: Setup, results: list[Run], capsys: pytest
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], two_rows: list[Row]) -> None:
-    assert call(tmp_path, "--table=8") == 2
-    assert "error: --table: expected one of 3, 4, 5, 6, 7, 9, 11, 12, 13, 14, got 8" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        call(tmp_path, "--table=8")
+    assert error.value.code == 2
+    choices = re.escape("3, 4, 5, 6, 7, 9, 11, 12, 13, 14")
+    assert re.search(rf"error: argument --table: invalid choice: 8 \(choose from {choices}\)", capsys.readouterr().err)
     (tmp_path / "work").mkdir()
     with (tmp_path / "work" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -255,9 +261,9 @@ def test_a_failed_training_is_said_and_the_others_go_on(
 
     def fails(demo: Any, model: Any) -> None:
         tried.append(model.name)
-        raise demo_steps.StepError("Train: failed with exit code 7")
+        raise demo_run.StepError("Train: failed with exit code 7")
 
-    monkeypatch.setattr(demo_steps, "train", fails)
+    monkeypatch.setattr(demo_run, "train", fails)
     assert call(tmp_path, "--table=4", *TINY[:-1], "--seeds", "3", "4") == 1
     assert [name[-6:] for name in tried] == ["seed-3", "seed-4"]
     printed = " ".join(capsys.readouterr().out.split())

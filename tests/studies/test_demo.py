@@ -23,7 +23,6 @@ from tiny_runs import ROOT
 
 from studies.common import console
 from studies.demo import run as demo_run
-from studies.demo import steps as demo_steps
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def test_second_run_does_nothing_again_and_weak_models_fail(
     def unexpected(title: str, *_: object) -> None:
         raise AssertionError(f"{title} was run again")
 
-    monkeypatch.setattr(demo_steps, "run_tool", unexpected)
+    monkeypatch.setattr(demo_run, "run_tool", unexpected)
     (finished.work_dir / "summary.json").unlink()
     assert finished.call() == 1
     printed = capsys.readouterr().out
@@ -185,8 +184,8 @@ def test_further_model_is_added_and_stays(
             finished.call("--all")
         return
     trained = []
-    run_tool = demo_steps.run_tool
-    monkeypatch.setattr(demo_steps, "run_tool", lambda title, *rest: (trained.append(title), run_tool(title, *rest)))
+    run_tool = demo_run.run_tool
+    monkeypatch.setattr(demo_run, "run_tool", lambda title, *rest: (trained.append(title), run_tool(title, *rest)))
     before = finished.summary
     assert finished.call("--all", "--no-minimum") == 0
     assert trained == ["Train carafe_all", "Evaluate carafe_all"]

@@ -18,7 +18,6 @@ from tiny_runs import ROOT, call_tool
 pytest.importorskip("skimage", reason="the demo's metrics need scikit-image")
 
 from studies.demo import run as demo_run
-from studies.demo import steps as demo_steps
 from studies.demo.inpainting import COMPARISON, mean_fill
 from studies.demo.scenes import paint_lit_scene, paint_scene, scenes
 
@@ -42,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespa
         return demo_run.main(COMPARISON, None, [*command, "--iterations=2", *flags])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_steps, "run_tool", run_tool)
+        patch.setattr(demo_run, "run_tool", run_tool)
         patch.chdir(ROOT)
         assert call("--no-minimum") == 0
         yield SimpleNamespace(folder=folder, work=folder / "work", steps=steps, call=call)
@@ -116,23 +115,21 @@ def test_picture(finished: SimpleNamespace) -> None:
 
 def test_another_dataset_is_another_demo(finished: SimpleNamespace) -> None:
     arguments = [f"--work-dir={finished.work}", f"--data-root={finished.folder / 'data'}", "--train=4", "--val=3"]
-    args = demo_run.parse_args(COMPARISON, None, [*arguments, "--iterations=2"])
-    demo = demo_run.demo_from(COMPARISON, args)
-    assert demo_steps.belongs(demo, demo.models[0])
-    other = demo_run.parse_args(COMPARISON, None, [*arguments, "--iterations=3"])
-    assert not demo_steps.belongs(demo_run.demo_from(COMPARISON, other), demo.models[0])
+    demo = demo_run.parse_demo(COMPARISON, None, [*arguments, "--iterations=2"])
+    assert demo_run.belongs(demo, demo.models[0])
+    other = demo_run.parse_demo(COMPARISON, None, [*arguments, "--iterations=3"])
+    assert not demo_run.belongs(other, demo.models[0])
     image = finished.folder / "data" / "val" / "000001.png"
     content = image.read_bytes()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(image)
-    assert not demo_steps.belongs(demo, demo.models[0])
+    assert not demo_run.belongs(demo, demo.models[0])
     image.write_bytes(content)
 
 
 def test_defaults_are_the_configurations() -> None:
     """Without options nothing changes in the configurations, so that they can be run by hand as well."""
-    args = demo_run.parse_args(COMPARISON, None, [])
-    demo = demo_run.demo_from(COMPARISON, args)
-    assert demo.config_options() == {}
+    demo = demo_run.parse_demo(COMPARISON, None, [])
+    assert [demo.config_options(model) for model in demo.models] == [{}] * len(demo.models)
     for model in demo.models:
         cfg = demo.load_config(model)
         assert cfg.train_cfg.max_iters == demo.iterations

@@ -10,18 +10,28 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from studies.demo import generate_scenes
-from studies.demo.generate_scenes import CLASSES
-from studies.demo.pictures import draw_comparison, draw_label_maps
+pytest.importorskip("mmseg", reason="the label maps' colours are in the demo's config: mmseg is not installed")
+
+from studies.demo import detection, generate_scenes, segmentation
+from studies.demo.comparison import Comparison, Demo, Model
+from studies.demo.generate_scenes import Request
+
+
+def demo_of(comparison: Comparison, request: Request, folder: Path, titles: list[str]) -> Demo:
+    """A demo with the dataset that ``request`` asks for, whose models have these titles and no predictions yet."""
+    generate_scenes.generate(folder / "data", request)
+    models = tuple(Model(title, title, comparison.models[0].config) for title in titles)
+    demo = Demo(comparison, folder / "work", folder / "data", request, 1, 0, models)
+    for model in models:
+        demo.folder(model).mkdir(parents=True)
+    return demo
 
 
 def test_outlines_show_what_was_predicted(tmp_path: Path) -> None:
     """Columns are compared with one another: perfect predictions look like the truth, unsure ones are not drawn."""
-    generate_scenes.generate(tmp_path / "data", generate_scenes.Request(seed=0, train=1, val=4, size=96))
-    annotations = tmp_path / "data" / "annotations" / "instances_val.json"
-    coco = COCO(str(annotations))
-    files = {}
-    for title, score in {"sure": 0.9, "unsure": 0.1}.items():
+    demo = demo_of(detection.COMPARISON, Request(seed=0, train=1, val=4, size=96), tmp_path, ["sure", "unsure"])
+    coco = COCO(str(tmp_path / "data" / "annotations" / "instances_val.json"))
+    for model, score in zip(demo.models, (0.9, 0.1), strict=True):
         predictions = []
         for image_id in coco.getImgIds():
             items = [item for item in coco.loadAnns(coco.getAnnIds(image_id)) if not item["iscrowd"]]
@@ -31,10 +41,9 @@ def test_outlines_show_what_was_predicted(tmp_path: Path) -> None:
                 "scores": np.full(len(items), score),
             }
             predictions.append({"img_id": image_id, "pred_instances": instances})
-        files[title] = tmp_path / f"{title}.pkl"
-        files[title].write_bytes(pickle.dumps(predictions))
+        demo.predictions(model).write_bytes(pickle.dumps(predictions))
     out = tmp_path / "pictures.png"
-    draw_comparison(annotations, tmp_path / "data" / "val", files, out)
+    detection.draw(demo, demo.models, out)
     picture = np.asarray(Image.open(out).convert("RGB")).astype(int)
     colour = np.array([0xE6, 0x9F, 0x00])  # of the first category
     stars = [item for item in coco.dataset["annotations"] if item["category_id"] == 1]
@@ -50,23 +59,20 @@ def test_outlines_show_what_was_predicted(tmp_path: Path) -> None:
 
 def test_label_maps_show_what_was_predicted(tmp_path: Path) -> None:
     """Columns are compared: a perfect model looks like the truth, one that sees nothing shows the background alone."""
-    request = generate_scenes.Request(seed=0, train=1, val=3, size=64, figures=24, format="ade20k")
-    generate_scenes.generate(tmp_path / "data", request)
+    request = Request(seed=0, train=1, val=3, size=64, figures=24, format="ade20k")
+    demo = demo_of(segmentation.COMPARISON, request, tmp_path, ["perfect", "blind"])
     truths = generate_scenes.annotation_files(tmp_path / "data", request)[1:]
-    predictions = {}
-    for title in ("perfect", "blind"):
-        predictions[title] = tmp_path / title
-        predictions[title].mkdir()
+    for model in demo.models:
+        demo.predictions(model).mkdir()
         for path in truths:
             label_map = np.asarray(Image.open(path))
-            shown = label_map if title == "perfect" else np.ones_like(label_map)
-            Image.fromarray(shown).save(predictions[title] / path.name)
-    palette = {name: (20 * index + 5, 255 - 30 * index, 90) for index, name in enumerate(CLASSES)}
+            shown = label_map if model.title == "perfect" else np.ones_like(label_map)
+            Image.fromarray(shown).save(demo.predictions(model) / path.name)
     out = tmp_path / "pictures.png"
-    draw_label_maps(tmp_path / "data", palette, predictions, out)
+    segmentation.draw(demo, demo.models, out)
     picture = np.asarray(Image.open(out).convert("RGB")).astype(int)[:-40]  # without the legend
     counts = []
-    for colour in palette.values():
+    for colour in demo.load_config(demo.models[0]).metainfo.palette:
         columns = np.array_split(np.abs(picture - colour).sum(2) < 6, 4, axis=1)
         counts.append([int(part.sum()) for part in columns])
     (_, *background), *figures = counts

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,9 +21,8 @@ from tiny_runs import ROOT
 
 from studies.demo import generate_scenes
 from studies.demo import run as demo_run
-from studies.demo import steps as demo_steps
 from studies.demo.comparison import Demo
-from studies.demo.steps import StepError, discard_stale
+from studies.demo.run import StepError, discard_stale
 
 
 @pytest.mark.parametrize("tool", list(COMPARISONS))
@@ -110,8 +111,8 @@ def test_models_differ_in_types_alone(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tool", list(COMPARISONS))
 def test_default_options_change_nothing_in_the_configs(tool: str) -> None:
     comparison = COMPARISONS[tool]
-    demo = demo_run.demo_from(comparison, demo_run.parse_args(comparison, None, []))
-    assert demo.config_options() == {}
+    demo = demo_run.parse_demo(comparison, None, [])
+    assert [demo.config_options(model) for model in demo.models] == [{}] * len(demo.models)
     assert demo.request == comparison.request
     assert demo.models == comparison.models
     for model in (*comparison.models, *comparison.more_models):
@@ -126,17 +127,17 @@ def test_failing_tool_is_reported_with_its_log(tmp_path: Path, capsys: pytest.Ca
     log = tmp_path / "tool.log"
     code = "import sys; print('Iter(train) [ 1/20]  loss: 1'); print('a long story'); print('the end'); sys.exit(3)"
     with pytest.raises(StepError) as error:
-        demo_steps.run_tool("Train it", ["-c", code], log)
+        demo_run.run_tool("Train it", ["-c", code], log)
     for part in ("Train it failed with exit code 3", str(log), "a long story\nthe end"):
         assert part in str(error.value)
     assert log.read_text().endswith("the end\n")
 
 
 def test_missing_checkpoint_after_training_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_steps, "run_tool", lambda *_: None)
+    monkeypatch.setattr(demo_run, "run_tool", lambda *_: None)
     demo = demo_in("demo", tmp_path)
     with pytest.raises(StepError, match=r"iter_4\.pth is missing"):
-        demo_steps.train(demo, demo.models[0])
+        demo_run.train(demo, demo.models[0])
 
 
 def test_evaluation_without_the_metric_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,21 +148,21 @@ def test_evaluation_without_the_metric_is_an_error(tmp_path: Path, monkeypatch: 
         log.parent.mkdir(parents=True)
         log.write_text(json.dumps({"aAcc": 50.0}))
 
-    monkeypatch.setattr(demo_steps, "run_tool", write_log)
+    monkeypatch.setattr(demo_run, "run_tool", write_log)
     with pytest.raises(StepError, match="has no metric 'mIoU'"):
-        demo_steps.evaluate(demo, demo.models[0])
-    monkeypatch.setattr(demo_steps, "run_tool", lambda *_: None)
+        demo_run.evaluate(demo, demo.models[0])
+    monkeypatch.setattr(demo_run, "run_tool", lambda *_: None)
     with pytest.raises(StepError, match=r"expected one <time>/<time>\.json"):
-        demo_steps.evaluate(demo, demo.models[0])
+        demo_run.evaluate(demo, demo.models[0])
 
 
 def test_interrupting_stops_the_tool(tmp_path: Path) -> None:
     """SIGTERM, as from a job scheduler: the demo says how to resume, and leaves no training behind."""
     code = (
-        "import sys, pathlib\nfrom studies.demo import detection, run, steps\n"
+        "import sys, pathlib\nfrom studies.demo import detection, run\n"
         "tool = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
         f"log = pathlib.Path({str(tmp_path / 'log')!r})\n"
-        "run.run = lambda _: steps.run_tool('Train', ['-c', tool], log)\n"
+        "run.run = lambda _: run.run_tool('Train', ['-c', tool], log)\n"
         f"sys.exit(run.main(detection.COMPARISON, None, {arguments('demo', tmp_path)!r}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -172,6 +173,34 @@ def test_interrupting_stops_the_tool(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "The same command resumes from here" in printed
     assert not is_alive(int(log.read_text()))
+
+
+def test_whose_os_error_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line where the user's folder or a full disk is the cause; a mistake of the project keeps its traceback."""
+
+    def outcome(error: OSError) -> int:
+        monkeypatch.setattr(demo_run, "run", mock.Mock(side_effect=error))
+        return demo_run.main(COMPARISONS["demo"], None, arguments("demo", tmp_path))
+
+    for error in (
+        PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "work" / "baseline")),
+        PermissionError(errno.EACCES, "Permission denied", str(tmp_path)),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ):
+        assert outcome(error) == 1
+        assert f"error: {error}" in capsys.readouterr().out.replace("\n", "")
+    for error in (
+        FileNotFoundError(errno.ENOENT, "absent", str(ROOT / "configs" / "x.py")),
+        ConnectionError("refused"),
+    ):
+        with pytest.raises(type(error)):
+            outcome(error)
+    (tmp_path / "work").rename(tmp_path / "file")
+    (tmp_path / "work").touch()
+    assert demo_run.main(COMPARISONS["demo"], None, arguments("demo", tmp_path)) == 1
+    assert "error: " in capsys.readouterr().out
 
 
 def test_two_demos_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,9 +217,9 @@ def test_iteration_time_is_the_median_without_the_warm_up(tmp_path: Path) -> Non
         log = tmp_path / session / "vis_data" / "scalars.json"
         log.parent.mkdir(parents=True)
         log.write_text("".join(json.dumps({"time": seconds, "step": i}) + "\n" for i, seconds in enumerate(times)))
-    assert demo_steps.seconds_per_iteration(tmp_path) == 2.5
+    assert demo_run.seconds_per_iteration(tmp_path) == 2.5
     with pytest.raises(StepError, match="no iteration times"):
-        demo_steps.seconds_per_iteration(tmp_path / "20250101_000000")
+        demo_run.seconds_per_iteration(tmp_path / "20250101_000000")
 
 
 @pytest.mark.parametrize(

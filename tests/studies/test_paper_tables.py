@@ -221,10 +221,15 @@ def test_page_of_all_tables(tmp_path: Path) -> None:
     assert all((ROOT / link).exists() for link in links)
 
 
+def test_unknown_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_tool("studies.paper_tables.__main__", "--table", "15") == 2
+    expected = r"error: argument --table: invalid choice: 15 \(choose from 1, 2, .*14\)"
+    assert re.search(expected, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--table", "15"], r"--table: expected one of 1, 2, .*14, got 15"),
         (["--table", "10", "--write"], r"--write writes all tables into docs/paper_tables\.md: leave out --table"),
         (["--markdown", "nowhere/page.md"], r"--markdown: no folder nowhere to write page\.md into"),
         (["--record", "configs/demo/upernet_r18_scenes.py", "{good}"], r"--record: .* is not the config of a row"),

@@ -217,7 +217,7 @@ def test_image_shows_the_objects_where_the_owner_map_says() -> None:
     """Painting without the objects changes the pixels inside the masks, and none that no figure touches."""
     for scene in scenes.scenes(seed=5, split="train", count=4, size=SIZE):
         image, owner = scenes.paint_scene(scene)
-        bare, _ = scenes.paint_scene(scenes.Scene(scene.size, scene.noise_seed, scene.background, ()))
+        bare, _ = scenes.paint_scene(dataclasses.replace(scene, objects=[]))
         changed = np.abs(image.astype(int) - bare).sum(2) > 0
         touched = np.zeros_like(changed)
         for item in scene.objects:
@@ -265,6 +265,13 @@ def test_interrupted_writing_leaves_no_dataset(format: str, tmp_path: Path, monk
     assert generate_scenes.generate(out, request)
     assert generate_scenes.is_complete(out, request)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "data"
+    assert generate_scenes.main(["--out", str(out), "--train", "1", "--val", "1", "--size", "64"]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_folder_of_somebody_else_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,8 +30,7 @@ def arguments(tool: str, folder: Path, **changes: int) -> list[str]:
 
 def demo_in(tool: str, folder: Path, *flags: str, **changes: int) -> Demo:
     """The demo that :func:`arguments` describe."""
-    args = demo_run.parse_args(COMPARISONS[tool], None, [*arguments(tool, folder, **changes), *flags])
-    return demo_run.demo_from(COMPARISONS[tool], args)
+    return demo_run.parse_demo(COMPARISONS[tool], None, [*arguments(tool, folder, **changes), *flags])
 
 
 def is_alive(pid: int) -> bool:
