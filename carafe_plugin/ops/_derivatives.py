@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 
-NORMALIZERS = ("none", *reference.NORMALIZERS)  #: by number; csrc/common/normalizer.h has the same
+NORMALIZERS = ("none", *reference.NORMALIZERS)  #: by number; csrc/common/operators.h has the same
 NONE = 0  #: the normaliser of masks
 Geometry = tuple[int, ...]
 Gradients = tuple["Tensor | None", ...]

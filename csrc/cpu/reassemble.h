@@ -2,8 +2,7 @@
 // registers.
 #pragma once
 
-#include "convert.h"
-#include "loops.h"
+#include "buffer.h"
 
 namespace carafe {
 
