@@ -66,14 +66,7 @@ inline Shape make_shape(const Size& features, int64_t kernel, int64_t groups, in
 inline Size output_size(const Shape& shape) { return {shape.batch, shape.channels, shape.out_height, shape.out_width}; }
 
 template <class T>
-Map<const T> input_map(const Tensor& tensor) {
-  const auto data = static_cast<const T*>(tensor.const_data_ptr());
-  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
-template <class T>
-Map<T> output_map(const Tensor& tensor) {
-  const auto data = static_cast<T*>(tensor.mutable_data_ptr());
+Map<T> to_map(T* data, const Tensor& tensor) {
   return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
@@ -138,8 +131,11 @@ Tensor run(
   if (result.numel() == 0) return result;
   dispatch(source.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const Kernels<T> typed{input_map<T>(kernels), normalizer};
-    Device::run(Operator<T>{shape, output_map<T>(result), input_map<T>(inputs)..., typed}, result);
+    const auto input = [](const Tensor& tensor) {
+      return to_map(static_cast<const T*>(tensor.const_data_ptr()), tensor);
+    };
+    const auto output = to_map(static_cast<T*>(result.mutable_data_ptr()), result);
+    Device::run(Operator<T>{shape, output, input(inputs)..., {input(kernels), normalizer}}, result);
   });
   return result;
 }

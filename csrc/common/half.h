@@ -9,24 +9,21 @@
 
 namespace carafe {
 
-CARAFE_HOST_DEVICE uint32_t float_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-CARAFE_HOST_DEVICE float bits_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // How the conversions below see 32 bits: as one number here, as a vector of them in cpu/simd.h.
 struct Word {
   using bits = uint32_t;
   using real = float;
-  static CARAFE_HOST_DEVICE bits to_bits(real value) { return float_bits(value); }
-  static CARAFE_HOST_DEVICE real to_real(bits value) { return bits_float(value); }
+
+  static CARAFE_HOST_DEVICE bits to_bits(real value) {
+    bits cast;
+    memcpy(&cast, &value, sizeof cast);
+    return cast;
+  }
+  static CARAFE_HOST_DEVICE real to_real(bits value) {
+    real cast;
+    memcpy(&cast, &value, sizeof cast);
+    return cast;
+  }
 };
 
 struct BFloat16 {

@@ -55,6 +55,7 @@ struct Map {
   CARAFE_HOST_DEVICE T* pointer(int64_t n, int64_t c, int64_t i, int64_t j) const {
     return data + n * batch_stride + c * channel_stride + i * row_stride + j * column_stride;
   }
+  CARAFE_HOST_DEVICE bool has_adjacent_channels() const { return channel_stride == 1 && column_stride != 1; }
   CARAFE_HOST_DEVICE T& at(int64_t n, int64_t c, int64_t i, int64_t j) const { return *pointer(n, c, i, j); }
 };
 

@@ -45,24 +45,21 @@ CARAFE_INLINE typename V::type sigmoid(typename V::type x, typename V::type shif
 template <class V, class A>
 CARAFE_INLINE void normalize(Normalizer normalizer, const Staged<A>& m, int64_t begin, int64_t end) {
   using Value = typename V::type;
-  const Value zero = {};
   const int64_t step = m.channel_stride();
   for (int64_t place = 0; place < m.rows * m.phases; ++place) {
     for (int64_t q = begin; q < end; q += V::lanes) {
       A* const kernel = m.data + place * m.pitch + q;
-      if (normalizer == Normalizer::sigmoid) {
-        for (int64_t tap = 0; tap < m.channels; ++tap)
-          V::store(kernel + tap * step, sigmoid<V>(V::load(kernel + tap * step), zero));
-        continue;
+      const bool softmax = normalizer == Normalizer::softmax, alone = normalizer == Normalizer::sigmoid;
+      Value shift = {};
+      if (!alone) {
+        Value largest = V::load(kernel);
+        for (int64_t tap = 1; tap < m.channels; ++tap) {
+          const Value value = V::load(kernel + tap * step);
+          largest = value > largest ? value : largest;
+        }
+        // The common factor e^-min(largest, 0) keeps a quotient of vanishing sigmoids from becoming 0 / 0.
+        shift = softmax ? largest : largest < shift ? largest : shift;
       }
-      Value largest = V::load(kernel);
-      for (int64_t tap = 1; tap < m.channels; ++tap) {
-        const Value value = V::load(kernel + tap * step);
-        largest = value > largest ? value : largest;
-      }
-      // The common factor e^-min(largest, 0) keeps a quotient of vanishing sigmoids from becoming 0 / 0.
-      const bool softmax = normalizer == Normalizer::softmax;
-      const Value shift = softmax ? largest : largest < zero ? largest : zero;
       Value sum = {};
       for (int64_t tap = 0; tap < m.channels; ++tap) {
         const Value logit = V::load(kernel + tap * step);
@@ -70,6 +67,7 @@ CARAFE_INLINE void normalize(Normalizer normalizer, const Staged<A>& m, int64_t 
         V::store(kernel + tap * step, value);
         sum += value;
       }
+      if (alone) continue;
       const Value factor = 1 / sum;
       for (int64_t tap = 0; tap < m.channels; ++tap)
         V::store(kernel + tap * step, V::load(kernel + tap * step) * factor);
@@ -77,31 +75,30 @@ CARAFE_INLINE void normalize(Normalizer normalizer, const Staged<A>& m, int64_t 
   }
 }
 
-// Turns the gradient to masks into that to logits, in place. `logits`, of the masks' form, is read by
+// Turns the gradient to masks into that to logits, in place; all buffers are of one form. `logits` is read by
 // sigmoid_normalized alone.
 template <class V, class A>
 CARAFE_INLINE void normalize_backward(
     Normalizer normalizer, const Staged<A>& masks, const Staged<A>& logits, const Staged<A>& grad) {
   using Value = typename V::type;
-  const Value zero = {};
+  const int64_t step = grad.channel_stride();
   for (int64_t place = 0; place < grad.rows * grad.phases; ++place) {
     for (int64_t q = 0; q < grad.lanes; q += V::lanes) {
-      const A* const kernel = masks.data + place * masks.pitch + q;
-      A* const g = grad.data + place * grad.pitch + q;
+      const int64_t kernel = place * grad.pitch + q;
+      A* const g = grad.data + kernel;
       Value dot = {};
       if (normalizer != Normalizer::sigmoid) {
         for (int64_t tap = 0; tap < grad.channels; ++tap)
-          dot += V::load(kernel + tap * masks.channel_stride()) * V::load(g + tap * grad.channel_stride());
+          dot += V::load(masks.data + kernel + tap * step) * V::load(g + tap * step);
       }
       for (int64_t tap = 0; tap < grad.channels; ++tap) {
-        const Value mask = V::load(kernel + tap * masks.channel_stride());
-        Value value = mask * (V::load(g + tap * grad.channel_stride()) - dot);
+        const Value mask = V::load(masks.data + kernel + tap * step);
+        Value value = mask * (V::load(g + tap * step) - dot);
         if (normalizer == Normalizer::sigmoid) value = value * (1 - mask);
         if (normalizer == Normalizer::sigmoid_normalized) {  // d sigmoid = sigmoid(x) sigmoid(-x)
-          const Value x = V::load(logits.data + tap * logits.channel_stride() + place * logits.pitch + q);
-          value = value * sigmoid<V>(-x, zero);
+          value = value * sigmoid<V>(-V::load(logits.data + kernel + tap * step), Value{});
         }
-        V::store(g + tap * grad.channel_stride(), value);
+        V::store(g + tap * step, value);
       }
     }
   }

@@ -180,7 +180,7 @@ CARAFE_INLINE void copy(const Map<T>& map, const Region& region, const Buffer& b
   const auto columns = [&](int64_t c, int64_t row, int64_t phase) {
     return map.pointer(region.n, region.channel + c, region.row + row, (region.lane + inside.begin) * period + phase);
   };
-  if (map.channel_stride == 1 && map.column_stride != 1) {
+  if (map.has_adjacent_channels()) {
     for (int64_t row = inside.first_row; row < inside.last_row; ++row) {
       const auto lanes = buffer.row(row, inside.begin);
       for (int64_t phase = 0; phase < period; ++phase) {
@@ -199,9 +199,9 @@ CARAFE_INLINE void copy(const Map<T>& map, const Region& region, const Buffer& b
         prefetch(columns(c + kChannelsAhead, row, 0), count(0) * period);
       }
       if (pairs) {
-        const int64_t whole = count(1);
-        copy_pairs<V>(columns(c, row, 0), whole, lanes(c, 0), lanes(c, 1));
-        if (count(0) > whole) copy_element(columns(c, row, 2 * whole), lanes(c, 0) + whole);
+        const int64_t most = count(0), least = count(1);
+        copy_pairs<V>(columns(c, row, 0), least, lanes(c, 0), lanes(c, 1));
+        if (most > least) copy_element(columns(c, row, 2 * least), lanes(c, 0) + least);
         continue;
       }
       for (int64_t phase = 0; phase < period; ++phase) {

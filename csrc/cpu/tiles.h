@@ -121,8 +121,7 @@ class TileRun {
  private:
   template <class Element>
   bool by_pixels(const Map<Element>& map) const {
-    return map.channel_stride == 1 && map.column_stride != 1 && (shape_.up == 1 || shape_.down == 1) &&
-           shape_.group_channels() >= V::lanes;
+    return map.has_adjacent_channels() && (shape_.up == 1 || shape_.down == 1) && shape_.group_channels() >= V::lanes;
   }
 
   Neighbours<T> make_neighbours() {

@@ -25,7 +25,7 @@ bool run_block_of(const Operator& call, int64_t shared_bytes, const Run& run) {
   if (!has_block(call.shape)) return false;
   Block block = {};
   block.view(call);
-  if (!plan_tiles(call.shape, is_channels_last(call.result), shared_bytes, &block)) return false;
+  if (!plan_tiles(call.shape, call.result.has_adjacent_channels(), shared_bytes, &block)) return false;
   run(block);
   return true;
 }

@@ -131,7 +131,6 @@ extern "C" __attribute__((visibility("default"))) int carafe_cuda_architecture(i
 extern "C" __attribute__((visibility("default"))) int carafe_cuda_has_ptx() { return CARAFE_PTX; }
 
 PyMODINIT_FUNC PyInit__C_cuda() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1};
   return PyModule_Create(&definition);
 }

@@ -132,7 +132,7 @@ struct GradFeaturesBlock : Tiled {
     const int strip = thread / grid.slots, slot = thread - strip * grid.slots;
     const int row = strip * kStrip / grid.columns, column = strip * kStrip - row * grid.columns;
     const int channel = (chunk * grid.slots + slot) * kQuad;
-    if (job.row + row >= sites.height || job.column + column >= sites.width || channel >= job.channels) return;
+    if (job.row + row >= sites.height() || job.column + column >= sites.width() || channel >= job.channels) return;
     // Down, a tap leads to one phase of the features; up, features have one phase, and the sum goes on over the turns.
     CARAFE_ROLLED
     for (int i = 0; i < scale; ++i) {
@@ -198,9 +198,9 @@ struct GradFeaturesBlock : Tiled {
     const int scale = sites.feature_scale();
     const int i = (job.row + row) * scale + phase_row, j = (job.column + column) * scale + phase_column;
     const int left = job.channels - channel;
-    if (i >= sites.feature_height()) return;
+    if (i >= sites.feature_height) return;
     T* const to = grad.map.pointer(job.n, job.first_channel + channel, i, j);
-    if (grad.column_quads && scale == 1 && j + kStrip <= sites.feature_width()) {
+    if (grad.column_quads && scale == 1 && j + kStrip <= sites.feature_width) {
       CARAFE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         if (c >= left) continue;
@@ -213,7 +213,7 @@ struct GradFeaturesBlock : Tiled {
     }
     CARAFE_UNROLL
     for (int p = 0; p < kStrip; ++p) {
-      if (j + p * scale >= sites.feature_width()) continue;
+      if (j + p * scale >= sites.feature_width) continue;
       write_quad(grad, to + p * scale * grad.map.column_stride, state.sums[p], left);
     }
   }

@@ -26,14 +26,9 @@ struct Grid {
     index /= tile_columns;
     const int row = static_cast<int>(index % tile_rows) * rows;
     index /= tile_rows;
-    const int group = static_cast<int>(index % groups), left = group_channels - first;
-    return {
-        static_cast<int>(index / groups),
-        group,
-        row,
-        column,
-        group * group_channels + first,
-        split_channels < left ? split_channels : left};
+    const int group = static_cast<int>(index % groups), n = static_cast<int>(index / groups);
+    const int left = group_channels - first, channels = split_channels < left ? split_channels : left;
+    return {n, group, row, column, group * group_channels + first, channels};
   }
 };
 
@@ -54,19 +49,17 @@ struct Tiled {
     const int scale = sites.feature_scale();
     return {grid.rows + sites.reach(), grid.columns + sites.reach(), scale, scale, quads};
   }
-  // What the patch holds, from channel `done` of the job on: of the features,
+  // What a patch holds from channel `done` of the job on: of the features,
   CARAFE_HOST_DEVICE Window feature_window(const Job& job, int done) const {
     const int row = job.row - sites.before(), column = job.column - sites.before();
-    return {job.n,  job.first_channel + done, job.channels - done,   row,
-            column, sites.feature_height(),   sites.feature_width(), sites.feature_scale(),
-            0};
+    const int first = job.first_channel + done, left = job.channels - done, scale = sites.feature_scale();
+    return {job.n, first, left, row, column, sites.feature_height, sites.feature_width, scale, 0};
   }
   // or of the output's gradient, with so many sites around the tile.
-  CARAFE_HOST_DEVICE Window output_window(const Job& job, int done, int around, int first_phase_row) const {
+  CARAFE_HOST_DEVICE Window output_window(const Job& job, int done, int around, int phase_row) const {
     const int row = job.row - around, column = job.column - around;
-    return {job.n,          job.first_channel + done, job.channels - done,  row,
-            column,         sites.output_height(),    sites.output_width(), sites.output_scale(),
-            first_phase_row};
+    const int first = job.first_channel + done, left = job.channels - done, scale = sites.output_scale();
+    return {job.n, first, left, row, column, sites.output_height, sites.output_width, scale, phase_row};
   }
 };
 
@@ -98,8 +91,8 @@ bool plan_tiles(const Shape& shape, bool channels_last, int64_t shared_bytes, Bl
     if (chosen.threads >= kGoodThreads) break;
   }
   if (chosen.threads == 0) return false;
-  const int64_t tile_rows = ceil_div(block->sites.height, chosen.rows),
-                tile_columns = ceil_div(block->sites.width, chosen.columns);
+  const int64_t tile_rows = ceil_div(block->sites.height(), chosen.rows);
+  const int64_t tile_columns = ceil_div(block->sites.width(), chosen.columns);
   const int64_t tiles = std::max<int64_t>(1, tile_rows * tile_columns * shape.groups * shape.batch);
   const int64_t chunk = int64_t(chosen.slots) * Block::kChannels;
   const int64_t chunks = std::max<int64_t>(1, ceil_div(group_channels, chunk));

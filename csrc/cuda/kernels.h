@@ -156,7 +156,7 @@ CARAFE_HOST_DEVICE void for_each_weight(
     const int tap = weights.from_logits ? kernels.by_phases(channel) : channel;
     const int phase =
         weights.from_logits ? channel - tap * per_tap : (i - row * per_site) * scale + j - column * per_site;
-    const bool inside = job.row + row < sites.height && job.column + column < sites.width;
+    const bool inside = job.row + row < sites.height() && job.column + column < sites.width();
     return {
         tap * kernels.tap_pitch() + (row * kernels.columns + column) * kernels.pitch + phase,
         inside ? weights.view.map.pointer(

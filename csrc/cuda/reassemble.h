@@ -84,7 +84,7 @@ struct ReassembleBlock : Tiled {
     const int site = output.channels_last ? thread / grid.slots : thread % kernels.sites();
     const int slot = output.channels_last ? thread % grid.slots : thread / kernels.sites();
     const int row = site / grid.columns, column = site % grid.columns;
-    if (job.row + row >= sites.height || job.column + column >= sites.width) return;
+    if (job.row + row >= sites.height() || job.column + column >= sites.width()) return;
     const int first_channel = (chunk * patch.quads + slot) * kQuad;
     if (first_channel >= job.channels) return;
 

@@ -11,6 +11,8 @@
 // ascending and descending give the same bits, or there is a race.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/operators.h"
 
 // Loops over register arrays must be unrolled, or the arrays go to memory; others must not, or registers run out.
@@ -47,9 +49,8 @@ struct Divider {
 //
 // Along an axis, tap u of site s reads the features at site s + shift(u), phase(u).
 struct Sites {
-  int height, width;            // in sites
-  int fine_height, fine_width;  // in pixels; at most scale times as many
-  bool up;                      // the scale is up, or 1
+  int feature_height, feature_width, output_height, output_width;  // in pixels; the finer map's at most `scale` times
+  bool up;                                                         // the scale is up, or 1
   int scale = 1, kernel = 1;
   Divider by_kernel = Divider::by(kernel);
   Divider by_feature_scale = Divider::by(feature_scale()), by_output_scale = Divider::by(output_scale());
@@ -57,12 +58,10 @@ struct Sites {
   CARAFE_HOST_DEVICE int taps() const { return kernel * kernel; }
   CARAFE_HOST_DEVICE int feature_scale() const { return up ? 1 : scale; }
   CARAFE_HOST_DEVICE int output_scale() const { return up ? scale : 1; }
-  CARAFE_HOST_DEVICE int feature_height() const { return up ? height : fine_height; }
-  CARAFE_HOST_DEVICE int feature_width() const { return up ? width : fine_width; }
-  CARAFE_HOST_DEVICE int output_height() const { return up ? fine_height : height; }
-  CARAFE_HOST_DEVICE int output_width() const { return up ? fine_width : width; }
+  CARAFE_HOST_DEVICE int height() const { return up ? feature_height : output_height; }  // in sites
+  CARAFE_HOST_DEVICE int width() const { return up ? feature_width : output_width; }
   CARAFE_HOST_DEVICE bool inside(int row, int column) const {
-    return row >= 0 && row < height && column >= 0 && column < width;
+    return row >= 0 && row < height() && column >= 0 && column < width();
   }
   CARAFE_HOST_DEVICE int phases() const { return output_scale() * output_scale(); }  // kernels of a site
   // How far the taps reach, in sites.
@@ -78,15 +77,10 @@ struct Sites {
 // The sites of a call whose up or down is 1.
 inline Sites make_sites(const Shape& shape) {
   const auto number = [](int64_t value) { return static_cast<int>(value); };
-  const bool up = shape.down == 1;
-  return {
-      number(up ? shape.height : shape.out_height),
-      number(up ? shape.width : shape.out_width),
-      number(up ? shape.out_height : shape.height),
-      number(up ? shape.out_width : shape.width),
-      up,
-      number(up ? shape.up : shape.down),
-      number(shape.kernel)};
+  const int height = number(shape.height), width = number(shape.width);
+  const int out_height = number(shape.out_height), out_width = number(shape.out_width);
+  const int scale = number(std::max(shape.up, shape.down));
+  return {height, width, out_height, out_width, shape.down == 1, scale, number(shape.kernel)};
 }
 
 // Four elements that one instruction loads or stores; two for double.
@@ -103,11 +97,6 @@ CARAFE_HOST_DEVICE Quad<A> load_quad(const A* from) {
 template <class A>
 CARAFE_HOST_DEVICE void store_quad(A* to, const Quad<A>& quad) {
   *reinterpret_cast<Quad<A>*>(to) = quad;
-}
-
-template <class T>
-bool is_channels_last(const Map<T>& map) {
-  return map.channel_stride == 1 && map.column_stride != 1;
 }
 
 // A tensor in global memory, with what may be loaded or stored at once.
@@ -129,7 +118,7 @@ struct View {
   // Channels that are read together belong to one group of `group_channels`.
   static View of(const Map<T>& map, int64_t group_channels) {
     return {
-        map, is_channels_last(map),
+        map, map.has_adjacent_channels(),
         group_channels % 4 == 0 && aligned(map, map.channel_stride, map.row_stride, map.column_stride, 4),
         aligned(map, map.column_stride, map.row_stride, map.channel_stride, 2),
         aligned(map, map.column_stride, map.row_stride, map.channel_stride, 4)};

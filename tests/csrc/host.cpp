@@ -84,7 +84,7 @@ template <class T>
 int64_t widen_all(int64_t count, const uint16_t* from, float* to) {
   copy_row<Vector<float, InstructionSet::bytes>>(reinterpret_cast<const T*>(from), 1, count, to);
   int64_t differences = 0;
-  for (int64_t i = 0; i < count; ++i) differences += float_bits(to[i]) != float_bits(widen(T{from[i]}));
+  for (int64_t i = 0; i < count; ++i) differences += Word::to_bits(to[i]) != Word::to_bits(widen(T{from[i]}));
   return differences;
 }
 template <class T>
