@@ -8,10 +8,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 
-#include "common/half.h"
-#include "common/normalizer.h"
-#include "common/shape.h"
+#include "common/operators.h"
 
 namespace carafe {
 
@@ -33,19 +32,22 @@ inline void check_pair(const Tensor& first, const char* first_name, const Tensor
       second_name, " must be on the same device");
 }
 
-inline void check_size(const Tensor& tensor, const char* name, int64_t n, int64_t c, int64_t h, int64_t w) {
+using Size = std::array<int64_t, 4>;
+
+inline Size size_of(const Tensor& tensor) { return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)}; }
+
+inline void check_size(const Tensor& tensor, const char* name, const Size& expected) {
+  const Size size = size_of(tensor);
   STD_TORCH_CHECK(
-      tensor.size(0) == n && tensor.size(1) == c && tensor.size(2) == h && tensor.size(3) == w, name,
-      " must have shape (", n, ", ", c, ", ", h, ", ", w, "), got (", tensor.size(0), ", ", tensor.size(1), ", ",
-      tensor.size(2), ", ", tensor.size(3), ")");
+      size == expected, name, " must have shape (", expected[0], ", ", expected[1], ", ", expected[2], ", ",
+      expected[3], "), got (", size[0], ", ", size[1], ", ", size[2], ", ", size[3], ")");
 }
 
 constexpr int64_t kMaxKernel = (1 << 15) - 1;
 constexpr int64_t kMaxLength = (int64_t(1) << 31) - 1;
 
-inline Shape make_shape(
-    int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t kernel, int64_t groups, int64_t up,
-    int64_t down) {
+inline Shape make_shape(const Size& features, int64_t kernel, int64_t groups, int64_t up, int64_t down) {
+  const auto [batch, channels, height, width] = features;
   STD_TORCH_CHECK(kernel >= 1 && kernel % 2 == 1, "kernel_size must be odd and at least 1, got ", kernel);
   STD_TORCH_CHECK(up >= 1 && down >= 1, "up and down must be at least 1, got ", up, " and ", down);
   STD_TORCH_CHECK(
@@ -61,15 +63,10 @@ inline Shape make_shape(
                kernel, groups,   up,     down};
 }
 
-template <class T>
-Map<const T> input_map(const Tensor& tensor) {
-  const auto data = static_cast<const T*>(tensor.const_data_ptr());
-  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
+inline Size output_size(const Shape& shape) { return {shape.batch, shape.channels, shape.out_height, shape.out_width}; }
 
 template <class T>
-Map<T> output_map(const Tensor& tensor) {
-  const auto data = static_cast<T*>(tensor.mutable_data_ptr());
+Map<T> to_map(T* data, const Tensor& tensor) {
   return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
@@ -84,31 +81,26 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-inline Normalizer make_normalizer(int64_t number) {
-  STD_TORCH_CHECK(number >= 0 && number <= 3, "normalizer must be 0, 1, 2 or 3, got ", number);
-  return static_cast<Normalizer>(number);
-}
-
-inline void check_kernels(const Shape& shape, const Tensor& kernels, Normalizer normalizer) {
-  if (normalizer == Normalizer::none) {
-    return check_size(kernels, "kernels", shape.batch, shape.mask_channels(), shape.out_height, shape.out_width);
-  }
+inline Normalizer check_kernels(const Shape& shape, const Tensor& kernels, int64_t normalizer) {
+  STD_TORCH_CHECK(normalizer >= 0 && normalizer <= 3, "normalizer must be 0, 1, 2 or 3, got ", normalizer);
+  const bool by_output = normalizer == 0 || shape.up == 1;
   STD_TORCH_CHECK(
-      (shape.up == 1 || shape.down == 1) && std::max(shape.up, shape.down) <= 64,
+      normalizer == 0 || ((by_output || shape.down == 1) && std::max(shape.up, shape.down) <= 64),
       "with a normalizer, up or down must be 1 and neither more than 64, got ", shape.up, " and ", shape.down);
-  const bool by_output = shape.up == 1;
+  const int64_t channels = shape.mask_channels();
   check_size(
-      kernels, "kernels", shape.batch, shape.mask_channels() * shape.up * shape.up,
-      by_output ? shape.out_height : shape.height, by_output ? shape.out_width : shape.width);
+      kernels, "kernels",
+      by_output ? Size{shape.batch, channels, shape.out_height, shape.out_width}
+                : Size{shape.batch, channels * shape.up * shape.up, shape.height, shape.width});
+  return static_cast<Normalizer>(normalizer);
 }
 
-// A new map with the dtype and device of `source`, and its memory format if asked (the rule of the fake kernels).
-inline Tensor new_map(const Tensor& source, int64_t n, int64_t c, int64_t h, int64_t w, bool keep_format) {
+// A new map with the dtype, device and memory format of `source` (the rule of the fake kernels).
+inline Tensor new_map(const Tensor& source, const Size& size) {
   using torch::headeronly::MemoryFormat;
-  const int64_t size[] = {n, c, h, w};
   return torch::stable::empty(
-      {size, 4}, source.scalar_type(), std::nullopt, source.device(), std::nullopt,
-      keep_format && is_channels_last(source) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+      {size.data(), size.size()}, source.scalar_type(), std::nullopt, source.device(), std::nullopt,
+      is_channels_last(source) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // Calls `function` with a null pointer of the element type. A template function, because THO_DISPATCH_V2 splits its
@@ -129,68 +121,54 @@ void dispatch(ScalarType dtype, const Function& function) {
   }
 }
 
-// The three operators up to the point where the device matters: check, allocate, and hand typed maps to the device.
-// `Device` has three static templates: reassemble, grad_features, grad_kernels (Shape, output, inputs, kernels).
+// Computes a map like `source` of that size, once all is checked: `Device::run` gets the typed call and the map.
+template <class Device, template <class> class Operator, class... Inputs>
+Tensor run(
+    const Shape& shape, const Tensor& kernels, int64_t normalizer_number, const Tensor& source, const Size& size,
+    const Inputs&... inputs) {
+  const Normalizer normalizer = check_kernels(shape, kernels, normalizer_number);
+  const Tensor result = new_map(source, size);
+  if (result.numel() == 0) return result;
+  dispatch(source.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const auto input = [](const Tensor& tensor) {
+      return to_map(static_cast<const T*>(tensor.const_data_ptr()), tensor);
+    };
+    const auto output = to_map(static_cast<T*>(result.mutable_data_ptr()), result);
+    Device::run(Operator<T>{shape, output, input(inputs)..., {input(kernels), normalizer}}, result);
+  });
+  return result;
+}
 
 template <class Device>
 Tensor reassemble(
     const Tensor& features, const Tensor& kernels, int64_t kernel_size, int64_t group_size, int64_t up, int64_t down,
-    int64_t normalizer_number) {
+    int64_t normalizer) {
   check_pair(features, "features", kernels, "kernels");
-  const Shape shape = make_shape(
-      features.size(0), features.size(1), features.size(2), features.size(3), kernel_size, group_size, up, down);
-  const Normalizer normalizer = make_normalizer(normalizer_number);
-  check_kernels(shape, kernels, normalizer);
-  Tensor output = new_map(features, shape.batch, shape.channels, shape.out_height, shape.out_width, true);
-  if (output.numel() == 0) return output;
-  dispatch(features.scalar_type(), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    const Kernels<T> typed{input_map<T>(kernels), normalizer};
-    Device::template reassemble<T>(shape, output_map<T>(output), input_map<T>(features), typed);
-  });
-  return output;
+  const Shape shape = make_shape(size_of(features), kernel_size, group_size, up, down);
+  return run<Device, Reassemble>(shape, kernels, normalizer, features, output_size(shape), features);
 }
 
 template <class Device>
 Tensor grad_features(
     const Tensor& grad_output, const Tensor& kernels, int64_t height, int64_t width, int64_t kernel_size,
-    int64_t group_size, int64_t up, int64_t down, int64_t normalizer_number) {
+    int64_t group_size, int64_t up, int64_t down, int64_t normalizer) {
   check_pair(grad_output, "grad_output", kernels, "kernels");
-  const Shape shape =
-      make_shape(grad_output.size(0), grad_output.size(1), height, width, kernel_size, group_size, up, down);
-  check_size(grad_output, "grad_output", shape.batch, shape.channels, shape.out_height, shape.out_width);
-  const Normalizer normalizer = make_normalizer(normalizer_number);
-  check_kernels(shape, kernels, normalizer);
-  Tensor grad = new_map(grad_output, shape.batch, shape.channels, shape.height, shape.width, true);
-  if (grad.numel() == 0) return grad;
-  dispatch(grad_output.scalar_type(), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    const Kernels<T> typed{input_map<T>(kernels), normalizer};
-    Device::template grad_features<T>(shape, output_map<T>(grad), input_map<T>(grad_output), typed);
-  });
-  return grad;
+  const Size size{grad_output.size(0), grad_output.size(1), height, width};
+  const Shape shape = make_shape(size, kernel_size, group_size, up, down);
+  check_size(grad_output, "grad_output", output_size(shape));
+  return run<Device, GradFeatures>(shape, kernels, normalizer, grad_output, size, grad_output);
 }
 
 template <class Device>
 Tensor grad_kernels(
     const Tensor& grad_output, const Tensor& features, const Tensor& kernels, int64_t kernel_size, int64_t group_size,
-    int64_t up, int64_t down, int64_t normalizer_number) {
+    int64_t up, int64_t down, int64_t normalizer) {
   check_pair(grad_output, "grad_output", features, "features");
   check_pair(features, "features", kernels, "kernels");
-  const Shape shape = make_shape(
-      features.size(0), features.size(1), features.size(2), features.size(3), kernel_size, group_size, up, down);
-  check_size(grad_output, "grad_output", shape.batch, shape.channels, shape.out_height, shape.out_width);
-  const Normalizer normalizer = make_normalizer(normalizer_number);
-  check_kernels(shape, kernels, normalizer);
-  Tensor grad = new_map(kernels, kernels.size(0), kernels.size(1), kernels.size(2), kernels.size(3), true);
-  if (grad.numel() == 0) return grad;
-  dispatch(grad_output.scalar_type(), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    const Kernels<T> typed{input_map<T>(kernels), normalizer};
-    Device::template grad_kernels<T>(
-        shape, output_map<T>(grad), input_map<T>(grad_output), input_map<T>(features), typed);
-  });
-  return grad;
+  const Shape shape = make_shape(size_of(features), kernel_size, group_size, up, down);
+  check_size(grad_output, "grad_output", output_size(shape));
+  return run<Device, GradKernels>(shape, kernels, normalizer, kernels, size_of(kernels), grad_output, features);
 }
 
 }  // namespace carafe

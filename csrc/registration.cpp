@@ -18,7 +18,6 @@ STABLE_TORCH_LIBRARY(carafe_plugin, m) {
 
 // `import carafe_plugin._C` runs the static registrations of this library; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1};
   return PyModule_Create(&definition);
 }

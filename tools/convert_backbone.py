@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Turn an mmpretrain checkpoint of a CARAFE++ ResNet into the backbone file that mmdet and mmseg start from.
 
-The result is what ``init_cfg=dict(type="Pretrained", checkpoint=...)`` of a CARAFE++ backbone expects: the backbone's
-parameters alone, under mmdet's and mmseg's names (deep stems differ), and the checkpoint's ``meta``.
+The result is what init_cfg=dict(type="Pretrained", checkpoint=...) of a CARAFE++ backbone expects: the backbone's
+parameters alone, under mmdet's and mmseg's names (deep stems differ), and the checkpoint's meta.
 
 Example:
     $ python tools/convert_backbone.py work_dirs/resnet50/epoch_90.pth resnet50-carafe.pth --to mmdet --depth 50

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Detect objects in images: pictures with boxes and masks, and one COCO-style JSON file.
 
-The JSON is a COCO dataset with predictions in place of annotations: ``images`` (id, file_name, width, height),
-``categories`` (id, name; the ids of the configuration's test annotations where that file exists, else 1, 2, ... in
-the order of the classes) and ``annotations`` (image_id, category_id, bbox as x, y, width, height in pixels, score and,
-from a model with masks, segmentation as compressed RLE). ``pycocotools.coco.COCO`` reads it, and its ``annotations``
-are what ``COCO.loadRes`` takes.
+The JSON is a COCO dataset with predictions in place of annotations: images (id, file_name, width, height),
+categories (id, name; the ids of the configuration's test annotations where that file exists, else 1, 2, ... in
+the order of the classes) and annotations (image_id, category_id, bbox as x, y, width, height in pixels, score and,
+from a model with masks, segmentation as compressed RLE). pycocotools.coco.COCO reads it, and its annotations
+are what COCO.loadRes takes.
 
 Example:
     $ python tools/infer.py photos/ --config CONFIG --checkpoint CHECKPOINT --out-dir found --score-thr 0.5

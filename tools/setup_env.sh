@@ -3,6 +3,7 @@
 # so it can be run again at any time: it resumes where it was interrupted.
 #   MMCV=compiled   compiles mmcv's own operators; without, torchvision's stand in for them (carafe_plugin's mmcv_ops)
 set -euo pipefail
+unset PYTHONOPTIMIZE  # what is asked of Python below, it answers by assertions
 cd "$(dirname "$0")/.."
 log=build/env.log
 mkdir -p build
@@ -133,7 +134,10 @@ export PATH="$bin:$PATH"
 
 # mmcv compiles its operators wherever its build sees torch. pip builds a package apart from what is installed, so it
 # sees none there; and what pip has kept of an earlier build may be either, so it is not asked.
-read -r mmcv toolboxes <<<"$(extra onedl)"
+onedl=$(extra onedl)
+tools=$(extra tools)
+dev=$(extra dev)
+read -r mmcv toolboxes <<<"$onedl"
 # Whether there are compiled operators, and whether they load; -E: without what stands in for them.
 is_compiled() {
   "$python" -E - 2>/dev/null <<'PYTHON'
@@ -163,7 +167,7 @@ if [ "${MMCV:-}" = compiled ] && ! has_operators; then
 fi
 # Not quoted: a word for each package.
 step "mmengine, mmdet, mmsegmentation, mmpretrain (about 30 s)" $toolboxes
-step "the tools for demos, tests and style (about 20 s)" $(extra tools) $(extra dev)
+step "the tools for demos, tests and style (about 20 s)" $tools $dev
 
 # built: whether the environment has this package from this folder, built after its sources; pip writes RECORD last.
 built() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Show which source locations a model's CARAFE++ reassembles: a picture, and a page to look around in (Fig. 1 and 9).
+r"""Show which source locations a model's CARAFE++ reassembles: a picture, and a page to look around in (Fig. 1 and 9).
 
 For points of an image, the weights with which source locations enter a location of the output, through one CARAFE++ or
 through a chain of them: an FPN's levels (fpn), UperNet's (fpn, fuse), a backbone's main path (backbone). See
@@ -77,7 +77,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
         try:
             shown[title] = [Shown(pixel, row, col, compose(chain, row, col, args.group)) for pixel, row, col in places]
         except ValueError as error:
-            raise UsageError(f"chain {title}: {error}") from error
+            raise UsageError(f"{'--modules' if args.modules else 'chain'} {title}: {error}") from error
     stem = args.image.stem
     written = [args.out / f"{stem}.png"]
     draw_reassembly(pixels, view, chains, shown, written[0])

@@ -163,6 +163,8 @@ def convert_layout(
     target cannot express the source, or the two sides' outputs differ.
     """
     rename = dict(rename or {})
+    if to not in LAYOUTS:
+        raise ValueError(f"the layout must be one of {', '.join(LAYOUTS)}, got {to!r}")
     places = find_sources(state_dict, to, below)
     if not places:
         raise LayoutError(_nothing_found(state_dict, to, below))
@@ -223,10 +225,10 @@ def _convert_module(
 ) -> tuple[dict[str, Tensor], tuple[int, int, int, float]]:
     """A module's new parameters, without a prefix, and the last four values of its :class:`Converted`."""
     own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    after = f"{LAYOUTS[name].after or LAYOUTS[to].after}."
-    kept = {key: own.pop(key) for key in list(own) if key.startswith(after)}
+    after = LAYOUTS[name].after or LAYOUTS[to].after
+    kept = {key: own.pop(key) for key in (f"{after}.weight", f"{after}.bias") if after and key in own}
     try:
-        source = _read(own, name, fork)
+        source = _read(own, name, fork, prefix)
     except RuntimeError as error:  # torch lists the keys: missing, unexpected, of another shape
         listed = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise LayoutError(f"{module_name(prefix)} looks like the layout {name}, but does not fit: {listed}") from error
@@ -250,16 +252,16 @@ def _convert_module(
     return {**parameters, **kept}, settings
 
 
-def _read(state_dict: Mapping[str, Tensor], name: str, fork: Fork) -> Parts:
+def _read(state_dict: Mapping[str, Tensor], name: str, fork: Fork, prefix: str = "") -> Parts:
     """A module's layers from its parameters, which have the names of the layout ``name``. Raises torch's RuntimeError
-    where they do not fit.
+    where they do not fit; ``prefix`` is for messages.
     """
     layout = LAYOUTS[name]
     places = (layout.compressor, layout.encoder)
     compressor, encoder = (state_dict[f"{place}.weight"].shape for place in places)
     if len(encoder) != 4 or compressor[2:] != (1, 1) or encoder[1] != compressor[0]:
         raise LayoutError(
-            f"{places[0]}.weight and {places[1]}.weight must have shapes (Cm, C, 1, 1) and "
+            f"{prefix}{places[0]}.weight and {places[1]}.weight must have shapes (Cm, C, 1, 1) and "
             f"(k^2 * s^2, Cm, k_enc, k_enc), got {tuple(compressor)} and {tuple(encoder)}"
         )
 
@@ -384,11 +386,14 @@ def plain_carafe(features: Tensor, parts: Parts, fork: Fork) -> tuple[Tensor, Te
     s, taps = fork.scale, parts.encoder.out_channels // fork.scale**2
     act = ACTIVATIONS[fork.act]()
     logits = nn.Sequential(parts.compressor, parts.compressor_norm, act, parts.encoder, parts.encoder_norm)(features)
-    if fork.order == "positions":
-        logits = logits.unflatten(1, (s * s, taps)).transpose(1, 2).flatten(1, 2)
+    k = math.isqrt(taps)
+    if fork.order == "positions":  # each output position of a pixel in turn, from one window
+        logits = logits.unflatten(1, (s * s, taps))
+        patches = F.unfold(features, k, padding=k // 2).view(*features.shape[:2], 1, taps, *features.shape[2:])
+        outputs = (patches * logits.softmax(2)[:, None]).sum(3).flatten(1, 2)
+        return F.pixel_shuffle(outputs, s), F.pixel_shuffle(logits.transpose(1, 2).flatten(1, 2), s)
     logits = F.pixel_shuffle(logits, s)
     larger = F.interpolate(features, scale_factor=s, mode="nearest")
-    k = math.isqrt(taps)
     patches = F.unfold(larger, k, dilation=s, padding=k // 2 * s).view(*features.shape[:2], taps, *larger.shape[2:])
     return (patches * logits.softmax(1)[:, None]).sum(2), logits
 

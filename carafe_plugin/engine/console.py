@@ -16,4 +16,4 @@ def progress_bar(task: str, amount: ProgressColumn | None = None) -> Progress:
     """A progress bar on stderr, empty where that is not a terminal; by default it shows a count."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn(task), BarColumn(), amount or MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

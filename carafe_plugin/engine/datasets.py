@@ -36,15 +36,24 @@ class Folder:
     inside: str  # the folder in the archive
     files: tuple[str, ...] = ()  # the annotation files that it must hold; none in a folder of images
 
-    def is_whole(self, path: Path) -> bool:
-        """Whether an unpacked folder holds enough images, or annotation files that can be read."""
+    def is_whole(self, path: Path, archive: Path) -> bool:
+        """Whether an unpacked folder holds enough images, or its annotation files as the archive has them (without one,
+        such as can be read).
+        """
         if not path.is_dir() or (path / UNFINISHED).exists():
             return False
         if not self.files:
             return len(list_images(path)) >= self.size
         try:
+            with zipfile.ZipFile(archive) as packed:
+                sums = {name: packed.getinfo(f"{self.inside}/{name}").CRC for name in self.files}
+        except (OSError, KeyError, zipfile.BadZipFile):
+            sums = {}  # nothing to compare with
+        try:
+            if sums:
+                return all(zlib.crc32((path / name).read_bytes()) == checksum for name, checksum in sums.items())
             return all(read_coco(path / name) for name in self.files)
-        except UsageError:
+        except (OSError, UsageError):
             return False
 
 
@@ -72,11 +81,11 @@ class Dataset:
 
     def _place(self, folder: Folder, progress: Progress, root: Path, out: Path) -> None:
         place, archive = out / folder.path, root / folder.archive
-        if folder.is_whole(place):
+        if folder.is_whole(place, archive):
             return
         candidates = [root / (prefix + folder.path) for prefix in self.prefixes]
         there = [path for path in candidates if path.is_dir()]
-        source = next(filter(folder.is_whole, there), None)
+        source = next((path for path in there if folder.is_whole(path, archive)), None)
         if source is None and there and not archive.is_file():
             source = there[0]
         if source:

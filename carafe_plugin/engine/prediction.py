@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.runner.checkpoint import get_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def write_picture(path: Path, pixels: np.ndarray, profile: bytes | None = None) 
     is not one of IMAGE_ENDINGS. Raises UsageError where they cannot be written.
     """
     kind = Image.registered_extensions()[path.suffix.lower()] if path.suffix.lower() in IMAGE_ENDINGS else "PNG"
-    quality = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    quality: dict[str, Any] = {"JPEG": dict(quality=95), "WEBP": dict(lossless=True)}.get(kind, {})
     encoded = io.BytesIO()
     try:
         Image.fromarray(pixels).save(encoded, format=kind, icc_profile=profile, **quality)
@@ -65,13 +66,15 @@ def write_picture(path: Path, pixels: np.ndarray, profile: bytes | None = None) 
         raise UsageError(f"cannot write {path}: {error}") from error
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a checkpoint that must have every parameter of the model; what else it has is ignored. Raises UsageError
-    where it is of another model, CheckpointError where it is missing or cannot be read.
+def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
+    """Load a checkpoint that must have every parameter of the model, and return its weights; what else it has is
+    ignored. Raises UsageError where it is of another model, CheckpointError where it is missing or cannot be read.
     """
     checkpoint = read_checkpoint(path)
-    if mismatch := find_mismatch(model, checkpoint.get("state_dict", checkpoint)):
+    weights = checkpoint.get("state_dict", checkpoint)
+    if mismatch := find_mismatch(model, weights):
         raise UsageError(f"checkpoint {path} is of another model: it {mismatch}")
+    return weights
 
 
 def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = False) -> Any:
@@ -164,7 +167,10 @@ def load_inpainting_model(cfg: Config, path: str, device: str) -> InpaintingGAN:
         raise UsageError(f"{cfg.filename} describes no inpainting model (model.type must be InpaintingGAN)")
     check_checkpoint_exists(path)
     model: Any = build_model(cfg)
-    load_weights(model, path)
+    weights = load_weights(model, path)
+    if extra := sorted(set(weights) - set(get_state_dict(model))):
+        surplus = f"{len(extra)} parameters have no place in it (the first: {extra[0]})"
+        raise UsageError(f"checkpoint {path} is of another model: {surplus}")
     return model.to(device)
 
 

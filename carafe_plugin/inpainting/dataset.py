@@ -220,6 +220,7 @@ class DrawSampler(InfiniteSampler):
 
     def __init__(self, dataset: Sized, seed: int | None = None) -> None:
         super().__init__(dataset, seed=seed)
+        del self.indices  # a generator that has begun: it cannot be copied, and is not needed here
         self._skipped = 0
 
     def skip(self, draws: int) -> None:

@@ -13,7 +13,6 @@ from mmengine.hooks import Hook
 from mmengine.model import MMSeparateDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
 from torch import nn
 
 
@@ -83,7 +82,7 @@ class ExactResumeHook(Hook):
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Put the state of all random numbers into the checkpoint; name the weights as without several processes."""
         if is_model_wrapper(runner.model):
-            checkpoint["state_dict"] = weights_to_cpu(get_state_dict(runner.model))
+            checkpoint["state_dict"] = _without_wrappers(runner.model.module, checkpoint["state_dict"])
         name, keys, *rest = np.random.get_state()
         checkpoint["random_state"] = dict(
             torch=torch.get_rng_state(),
@@ -116,3 +115,13 @@ class ExactResumeHook(Hook):
         np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
+
+
+def _without_wrappers(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    wrapped = [name for name, part in model.named_children() if is_model_wrapper(part)]
+
+    def plain(key: str) -> str:
+        name, _, rest = key.partition(".")
+        return f"{name}.{rest.removeprefix('module.')}" if name in wrapped else key
+
+    return type(weights)((plain(key), value) for key, value in weights.items())

@@ -79,7 +79,8 @@ class StridedConvDownsample(Downsampler):
 class _Pooling(Downsampler):
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:
         super().__init__(channels, scale_factor)
-        self.window = (odd("kernel_size", kernel_size), scale_factor, kernel_size // 2)  # size, stride, padding
+        self.kernel_size = odd("kernel_size", kernel_size)
+        self.window = (kernel_size, scale_factor, kernel_size // 2)  # size, stride, padding
 
 
 class MaxPoolDownsample(_Pooling):

@@ -136,6 +136,9 @@ INTERPOLATIONS = ("nearest", "bilinear")
 class Interpolation(nn.Upsample):
     """The toolboxes' resizing without parameters, which CARAFE++ replaces: features (N, C, H, W) to a given size."""
 
+    def __init__(self, scale_factor: int, mode: str, align_corners: bool | None = None) -> None:
+        super().__init__(None, scale_factor, mode, align_corners)
+
     def forward(self, features: Tensor, size: Sequence[int]) -> Tensor:  # type: ignore[override]
         return F.interpolate(features, size=size, mode=self.mode, align_corners=self.align_corners)
 
@@ -223,7 +226,7 @@ def _build_resampler(
     try:
         if kind in interpolations:
             settings = {key: value for key, value in cfg.items() if key not in ("type", "_scope_")}
-            return Interpolation(None, scale_factor, kind, **settings)
+            return Interpolation(scale_factor, kind, **settings)
         return MODELS.build(dict(cfg, **fixed))
     except (TypeError, ValueError) as error:
         raise type(error)(f"carafe_cfg={cfg!r}: {error}") from error

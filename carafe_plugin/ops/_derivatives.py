@@ -113,6 +113,7 @@ def autograd_kernel(operator: Operator) -> Callable[..., Tensor]:
         def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
             if grad is None:
                 return (None,) * len(ctx.needs_input_grad)
+            # Of what was not read, the size is enough; a gradient that takes its layout from it is contiguous.
             saved = zip(ctx.saved_tensors, ctx.shapes, strict=True)
             tensors = [grad.new_empty(()).expand(shape) if t is None else t for t, shape in saved]
             at = operator.parse((*tensors, *ctx.rest))

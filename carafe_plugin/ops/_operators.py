@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _mmcv, reference
 from .functional import check_kernels, check_maps
 
-NORMALIZERS = ("none", *reference.NORMALIZERS)  #: by number; csrc/common/normalizer.h has the same
+NORMALIZERS = ("none", *reference.NORMALIZERS)  #: by number; csrc/common/operators.h has the same
 NONE = 0  #: the normaliser of masks
 
 

@@ -75,11 +75,9 @@ def _load(required: bool) -> None:
             if device_type == "cpu" and required:
                 raise ImportError(f"CARAFE_BACKEND=compiled, but {reason}") from error
             if device_type == "cpu" or torch.cuda.is_available():
-                warnings.warn(
-                    f"carafe_plugin: the slower PyTorch reference serves{where}, because {reason}. "
-                    "CARAFE_BACKEND=reference says that this is intended.",
-                    stacklevel=3,
-                )
+                hint = ". CARAFE_BACKEND=reference says that this is intended." if device_type == "cpu" else ""
+                message = f"carafe_plugin: the slower PyTorch reference serves{where}, because {reason}{hint}"
+                warnings.warn(message, stacklevel=4)
             return
         _serving.add(device_type)
 

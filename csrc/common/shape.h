@@ -34,6 +34,10 @@ struct Shape {
   CARAFE_HOST_DEVICE int64_t group_channels() const { return channels / groups; }
   CARAFE_HOST_DEVICE int64_t group_of(int64_t channel) const { return channel / group_channels(); }
 
+  CARAFE_HOST_DEVICE bool inside(int64_t row, int64_t column) const {
+    return row >= 0 && row < height && column >= 0 && column < width;
+  }
+
   // The source index of an output index, along either axis.
   CARAFE_HOST_DEVICE int64_t source(int64_t output) const { return output * down / up; }
 
@@ -51,6 +55,7 @@ struct Map {
   CARAFE_HOST_DEVICE T* pointer(int64_t n, int64_t c, int64_t i, int64_t j) const {
     return data + n * batch_stride + c * channel_stride + i * row_stride + j * column_stride;
   }
+  CARAFE_HOST_DEVICE bool has_adjacent_channels() const { return channel_stride == 1 && column_stride != 1; }
   CARAFE_HOST_DEVICE T& at(int64_t n, int64_t c, int64_t i, int64_t j) const { return *pointer(n, c, i, j); }
 };
 

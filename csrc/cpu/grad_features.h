@@ -2,7 +2,7 @@
 // and taps stays in registers.
 #pragma once
 
-#include "loops.h"
+#include "buffer.h"
 
 namespace carafe {
 

@@ -2,7 +2,7 @@
 // output phases stays in registers while the channels pass by.
 #pragma once
 
-#include "loops.h"
+#include "buffer.h"
 
 namespace carafe {
 

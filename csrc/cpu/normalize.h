@@ -1,11 +1,9 @@
-// The kernel normaliser on staged buffers, and the way there from logits, the content encoder's raw output: it needs
-// neither a pixel shuffle nor a normalised copy in memory.
+// The kernel normaliser on staged buffers: it needs no normalised copy in memory.
 #pragma once
 
 #include <cmath>
 
-#include "../common/normalizer.h"
-#include "staging.h"
+#include "buffer.h"
 
 namespace carafe {
 
@@ -47,37 +45,29 @@ CARAFE_INLINE typename V::type sigmoid(typename V::type x, typename V::type shif
 template <class V, class A>
 CARAFE_INLINE void normalize(Normalizer normalizer, const Staged<A>& m, int64_t begin, int64_t end) {
   using Value = typename V::type;
-  const Value zero = {};
   const int64_t step = m.channel_stride();
   for (int64_t place = 0; place < m.rows * m.phases; ++place) {
     for (int64_t q = begin; q < end; q += V::lanes) {
       A* const kernel = m.data + place * m.pitch + q;
-      if (normalizer == Normalizer::sigmoid) {
-        for (int64_t tap = 0; tap < m.channels; ++tap)
-          V::store(kernel + tap * step, sigmoid<V>(V::load(kernel + tap * step), zero));
-        continue;
-      }
-      Value largest = V::load(kernel);
-      for (int64_t tap = 1; tap < m.channels; ++tap) {
-        const Value value = V::load(kernel + tap * step);
-        largest = value > largest ? value : largest;
+      const bool softmax = normalizer == Normalizer::softmax, alone = normalizer == Normalizer::sigmoid;
+      Value shift = {};
+      if (!alone) {
+        Value largest = V::load(kernel);
+        for (int64_t tap = 1; tap < m.channels; ++tap) {
+          const Value value = V::load(kernel + tap * step);
+          largest = value > largest ? value : largest;
+        }
+        // The common factor e^-min(largest, 0) keeps a quotient of vanishing sigmoids from becoming 0 / 0.
+        shift = softmax ? largest : largest < shift ? largest : shift;
       }
       Value sum = {};
-      if (normalizer == Normalizer::softmax) {
-        for (int64_t tap = 0; tap < m.channels; ++tap) {
-          const Value value = exponential<V>(V::load(kernel + tap * step) - largest);
-          V::store(kernel + tap * step, value);
-          sum += value;
-        }
-      } else {
-        // The common factor e^-min(largest, 0) keeps a quotient of vanishing sigmoids from becoming 0 / 0.
-        const Value shift = largest < zero ? largest : zero;
-        for (int64_t tap = 0; tap < m.channels; ++tap) {
-          const Value value = sigmoid<V>(V::load(kernel + tap * step), shift);
-          V::store(kernel + tap * step, value);
-          sum += value;
-        }
+      for (int64_t tap = 0; tap < m.channels; ++tap) {
+        const Value logit = V::load(kernel + tap * step);
+        const Value value = softmax ? exponential<V>(logit - shift) : sigmoid<V>(logit, shift);
+        V::store(kernel + tap * step, value);
+        sum += value;
       }
+      if (alone) continue;
       const Value factor = 1 / sum;
       for (int64_t tap = 0; tap < m.channels; ++tap)
         V::store(kernel + tap * step, V::load(kernel + tap * step) * factor);
@@ -85,97 +75,31 @@ CARAFE_INLINE void normalize(Normalizer normalizer, const Staged<A>& m, int64_t 
   }
 }
 
-// Turns the gradient to masks into that to logits, in place. `logits`, of the masks' form, is read by
+// Turns the gradient to masks into that to logits, in place; all buffers are of one form. `logits` is read by
 // sigmoid_normalized alone.
 template <class V, class A>
 CARAFE_INLINE void normalize_backward(
     Normalizer normalizer, const Staged<A>& masks, const Staged<A>& logits, const Staged<A>& grad) {
   using Value = typename V::type;
-  const Value zero = {};
+  const int64_t step = grad.channel_stride();
   for (int64_t place = 0; place < grad.rows * grad.phases; ++place) {
     for (int64_t q = 0; q < grad.lanes; q += V::lanes) {
-      const A* const kernel = masks.data + place * masks.pitch + q;
-      A* const g = grad.data + place * grad.pitch + q;
+      const int64_t kernel = place * grad.pitch + q;
+      A* const g = grad.data + kernel;
       Value dot = {};
       if (normalizer != Normalizer::sigmoid) {
         for (int64_t tap = 0; tap < grad.channels; ++tap)
-          dot += V::load(kernel + tap * masks.channel_stride()) * V::load(g + tap * grad.channel_stride());
+          dot += V::load(masks.data + kernel + tap * step) * V::load(g + tap * step);
       }
       for (int64_t tap = 0; tap < grad.channels; ++tap) {
-        const Value mask = V::load(kernel + tap * masks.channel_stride());
-        Value value = mask * (V::load(g + tap * grad.channel_stride()) - dot);
+        const Value mask = V::load(masks.data + kernel + tap * step);
+        Value value = mask * (V::load(g + tap * step) - dot);
         if (normalizer == Normalizer::sigmoid) value = value * (1 - mask);
         if (normalizer == Normalizer::sigmoid_normalized) {  // d sigmoid = sigmoid(x) sigmoid(-x)
-          const Value x = V::load(logits.data + tap * logits.channel_stride() + place * logits.pitch + q);
-          value = value * sigmoid<V>(-x, zero);
+          value = value * sigmoid<V>(-V::load(logits.data + kernel + tap * step), Value{});
         }
-        V::store(g + tap * grad.channel_stride(), value);
+        V::store(g + tap * step, value);
       }
-    }
-  }
-}
-
-// Logits are (N, G k^2 up^2, H, W): channel (tap up + row phase) up + column phase. Each lane of them is a lane of
-// staged masks already, so that the pixel shuffle costs nothing. For up == 1 or down == 1; `region` is that of the
-// masks that they will be, and their buffers' phases are `up`.
-struct LogitsLayout {
-  int64_t up, phases, channel, channels, row, rows;  // `channels` and `rows` of the map from `channel` and `row` on
-
-  template <class A>
-  LogitsLayout(const Region& region, const Staged<A>& buffer)
-      : up(buffer.phases),
-        phases(up * up),
-        channel(region.channel * phases),
-        channels(buffer.channels * phases),
-        row(region.row / up),
-        rows(buffer.rows / up) {}
-
-  // Where channel c of a row of the map goes, from a lane on.
-  template <class A>
-  CARAFE_INLINE auto lanes(const Staged<A>& buffer, int64_t row, int64_t lane) const {
-    return [base = buffer.at(0, row * up) + lane, step = buffer.channel_stride(), pitch = buffer.pitch,
-            phases = phases](int64_t c) CARAFE_ALWAYS_INLINE { return base + c / phases * step + c % phases * pitch; };
-  }
-};
-
-template <class V, class T, class A>
-CARAFE_INLINE void stage_logits(const Map<const T>& map, const Region& region, const Staged<A>& to) {
-  const LogitsLayout at(region, to);
-  const Inside inside(region, to);
-  const int64_t begin = inside.begin, count = inside.count(0, at.up);
-  const auto source = [&](int64_t c, int64_t row) {
-    return map.pointer(region.n, at.channel + c, at.row + row, region.lane + begin);
-  };
-  if (map.channel_stride == 1 && map.column_stride != 1) {
-    for (int64_t row = 0; row < at.rows; ++row) {
-      gather_channels<V>(source(0, row), map.column_stride, count, at.channels, at.lanes(to, row, begin));
-    }
-    return;
-  }
-  for (int64_t c = 0; c < at.channels; ++c) {
-    for (int64_t row = 0; row < at.rows; ++row) {
-      stage_row<V>(source(c, row), map.column_stride, count, at.lanes(to, row, begin)(c));
-    }
-  }
-}
-
-// The way back (no halo).
-template <class V, class T, class A>
-CARAFE_INLINE void unstage_logits(const Staged<A>& from, const Region& region, const Map<T>& map) {
-  const LogitsLayout at(region, from);
-  const int64_t columns = std::min(from.lanes, ceil_div(region.map_columns, at.up) - region.lane);
-  const auto target = [&](int64_t c, int64_t row) {
-    return map.pointer(region.n, at.channel + c, at.row + row, region.lane);
-  };
-  if (map.channel_stride == 1 && map.column_stride != 1) {
-    for (int64_t row = 0; row < at.rows; ++row) {
-      scatter_channels<V>(at.lanes(from, row, 0), columns, at.channels, target(0, row), map.column_stride);
-    }
-    return;
-  }
-  for (int64_t c = 0; c < at.channels; ++c) {
-    for (int64_t row = 0; row < at.rows; ++row) {
-      unstage_row<V>(at.lanes(from, row, 0)(c), columns, target(c, row), map.column_stride);
     }
   }
 }

@@ -4,16 +4,9 @@
 // For up == 1 or down == 1, and groups of a vector of channels at least.
 #pragma once
 
-#include "convert.h"
-#include "loops.h"
+#include "buffer.h"
 
 namespace carafe {
-
-template <class I, class A, class T>
-bool by_pixels(const Shape& shape, const Map<T>& map) {
-  return map.channel_stride == 1 && map.column_stride != 1 && (shape.up == 1 || shape.down == 1) &&
-         shape.group_channels() * int64_t(sizeof(A)) >= I::bytes;
-}
 
 // Calls body(vectors, channel): `Most` vectors at a time, then four, then one; the last steps back where it would pass
 // the end.
@@ -142,12 +135,11 @@ CARAFE_INLINE void reassemble_pixels(
 // The sums of the elements of as many vectors as one has lanes, in order.
 template <class V>
 CARAFE_INLINE typename V::type sum_elements(typename V::type (&rows)[V::lanes]) {
-  constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
 #pragma GCC unroll 4
   for (int64_t half = V::lanes / 2; half > 0; half /= 2) {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < half; ++i)
-      rows[i] = zip<V, 0>(rows[i], rows[i + half], all) + zip<V, 1>(rows[i], rows[i + half], all);
+      rows[i] = zip<V, 0>(rows[i], rows[i + half], V::all) + zip<V, 1>(rows[i], rows[i + half], V::all);
   }
   return rows[0];
 }

@@ -3,10 +3,14 @@
 // tiling, so the bits depend neither on the number of threads nor on their timing.
 #pragma once
 
-#include <algorithm>
+#include <variant>
 
-#include "../common/shape.h"
+#include "../common/operators.h"
 #include "simd.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CARAFE_X86
+#endif
 
 namespace carafe {
 
@@ -15,6 +19,17 @@ struct Plan {
   int64_t spans, lanes;  // spans of at most `lanes` lanes
   int64_t tiles;         // batch * groups * bands * spans
 };
+
+template <template <class> class... Operators>
+using AnyOf = std::variant<Operators<double>..., Operators<float>..., Operators<Half>..., Operators<BFloat16>...>;
+using Call = AnyOf<Reassemble, GradFeatures, GradKernels>;
+
+// Computes tiles [begin, end) of a call, each in the source file of its name.
+void run_baseline(const Plan& plan, const Call& call, int64_t begin, int64_t end);
+#ifdef CARAFE_X86
+void run_avx2(const Plan& plan, const Call& call, int64_t begin, int64_t end);
+void run_avx512(const Plan& plan, const Call& call, int64_t begin, int64_t end);
+#endif
 
 struct Tile {
   int64_t n, group;

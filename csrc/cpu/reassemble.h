@@ -2,39 +2,25 @@
 // registers.
 #pragma once
 
-#include "convert.h"
-#include "loops.h"
+#include "buffer.h"
 
 namespace carafe {
 
-// A block of outputs goes to a buffer.
-template <class A>
-struct ToBuffer {
-  Lanes<A> lanes;
-
-  CARAFE_INLINE ToBuffer from(int64_t channel) const { return {lanes.from(channel)}; }
-
-  template <class V, int P, int C>
-  CARAFE_INLINE void prefetch(int64_t) const {}
-
-  template <class V, int P>
-  CARAFE_INLINE void put(int64_t c, int64_t q, const typename V::type (&values)[P]) const {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) V::store(lanes(c, p) + q, values[p]);
-  }
-};
-
-// A block of outputs goes straight to a map, where each row holds one phase, or two that take turns.
-template <class T, int Phases>
-struct ToMap {
+// Where blocks of outputs go: to rows of a map, each of which holds one phase or two that take turns, or to a buffer,
+// whose rows hold one.
+template <class T, int Phases, bool IsMap = true>
+struct Target {
   T* data;
   int64_t channel_step, row_step;
 
-  CARAFE_INLINE ToMap from(int64_t channel) const { return {data + channel * channel_step, channel_step, row_step}; }
+  CARAFE_INLINE Target from(int64_t channel, int64_t row = 0) const {
+    return {data + channel * channel_step + row * row_step, channel_step, row_step};
+  }
 
   // Prefetches the memory that the next C channels will go to.
   template <class V, int P, int C>
   CARAFE_INLINE void prefetch(int64_t q) const {
+    if constexpr (!IsMap) return;
 #pragma GCC unroll 8
     for (int c = C; c < 2 * C; ++c) {
 #pragma GCC unroll 4
@@ -139,21 +125,25 @@ CARAFE_INLINE void reassemble_channels(
 // Whether output rows are taken two at a time: each has one phase, and they have rows of features in common.
 inline bool by_two_rows(const Shape& shape) { return shape.up == 1 && shape.down < shape.kernel; }
 
+template <class A>
+CARAFE_INLINE Target<A, 1, false> target_of(const Staged<A>& y, int64_t place = 0) {
+  return {y.data + place * y.pitch, y.channel_stride(), y.pitch};
+}
+
 // How many offsets the loops below list.
 inline int64_t most_offsets(const Shape& shape) { return shape.taps() + shape.down * shape.kernel; }
 
-// Downsampling by a whole number, two rows at a time: outputs of x, for all its channels; `output_at(row)` is where
-// those of the tile's output row go.
-template <class V, bool ManyRegisters, class A, class OutputAt>
+// Downsampling by a whole number, two rows at a time: outputs of x, for all its channels.
+template <class V, bool ManyRegisters, class A, class Output>
 CARAFE_INLINE void reassemble_by_two_rows(
-    const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const OutputAt& output_at,
-    int64_t lanes, int64_t* offsets) {
+    const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Output& all, int64_t lanes,
+    int64_t* offsets) {
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
   const int64_t lag = shape.down * shape.kernel;
   const Taps taps = list_taps(shape, x, 0, shape.taps() + lag, offsets);
   for (int64_t row = 0; row < rows.count(); row += 2) {
     const Lanes<A> features = x.row((rows.begin + row) * shape.down - tile.row_begin), masks = m.row(row);
-    const auto output = output_at(row);
+    const Output output = all.from(0, row);
     if (row + 1 == rows.count()) {
       reassemble_channels<V, 1, 8>(x.channels, features, Taps{offsets, shape.taps()}, masks, output, lanes);
       break;
@@ -170,16 +160,14 @@ CARAFE_INLINE void reassemble_staged(
     const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Staged<A>& y,
     int64_t* offsets) {
   if (by_two_rows(shape)) {
-    const auto output_at = [&](int64_t row) CARAFE_ALWAYS_INLINE { return ToBuffer<A>{y.row(row)}; };
-    return reassemble_by_two_rows<V, ManyRegisters>(shape, tile, x, m, output_at, tile.lanes, offsets);
+    return reassemble_by_two_rows<V, ManyRegisters>(shape, tile, x, m, target_of(y), tile.lanes, offsets);
   }
   for_each_run(
       shape, tile, x, offsets,
       [&](const Lanes<A>& features, const Taps& taps, int64_t place, int64_t count) CARAFE_ALWAYS_INLINE {
         for_each_block<4, 2, 1>(count, [&](auto outputs, int64_t p) CARAFE_ALWAYS_INLINE {
           reassemble_channels<V, outputs, channels_beside<ManyRegisters>(outputs)>(
-              y.channels, features, taps, m.row(0).from(0, place + p), ToBuffer<A>{y.row(0).from(0, place + p)},
-              tile.lanes);
+              y.channels, features, taps, m.row(0).from(0, place + p), target_of(y, place + p), tile.lanes);
         });
       });
 }
@@ -191,10 +179,8 @@ CARAFE_INLINE void reassemble_direct(
     const Shape& shape, const Tile& tile, const Staged<A>& x, const Staged<A>& m, const Map<T>& y, int64_t lanes,
     int64_t* offsets) {
   if (by_two_rows(shape)) {
-    const auto output_at = [&](int64_t row) CARAFE_ALWAYS_INLINE {
-      return ToMap<T, 1>{y.data + row * y.row_stride, y.channel_stride, y.row_stride};
-    };
-    return reassemble_by_two_rows<V, ManyRegisters>(shape, tile, x, m, output_at, lanes, offsets);
+    const Target<T, 1> output{y.data, y.channel_stride, y.row_stride};
+    return reassemble_by_two_rows<V, ManyRegisters>(shape, tile, x, m, output, lanes, offsets);
   }
   for_each_run(
       shape, tile, x, offsets,
@@ -204,7 +190,7 @@ CARAFE_INLINE void reassemble_direct(
           with_half_tail<V>(0, lanes, [&](auto vector, int64_t begin, int64_t end) CARAFE_ALWAYS_INLINE {
             reassemble_channels<decltype(vector), outputs, channels_beside<ManyRegisters>(outputs)>(
                 x.channels, features.from(0, 0, begin), taps, m.row(0).from(0, place, begin),
-                ToMap<T, phases>{to + phases * begin, y.channel_stride, y.row_stride}, end - begin);
+                Target<T, phases>{to + phases * begin, y.channel_stride, y.row_stride}, end - begin);
           });
         };
         if (count == 4) {

@@ -1,11 +1,12 @@
-// Vectors of one instruction set's width, in the compilers' own vector extension, and the blocks that loops over them
+// Vectors of one instruction set's width, in the compilers' own vector extension, loads and stores of them from any
+// dtype (half precision is float32 in registers, common/half.h has the arithmetic), and the blocks that loops over them
 // fall into.
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
-#include <type_traits>
 #include <utility>
+
+#include "../common/half.h"
 
 namespace carafe {
 
@@ -23,6 +24,7 @@ struct Vector {
   typedef uint32_t words __attribute__((vector_size(Bytes)));
   typedef uint16_t halves __attribute__((vector_size(Bytes / 2)));
   static constexpr int64_t bytes = Bytes, lanes = Bytes / int64_t(sizeof(A));
+  static constexpr auto all = std::make_integer_sequence<int64_t, lanes>();
 
   static CARAFE_INLINE type load(const A* address) { return *reinterpret_cast<const unaligned*>(address); }
   static CARAFE_INLINE void store(A* address, type value) { *reinterpret_cast<unaligned*>(address) = value; }
@@ -63,17 +65,59 @@ CARAFE_INLINE typename V::type unzip(
 // of every element's address by one: after all rounds, row and column have changed places.
 template <class V>
 CARAFE_INLINE void transpose(typename V::type (&rows)[V::lanes]) {
-  constexpr auto all = std::make_integer_sequence<int64_t, V::lanes>();
 #pragma GCC unroll 4
   for (int64_t round = 1; round < V::lanes; round *= 2) {
     typename V::type next[V::lanes];
 #pragma GCC unroll 8
     for (int64_t i = 0; i < V::lanes / 2; ++i) {
-      next[2 * i] = zip<V, 0>(rows[i], rows[i + V::lanes / 2], all);
-      next[2 * i + 1] = zip<V, 1>(rows[i], rows[i + V::lanes / 2], all);
+      next[2 * i] = zip<V, 0>(rows[i], rows[i + V::lanes / 2], V::all);
+      next[2 * i + 1] = zip<V, 1>(rows[i], rows[i + V::lanes / 2], V::all);
     }
 #pragma GCC unroll 16
     for (int64_t i = 0; i < V::lanes; ++i) rows[i] = next[i];
+  }
+}
+
+// half.h's conversions, for a vector of floats.
+template <class V>
+struct Words {
+  typedef typename V::type real;
+  typedef typename V::words bits;
+  static CARAFE_INLINE bits to_bits(real value) { return (bits)value; }
+  static CARAFE_INLINE real to_real(bits value) { return (real)value; }
+};
+
+template <class V, class T>
+CARAFE_INLINE typename V::type load_widened(const T* from) {
+  if constexpr (is_half_precision<T>) {
+    typename V::halves values;
+    memcpy(&values, from, sizeof values);
+    return T::template widen<Words<V>>(__builtin_convertvector(values, typename V::words));
+  } else {
+    return V::load(from);
+  }
+}
+
+template <class V, class T>
+CARAFE_INLINE void store_narrowed(T* to, typename V::type value) {
+  if constexpr (is_half_precision<T>) {
+    const auto values = __builtin_convertvector(T::template narrow<Words<V>>(value), typename V::halves);
+    memcpy(static_cast<void*>(to), &values, sizeof values);
+  } else {
+    V::store(to, value);
+  }
+}
+
+// Stores two vectors whose elements take turns: as two vectors or, in half precision, packed into one.
+template <class V, class T>
+CARAFE_INLINE void store_pairs(T* to, typename V::type even, typename V::type odd) {
+  if constexpr (is_half_precision<T>) {
+    if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) std::swap(even, odd);  // the lower half comes second there
+    const typename V::words both = T::template narrow<Words<V>>(even) | T::template narrow<Words<V>>(odd) << 16;
+    memcpy(static_cast<void*>(to), &both, sizeof both);
+  } else {
+    V::store(to, zip<V, 0>(even, odd, V::all));
+    V::store(to + V::lanes, zip<V, 1>(even, odd, V::all));
   }
 }
 

@@ -1,23 +1,84 @@
-// The CUDA operators: block kernels (here) where one fits the call, otherwise a thread computes one output
-// element with the functions of common/element.h.
+// The CUDA operators, on the current device and torch's current stream there: block kernels (calls.h) where one fits
+// the call, otherwise a thread computes one output element (common/operators.h).
 #include <Python.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "../arguments.h"
-#include "../common/element.h"
-#include "launch.h"
+#include "calls.h"
 
 namespace carafe {
 namespace {
 
+constexpr int64_t kMaxBlocks = 1 << 20;  // beyond it blocks loop; a grid's first axis admits 2^31 - 1
+
+constexpr int64_t kSharedJob = 64;  // bytes that a block's job takes, and the alignment of what follows
+
+int current_device() {
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  return device;
+}
+
+cudaStream_t current_stream() {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(current_device(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// The CUDA side of a block kernel (sites.h): its steps, and a barrier after each.
+template <class Block>
+__global__ void __launch_bounds__(Block::kThreads, Block::kResident) run_block(const __grid_constant__ Block block) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ gpu::Job job;  // not in registers, which are scarcer
+  typename Block::State state;
+  const uint32_t blocks = block.grid.blocks;
+  for (uint32_t index = blockIdx.x; index < blocks; index += gridDim.x) {
+    if (threadIdx.x == 0) job = block.grid.job(index);
+    __syncthreads();
+    for (int step = 0; step < block.steps(); ++step) {
+      int thread = static_cast<int>(threadIdx.x);
+      asm volatile("" : "+r"(thread));  // or what follows from it for one step takes registers from all others
+      block.run(job, step, thread, state, reinterpret_cast<typename Block::A*>(shared));
+      __syncthreads();
+    }
+  }
+}
+
+struct LaunchBlock {
+  template <class Block>
+  void operator()(const Block& block) const {
+    const auto bytes = static_cast<int>(block.grid.shared * sizeof(typename Block::A));
+    if (bytes > gpu::kSharedDefault - kSharedJob) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(run_block<Block>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    }
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>(block.grid.blocks, kMaxBlocks));
+    run_block<<<blocks, block.grid.threads, bytes, current_stream()>>>(block);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+// Calls launch(bytes) with the shared memory that every GPU gives a block, so that several blocks share a
+// multiprocessor, and where that is not enough with all that this one gives. False where that is not enough either.
+template <class Launch>
+bool launch_block(const Launch& launch) {
+  if (launch(gpu::kSharedDefault - kSharedJob)) return true;
+  int most = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()));
+  return launch(most - kSharedJob);
+}
+
 constexpr int kThreads = 256;
 
-// Calls element(n, c, i, j) for every element of an output map, neighbouring threads on neighbouring addresses.
-template <class T, class Element>
+// Computes every element of the result, of such a size, neighbouring threads on neighbouring addresses.
+template <class Operator>
 __global__ void __launch_bounds__(kThreads, 2)
-    for_each_element(Map<T> output, int64_t batch, int64_t channels, int64_t height, int64_t width, Element element) {
+    run_elements(const Operator call, int64_t batch, int64_t channels, int64_t height, int64_t width) {
   const int64_t count = batch * channels * height * width;
-  const bool channels_last = output.channel_stride == 1 && channels > 1;
+  const bool channels_last = call.result.channel_stride == 1 && channels > 1;
   for (int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x; index < count;
        index += int64_t(gridDim.x) * kThreads) {
     int64_t rest = index, n, c, i, j;
@@ -30,100 +91,22 @@ __global__ void __launch_bounds__(kThreads, 2)
       i = rest % height, rest /= height;
       c = rest % channels, n = rest / channels;
     }
-    output.at(n, c, i, j) = element(n, c, i, j);
+    call.result.at(n, c, i, j) = call.element(n, c, i, j);
   }
-}
-
-template <class T>
-struct ReassembleElement {
-  Shape shape;
-  Map<const T> features, masks;
-  __device__ T operator()(int64_t n, int64_t c, int64_t i, int64_t j) const {
-    return reassemble_element(shape, features, masks, n, c, i, j);
-  }
-};
-
-template <class T>
-struct GradFeaturesElement {
-  Shape shape;
-  Map<const T> grad_output, masks;
-  __device__ T operator()(int64_t n, int64_t c, int64_t i, int64_t j) const {
-    return grad_features_element(shape, grad_output, masks, n, c, i, j);
-  }
-};
-
-template <class T>
-struct GradMasksElement {
-  Shape shape;
-  Map<const T> grad_output, features;
-  __device__ T operator()(int64_t n, int64_t c, int64_t i, int64_t j) const {
-    return grad_masks_element(shape, grad_output, features, n, c, i, j);
-  }
-};
-
-template <class T, class Element>
-void launch_elements(
-    Map<T> output, int64_t batch, int64_t channels, int64_t height, int64_t width, const Element& element) {
-  const int64_t blocks = std::min(ceil_div(batch * channels * height * width, kThreads), kMaxBlocks);
-  for_each_element<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream()>>>(
-      output, batch, channels, height, width, element);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 struct Cuda {
-  template <class T>
-  static void reassemble(
-      const Shape& shape, const Map<T>& output, const Map<const T>& features, const Kernels<T>& kernels) {
-    const bool launched = launch_block(
-        [&](int64_t bytes) { return gpu::reassemble(shape, output, features, kernels, bytes, LaunchBlock{}); });
-    if (launched) return;
-    check_masks(kernels);
-    const ReassembleElement<T> element{shape, features, kernels.map};
-    launch_elements(output, shape.batch, shape.channels, shape.out_height, shape.out_width, element);
-  }
-
-  template <class T>
-  static void grad_features(
-      const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Kernels<T>& kernels) {
-    const bool launched = launch_block(
-        [&](int64_t bytes) { return gpu::grad_features(shape, grad, grad_output, kernels, bytes, LaunchBlock{}); });
-    if (launched) return;
-    check_masks(kernels);
-    const GradFeaturesElement<T> element{shape, grad_output, kernels.map};
-    launch_elements(grad, shape.batch, shape.channels, shape.height, shape.width, element);
-  }
-
-  template <class T>
-  static void grad_kernels(
-      const Shape& shape, const Map<T>& grad, const Map<const T>& grad_output, const Map<const T>& features,
-      const Kernels<T>& kernels) {
-    const bool launched = launch_block([&](int64_t bytes) {
-      return gpu::grad_kernels(shape, grad, grad_output, features, kernels, bytes, LaunchBlock{});
-    });
-    if (launched) return;
-    check_masks(kernels);
-    const GradMasksElement<T> element{shape, grad_output, features};
-    launch_elements(grad, shape.batch, shape.mask_channels(), shape.out_height, shape.out_width, element);
-  }
-
- private:
-  template <class T>
-  static void check_masks(const Kernels<T>& kernels) {
+  template <class Operator>
+  static void run(const Operator& call, const Tensor& result) {
+    const torch::stable::accelerator::DeviceGuard guard(result.get_device_index());
+    if (launch_block([&](int64_t bytes) { return gpu::run_block(call, bytes, LaunchBlock{}); })) return;
     STD_TORCH_CHECK(
-        kernels.normalizer == Normalizer::none,
+        call.kernels.normalizer == Normalizer::none,
         "with a normalizer on CUDA, the kernels of a pixel must fit into a block's shared memory");
-  }
-};
-
-// An operator on the device of its tensors, which the checks of arguments.h hold to be one.
-template <auto Operator>
-struct OnDevice;
-
-template <class... Rest, Tensor (*Operator)(const Tensor&, Rest...)>
-struct OnDevice<Operator> {
-  static Tensor call(const Tensor& first, Rest... rest) {
-    const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
-    return Operator(first, rest...);
+    const int64_t blocks = std::min(ceil_div(result.numel(), kThreads), kMaxBlocks);
+    run_elements<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream()>>>(
+        call, result.size(0), result.size(1), result.size(2), result.size(3));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 
@@ -131,10 +114,9 @@ struct OnDevice<Operator> {
 }  // namespace carafe
 
 STABLE_TORCH_LIBRARY_IMPL(carafe_plugin, CUDA, m) {
-  using namespace carafe;
-  m.impl("carafe", TORCH_BOX(&OnDevice<&reassemble<Cuda>>::call));
-  m.impl("_carafe_grad_features", TORCH_BOX(&OnDevice<&grad_features<Cuda>>::call));
-  m.impl("_carafe_grad_kernels", TORCH_BOX(&OnDevice<&grad_kernels<Cuda>>::call));
+  m.impl("carafe", TORCH_BOX(&carafe::reassemble<carafe::Cuda>));
+  m.impl("_carafe_grad_features", TORCH_BOX(&carafe::grad_features<carafe::Cuda>));
+  m.impl("_carafe_grad_kernels", TORCH_BOX(&carafe::grad_kernels<carafe::Cuda>));
 }
 
 // The GPU architectures that this library was compiled for, ascending, as nvcc counts them (800 for sm_80); 0 after the
@@ -149,7 +131,6 @@ extern "C" __attribute__((visibility("default"))) int carafe_cuda_architecture(i
 extern "C" __attribute__((visibility("default"))) int carafe_cuda_has_ptx() { return CARAFE_PTX; }
 
 PyMODINIT_FUNC PyInit__C_cuda() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1};
   return PyModule_Create(&definition);
 }

@@ -4,18 +4,15 @@
 #pragma once
 
 #include "grid.h"
-#include "kernels.h"
-#include "patch.h"
 
-namespace carafe {
-namespace gpu {
+namespace carafe::gpu {
 
 template <class T>
-struct GradFeaturesBlock {
-  using element = T;
+struct GradFeaturesBlock : Tiled {
   using A = accumulator_t<T>;
   static constexpr int kQuad = Patch::kQuad;
-  static constexpr int kStrip = 4;         // a thread's sites
+  static constexpr int kStrip = 4;  // a thread's sites
+  static constexpr int kPhases = 1;
   static constexpr int kChannels = kQuad;  // a slot's
   static constexpr int kThreads = 128;
   static constexpr int kInFlight = 4;  // of few threads
@@ -25,27 +22,24 @@ struct GradFeaturesBlock {
     A sums[kStrip][kQuad];
   };
 
-  Sites sites;
-  Grid grid;
-  KernelLayout kernels;
-  Patch patch;
   View<T> grad;
   View<const T> grad_output;
   KernelView<const T> weights;
 
-  static Patch patch_of(const Sites& sites, const Grid& grid) {
+  void view(const GradFeatures<T>& call) {
+    grad = View<T>::of(call.result, call.shape.group_channels());
+    grad_output = View<const T>::of(call.grad_output, call.shape.group_channels());
+    weights = KernelView<const T>::of(call.kernels.map, call.kernels.normalizer, call.shape);
+  }
+  void lay_out() {
     // Both phase columns of a row are staged together: they share the memory's sectors.
-    return Patch::of(grid.rows + sites.reach(), grid.columns + sites.reach(), 1, sites.output_scale(), grid.slots);
+    patch = {grid.rows + sites.reach(), grid.columns + sites.reach(), 1, sites.output_scale(), grid.slots};
   }
-  static KernelLayout kernels_of(const Sites& sites, const Grid& grid) {
-    return KernelLayout::of(sites, grid.rows, grid.columns, 1);
-  }
-  static int64_t shared_of(const Sites& sites, const Grid& grid) {
-    const Patch patch = patch_of(sites, grid);
+  int64_t shared_size() const {
     const int64_t statistics = 2 * int64_t(patch.rows) * patch.columns * sites.phases();
-    return patch.size() + int64_t(sites.taps()) * sites.phases() * grid.rows * grid.columns + statistics;
+    return patch.size() + int64_t(kernels.taps) * kernels.phases * kernels.sites() + statistics;
   }
-  static int64_t threads_of(const Sites&, const Grid& grid) { return grid.rows * grid.columns / kStrip * grid.slots; }
+  int64_t threads() const { return grid.rows * grid.columns / kStrip * grid.slots; }
   // Eight slots read 128 bytes of neighbouring channels without a conflict of banks.
   static int most_slots(int, bool) { return 8; }
 
@@ -78,7 +72,7 @@ struct GradFeaturesBlock {
       const int phase = patch.by_window(kernel), site = kernel - phase * window;
       const int i = patch.by_columns(site), j = site - i * patch.columns;
       const int row = job.row + i - sites.after(), column = job.column + j - sites.after();
-      if (row < 0 || row >= sites.height || column < 0 || column >= sites.width) continue;
+      if (!sites.inside(row, column)) continue;
       const T* const logits = weights.pointer(sites, job.n, job.group, 0, phase, row, column);
       const Statistics<A> found =
           statistics<A>(weights.normalizer, sites.taps(), [&](int tap) { return widen(logits[tap * tap_stride]); });
@@ -106,8 +100,9 @@ struct GradFeaturesBlock {
         [&](int one, int other) {
           const Shifted from = source(one, other);
           const int row = job.row + from.i, column = job.column + from.j;
-          const bool inside = row >= 0 && row < sites.height && column >= 0 && column < sites.width;
-          return inside ? *weights.pointer(sites, job.n, job.group, from.tap, from.phase, row, column) : T{};
+          return sites.inside(row, column)
+                     ? *weights.pointer(sites, job.n, job.group, from.tap, from.phase, row, column)
+                     : T{};
         },
         [&](int one, int other, T loaded) {
           A value = widen(loaded);
@@ -117,9 +112,8 @@ struct GradFeaturesBlock {
                               sites.after();
             // Outside the map there is no kernel, and no gradient either.
             const int row = job.row + from.i, column = job.column + from.j;
-            const bool inside = row >= 0 && row < sites.height && column >= 0 && column < sites.width;
-            value = inside ? weight(weights.normalizer, value, Statistics<A>{common[2 * place], common[2 * place + 1]})
-                           : A(0);
+            const Statistics<A> found{common[2 * place], common[2 * place + 1]};
+            value = sites.inside(row, column) ? weight(weights.normalizer, value, found) : A(0);
           }
           to[(channels_last ? one : other) * tile + (channels_last ? other : one)] = value;
         });
@@ -127,17 +121,7 @@ struct GradFeaturesBlock {
 
   CARAFE_HOST_DEVICE void stage_gradient(const Job& job, int turn, int thread, A* to) const {
     const int scale = sites.output_scale(), chunk = turn / scale;
-    const int done = chunk * patch.quads * kQuad;
-    const Window window{
-        job.n,
-        job.first_channel + done,
-        job.channels - done,
-        job.row - sites.after(),
-        job.column - sites.after(),
-        sites.up ? sites.fine_height : sites.height,
-        sites.up ? sites.fine_width : sites.width,
-        scale,
-        turn - chunk * scale};
+    const Window window = output_window(job, chunk * patch.quads * kQuad, sites.after(), turn - chunk * scale);
     stage_patch<kInFlight>(grad_output, window, patch, thread, grid.threads, to);
   }
 
@@ -148,7 +132,7 @@ struct GradFeaturesBlock {
     const int strip = thread / grid.slots, slot = thread - strip * grid.slots;
     const int row = strip * kStrip / grid.columns, column = strip * kStrip - row * grid.columns;
     const int channel = (chunk * grid.slots + slot) * kQuad;
-    if (job.row + row >= sites.height || job.column + column >= sites.width || channel >= job.channels) return;
+    if (job.row + row >= sites.height() || job.column + column >= sites.width() || channel >= job.channels) return;
     // Down, a tap leads to one phase of the features; up, features have one phase, and the sum goes on over the turns.
     CARAFE_ROLLED
     for (int i = 0; i < scale; ++i) {
@@ -212,29 +196,27 @@ struct GradFeaturesBlock {
   CARAFE_HOST_DEVICE void write(
       const Job& job, int row, int column, int channel, int phase_row, int phase_column, const State& state) const {
     const int scale = sites.feature_scale();
-    const int height = sites.up ? sites.height : sites.fine_height, width = sites.up ? sites.width : sites.fine_width;
     const int i = (job.row + row) * scale + phase_row, j = (job.column + column) * scale + phase_column;
     const int left = job.channels - channel;
-    if (i >= height) return;
+    if (i >= sites.feature_height) return;
     T* const to = grad.map.pointer(job.n, job.first_channel + channel, i, j);
-    if (grad.column_quads && scale == 1 && j + kStrip <= width) {
+    if (grad.column_quads && scale == 1 && j + kStrip <= sites.feature_width) {
       CARAFE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         if (c >= left) continue;
         Quad<T> packed;
         CARAFE_UNROLL
-        for (int p = 0; p < kStrip; ++p) packed.values[p] = Narrow<T>::from(state.sums[p][c]);
+        for (int p = 0; p < kStrip; ++p) packed.values[p] = narrow<T>(state.sums[p][c]);
         store_quad(to + c * grad.map.channel_stride, packed);
       }
       return;
     }
     CARAFE_UNROLL
     for (int p = 0; p < kStrip; ++p) {
-      if (j + p * scale >= width) continue;
+      if (j + p * scale >= sites.feature_width) continue;
       write_quad(grad, to + p * scale * grad.map.column_stride, state.sums[p], left);
     }
   }
 };
 
-}  // namespace gpu
-}  // namespace carafe
+}  // namespace carafe::gpu

@@ -4,17 +4,14 @@
 #pragma once
 
 #include "grid.h"
-#include "kernels.h"
-#include "patch.h"
 
-namespace carafe {
-namespace gpu {
+namespace carafe::gpu {
 
 template <class T, int R>
-struct GradKernelsBlock {
-  using element = T;
+struct GradKernelsBlock : Tiled {
   using A = accumulator_t<T>;
   static constexpr int kQuad = Patch::kQuad;
+  static constexpr int kPhases = R;            // a thread's
   static constexpr int kTaps = 5;              // a thread's: k = 5 and 7 waste none and one of them
   static constexpr int kChannels = 4 * kQuad;  // of a chunk
   static constexpr int kInFlight = 2;
@@ -25,29 +22,24 @@ struct GradKernelsBlock {
     A sums[kTaps][R];
   };
 
-  Sites sites;
-  Grid grid;
-  KernelLayout kernels;
-  Patch patch, grad_patch;
+  Patch grad_patch;
   KernelView<T> grad;
   View<const T> grad_output, features;
   KernelView<const T> weights;  // the logits; unused without a normalizer
 
-  static KernelLayout kernels_of(const Sites& sites, const Grid& grid) {
-    return KernelLayout::of(sites, grid.rows, grid.columns, R);
+  void view(const GradKernels<T>& call) {
+    grad = KernelView<T>::of(call.result, call.kernels.normalizer, call.shape);
+    grad_output = View<const T>::of(call.grad_output, call.shape.group_channels());
+    features = View<const T>::of(call.features, call.shape.group_channels());
+    weights = KernelView<const T>::of(call.kernels.map, call.kernels.normalizer, call.shape);
   }
-  static Patch patch_of(const Sites& sites, const Grid& grid) {
-    const int scale = sites.feature_scale();
-    return Patch::of(grid.rows + sites.reach(), grid.columns + sites.reach(), scale, scale, kChannels / kQuad);
-  }
-  static Patch grad_patch_of(const Sites& sites, const Grid& grid) {
+  void lay_out() {
     const int scale = sites.output_scale();
-    return Patch::of(grid.rows, grid.columns, scale, scale, kChannels / kQuad);
+    patch = feature_patch(kChannels / kQuad);
+    grad_patch = {grid.rows, grid.columns, scale, scale, kChannels / kQuad};
   }
-  static int64_t shared_of(const Sites& sites, const Grid& grid) {
-    return std::max(patch_of(sites, grid).size() + grad_patch_of(sites, grid).size(), kernels_of(sites, grid).size());
-  }
-  static int64_t threads_of(const Sites& sites, const Grid& grid) {
+  int64_t shared_size() const { return std::max(patch.size() + grad_patch.size(), kernels.size()); }
+  int64_t threads() const {
     return int64_t(grid.rows) * grid.columns * ceil_div(sites.taps(), kTaps) * ceil_div(sites.phases(), R);
   }
   static int most_slots(int, bool) { return 1; }
@@ -69,7 +61,7 @@ struct GradKernelsBlock {
           grad, sites, kernels, job, thread, grid.threads,
           [shared](const Place<T>& place) { return shared[place.shared]; },
           [](const Place<T>& place, A value) {
-            if (place.global) *place.global = Narrow<T>::from(value);
+            if (place.global) *place.global = narrow<T>(value);
           });
     }
   }
@@ -86,29 +78,10 @@ struct GradKernelsBlock {
   }
 
   CARAFE_HOST_DEVICE void stage(const Job& job, int chunk, int thread, A* to) const {
-    const int first = job.first_channel + chunk * kChannels, channels = job.channels - chunk * kChannels;
-    const Window window{
-        job.n,
-        first,
-        channels,
-        job.row - sites.before(),
-        job.column - sites.before(),
-        sites.up ? sites.height : sites.fine_height,
-        sites.up ? sites.width : sites.fine_width,
-        sites.feature_scale(),
-        0};
-    stage_patch<kInFlight>(features, window, patch, thread, grid.threads, to);
-    const Window grad_window{
-        job.n,
-        first,
-        channels,
-        job.row,
-        job.column,
-        sites.up ? sites.fine_height : sites.height,
-        sites.up ? sites.fine_width : sites.width,
-        sites.output_scale(),
-        0};
-    stage_patch<kInFlight>(grad_output, grad_window, grad_patch, thread, grid.threads, to + patch.size());
+    const int done = chunk * kChannels;
+    stage_patch<kInFlight>(features, feature_window(job, done), patch, thread, grid.threads, to);
+    const Window window = output_window(job, done, 0, 0);
+    stage_patch<kInFlight>(grad_output, window, grad_patch, thread, grid.threads, to + patch.size());
   }
 
   CARAFE_HOST_DEVICE void accumulate(int thread, const A* staged, State& state) const {
@@ -166,7 +139,7 @@ struct GradKernelsBlock {
     for (int kernel = thread; kernel < kernels.sites() * kernels.phases; kernel += grid.threads) {
       const int site = kernels.by_phases(kernel), phase = kernel - site * kernels.phases;
       const int row = kernels.by_columns(site), column = site - row * grid.columns;
-      if (job.row + row >= sites.height || job.column + column >= sites.width) continue;
+      if (job.row + row >= sites.height() || job.column + column >= sites.width()) continue;
       const T* const from = weights.pointer(sites, job.n, job.group, 0, phase, job.row + row, job.column + column);
       const auto logit = [&](int tap) { return A(widen(from[tap * tap_stride])); };
       const Statistics<A> common = statistics<A>(normalizer, kernels.taps, logit);
@@ -187,5 +160,4 @@ struct GradKernelsBlock {
   }
 };
 
-}  // namespace gpu
-}  // namespace carafe
+}  // namespace carafe::gpu

@@ -4,11 +4,9 @@
 
 #include <cmath>
 
-#include "../common/normalizer.h"
 #include "sites.h"
 
-namespace carafe {
-namespace gpu {
+namespace carafe::gpu {
 
 // A kernel's common terms: weight = f(logit, shift) * factor.
 template <class A>
@@ -64,14 +62,17 @@ CARAFE_HOST_DEVICE Statistics<A> statistics(Normalizer normalizer, int taps, con
   return {shift, quotient(A(1), sum)};
 }
 
-// The weights of a call in global memory. Raw, channel (tap scale + phase row) scale + phase column of a site has what
-// lies at a pixel of the masks: the pixel shuffle is an index.
+// The weights of a call, or their gradient, in global memory. Raw, channel (tap scale + phase row) scale + phase column
+// of a site has what lies at a pixel of the masks: the pixel shuffle is an index.
 template <class T>
 struct KernelView {
   View<T> view;
   bool from_logits;
   Normalizer normalizer;
 
+  static KernelView of(const Map<T>& map, Normalizer normalizer, const Shape& shape) {
+    return {View<T>::of(map, 1), normalizer != Normalizer::none && shape.up > 1, normalizer};
+  }
   CARAFE_HOST_DEVICE int pixels_per_site(const Sites& sites) const { return from_logits ? 1 : sites.output_scale(); }
   CARAFE_HOST_DEVICE int channels_per_tap(const Sites& sites) const { return from_logits ? sites.phases() : 1; }
 
@@ -90,21 +91,14 @@ struct KernelView {
 // How weights lie in shared memory: [tap][site][phase], phases filled up to a multiple of the R that a thread takes at
 // once. Four more words a tap keep a column of taps in different banks.
 struct KernelLayout {
-  int rows, columns;  // sites
-  int taps, phases, pitch;
-  Divider by_columns, by_fine_columns, by_phases;
+  int rows = 1, columns = 1;  // sites
+  int taps = 1, phases = 1, pitch = 1;
+  Divider by_fine_columns;
+  Divider by_columns = Divider::by(columns), by_phases = Divider::by(phases);
 
   static KernelLayout of(const Sites& sites, int rows, int columns, int at_once) {
-    const int phases = sites.phases();
-    return {
-        rows,
-        columns,
-        sites.taps(),
-        phases,
-        (phases + at_once - 1) / at_once * at_once,
-        Divider::by(columns),
-        Divider::by(columns * sites.output_scale()),
-        Divider::by(phases)};
+    const int phases = sites.phases(), pitch = (phases + at_once - 1) / at_once * at_once;
+    return {rows, columns, sites.taps(), phases, pitch, Divider::by(columns * sites.output_scale())};
   }
   CARAFE_HOST_DEVICE int sites() const { return rows * columns; }
   CARAFE_HOST_DEVICE int tap_pitch() const { return sites() * pitch + 4; }
@@ -162,7 +156,7 @@ CARAFE_HOST_DEVICE void for_each_weight(
     const int tap = weights.from_logits ? kernels.by_phases(channel) : channel;
     const int phase =
         weights.from_logits ? channel - tap * per_tap : (i - row * per_site) * scale + j - column * per_site;
-    const bool inside = job.row + row < sites.height && job.column + column < sites.width;
+    const bool inside = job.row + row < sites.height() && job.column + column < sites.width();
     return {
         tap * kernels.tap_pitch() + (row * kernels.columns + column) * kernels.pitch + phase,
         inside ? weights.view.map.pointer(
@@ -175,5 +169,4 @@ CARAFE_HOST_DEVICE void for_each_weight(
       [&](int one, int other, auto value) { store(place(one, other), value); });
 }
 
-}  // namespace gpu
-}  // namespace carafe
+}  // namespace carafe::gpu

@@ -3,8 +3,7 @@
 
 #include "sites.h"
 
-namespace carafe {
-namespace gpu {
+namespace carafe::gpu {
 
 // How a window lies there: [phase row][phase column][site row][site column][channel]. The channels of a pixel are
 // neighbours so that a thread reads four of them at once; kQuad more than are used keep the 16-byte accesses of
@@ -12,26 +11,12 @@ namespace gpu {
 struct Patch {
   static constexpr int kQuad = 4;
 
-  int rows, columns;              // sites, halo included
-  int phase_rows, phase_columns;  // of the map, that are staged
-  int quads;                      // channels / 4
-  Divider by_rows, by_columns, by_phase_columns, by_quads, by_places, by_window;
-
-  static Patch of(int rows, int columns, int phase_rows, int phase_columns, int quads) {
-    const Divider places = Divider::by(phase_rows * phase_columns * rows * columns);
-    return {
-        rows,
-        columns,
-        phase_rows,
-        phase_columns,
-        quads,
-        Divider::by(rows),
-        Divider::by(columns),
-        Divider::by(phase_columns),
-        Divider::by(quads),
-        places,
-        Divider::by(rows * columns)};
-  }
+  int rows = 1, columns = 1;              // sites, halo included
+  int phase_rows = 1, phase_columns = 1;  // of the map, that are staged
+  int quads = 1;                          // channels / 4
+  Divider by_rows = Divider::by(rows), by_columns = Divider::by(columns), by_window = Divider::by(rows * columns);
+  Divider by_phase_columns = Divider::by(phase_columns), by_places = Divider::by(places());
+  Divider by_quads = Divider::by(quads);
 
   CARAFE_HOST_DEVICE int pitch() const { return quads * kQuad + kQuad; }
   CARAFE_HOST_DEVICE int plane() const { return rows * columns * pitch(); }  // from a phase to the next
@@ -110,12 +95,12 @@ CARAFE_HOST_DEVICE void write_quad(const View<T>& view, T* to, const A* values, 
   if (view.quads && left >= kQuad) {
     Quad<T> packed;
     CARAFE_UNROLL
-    for (int c = 0; c < kQuad; ++c) packed.values[c] = Narrow<T>::from(values[c]);
+    for (int c = 0; c < kQuad; ++c) packed.values[c] = narrow<T>(values[c]);
     store_quad(to, packed);
   } else {
     CARAFE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      if (c < left) to[c * view.map.channel_stride] = Narrow<T>::from(values[c]);
+      if (c < left) to[c * view.map.channel_stride] = narrow<T>(values[c]);
     }
   }
 }
@@ -125,8 +110,7 @@ CARAFE_HOST_DEVICE void write_pair(T* to, const A (&values)[2]) {
   struct alignas(2 * sizeof(T)) Pair {
     T values[2];
   };
-  *reinterpret_cast<Pair*>(to) = Pair{{Narrow<T>::from(values[0]), Narrow<T>::from(values[1])}};
+  *reinterpret_cast<Pair*>(to) = Pair{{narrow<T>(values[0]), narrow<T>(values[1])}};
 }
 
-}  // namespace gpu
-}  // namespace carafe
+}  // namespace carafe::gpu

@@ -3,16 +3,13 @@
 #pragma once
 
 #include "grid.h"
-#include "kernels.h"
-#include "patch.h"
 
-namespace carafe {
-namespace gpu {
+namespace carafe::gpu {
 
 template <class T, int R>
-struct ReassembleBlock {
-  using element = T;
+struct ReassembleBlock : Tiled {
   using A = accumulator_t<T>;
+  static constexpr int kPhases = R;                       // of a site, that a thread takes at once
   static constexpr int kQuad = Patch::kQuad, kQuads = 2;  // a thread's channels: two quads, `slots` quads apart
   static constexpr int kChannels = kQuads * kQuad;        // a slot's
   static constexpr int kThreads = 256;
@@ -21,25 +18,18 @@ struct ReassembleBlock {
   static constexpr bool kSplits = true;  // the channels may be shared out among blocks
   struct State {};                       // nothing outlives a step
 
-  Sites sites;
-  Grid grid;
-  KernelLayout kernels;
-  Patch patch;
   View<T> output;
   View<const T> features;
   KernelView<const T> weights;
 
-  static KernelLayout kernels_of(const Sites& sites, const Grid& grid) {
-    return KernelLayout::of(sites, grid.rows, grid.columns, R);
+  void view(const Reassemble<T>& call) {
+    output = View<T>::of(call.result, call.shape.group_channels());
+    features = View<const T>::of(call.features, call.shape.group_channels());
+    weights = KernelView<const T>::of(call.kernels.map, call.kernels.normalizer, call.shape);
   }
-  static Patch patch_of(const Sites& sites, const Grid& grid) {
-    const int scale = sites.feature_scale();
-    return Patch::of(grid.rows + sites.reach(), grid.columns + sites.reach(), scale, scale, kQuads * grid.slots);
-  }
-  static int64_t shared_of(const Sites& sites, const Grid& grid) {
-    return kernels_of(sites, grid).size() + patch_of(sites, grid).size();
-  }
-  static int64_t threads_of(const Sites&, const Grid& grid) { return grid.rows * grid.columns * grid.slots; }
+  void lay_out() { patch = feature_patch(kQuads * grid.slots); }
+  int64_t shared_size() const { return kernels.size() + patch.size(); }
+  int64_t threads() const { return grid.rows * grid.columns * grid.slots; }
   // Eight slots write 128 bytes of neighbouring float32 channels and read as many without a conflict of banks.
   static int most_slots(int tile, bool channels_last) {
     return channels_last ? std::min(8, kThreads / tile) : kThreads / tile;
@@ -85,18 +75,7 @@ struct ReassembleBlock {
   }
 
   CARAFE_HOST_DEVICE void stage_features(const Job& job, int chunk, int thread, A* to) const {
-    const int done = chunk * patch.quads * kQuad;
-    const int scale = sites.feature_scale();
-    const Window window{
-        job.n,
-        job.first_channel + done,
-        job.channels - done,
-        job.row - sites.before(),
-        job.column - sites.before(),
-        sites.up ? sites.height : sites.fine_height,
-        sites.up ? sites.width : sites.fine_width,
-        scale,
-        0};
+    const Window window = feature_window(job, chunk * patch.quads * kQuad);
     stage_patch<kInFlight>(features, window, patch, thread, grid.threads, to);
   }
 
@@ -105,7 +84,7 @@ struct ReassembleBlock {
     const int site = output.channels_last ? thread / grid.slots : thread % kernels.sites();
     const int slot = output.channels_last ? thread % grid.slots : thread / kernels.sites();
     const int row = site / grid.columns, column = site % grid.columns;
-    if (job.row + row >= sites.height || job.column + column >= sites.width) return;
+    if (job.row + row >= sites.height() || job.column + column >= sites.width()) return;
     const int first_channel = (chunk * patch.quads + slot) * kQuad;
     if (first_channel >= job.channels) return;
 
@@ -180,5 +159,4 @@ struct ReassembleBlock {
   }
 };
 
-}  // namespace gpu
-}  // namespace carafe
+}  // namespace carafe::gpu

@@ -11,7 +11,9 @@
 // ascending and descending give the same bits, or there is a race.
 #pragma once
 
-#include "../common/half.h"
+#include <algorithm>
+
+#include "../common/operators.h"
 
 // Loops over register arrays must be unrolled, or the arrays go to memory; others must not, or registers run out.
 #ifdef __CUDACC__
@@ -22,13 +24,12 @@
 #define CARAFE_ROLLED
 #endif
 
-namespace carafe {
-namespace gpu {
+namespace carafe::gpu {
 
 // Division of small numbers (dividend * divisor < 2^32) by a multiplication: a block divides for every element that it
 // stages, and a GPU has no instruction for that. Made on the host, because making one divides.
 struct Divider {
-  uint32_t divisor, factor;
+  uint32_t divisor = 1, factor = 1;
 
   static Divider by(int64_t divisor) {
     return {static_cast<uint32_t>(divisor), static_cast<uint32_t>((uint64_t(1) << 32) / divisor + 1)};
@@ -48,15 +49,20 @@ struct Divider {
 //
 // Along an axis, tap u of site s reads the features at site s + shift(u), phase(u).
 struct Sites {
-  int height, width;            // in sites
-  int fine_height, fine_width;  // in pixels; at most scale times as many
-  bool up;                      // the scale is up, or 1
-  int scale, kernel;
-  Divider by_kernel, by_feature_scale, by_output_scale;
+  int feature_height, feature_width, output_height, output_width;  // in pixels; the finer map's at most `scale` times
+  bool up;                                                         // the scale is up, or 1
+  int scale = 1, kernel = 1;
+  Divider by_kernel = Divider::by(kernel);
+  Divider by_feature_scale = Divider::by(feature_scale()), by_output_scale = Divider::by(output_scale());
 
   CARAFE_HOST_DEVICE int taps() const { return kernel * kernel; }
   CARAFE_HOST_DEVICE int feature_scale() const { return up ? 1 : scale; }
   CARAFE_HOST_DEVICE int output_scale() const { return up ? scale : 1; }
+  CARAFE_HOST_DEVICE int height() const { return up ? feature_height : output_height; }  // in sites
+  CARAFE_HOST_DEVICE int width() const { return up ? feature_width : output_width; }
+  CARAFE_HOST_DEVICE bool inside(int row, int column) const {
+    return row >= 0 && row < height() && column >= 0 && column < width();
+  }
   CARAFE_HOST_DEVICE int phases() const { return output_scale() * output_scale(); }  // kernels of a site
   // How far the taps reach, in sites.
   CARAFE_HOST_DEVICE int before() const { return by_feature_scale(kernel / 2 + feature_scale() - 1); }
@@ -71,18 +77,10 @@ struct Sites {
 // The sites of a call whose up or down is 1.
 inline Sites make_sites(const Shape& shape) {
   const auto number = [](int64_t value) { return static_cast<int>(value); };
-  const bool up = shape.down == 1;
-  Sites sites = {};
-  sites.height = number(up ? shape.height : shape.out_height);
-  sites.width = number(up ? shape.width : shape.out_width);
-  sites.fine_height = number(up ? shape.out_height : shape.height);
-  sites.fine_width = number(up ? shape.out_width : shape.width);
-  sites.up = up;
-  sites.scale = number(up ? shape.up : shape.down), sites.kernel = number(shape.kernel);
-  sites.by_kernel = Divider::by(sites.kernel);
-  sites.by_feature_scale = Divider::by(sites.feature_scale());
-  sites.by_output_scale = Divider::by(sites.output_scale());
-  return sites;
+  const int height = number(shape.height), width = number(shape.width);
+  const int out_height = number(shape.out_height), out_width = number(shape.out_width);
+  const int scale = number(std::max(shape.up, shape.down));
+  return {height, width, out_height, out_width, shape.down == 1, scale, number(shape.kernel)};
 }
 
 // Four elements that one instruction loads or stores; two for double.
@@ -119,9 +117,8 @@ struct View {
 
   // Channels that are read together belong to one group of `group_channels`.
   static View of(const Map<T>& map, int64_t group_channels) {
-    const bool channels_last = map.channel_stride == 1 && map.column_stride != 1;
     return {
-        map, channels_last,
+        map, map.has_adjacent_channels(),
         group_channels % 4 == 0 && aligned(map, map.channel_stride, map.row_stride, map.column_stride, 4),
         aligned(map, map.column_stride, map.row_stride, map.channel_stride, 2),
         aligned(map, map.column_stride, map.row_stride, map.channel_stride, 4)};
@@ -135,5 +132,4 @@ struct Job {
   int first_channel, channels;  // of the tensor
 };
 
-}  // namespace gpu
-}  // namespace carafe
+}  // namespace carafe::gpu

@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, reduce
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,9 @@ class Run:
         row_model = {} if "::" in self.row.config else _read(CONFIGS / self.row.config).model
         changes: dict[str, Any] = {"randomness.seed": self.seed}
         for place in PARTS:
-            part = reduce(lambda part, name: part.get(name) or {}, place.split("."), row_model)
+            part = row_model
+            for name in place.split("."):
+                part = part.get(name) or {}
             kind = str(part.get("type"))
             if not kind.startswith(OURS):
                 continue  # the toolbox's own

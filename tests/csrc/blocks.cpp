@@ -55,14 +55,15 @@ bool run(
   const RunOnHost run{descending};
   if (op == 0) {
     const Kernels<T> kernels{weights_map(second), normalized};
-    return gpu::reassemble(s, fine_map(output), features_map(first), kernels, shared_bytes, run);
+    return gpu::run_block(Reassemble<T>{s, fine_map(output), features_map(first), kernels}, shared_bytes, run);
   }
   if (op == 1) {
     const Kernels<T> kernels{weights_map(second), normalized};
-    return gpu::grad_features(s, features_map(output), fine_map(first), kernels, shared_bytes, run);
+    return gpu::run_block(GradFeatures<T>{s, features_map(output), fine_map(first), kernels}, shared_bytes, run);
   }
   const Kernels<T> kernels{weights_map(third), normalized};
-  return gpu::grad_kernels(s, weights_map(output), fine_map(first), features_map(second), kernels, shared_bytes, run);
+  return gpu::run_block(
+      GradKernels<T>{s, weights_map(output), fine_map(first), features_map(second), kernels}, shared_bytes, run);
 }
 
 Shape make_shape(const int64_t* g) {

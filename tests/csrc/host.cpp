@@ -1,15 +1,12 @@
 // The torch-free kernel headers behind C functions, for ctypes. Compiled by test_kernels.py with g++ alone, once plain
 // and once with the address and undefined-behaviour sanitizers.
-#include "../../csrc/common/element.h"
 #include "../../csrc/cpu/tiles.h"
 
 using namespace carafe;
 
-namespace {
+CARAFE_TILES(baseline, 16, 16, )
 
-struct Baseline : Isa<16, 16> {
-  CARAFE_LOOPS()
-};
+namespace {
 
 // How a map lies in memory: 0 contiguous, 1 with the last two axes swapped, 2 channels_last.
 template <class T>
@@ -18,16 +15,20 @@ Map<T> map(T* data, int64_t c, int64_t h, int64_t w, int layout) {
   return {data, c * h * w, h * w, layout == 1 ? 1 : w, layout == 1 ? h : 1};
 }
 
-template <class T, class Element>
-void fill(Map<T> output, int64_t n, int64_t c, int64_t h, int64_t w, const Element& element) {
-  for (int64_t b = 0; b < n; ++b)
+// path: 0 element by element (masks only) of a result of that size, 1 row kernels.
+template <class Operator>
+void run_call(int path, const Operator& call, int64_t c, int64_t h, int64_t w) {
+  if (path == 1) {
+    const Plan plan = plan_tiles<accumulator_t<typename Operator::type>>(call.shape, 3);
+    return run_baseline(plan, call, 0, plan.tiles);
+  }
+  for (int64_t b = 0; b < call.shape.batch; ++b)
     for (int64_t ch = 0; ch < c; ++ch)
       for (int64_t i = 0; i < h; ++i)
-        for (int64_t j = 0; j < w; ++j) output.at(b, ch, i, j) = element(b, ch, i, j);
+        for (int64_t j = 0; j < w; ++j) call.result.at(b, ch, i, j) = call.element(b, ch, i, j);
 }
 
-// op: 0 reassemble, 1 gradient to features, 2 gradient to kernels. path: 0 element by element (masks only), 1 row
-// kernels.
+// op: 0 reassemble, 1 gradient to features, 2 gradient to kernels.
 template <class T>
 void run(
     int op, int path, Normalizer normalizer, const Shape& s, int layout, T* output, const T* first, const T* second,
@@ -39,29 +40,17 @@ void run(
     return normalizer != Normalizer::none && s.up > 1 ? map(data, m * s.up * s.up, s.height, s.width, layout)
                                                       : map(data, m, s.out_height, s.out_width, layout);
   };
-  const Map<const T> maps[] = {
-      op == 0 ? features_map(first) : output_map(first), op == 2 ? features_map(second) : kernels_map(second)};
-  const Map<T> target = op == 0 ? output_map(output) : op == 1 ? features_map(output) : kernels_map(output);
-  if (path == 0) {
-    if (op == 0)
-      fill(target, s.batch, s.channels, s.out_height, s.out_width, [&](auto... at) {
-        return reassemble_element(s, maps[0], maps[1], at...);
-      });
-    if (op == 1)
-      fill(target, s.batch, s.channels, s.height, s.width, [&](auto... at) {
-        return grad_features_element(s, maps[0], maps[1], at...);
-      });
-    if (op == 2)
-      fill(target, s.batch, m, s.out_height, s.out_width, [&](auto... at) {
-        return grad_masks_element(s, maps[0], maps[1], at...);
-      });
-    return;
+  const Kernels<T> kernels{kernels_map(op == 2 ? third : second), normalizer};
+  if (op == 0) {
+    run_call(
+        path, Reassemble<T>{s, output_map(output), features_map(first), kernels}, s.channels, s.out_height,
+        s.out_width);
+  } else if (op == 1) {
+    run_call(path, GradFeatures<T>{s, features_map(output), output_map(first), kernels}, s.channels, s.height, s.width);
+  } else {
+    const GradKernels<T> call{s, kernels_map(output), output_map(first), features_map(second), kernels};
+    run_call(path, call, m, s.out_height, s.out_width);
   }
-  const Plan plan = plan_tiles<accumulator_t<T>>(s, 3);
-  const auto run = [&](const Call& call) { run_tiles<Baseline>(s, plan, call, 0, plan.tiles); };
-  if (op == 0) run(Reassemble<T>{target, maps[0], {maps[1], normalizer}});
-  if (op == 1) run(GradFeatures<T>{target, maps[0], {maps[1], normalizer}});
-  if (op == 2) run(GradKernels<T>{target, maps[0], maps[1], {kernels_map(third), normalizer}});
 }
 
 }  // namespace
@@ -93,16 +82,16 @@ namespace {
 // Both ways to convert, one number and one vector at a time; what comes back is in how many results they differ.
 template <class T>
 int64_t widen_all(int64_t count, const uint16_t* from, float* to) {
-  stage_row<Vector<float, Baseline::bytes>>(reinterpret_cast<const T*>(from), 1, count, to);
+  copy_row<Vector<float, InstructionSet::bytes>>(reinterpret_cast<const T*>(from), 1, count, to);
   int64_t differences = 0;
-  for (int64_t i = 0; i < count; ++i) differences += float_bits(to[i]) != float_bits(widen(T{from[i]}));
+  for (int64_t i = 0; i < count; ++i) differences += Word::to_bits(to[i]) != Word::to_bits(widen(T{from[i]}));
   return differences;
 }
 template <class T>
 int64_t narrow_all(int64_t count, const float* from, uint16_t* to) {
-  unstage_row<Vector<float, Baseline::bytes>>(from, count, reinterpret_cast<T*>(to), 1);
+  copy_row<Vector<float, InstructionSet::bytes>>(reinterpret_cast<T*>(to), 1, count, from);
   int64_t differences = 0;
-  for (int64_t i = 0; i < count; ++i) differences += to[i] != Narrow<T>::from(from[i]).bits;
+  for (int64_t i = 0; i < count; ++i) differences += to[i] != narrow<T>(from[i]).bits;
   return differences;
 }
 

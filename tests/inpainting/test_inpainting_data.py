@@ -1,5 +1,6 @@
 """Masks, folders of images, the order of draws, and the metrics."""
 
+import copy
 import itertools
 import math
 import sys
@@ -199,7 +200,7 @@ def test_draws():
     assert len({tuple(indices) for indices in passes}) == 3
     assert take(DrawSampler(range(7), seed=3), 21) == draws
     assert take(DrawSampler(range(7), seed=4), 7) != draws[:7]
-    resumed = DrawSampler(range(7), seed=3)
+    resumed = copy.deepcopy(DrawSampler(range(7), seed=3))
     resumed.skip(9)
     assert take(resumed, 12) == draws[9:]
 

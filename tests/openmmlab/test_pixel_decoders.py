@@ -103,6 +103,14 @@ def test_interpolating_it_is_the_parent_bit_for_bit(decoder_type, pyramid, dtype
         assert (a is None and b is None) or torch.equal(a, b)
 
 
+def test_it_compiles_without_a_graph_break():
+    decoder, _ = pairs(CARAFEPixelDecoder, None)
+    inputs = [x.detach() for x in maps(next(iter(PYRAMIDS.values())))]
+    compiled = torch.compile(decoder, fullgraph=True, backend="eager")
+    for got, expected in zip(decode(compiled, inputs), decode(decoder, inputs), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize(("levels", "num_outs"), [(3, 4), (3, 2), (2, 3), (1, 1)])
 def test_deformable_attention_on_fewer_levels(levels, num_outs):
     """More than one level below the attention's (which the parent admits for equal channels), and other outputs."""

@@ -183,7 +183,7 @@ def test_there_are_no_other_operators():
 
 
 def test_both_languages_have_the_same_normalizers():
-    header = (Path(__file__).parents[2] / "csrc" / "common" / "normalizer.h").read_text()
+    header = (Path(__file__).parents[2] / "csrc" / "common" / "operators.h").read_text()
     names = re.search(r"enum class Normalizer {([^}]+)}", header).group(1)
     assert [name.strip() for name in names.split(",")] == ["none", *reference.NORMALIZERS]
 

@@ -234,7 +234,10 @@ def test_the_check_finds_a_wrong_conversion(monkeypatch: pytest.MonkeyPatch) -> 
             r"has 90 channels.*the scale s = 2",
         ),
         (lambda s: s.update({"up.enc.conv.weight": torch.zeros(100, CM, 2, 2)}), r"odd square kernel"),
-        (lambda s: s.update({"up.comp.conv.weight": torch.zeros(CM, C, 3, 3)}), r"shapes \(Cm, C, 1, 1\)"),
+        (
+            lambda s: s.update({"up.comp.conv.weight": torch.zeros(CM, C, 3, 3)}),
+            r"up\.comp\.conv\.weight and .* shapes \(Cm, C, 1, 1\)",
+        ),
         (lambda s: s.pop("up.comp.bn.bias"), r"up looks .*Missing key.*\"comp\.bn\.bias\""),
         (
             lambda s: s.update({"up.comp.bn.weight": torch.zeros(3)}),
@@ -248,6 +251,8 @@ def test_refusals(change, message: str) -> None:
     change(state)
     with pytest.raises(LayoutError, match=message):
         convert_layout(state, "mmcv", Fork("relu"))
+    with pytest.raises(ValueError, match=r"the layout must be one of mmcv, .*, got 'nope'"):
+        convert_layout(state, "nope", Fork("relu"))
 
 
 # -------------------------------------------------------------------------------------------------- the tool

@@ -132,6 +132,7 @@ def test_mistakes(
         (dict(config=detector, cfg_options=["a=1"]), "describes no inpainting model"),
         (dict(checkpoint=tmp_path / "absent.pth"), "no such checkpoint"),
         (dict(cfg_options=whole_size), "is of another model: it fits InpaintingGAN in name alone, "),
+        (dict(cfg_options=[*trained.options, "model.generator.dilations=[2]"]), "have no place in it (the first: "),
         (dict(cfg_options=[*trained.options, "model.generator.upsampling=bicubic"]), "cannot build the model"),
         (dict(device="cuda:99"), "--device cuda:99 cannot be used here"),
     ]

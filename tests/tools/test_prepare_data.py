@@ -239,7 +239,7 @@ def test_coco_that_is_not_whole(coco: Path, tmp_path: Path, capsys: pytest.Captu
     assert "instances_val2017.json (40 bytes; truncated, or not JSON)" in printed
 
 
-@pytest.mark.parametrize("damage", ["captions alone", "truncated", "other content"])
+@pytest.mark.parametrize("damage", ["captions alone", "truncated", "other content", "fewer images"])
 @pytest.mark.parametrize("inside", [False, True], ids=["linked", "in place"])
 def test_annotations_that_are_not_whole_are_unpacked(coco: Path, tmp_path: Path, damage: str, inside: bool) -> None:
     """With their archive beside them, wherever they are; without it, they are linked and found at fault."""
@@ -254,7 +254,14 @@ def test_annotations_that_are_not_whole_are_unpacked(coco: Path, tmp_path: Path,
         for path in (coco / "annotations").glob("instances_*"):
             path.unlink()
     else:
-        val.write_bytes(content[:30] if damage == "truncated" else b" " * (len(content) - 1) + b"}")
+        fewer = json.loads(content)
+        fewer["images"].pop()
+        damaged = {
+            "truncated": content[:30],
+            "other content": b" " * (len(content) - 1) + b"}",
+            "fewer images": json.dumps(fewer).encode(),
+        }
+        val.write_bytes(damaged[damage])
     out = coco if inside else tmp_path / "out"
     (coco / "annotations_trainval2017.zip").rename(tmp_path / "away.zip")
     assert prepare("coco", coco, out) == 1

@@ -127,7 +127,9 @@ class _WithoutTopDownPath:
     """A decoder with some attributes changed, in place of ``self`` in its parent's ``forward``."""
 
     def __init__(self, decoder: Any, **changes: Any) -> None:
-        vars(self).update(changes, decoder=decoder)
+        self.decoder = decoder
+        for name, value in changes.items():
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
@@ -140,6 +142,7 @@ class _DecoderTopDownPath:
     if there were no level below the coarsest, and what follows is restated here.
     """
 
+    parent: Any  # the decoder whose forward runs first
     lateral_convs: nn.ModuleList
     output_convs: nn.ModuleList
     mask_feature: nn.Conv2d
@@ -153,8 +156,7 @@ class _DecoderTopDownPath:
 
     def _start(self, *inputs: Any, **changes: Any) -> tuple[Tensor, Any]:
         """The coarsest map, and what the parent's ``forward`` returns beside the mask features made of it."""
-        changed: Any = _WithoutTopDownPath(self, mask_feature=nn.Identity(), **changes)
-        return super().forward.__func__(changed, *inputs)  # type: ignore[misc]
+        return self.parent.forward(_WithoutTopDownPath(self, mask_feature=nn.Identity(), **changes), *inputs)
 
     def _merge_top_down(self, coarsest: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
         """From the coarsest map down: upsample, add the lateral map of the level below, convolve; all results."""
@@ -198,6 +200,8 @@ class CARAFEPixelDecoder(_DecoderTopDownPath, PixelDecoder):
         (torch.Size([1, 12, 25, 41]), torch.Size([1, 32, 7, 11]))
     """
 
+    parent = PixelDecoder
+
 
 @MODELS.register_module()
 class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncoderPixelDecoder):
@@ -206,6 +210,8 @@ class CARAFETransformerEncoderPixelDecoder(_DecoderTopDownPath, TransformerEncod
     Takes TransformerEncoderPixelDecoder's arguments and loads its checkpoints, with ``carafe_cfg`` and
     ``upsample_modules`` as in :class:`CARAFEPixelDecoder`.
     """
+
+    parent = TransformerEncoderPixelDecoder
 
 
 @MODELS.register_module()
@@ -219,6 +225,8 @@ class CARAFEMSDeformAttnPixelDecoder(_DecoderTopDownPath, MSDeformAttnPixelDecod
     as in :class:`CARAFEPixelDecoder`. For MMSegmentation's Mask2Former, built on MMDetection's, the full path is the
     type as well.
     """
+
+    parent = MSDeformAttnPixelDecoder
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
         """The backbone's maps, fine to coarse, (N, in_channels[i], H_i, W_i) each, to what Mask2Former needs.

@@ -48,7 +48,7 @@ def is_ours(finder: object) -> bool:
 
 
 class ExtensionLoader(Loader):
-    """Loads MMCV's compiled extension; where there is none, torchvision's operators; each time says what happens."""
+    """Loads MMCV's compiled extension; where there is none, torchvision's operators, and says so."""
 
     def __init__(self, compiled: Loader | None) -> None:
         self.compiled = compiled
