@@ -57,10 +57,10 @@ def write_picture(path: Path, pixels: np.ndarray, profile: bytes | None = None) 
     is not one of IMAGE_ENDINGS. Raises UsageError where they cannot be written.
     """
     kind = Image.registered_extensions()[path.suffix.lower()] if path.suffix.lower() in IMAGE_ENDINGS else "PNG"
-    quality: dict[str, Any] = {"JPEG": dict(quality=95), "WEBP": dict(lossless=True)}.get(kind, {})
+    options: dict[str, dict[str, Any]] = {"JPEG": dict(quality=95), "WEBP": dict(lossless=True)}
     encoded = io.BytesIO()
     try:
-        Image.fromarray(pixels).save(encoded, format=kind, icc_profile=profile, **quality)
+        Image.fromarray(pixels).save(encoded, format=kind, icc_profile=profile, **options.get(kind, {}))
         AtomicLocalBackend().put(encoded.getvalue(), path)
     except (OSError, ValueError) as error:  # WebP takes no more than 16383 pixels a side
         raise UsageError(f"cannot write {path}: {error}") from error
