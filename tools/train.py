@@ -15,12 +15,7 @@ import sys
 
 from mmengine.config import Config
 
-from carafe_plugin.engine.checkpoint import (
-    check_checkpoint_exists,
-    checkpoint_folder,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from carafe_plugin.engine.checkpoint import CheckpointPlace, check_checkpoint_exists, read_checkpoint
 from carafe_plugin.engine.checkpoint_hook import use_atomic_checkpoints
 from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings
@@ -66,11 +61,11 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> None:
     if resume is None and cfg.get("resume"):
         resume = cfg.get("load_from") or "auto"
     if resume == "auto":
-        folder = checkpoint_folder(cfg)
-        if folder is None:  # a remote store: mmengine finds the checkpoint
+        place = CheckpointPlace.of(cfg)
+        if place is None:  # a remote store: mmengine finds the checkpoint
             cfg.resume, cfg.load_from = True, None
             return
-        resume = newest_checkpoint(folder)
+        resume = place.newest()
     elif resume and "://" not in resume:
         read_checkpoint(resume, training=True)
     cfg.resume = resume is not None

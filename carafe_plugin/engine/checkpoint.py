@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 
 from carafe_plugin.engine.errors import CheckpointError
+from carafe_plugin.images import shorten
 from carafe_plugin.openmmlab.resnet_checkpoints import CARAFE_KEY
 
 POINTER = "last_checkpoint"  # mmengine's file that names the newest checkpoint
@@ -146,48 +149,93 @@ def _stray_carafe(unexpected: Sequence[str], expected: Sequence[str]) -> str | N
     return None
 
 
-def newest_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint in a training run's folder that can be read; None where there are none. Raises
-    CheckpointError where there are some and none can be read.
+@dataclass(frozen=True)
+class CheckpointPlace:
+    """Where and under which names a training run keeps its checkpoints, as mmengine's ``CheckpointHook`` does.
 
-    ``last_checkpoint`` names it, unless the run was killed just before that was brought up to date: a later step
-    written after it goes first. Then the others follow, latest written first. A warning names each that is unreadable.
+    Attributes:
+        folder (Path): of the checkpoints; mmengine appends the run's name to the hook's ``out_dir``.
+        template (str): of their names, with ``{}`` for the epoch or iteration.
+        work_dir (Path): of the run; ``last_checkpoint`` is there, or beside the checkpoints.
     """
-    order = _newest_first(Path(folder))
-    for path in order:
-        try:
-            read_checkpoint(str(path), training=True)
-        except CheckpointError as error:
-            print_log(f"Skipped on resuming: {error}", logger="current", level=logging.WARNING)
-        else:
-            return str(path)
-    if order:
-        raise CheckpointError(f"cannot resume: none of the {len(order)} checkpoints in {folder} can be read")
-    return None
 
+    folder: Path
+    template: str = "epoch_{}.pth"
+    work_dir: Path | None = None
 
-def _newest_first(folder: Path) -> list[Path]:
-    def step(path: Path) -> int:
-        return int(re.findall(r"\d+", path.stem)[-1])
+    @classmethod
+    def of(cls, cfg: Config) -> CheckpointPlace | None:
+        """Of the run that ``cfg`` describes; None when that is not a local folder."""
+        hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+        out_dir, work_dir = hook.get("out_dir"), os.path.abspath(cfg.work_dir)  # noqa: PTH100, as mmengine does
+        remote = hook.get("backend_args") or hook.get("file_client_args")
+        if remote or not isinstance(get_file_backend(out_dir or work_dir), LocalBackend):
+            return None
+        # As the hook compares: the work dir itself, as an absolute path, is not an out_dir.
+        folder = Path(work_dir)
+        if out_dir is not None and out_dir != work_dir:
+            folder = Path(out_dir, folder.name)
+        return cls(folder, hook.get("filename_tmpl") or "epoch_{}.pth", Path(work_dir))
 
-    # best_*.pth come without the optimizer; published files (-<8 hex digits>) without more
-    paths = [p for p in folder.glob("*.pth") if re.search(r"\d$", p.stem) and not p.name.startswith("best_")]
-    paths = [p for p in paths if not re.search(r"-[0-9a-f]{8}$", p.stem)]
-    paths.sort(key=lambda path: (path.stat().st_mtime_ns, step(path)), reverse=True)
-    pointer = folder / POINTER
-    # The name alone counts: the folder may have been moved since.
-    last = folder / Path(pointer.read_text().strip()).name if pointer.is_file() else None
-    if last not in paths:
-        return paths
-    later = [p for p in paths if step(p) > step(last) and p.stat().st_mtime_ns >= last.stat().st_mtime_ns]
-    return [*later, last, *(p for p in paths if p != last and p not in later)]
+    def step(self, path: Path) -> int | None:
+        """The epoch or iteration that a checkpoint's name tells; None for other files."""
+        named = re.fullmatch(r"(\d+)".join(map(re.escape, re.split(r"\{[^}]*\}", self.template))), path.name)
+        if named:
+            return int(named[1]) if named.groups() else 0
+        # best_*.pth come without the optimizer; published files (-<8 hex digits>) without more
+        if path.suffix != ".pth" or path.name.startswith("best_") or re.search(r"-[0-9a-f]{8}$", path.stem):
+            return None
+        numbers = re.findall(r"\d+$", path.stem)  # of an earlier run with another template
+        return int(numbers[0]) if numbers else None
 
+    def pointer(self) -> str | None:
+        """What ``last_checkpoint`` names, as a name alone: the folder may have been moved since."""
+        places = [folder / POINTER for folder in (self.work_dir, self.folder) if folder]
+        texts = (file.read_text().strip() for file in places if file.is_file())
+        return next((Path(text).name for text in texts if text), None)
 
-def checkpoint_folder(cfg: Config) -> str | None:
-    """Where the run that ``cfg`` describes keeps its checkpoints; None when that is not a local folder."""
-    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
-    folder = hook.get("out_dir")
-    if hook.get("backend_args") or not isinstance(get_file_backend(folder or cfg.work_dir), LocalBackend):
+    def newest_first(self) -> list[Path]:
+        """The checkpoints, the newest first; see :meth:`newest`."""
+        found = [path for path in self.folder.glob("*") if self.step(path) is not None]
+        paths = sorted(found, key=lambda path: (path.stat().st_mtime_ns, self.step(path)), reverse=True)
+        name = self.pointer()
+        if name is None or not (last := self.folder / name).exists():
+            return paths
+        others = [path for path in paths if path != last]
+        reached, written = self.step(last), last.stat().st_mtime_ns
+        later = [
+            path
+            for path in others
+            if reached is not None and (self.step(path) or 0) > reached and path.stat().st_mtime_ns >= written
+        ]
+        return [*later, last, *(path for path in others if path not in later)]
+
+    def newest(self) -> str | None:
+        """The newest checkpoint that can be resumed from; None where no training has left one. Raises CheckpointError
+        where one has, and none can be read: a run from the start would overwrite it.
+
+        ``last_checkpoint`` names it, unless the run was killed just before that was brought up to date: a later step
+        written after it goes first. Then the others follow, latest written first. A warning names each that is
+        unreadable.
+        """
+        order = self.newest_first()
+        for path in order:
+            try:
+                if path.is_file():  # DeepSpeed's are folders
+                    read_checkpoint(str(path), training=True)
+            except CheckpointError as error:
+                print_log(f"Skipped on resuming: {error}", logger="current", level=logging.WARNING)
+            else:
+                return str(path)
+        remedy = "name one with --resume PATH, or start anew in another --work-dir"
+        if order:
+            raise CheckpointError(
+                f"cannot resume: none of the {len(order)} checkpoints in {self.folder} can be read; {remedy}"
+            )
+        if name := self.pointer():
+            raise CheckpointError(f"cannot resume: {POINTER} names {name}, which is not in {self.folder}; {remedy}")
+        if others := sorted(path.name for path in self.folder.glob("*.pth")):
+            raise CheckpointError(
+                f"cannot resume: {self.folder} holds {shorten(others)}, and no state of a training; {remedy}"
+            )
         return None
-    # mmengine appends the run's name to an out_dir
-    return str(Path(folder, Path(cfg.work_dir).name)) if folder else cfg.work_dir

@@ -62,9 +62,8 @@ class AtomicCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if is_main_process():
             for folder in {str(self.out_dir), runner.work_dir}:
-                for pattern in ("*.pth", POINTER):
-                    for leftover in Path(folder).glob(f"{pattern}.*{UNFINISHED}"):
-                        leftover.unlink(missing_ok=True)
+                for leftover in Path(folder).glob(f"*.*{UNFINISHED}"):
+                    leftover.unlink(missing_ok=True)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         outdated = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import sys
@@ -20,12 +21,13 @@ from tiny_runs import call_tool, forget_runs, run, write_toy
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.checkpoint import (
+    CheckpointPlace,
     checkpoint_types,
     find_mismatch,
-    newest_checkpoint,
     read_checkpoint,
     use_safe_loading,
 )
+from carafe_plugin.engine.config import load_config
 from carafe_plugin.engine.errors import CheckpointError
 
 KILL_MODULE = '''
@@ -76,6 +78,8 @@ def open_(file, mode='r', *args, **kwargs):
 
 
 def replace(source, target):
+    if POINT.startswith('rename ') and nth('rename', int(POINT.split()[1])):
+        die()
     if POINT == 'renaming' and os.path.basename(target) == 'epoch_3.pth':
         die()
     real_replace(source, target)
@@ -128,7 +132,7 @@ def test_killed_and_resumed(point: str, tmp_path: Path, uninterrupted: Path, mon
     work_dir = tmp_path / "run"
     killed = train(tmp_path, work_dir, kill_at=point)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    left = newest_checkpoint(str(work_dir))
+    left = CheckpointPlace(work_dir).newest()
     # The checkpoint of an epoch is written again when it is the best: the pointer's 4th writing is epoch 2's second.
     epochs = {"writing": 2, "renaming": 2, "writing the pointer": 2, "deleting": 3, "writing the best": 2}
     assert left == str(work_dir / f"epoch_{epochs[point]}.pth")
@@ -151,13 +155,80 @@ def test_killed_and_resumed(point: str, tmp_path: Path, uninterrupted: Path, mon
     assert not list(work_dir.glob("*.tmp"))
 
 
+#: Settings of the checkpoint hook; FOLDER is the test's.
+FORMS = {
+    "a name behind the number": ["filename_tmpl=epoch_{}_carafe.pth"],
+    "another ending, padded": ["filename_tmpl=toy-{:04d}.pt", "max_keep_ckpts=1"],
+    "another folder": ["out_dir=FOLDER/elsewhere", "filename_tmpl=epoch_{}_carafe.pth"],
+    "the work dir as out_dir": ["out_dir=FOLDER/run"],
+    "by iterations": ["by_epoch=False", "interval=2"],
+}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_the_hook_writes_is_found_after_a_kill(
+    form: str, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before one of the renames that complete a file, at random."""
+    settings = [f"default_hooks.checkpoint.{setting.replace('FOLDER', str(tmp_path))}" for setting in FORMS[form]]
+    options = ["--cfg-options", *settings]
+    moment = random.Random(form).randint(5, 12)
+    killed = train(tmp_path, tmp_path / "run", *options, kill_at=f"rename {moment}")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = load_config(str(tmp_path / "toy_config.py"), dict(setting.split("=", 1) for setting in settings))
+    cfg.work_dir = f"{tmp_path}/run/"
+    place = CheckpointPlace.of(cfg)
+    assert place is not None
+    left = place.newest()
+    assert left is not None
+    reached = read_checkpoint(left, training=True)["meta"]
+    assert 2 <= reached["iter"] < 10
+    work_dir = f"{tmp_path}/run/" if form != "the work dir as out_dir" else tmp_path / "run"
+    assert call_tool("train", tmp_path / "toy_config.py", "--work-dir", work_dir, "--resume", *options) == 0
+    log = max((tmp_path / "run").glob("*/*.log")).read_text()
+    assert f"resumed epoch: {reached['epoch']}, iter: {reached['iter']}" in log
+    final = place.newest()
+    assert final is not None
+    assert not list(place.folder.glob("*.tmp"))
+    if form == "by iterations":  # MMEngine's epochs repeat the one that an iteration's checkpoint came in
+        return
+    expected = weights(uninterrupted / "epoch_5.pth")
+    assert all(torch.equal(weights(Path(final))[name], value) for name, value in expected.items())
+
+
+def test_a_folder_that_holds_a_training_is_not_started_in_anew(tmp_path: Path) -> None:
+    place = CheckpointPlace(tmp_path)
+    assert place.newest() is None
+    (tmp_path / "last_checkpoint").write_text("/elsewhere/epoch_3.pth")
+    with pytest.raises(CheckpointError, match=r"last_checkpoint names epoch_3\.pth, which is not in .*--resume PATH"):
+        place.newest()
+    (tmp_path / "last_checkpoint").unlink()
+    fake(tmp_path, "best_bbox_mAP_epoch_12.pth", age=0)
+    with pytest.raises(CheckpointError, match=r"holds best_bbox_mAP_epoch_12\.pth, and no state of a training"):
+        place.newest()
+
+
+def test_the_pointer_is_believed_whatever_the_name(tmp_path: Path) -> None:
+    """Beside the checkpoints or in the work dir; also a folder, as DeepSpeed writes them."""
+    fake(tmp_path, "epoch_1.pth", age=10)
+    named, work_dir = fake(tmp_path, "final-state.pth", age=20), tmp_path / "run"
+    work_dir.mkdir()
+    (work_dir / "last_checkpoint").write_text(str(named))
+    assert CheckpointPlace(tmp_path, work_dir=work_dir).newest() == str(named)
+    (tmp_path / "epoch_2.pth").mkdir()
+    (work_dir / "last_checkpoint").write_text("epoch_2.pth")
+    assert CheckpointPlace(tmp_path, work_dir=work_dir).newest() == str(tmp_path / "epoch_2.pth")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
 def test_the_kill_does_hurt_mmengines_own_hook(tmp_path: Path) -> None:
     """The control of the test above: if this fails, the kill hurts nobody and the test shows nothing."""
     killed = train(tmp_path, tmp_path / "run", hook="StockHook", kill_at="writing")
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-        newest_checkpoint(str(tmp_path / "run"))
+        CheckpointPlace(tmp_path / "run").newest()
 
 
 def fake(folder: Path, name: str, age: float, **meta: int) -> Path:
@@ -275,31 +346,31 @@ def test_only_the_newest_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "epoch_4.pth").write_bytes(b"truncated")
     opened, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda path, *a, **k: opened.append(Path(path).name) or load(path, *a, **k))
-    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "epoch_3.pth")
+    assert CheckpointPlace(tmp_path).newest() == str(tmp_path / "epoch_3.pth")
     assert opened == ["epoch_4.pth", "epoch_3.pth"]
 
 
 def test_newest_checkpoint_order(tmp_path: Path) -> None:
-    assert newest_checkpoint(str(tmp_path)) is None
+    assert CheckpointPlace(tmp_path).newest() is None
     old_run = fake(tmp_path, "epoch_12.pth", age=1000)
     second, third = fake(tmp_path, "epoch_2.pth", age=20), fake(tmp_path, "epoch_3.pth", age=10)
     fake(tmp_path, "best_bbox_mAP_epoch_12.pth", age=0)
     fake(tmp_path, "epoch_12-01234567.pth", age=0)
     pointer = tmp_path / "last_checkpoint"
 
-    assert newest_checkpoint(str(tmp_path)) == str(third), "no pointer: the one written last"
+    assert CheckpointPlace(tmp_path).newest() == str(third), "no pointer: the one written last"
     pointer.write_text("/moved/from/elsewhere/epoch_2.pth")
-    assert newest_checkpoint(str(tmp_path)) == str(third), "a later step, written later: killed before the pointer"
+    assert CheckpointPlace(tmp_path).newest() == str(third), "a later step, written later: killed before the pointer"
     pointer.write_text(str(third))
-    assert newest_checkpoint(str(tmp_path)) == str(third), "not epoch 12 of an earlier run"
+    assert CheckpointPlace(tmp_path).newest() == str(third), "not epoch 12 of an earlier run"
     os.utime(second, (time.time() + 5,) * 2)
-    assert newest_checkpoint(str(tmp_path)) == str(third), "copied in another order: the pointer says"
+    assert CheckpointPlace(tmp_path).newest() == str(third), "copied in another order: the pointer says"
     os.utime(second, (time.time() - 20,) * 2)
     pointer.write_text("")
-    assert newest_checkpoint(str(tmp_path)) == str(third), "an empty pointer is no pointer"
+    assert CheckpointPlace(tmp_path).newest() == str(third), "an empty pointer is no pointer"
     third.unlink()
     second.unlink()
-    assert newest_checkpoint(str(tmp_path)) == str(old_run)
+    assert CheckpointPlace(tmp_path).newest() == str(old_run)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "weights", "list"])
@@ -312,11 +383,11 @@ def test_unreadable_ones_are_skipped_and_named(damage: str, tmp_path: Path, caps
     else:
         bad.write_bytes(dict(truncated=content[: len(content) // 2], empty=b"", garbage=b"garbage " * 99)[damage])
     (tmp_path / "last_checkpoint").write_text(str(bad))
-    assert newest_checkpoint(str(tmp_path)) == str(good)
+    assert CheckpointPlace(tmp_path).newest() == str(good)
     assert str(bad) in capsys.readouterr().out
     good.unlink()
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-        newest_checkpoint(str(tmp_path))
+        CheckpointPlace(tmp_path).newest()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
