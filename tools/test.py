@@ -20,7 +20,7 @@ from carafe_plugin.engine import evaluation
 from carafe_plugin.engine.atomic import use_atomic_writes
 from carafe_plugin.engine.checkpoint import check_checkpoint_exists
 from carafe_plugin.engine.cli import add_run_options, command
-from carafe_plugin.engine.config import read_config, require_settings
+from carafe_plugin.engine.config import read_config, require_settings, toolbox
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import reading_named_files
 from carafe_plugin.engine.processes import build_runner, prepare_processes
@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def test(args: argparse.Namespace) -> None:
     """Test as the command line says: the cheap checks first."""
     cfg = read_config(args)
-    scope = cfg.get("default_scope")
+    scope = toolbox(cfg)
     require_settings(cfg, "test_dataloader")
     evaluation.check_out(args.out, args.out_item, scope)
     if "://" not in args.checkpoint:

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from carafe_plugin.engine.checkpoint import CheckpointPlace, check_checkpoint_exists, read_checkpoint
 from carafe_plugin.engine.checkpoint_hook import use_atomic_checkpoints
 from carafe_plugin.engine.cli import add_run_options, command
-from carafe_plugin.engine.config import read_config, require_settings
+from carafe_plugin.engine.config import read_config, require_settings, type_name
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.engine.processes import build_runner, prepare_processes, require_gpu_for_amp
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def use_amp(cfg: Config) -> None:
     """Turn the optimizer wrapper of ``cfg`` into mmengine's AmpOptimWrapper."""
-    wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
+    wrapper = type_name({"type": "OptimWrapper", **cfg.optim_wrapper})
     if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UsageError(f"--amp works with the optimizer wrapper OptimWrapper, and {cfg.filename} has {wrapper}")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
@@ -79,7 +79,7 @@ def train(args: argparse.Namespace) -> None:
     require_settings(cfg, "train_dataloader", "optim_wrapper")
     if args.amp:
         use_amp(cfg)
-    if cfg.optim_wrapper.get("type") == "AmpOptimWrapper":
+    if type_name(cfg.optim_wrapper) == "AmpOptimWrapper":
         require_gpu_for_amp("--amp" if args.amp else "AmpOptimWrapper in the configuration")
     if args.auto_scale_lr:
         use_scaled_lr(cfg)

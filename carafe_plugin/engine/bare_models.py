@@ -16,7 +16,7 @@ from mmengine.utils import get_object_from_string
 from torch import nn
 
 from carafe_plugin.analysis.complexity import Complexity, carafe_sites, count
-from carafe_plugin.engine.config import import_adapters, load_config
+from carafe_plugin.engine.config import import_adapters, load_config, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 
 # By scope. MMEngine's own is that of our inpainting networks.
@@ -34,14 +34,14 @@ def read_config(name: str, options: Mapping[str, Any] | None = None, drop_in: bo
     no model, or its toolbox is unknown. A toolbox's own is called
     ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
     """
-    toolbox, separator, path = name.partition("::")
+    package, separator, path = name.partition("::")
     if separator:
-        spec = importlib.util.find_spec(toolbox) if toolbox in SHAPES else None
+        spec = importlib.util.find_spec(package) if package in SHAPES else None
         if spec is None or spec.origin is None:
-            raise UsageError(f"{name}: {toolbox!r} is not one of {', '.join(SHAPES)}, or not installed")
+            raise UsageError(f"{name}: {package!r} is not one of {', '.join(SHAPES)}, or not installed")
         path = str(Path(spec.origin).parent / ".mim" / "configs" / path)
     cfg = load_config(path if separator else name, options)
-    scope = cfg.get("default_scope")
+    scope = toolbox(cfg)
     if scope not in SHAPES:
         raise UsageError(f"{name}: default_scope must be one of {', '.join(SHAPES)}, got {scope!r}")
     if "model" not in cfg:
@@ -55,7 +55,7 @@ def build_model(cfg: Config) -> nn.Module:
 
     No ``init_cfg`` is executed, so no checkpoint is looked for. SyncBN becomes BN, which it is outside training.
     """
-    init_default_scope(cfg.default_scope)
+    init_default_scope(toolbox(cfg) or "mmengine")
     settings = dict(cfg.model)
     if cfg.get("data_preprocessor"):
         settings.setdefault("data_preprocessor", cfg.data_preprocessor)
@@ -68,14 +68,14 @@ def build_model(cfg: Config) -> nn.Module:
 
 def image_shape(cfg: Config) -> tuple[int, int]:
     """Height and width that a configuration's models see in tests, as far as it says so plainly; else the usual."""
-    if cfg.default_scope == "mmengine" and (size := cfg.get("test_dataloader", {}).get("dataset", {}).get("size")):
+    if toolbox(cfg) == "mmengine" and (size := cfg.get("test_dataloader", {}).get("dataset", {}).get("size")):
         return size, size
     for step in cfg.get("test_pipeline") or ():
-        size = step.get("scale") if cfg.default_scope == "mmdet" else step.get("crop_size")
-        if step.get("type") in ("Resize", "CenterCrop") and size:
+        size = step.get("scale") if toolbox(cfg) == "mmdet" else step.get("crop_size")
+        if type_name(step) in ("Resize", "CenterCrop") and size:
             # A scale of mmdet bounds the sides of an image that may lie or stand: it lies here.
             return (size, size) if isinstance(size, int) else (min(size), max(size))
-    return SHAPES[cfg.default_scope]
+    return SHAPES[toolbox(cfg) or ""]
 
 
 def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
@@ -83,11 +83,11 @@ def one_image(cfg: Config, shape: tuple[int, int]) -> dict[str, list]:
     inpainting network gets a hole over the middle quarter. ``shape`` is height and width.
     """
     image = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    if cfg.default_scope == "mmengine":
+    if toolbox(cfg) == "mmengine":
         hole = torch.zeros(1, *shape)
         hole[:, shape[0] // 4 : shape[0] * 3 // 4, shape[1] // 4 : shape[1] * 3 // 4] = 1
         return dict(inputs=[image], holes=[hole])
-    sample = get_object_from_string(SAMPLES[cfg.default_scope])
+    sample = get_object_from_string(SAMPLES[toolbox(cfg) or ""])
     meta = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
     return dict(inputs=[image], data_samples=[sample(metainfo=meta)])
 

@@ -95,11 +95,28 @@ def read_config(args: argparse.Namespace) -> Config:
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs", Path(args.config).stem))
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    import_adapters(cfg.get("default_scope"), drop_in=args.drop_in)
+    import_adapters(toolbox(cfg), drop_in=args.drop_in)
     use_safe_loading()
-    if cfg.get("default_scope") == "mmpretrain":
+    if toolbox(cfg) == "mmpretrain":
         _complete_mmpretrain_dataloaders(cfg)
     return cfg
+
+
+def toolbox(cfg: Config) -> str | None:
+    """The toolbox of a configuration: its ``default_scope``; in one written in Python, whose types are classes and
+    which need not have one, that of the class of its model or dataset.
+    """
+    if scope := cfg.get("default_scope"):
+        return scope
+    loaders = (cfg.get(f"{split}_dataloader") or {} for split in ("train", "val", "test"))
+    datasets = [dataset for loader in loaders for dataset in dataset_configs(loader.get("dataset"))]
+    for settings in (cfg.get("model") or {}, *datasets):
+        kind = settings.get("type")
+        name = kind if isinstance(kind, str) else getattr(kind, "__module__", "")
+        package = name.removeprefix("carafe_plugin.openmmlab.").partition(".")[0]
+        if package in ADAPTERS:
+            return package
+    return None
 
 
 def require_settings(cfg: Config, *names: str) -> None:

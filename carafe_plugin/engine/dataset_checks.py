@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
 from carafe_plugin.engine.annotations import check_annotations, unread_dataset
-from carafe_plugin.engine.config import dataset_configs, require_settings, type_name
+from carafe_plugin.engine.config import dataset_configs, require_settings, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.engine.processes import process_rank
 from carafe_plugin.images import file_faults, list_images, shorten
@@ -43,10 +43,11 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
     # One process reads the headers of all images, or all annotations; where it ends, its launcher ends the others.
     if process_rank(cfg.get("launcher")) != 0:
         return
+    scope = toolbox(cfg)
     for split, place, dataset in datasets:
-        if cfg.get("default_scope") == "mmseg" and (fault := label_map_fault(dataset)):
+        if scope == "mmseg" and (fault := label_map_fault(dataset)):
             raise UsageError(f"{place}: {fault}")
-        if cfg.get("default_scope") == "mmdet":
+        if scope == "mmdet":
             try:
                 check_annotations(dataset, cfg.get(f"{split}_evaluator"), training=split == "train")
             except UsageError as error:

@@ -14,7 +14,7 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from carafe_plugin.engine.checkpoint import find_mismatch
-from carafe_plugin.engine.config import dataset_configs
+from carafe_plugin.engine.config import dataset_configs, toolbox
 from carafe_plugin.engine.errors import CheckpointError, UsageError
 
 
@@ -47,9 +47,9 @@ def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, i
     if show and sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         raise UsageError("--show needs a display, and this machine has none: use --show-dir")
     hook.update(show=show, wait_time=wait_time)
-    scope = cfg.get("default_scope")
+    scope = toolbox(cfg)
     hook.update(dict(enable=True, interval=interval) if scope == "mmpretrain" else dict(draw=True))
-    setting = {"mmdet": "test_out_dir", "mmpretrain": "out_dir"}.get(scope)
+    setting = {"mmdet": "test_out_dir", "mmpretrain": "out_dir"}.get(scope or "")
     if folder and setting:
         hook[setting] = folder
     elif folder:
@@ -60,32 +60,33 @@ def use_tta(cfg: Config) -> None:
     """Wrap the model for test-time augmentation, as the configuration says or else with a horizontal flip. Raises
     UsageError where mmdet cannot merge what the model predicts, or only the configuration could say how.
     """
-    scope = cfg.get("default_scope")
+    scope = toolbox(cfg)
     datasets = list(dataset_configs(cfg.test_dataloader.dataset))
     if scope == "mmdet" and "tta_model" not in cfg and (cfg.model.get("roi_head") or cfg.model).get("mask_head"):
         raise UsageError(f"--tta: mmdet merges boxes, not masks, and the model of {cfg.filename} has a mask head")
     if "tta_model" not in cfg:
         defaults = {
+            # MMDetection registers its own for all toolboxes.
             "mmdet": dict(type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)),
-            "mmpretrain": dict(type="AverageClsScoreTTA"),
-            "mmseg": dict(type="SegTTAModel"),
+            "mmpretrain": dict(type="mmpretrain.AverageClsScoreTTA"),
+            "mmseg": dict(type="mmseg.SegTTAModel"),
         }
         if scope not in defaults:
             raise UsageError(f"--tta needs tta_model and tta_pipeline, which {cfg.filename} does not set")
         cfg.tta_model = defaults[scope]
     if "tta_pipeline" not in cfg:
-        cfg.tta_pipeline = _flipped(datasets[0].pipeline)
+        cfg.tta_pipeline = _flipped(datasets[0].pipeline, f"{scope}.RandomFlip")
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     for dataset in datasets:
         dataset.pipeline = cfg.tta_pipeline
 
 
-def _flipped(pipeline: list) -> list:
+def _flipped(pipeline: list, flip: str) -> list:
     *steps, pack = copy.deepcopy(pipeline)
     if "meta_keys" in pack:  # what the toolbox needs to flip predictions back
         pack.meta_keys = tuple(dict.fromkeys([*pack.meta_keys, "flip", "flip_direction"]))
     # Unflipped first: the merged sample takes its ground truth from the first one.
-    flips = [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)]
+    flips = [dict(type=flip, prob=0.0), dict(type=flip, prob=1.0)]
     return [*steps, dict(type="TestTimeAug", transforms=[flips, [pack]])]
 
 
@@ -106,7 +107,7 @@ def write_label_maps(cfg: Config, folder: str) -> None:
 
 def dump_predictions(runner: Runner, path: str) -> None:
     """Add the toolbox's metric that dumps the predictions to ``path``."""
-    if runner.cfg.get("default_scope") == "mmdet":
+    if toolbox(runner.cfg) == "mmdet":
         from mmdet.evaluation import DumpDetResults as DumpResults  # encodes masks as RLE: 100 times smaller
     else:
         from mmengine.evaluator import DumpResults

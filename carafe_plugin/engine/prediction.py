@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.bare_models import build_model
 from carafe_plugin.engine.checkpoint import check_checkpoint_exists, find_mismatch, read_checkpoint, use_safe_loading
-from carafe_plugin.engine.config import dataset_configs, import_adapters, type_name
+from carafe_plugin.engine.config import dataset_configs, import_adapters, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.images import IMAGE_ENDINGS, read_upright
 from carafe_plugin.inpainting import InpaintingGAN
@@ -81,7 +81,7 @@ def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = Fal
     """Build mmdet's detector with the weights and classes of a checkpoint: a file, or a URL that mmengine loads. Raises
     UsageError where the configuration is of another toolbox, or the checkpoint cannot be read.
     """
-    scope = cfg.get("default_scope", "mmdet")
+    scope = toolbox(cfg)
     if scope not in (None, "mmdet"):
         raise UsageError(f"tools/infer.py serves detectors (mmdet); {cfg.filename} is of the scope {scope}")
     if "://" not in checkpoint:

@@ -18,7 +18,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from carafe_plugin.analysis import Reassembly, record_reassemblies
-from carafe_plugin.engine.config import prediction_pipeline
+from carafe_plugin.engine.config import prediction_pipeline, toolbox
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.modules.carafe import KernelPrediction
 
@@ -99,7 +99,7 @@ def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]
 
     A segmentor sees the whole image at once, also where its configuration tests it in windows.
     """
-    init_default_scope(cfg.default_scope)
+    init_default_scope(toolbox(cfg) or "mmengine")
     pipeline = prediction_pipeline(cfg)
     packed = _run(pipeline, image)
     seen = tuple(packed["inputs"].shape[-2:])
@@ -107,7 +107,7 @@ def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]
     preprocessor: Any = model.data_preprocessor
     data = preprocessor(dict(inputs=[packed["inputs"]], data_samples=[packed["data_samples"]]), False)
     with torch.no_grad(), record_reassemblies(model) as found:
-        model(**data, mode="predict" if cfg.default_scope == "mmdet" else "tensor")
+        model(**data, mode="predict" if toolbox(cfg) == "mmdet" else "tensor")
     # Not of regions: one map, outside a head that looks at regions of interest.
     whole = [one for one in found if "roi_head" not in one.name.split(".") and len(one.kernels) == 1]
     return View(size, tuple(data["inputs"].shape[-2:]), seen, x, y, whole)
