@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.runner.checkpoint import get_state_dict
+from mmengine.runner.checkpoint import CheckpointLoader, get_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
@@ -79,7 +79,7 @@ def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
 
 def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = False) -> Any:
     """Build mmdet's detector with the weights and classes of a checkpoint: a file, or a URL that mmengine loads. Raises
-    UsageError where the configuration is of another toolbox, or the checkpoint cannot be read.
+    UsageError where the configuration is of another toolbox, or the checkpoint is of another model or cannot be read.
     """
     scope = toolbox(cfg)
     if scope not in (None, "mmdet"):
@@ -91,7 +91,12 @@ def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = Fal
     from mmdet.apis import init_detector
 
     with reading_named_files():
-        return init_detector(cfg, checkpoint, device=device)
+        detector = init_detector(cfg, checkpoint, device=device)
+    # MMDetection warns where weights are missing, and detects by what the rest was drawn as.
+    content = CheckpointLoader.load_checkpoint(checkpoint, "cpu")
+    if mismatch := find_mismatch(detector, content.get("state_dict", content)):
+        raise UsageError(f"checkpoint {checkpoint} is of another model: it {mismatch}")
+    return detector
 
 
 def category_ids(cfg: Config, classes: Sequence[str]) -> list[int]:

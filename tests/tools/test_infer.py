@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from tiny_runs import COLOURS, call_tool, one_line, run, scene, write_config
 
 from carafe_plugin.engine.errors import UsageError
@@ -120,6 +121,10 @@ def test_mistakes(trained: Callable, data: Path, tmp_path: Path, capsys: pytest.
     assert "--device cuda:99 cannot be used here" in one_line(capsys)
     assert infer(images, model, tmp_path / "out", "--checkpoint", tmp_path / "absent.pth") == 2
     assert f"no such checkpoint: {tmp_path}/absent.pth" in one_line(capsys)
+    weights = torch.load(model.checkpoint, weights_only=False)["state_dict"]
+    torch.save({name: value for name, value in weights.items() if "neck" not in name}, tmp_path / "other.pth")
+    assert infer(images, model, tmp_path / "out", "--checkpoint", tmp_path / "other.pth") == 2
+    assert f"checkpoint {tmp_path}/other.pth is of another model: it lacks" in one_line(capsys)
     assert infer(images, model, tmp_path / "out", "--config", tmp_path / "absent.py") == 2
     assert "no such configuration file" in one_line(capsys)
     segmentation = write_config(tmp_path / "segmentation.py", "mmseg", data)
