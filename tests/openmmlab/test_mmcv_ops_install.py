@@ -125,7 +125,8 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("order", ["torchrun starts it", "it starts torchrun"])
 def test_every_rank_has_it_and_one_says_so(site, order):
-    path = write(site, f"{USES_NMS}\nimport os\nprint(os.environ['RANK'], kept(), flush=True)")
+    # In one write each: print() hands over piece by piece where Python does not buffer, and the ranks share the pipe.
+    path = write(site, f"{USES_NMS}\nimport os\nos.write(1, f\"{{os.environ['RANK']}} {{kept()}}\\n\".encode())")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", MODULE, path] if order == "torchrun starts it" else ["-m", MODULE, *torchrun, path]
     result = python(site, *command)
