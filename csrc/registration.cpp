@@ -1,5 +1,5 @@
 // The module stub and every schema, nothing else. The kernels register themselves in cpu/carafe.cpp and
-// cuda/carafe.cu; fake, autograd and autocast are Python (carafe_plugin/ops/_operators.py, which has these schemas too,
+// cuda/carafe.cu; fake, autograd and autocast are Python (carafe_plugin/ops; _operators.py has these schemas too,
 // for installations without this library).
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

@@ -8,7 +8,7 @@
 namespace carafe {
 
 // none: the kernels are masks, normalised already and in the layout of the output. Otherwise they are logits, as the
-// content encoder leaves them. carafe_plugin.ops.reference has the definition, carafe_plugin.ops._derivatives the same
+// content encoder leaves them. carafe_plugin.ops.reference has the definition, carafe_plugin.ops._operators the same
 // numbers.
 enum class Normalizer { none, softmax, sigmoid, sigmoid_normalized };
 
