@@ -1,4 +1,4 @@
-"""The kernel mathematics on the host: what a CUDA thread computes (operators.h) and what a CPU vector computes (tiles.h),
+"""The kernel mathematics on the host: what a CUDA thread computes (operators.h) and a CPU vector computes (tiles.h),
 compiled with g++ alone, without torch's headers, against the reference."""
 
 import ctypes
