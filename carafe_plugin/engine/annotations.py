@@ -47,7 +47,7 @@ def check_coco(
     masks: bool = False,
 ) -> None:
     """Raise a UsageError where what :func:`read_coco` returned lacks what mmdet or pycocotools reads, or has an
-    unsuitable value there, where an id occurs twice, or where one of ``classes`` has no category, or several.
+    unsuitable value there, where an id occurs twice, or where ``classes`` are not each one category, in their order.
 
     ``path`` is for the messages. ``measured`` says that pycocotools measures predictions against the file: it needs
     ``iscrowd``, takes an object with the id 0 for one that nothing found, and boxes must have an area; mmdet leaves
@@ -134,6 +134,12 @@ def _check_classes(names: Sequence[str], classes: Sequence[str]) -> None:
         )
     if duplicate := [name for name in classes if names.count(name) > 1]:
         raise UsageError(f"several categories have the name of a class of the configuration: {shorten(duplicate)}")
+    # mmdet numbers labels in the file's order, and names them in that of the classes.
+    if (order := [name for name in names if name in set(classes)]) != list(classes):
+        raise UsageError(
+            f"its categories come in the order {shorten(order)}, the classes of the configuration in the order "
+            f"{shorten(classes)}, and labels would be mixed up: bring both into one order"
+        )
 
 
 def _is_trained_on(annotation: Mapping[str, Any]) -> bool:

@@ -120,6 +120,16 @@ def test_what_else_is_refused(content, message):
         check_coco(content, Path("a.json"), ["p"], masks=True)
 
 
+def test_categories_in_another_order_than_the_classes():
+    """mmdet numbers labels as the file does: such a test file gives an AP of 0.000 to a model that finds everything."""
+    content = duplicate("categories", id=2, name="q")
+    check_coco(content, Path("a.json"), ["p", "q"])
+    check_coco(content, Path("a.json"), ["q"])
+    message = r"a\.json: its categories come in the order p, q, the classes of the configuration in the order q, p"
+    with pytest.raises(UsageError, match=message):
+        check_coco(content, Path("a.json"), ["q", "p"])
+
+
 def test_run_lengths_cover_their_image():
     """Others have the IoU -1 with everything in pycocotools, or show what happened to be in the memory."""
     coco_mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
