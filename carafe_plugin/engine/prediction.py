@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.bare_models import build_model
-from carafe_plugin.engine.checkpoint import check_checkpoint_exists, find_mismatch, read_checkpoint, use_safe_loading
+from carafe_plugin.engine.checkpoint import check_checkpoint_exists, find_mismatch, use_safe_loading
 from carafe_plugin.engine.config import dataset_configs, import_adapters, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.images import IMAGE_ENDINGS, read_upright
@@ -67,10 +67,12 @@ def write_picture(path: Path, pixels: np.ndarray, profile: bytes | None = None) 
 
 
 def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
-    """Load a checkpoint that must have every parameter of the model, and return its weights; what else it has is
-    ignored. Raises UsageError where it is of another model, CheckpointError where it is missing or cannot be read.
+    """Load a checkpoint, a file or a URL, that must have every parameter of the model, and return its weights; what
+    else it has is ignored. Raises UsageError where it is of another model, CheckpointError where it is missing or
+    cannot be read.
     """
-    checkpoint = read_checkpoint(path)
+    use_safe_loading()
+    checkpoint = CheckpointLoader.load_checkpoint(path, "cpu")
     weights = checkpoint.get("state_dict", checkpoint)
     if mismatch := find_mismatch(model, weights):
         raise UsageError(f"checkpoint {path} is of another model: it {mismatch}")
@@ -92,10 +94,7 @@ def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = Fal
 
     with reading_named_files():
         detector = init_detector(cfg, checkpoint, device=device)
-    # MMDetection warns where weights are missing, and detects by what the rest was drawn as.
-    content = CheckpointLoader.load_checkpoint(checkpoint, "cpu")
-    if mismatch := find_mismatch(detector, content.get("state_dict", content)):
-        raise UsageError(f"checkpoint {checkpoint} is of another model: it {mismatch}")
+    load_weights(detector, checkpoint)  # MMDetection warns where some are missing, and detects with random ones
     return detector
 
 
