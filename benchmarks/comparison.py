@@ -226,7 +226,8 @@ class Comparison:
                     raise Failure({"status": "too slow", "detail": "the forward pass alone is"})
                 work = functools.partial(run_pass, call, each)
                 begin = benchmark.timer()
-                with self._limit():
+                # TF32 convolutions keep 10 bits, too few to compare results by; they are timed at torch's setting.
+                with self._limit(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                     results = work()
                 first = benchmark.timer() - begin
                 record["first_call_s"] = round(first, 4)  # compilation included
