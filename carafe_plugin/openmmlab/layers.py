@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from carafe_plugin import modules
 from carafe_plugin.modules import peers
 from carafe_plugin.openmmlab import require
+from carafe_plugin.ops.reference import output_size
 
 require("mmengine", __name__)
 
@@ -132,6 +133,8 @@ _DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
 
 INTERPOLATIONS = ("nearest", "bilinear")
 
+_is_compiling = getattr(torch.compiler, "is_compiling", torch._utils.is_compiling)  # the first came after torch 2.1
+
 
 class Interpolation(nn.Upsample):
     """The toolboxes' resizing without parameters, which CARAFE++ replaces: features (N, C, H, W) to a given size."""
@@ -236,7 +239,12 @@ def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> 
     """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
     if isinstance(upsampler, Interpolation):
         return upsampler(features, size)
-    return fit_to_size(upsampler(features), size)
+    if not isinstance(upsampler, modules.CARAFEUpsample):
+        return fit_to_size(upsampler(features), size)
+    whole = (output_size(length, upsampler.up, upsampler.down) for length in features.shape[2:])
+    # Not min(): a compiler with symbolic sizes would not see that it is the map's.
+    wanted = [length if length <= most else most for length, most in zip(size, whole, strict=True)]
+    return _complete(upsampler(features, wanted), size)
 
 
 def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
@@ -250,8 +258,15 @@ def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
         >>> fit_to_size(torch.arange(4.).reshape(1, 1, 2, 2), (1, 3))
         tensor([[[[0., 1., 1.]]]])
     """
+    features = features[..., : size[0], : size[1]]
+    if _is_compiling():
+        # A copy: whether a view is contiguous depends on the sizes, which then would have to be fixed.
+        features = features.clone(memory_format=torch.contiguous_format)
+    return _complete(features, size)
+
+
+def _complete(features: Tensor, size: Sequence[int]) -> Tensor:
     height, width = size
-    features = features[..., :height, :width]
     # Repeating through expand, and not replication padding: the gradient of the latter is not deterministic on CUDA.
     if features.shape[-2] < height:
         last_row = features[..., -1:, :].expand(-1, -1, height - features.shape[-2], -1)
