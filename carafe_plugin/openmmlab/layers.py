@@ -11,7 +11,7 @@ It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from carafe_plugin import modules
 from carafe_plugin.modules import peers
 from carafe_plugin.openmmlab import require
-from carafe_plugin.ops.reference import output_size
+from carafe_plugin.ops.reference import crop, output_size
 
 require("mmengine", __name__)
 
@@ -133,8 +133,6 @@ _DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
 
 INTERPOLATIONS = ("nearest", "bilinear")
 
-_is_compiling = getattr(torch.compiler, "is_compiling", torch._utils.is_compiling)  # the first came after torch 2.1
-
 
 class Interpolation(nn.Upsample):
     """The toolboxes' resizing without parameters, which CARAFE++ replaces: features (N, C, H, W) to a given size."""
@@ -242,9 +240,7 @@ def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> 
     if not isinstance(upsampler, modules.CARAFEUpsample):
         return fit_to_size(upsampler(features), size)
     whole = (output_size(length, upsampler.up, upsampler.down) for length in features.shape[2:])
-    # Not min(): a compiler with symbolic sizes would not see that it is the map's.
-    wanted = [length if length <= most else most for length, most in zip(size, whole, strict=True)]
-    return _complete(upsampler(features, wanted), size)
+    return _complete(upsampler(features, _within(size, whole)), size)
 
 
 def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
@@ -258,11 +254,12 @@ def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
         >>> fit_to_size(torch.arange(4.).reshape(1, 1, 2, 2), (1, 3))
         tensor([[[[0., 1., 1.]]]])
     """
-    features = features[..., : size[0], : size[1]]
-    if _is_compiling():
-        # A copy: whether a view is contiguous depends on the sizes, which then would have to be fixed.
-        features = features.clone(memory_format=torch.contiguous_format)
-    return _complete(features, size)
+    return _complete(crop(features, _within(size, features.shape[2:])), size)
+
+
+def _within(size: Sequence[int], whole: Iterable[int]) -> list[int]:
+    # Not min(): a compiler with symbolic sizes would not see which of the two it is.
+    return [length if length <= most else most for length, most in zip(size, whole, strict=True)]
 
 
 def _complete(features: Tensor, size: Sequence[int]) -> Tensor:
