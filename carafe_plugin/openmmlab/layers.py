@@ -11,7 +11,7 @@ It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from carafe_plugin import modules
 from carafe_plugin.modules import peers
 from carafe_plugin.openmmlab import require
+from carafe_plugin.ops.reference import crop, output_size
 
 require("mmengine", __name__)
 
@@ -236,7 +237,10 @@ def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> 
     """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
     if isinstance(upsampler, Interpolation):
         return upsampler(features, size)
-    return fit_to_size(upsampler(features), size)
+    if not isinstance(upsampler, modules.CARAFEUpsample):
+        return fit_to_size(upsampler(features), size)
+    whole = (output_size(length, upsampler.up, upsampler.down) for length in features.shape[2:])
+    return _complete(upsampler(features, _within(size, whole)), size)
 
 
 def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
@@ -250,8 +254,16 @@ def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
         >>> fit_to_size(torch.arange(4.).reshape(1, 1, 2, 2), (1, 3))
         tensor([[[[0., 1., 1.]]]])
     """
+    return _complete(crop(features, _within(size, features.shape[2:])), size)
+
+
+def _within(size: Sequence[int], whole: Iterable[int]) -> list[int]:
+    # Not min(): a compiler with symbolic sizes would not see which of the two it is.
+    return [length if length <= most else most for length, most in zip(size, whole, strict=True)]
+
+
+def _complete(features: Tensor, size: Sequence[int]) -> Tensor:
     height, width = size
-    features = features[..., :height, :width]
     # Repeating through expand, and not replication padding: the gradient of the latter is not deterministic on CUDA.
     if features.shape[-2] < height:
         last_row = features[..., -1:, :].expand(-1, -1, height - features.shape[-2], -1)
