@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._tracing import refuse_scripting
 from .checks import check_features, odd, positive
+from .starts import KeepsItsStart, starting, zero_
 
 DPP_EPSILON = 1e-3  # the original's: keeps the root differentiable where a pixel equals its window's mean
 LIP_GATE = 12.0  # the original's: the importance of two pixels differs by e^12 at most
@@ -28,6 +30,8 @@ class Resampler(nn.Module):
         ValueError: ``channels`` or ``scale_factor`` is not a positive int, another argument is out of its range, or the
             input is not a map of C channels.
     """
+
+    __prepare_scriptable__ = staticmethod(refuse_scripting)
 
     def __init__(self, channels: int, scale_factor: int = 2) -> None:
         super().__init__()
@@ -127,6 +131,11 @@ class DPPDownsample(Downsampler):
         self.log_alpha = nn.Parameter(torch.zeros(channels, 1, 1))
         self.log_lambda = nn.Parameter(torch.zeros(channels, 1, 1))
 
+    def reset_parameters(self) -> None:
+        """Both exponentials at 1."""
+        nn.init.zeros_(self.log_alpha)
+        nn.init.zeros_(self.log_lambda)
+
     def _window_mean(self, features: Tensor) -> Tensor:
         return F.avg_pool2d(features, self.scale_factor, ceil_mode=True)
 
@@ -139,7 +148,7 @@ class DPPDownsample(Downsampler):
         return self._window_mean(weights * features) / self._window_mean(weights)
 
 
-class LIPDownsample(_Pooling):
+class LIPDownsample(KeepsItsStart, _Pooling):
     """An average weighted by a learnt importance: (N, C, H, W) -> (N, C, ceil(H / sigma), ceil(W / sigma)).
 
     Gao, Wang and Wu, "LIP: Local Importance-based Pooling" (ICCV 2019); CARAFE++ paper, Table 3, 'LIP', and Sec. 3.4.
@@ -173,6 +182,7 @@ class LIPDownsample(_Pooling):
             width = positive("bottleneck", bottleneck)
             layers = [*_normed(channels, width, 1), nn.ReLU(inplace=True), *_normed(width, width, 3)]
             layers += [nn.ReLU(inplace=True), *_normed(width, channels, 1)]
+        starting(layers[-2], zero_)
         self.logits = nn.Sequential(*layers)
         self.init_weights()
 
@@ -181,8 +191,6 @@ class LIPDownsample(_Pooling):
         for module in self.logits:
             if isinstance(module, (nn.Conv2d, nn.InstanceNorm2d)):
                 module.reset_parameters()
-        convs = [module for module in self.logits if isinstance(module, nn.Conv2d)]
-        nn.init.zeros_(convs[-1].weight)
 
     def resample(self, features: Tensor) -> Tensor:
         # Shifted by the largest value possible, which cancels out: in half precision e^12 would be infinite.
@@ -270,7 +278,7 @@ class PixelShuffleUpsample(Upsampler):
         return F.pixel_shuffle(self.conv(features), self.scale_factor)
 
 
-class GUMUpsample(Upsampler):
+class GUMUpsample(KeepsItsStart, Upsampler):
     """Bilinear interpolation whose sampling positions are moved: (N, C, H, W) -> (N, C, sigma * H, sigma * W).
 
     Mazzini, "Guided Upsampling Network for Real-Time Semantic Segmentation" (BMVC 2018, arXiv 1807.07466); CARAFE++
@@ -288,13 +296,12 @@ class GUMUpsample(Upsampler):
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:
         super().__init__(channels, scale_factor)
         padding = odd("kernel_size", kernel_size) // 2
-        self.guidance = nn.Conv2d(channels, 2 * scale_factor**2, kernel_size, padding=padding)
+        self.guidance = starting(nn.Conv2d(channels, 2 * scale_factor**2, kernel_size, padding=padding), zero_)
         self.init_weights()
 
     def init_weights(self) -> None:
         """No offsets: bilinear interpolation."""
-        for parameter in self.guidance.parameters():
-            nn.init.zeros_(parameter)
+        self.guidance.reset_parameters()
 
     def resample(self, features: Tensor) -> Tensor:
         offsets = F.pixel_shuffle(self.guidance(features), self.scale_factor)  # (N, 2, H', W')

@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ._tracing import as_one_node
 from .reference import DTYPES, output_size
 
 # An "exact" float has a small power of two below the line (0.5, 1.5, 0.75): anything longer is a rounded third or
@@ -16,6 +17,7 @@ from .reference import DTYPES, output_size
 _MAX_FLOAT_DENOMINATOR = 64
 
 
+@as_one_node
 def carafe(
     features: Tensor,
     masks: Tensor,

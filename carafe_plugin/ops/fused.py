@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._tracing import as_one_node
 from .reference import NORMALIZERS, masks_from_logits
 
 _MAX_SCALE, _MAX_CUDA_SCALE = 64, 8
 _MAX_WEIGHTS = 512  # of a pixel, on CUDA: of a block's few pixels they must fit into its shared memory
 
 
+@as_one_node
 def reassemble_logits(features: Tensor, logits: Tensor, k: int, g: int, up: int, down: int, normalizer: str) -> Tensor:
     """Features rescaled by the kernels that ``logits`` stand for.
 
