@@ -83,13 +83,7 @@ class KernelPrediction(KeepsItsStart):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform convolutions, then a content encoder near zero: reassembly starts as a plain average."""
-        if self.channel_compressor is not None:
-            self.channel_compressor.reset_parameters()
-        self.content_encoder.reset_parameters()
-
-    def init_weights(self) -> None:
-        """MMEngine's name for :meth:`reset_parameters`."""
-        self.reset_parameters()
+        self.init_weights()
 
     @property
     def settings(self) -> tuple[int, int, int, int, str]:

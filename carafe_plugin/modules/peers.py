@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._tracing import refuse_scripting
+from ..ops._tracing import as_one_node, refuse_scripting
 from .checks import check_features, odd, positive
 from .starts import KeepsItsStart, starting, zero_
 
@@ -182,15 +182,9 @@ class LIPDownsample(KeepsItsStart, _Pooling):
             width = positive("bottleneck", bottleneck)
             layers = [*_normed(channels, width, 1), nn.ReLU(inplace=True), *_normed(width, width, 3)]
             layers += [nn.ReLU(inplace=True), *_normed(width, channels, 1)]
-        starting(layers[-2], zero_)
+        starting(layers[-2], zero_)  # equal importance everywhere
         self.logits = nn.Sequential(*layers)
         self.init_weights()
-
-    def init_weights(self) -> None:
-        """Equal importance everywhere; what lies before the last convolution starts as convolutions do."""
-        for module in self.logits:
-            if isinstance(module, (nn.Conv2d, nn.InstanceNorm2d)):
-                module.reset_parameters()
 
     def resample(self, features: Tensor) -> Tensor:
         # Shifted by the largest value possible, which cancels out: in half precision e^12 would be infinite.
@@ -200,6 +194,7 @@ class LIPDownsample(KeepsItsStart, _Pooling):
 
 def _normed(channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
     conv = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    starting(conv, nn.Conv2d.reset_parameters)  # as convolutions do, whatever a model's init_cfg says of its own
     return [conv, nn.InstanceNorm2d(out_channels, affine=True)]
 
 
@@ -299,13 +294,9 @@ class GUMUpsample(KeepsItsStart, Upsampler):
         self.guidance = starting(nn.Conv2d(channels, 2 * scale_factor**2, kernel_size, padding=padding), zero_)
         self.init_weights()
 
-    def init_weights(self) -> None:
-        """No offsets: bilinear interpolation."""
-        self.guidance.reset_parameters()
-
     def resample(self, features: Tensor) -> Tensor:
         offsets = F.pixel_shuffle(self.guidance(features), self.scale_factor)  # (N, 2, H', W')
-        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # half precision is too coarse to aim
+        offsets = _at_least_float32(offsets)  # half precision is too coarse to aim
         height, width = features.shape[2:]
         x = self._centres(width, offsets) + offsets[:, 0]
         y = self._centres(height, offsets)[:, None] + offsets[:, 1]
@@ -318,6 +309,11 @@ class GUMUpsample(KeepsItsStart, Upsampler):
         """Where the centres of the output's pixels lie along one axis, counted in pixels of the input."""
         target = torch.arange(size * self.scale_factor, dtype=like.dtype, device=like.device)
         return (target + 0.5) / self.scale_factor - 0.5
+
+
+@as_one_node
+def _at_least_float32(maps: Tensor) -> Tensor:
+    return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
 class SpatialAttentionUpsample(Upsampler):

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class KeepsItsStart(nn.Module):
-    """A module whose first values, its ``init_weights``, stay what they are within MMEngine's modules."""
+    """A module with parts that were made by :func:`starting`."""
 
-    init_weights: Callable[[], None]
+    def _starting_parts(self) -> Iterator[nn.Module]:
+        return (module for module in self.modules() if "reset_parameters" in vars(module))
+
+    def init_weights(self) -> None:
+        """Give those parts their first values, under the name that MMEngine calls."""
+        for part in self._starting_parts():
+            part.reset_parameters()  # type: ignore[operator]
 
     def apply(self, fn: Callable[[nn.Module], None]) -> KeepsItsStart:
-        """Apply a function to every submodule, except that MMEngine's initialisers leave the paper's values in place.
+        """Apply a function to every submodule, except that MMEngine's initialisers leave the first values in place.
 
         An enclosing module's ``init_cfg`` (Xavier for every ``Conv2d`` in an FPN) comes down the whole tree through
         ``apply``, whereas ``init_weights`` stops at direct children, short of a module in a plain ``Sequential``.
-        MMEngine's record of who initialised what, which it logs, names this module for what is not the initialiser's.
+        MMEngine's log says who initialised a parameter: here it names this class.
         """
         super().apply(fn)
         if getattr(fn, "__module__", None) == "mmengine.model.weight_init":
-            before = [parameter.detach().clone() for parameter in self.parameters()]
             self.init_weights()
             record = getattr(self, "_params_init_info", {})
-            for old, parameter in zip(before, self.parameters(), strict=True):
-                if parameter in record and not torch.equal(old, parameter):
-                    text = f"Initialized by user-defined `init_weights` in {type(self).__name__} "
+            text = f"Initialized by user-defined `init_weights` in {type(self).__name__} "  # MMEngine's words
+            for parameter in (each for part in self._starting_parts() for each in part.parameters(recurse=False)):
+                if parameter in record:
                     record[parameter].update(init_info=text, tmp_mean_value=parameter.detach().mean().cpu())
         return self
 

@@ -158,7 +158,8 @@ class _DecoderTopDownPath:
 
     def _start(self, *inputs: Any, **changes: Any) -> tuple[Tensor, Any]:
         """The coarsest map, and what the parent's ``forward`` returns beside the mask features made of it."""
-        return self.parent.forward(_WithoutTopDownPath(self, mask_feature=nn.Identity(), **changes), *inputs)
+        # A function, since torch.fx wants to know where a module has its place.
+        return self.parent.forward(_WithoutTopDownPath(self, mask_feature=lambda maps: maps, **changes), *inputs)
 
     def _merge_top_down(self, coarsest: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
         """From the coarsest map down: upsample, add the lateral map of the level below, convolve; all results."""
