@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 
 #include "common/operators.h"
 
@@ -46,7 +47,10 @@ inline void check_size(const Tensor& tensor, const char* name, const Size& expec
 constexpr int64_t kMaxKernel = (1 << 15) - 1;
 constexpr int64_t kMaxLength = (int64_t(1) << 31) - 1;
 
-inline Shape make_shape(const Size& features, int64_t kernel, int64_t groups, int64_t up, int64_t down) {
+// `out_height` and `out_width`: the first rows and columns of the output that are wanted; all by default.
+inline Shape make_shape(
+    const Size& features, int64_t kernel, int64_t groups, int64_t up, int64_t down, std::optional<int64_t> out_height,
+    std::optional<int64_t> out_width) {
   const auto [batch, channels, height, width] = features;
   STD_TORCH_CHECK(kernel >= 1 && kernel % 2 == 1, "kernel_size must be odd and at least 1, got ", kernel);
   STD_TORCH_CHECK(up >= 1 && down >= 1, "up and down must be at least 1, got ", up, " and ", down);
@@ -59,8 +63,15 @@ inline Shape make_shape(const Size& features, int64_t kernel, int64_t groups, in
       kernel <= kMaxKernel && std::max({up, down, height, width}) <= kMaxLength, "kernel_size must be at most ",
       kMaxKernel, ", up, down, height and width at most ", kMaxLength, ", got ", kernel, ", ", up, ", ", down, ", ",
       height, ", ", width);
-  return Shape{batch,  channels, height, width, ceil_div(height * up, down), ceil_div(width * up, down),
-               kernel, groups,   up,     down};
+  Shape shape{batch, channels, height, width, 0, 0, kernel, groups, up, down};
+  shape.out_height = out_height.value_or(shape.output_height());
+  shape.out_width = out_width.value_or(shape.output_width());
+  STD_TORCH_CHECK(
+      0 <= shape.out_height && shape.out_height <= shape.output_height() && 0 <= shape.out_width &&
+          shape.out_width <= shape.output_width(),
+      "the output must be of at most ", shape.output_height(), " x ", shape.output_width(), ", got ", shape.out_height,
+      " x ", shape.out_width);
+  return shape;
 }
 
 inline Size output_size(const Shape& shape) { return {shape.batch, shape.channels, shape.out_height, shape.out_width}; }
@@ -143,9 +154,9 @@ Tensor run(
 template <class Device>
 Tensor reassemble(
     const Tensor& features, const Tensor& kernels, int64_t kernel_size, int64_t group_size, int64_t up, int64_t down,
-    int64_t normalizer) {
+    int64_t normalizer, std::optional<int64_t> out_height, std::optional<int64_t> out_width) {
   check_pair(features, "features", kernels, "kernels");
-  const Shape shape = make_shape(size_of(features), kernel_size, group_size, up, down);
+  const Shape shape = make_shape(size_of(features), kernel_size, group_size, up, down, out_height, out_width);
   return run<Device, Reassemble>(shape, kernels, normalizer, features, output_size(shape), features);
 }
 
@@ -155,7 +166,7 @@ Tensor grad_features(
     int64_t group_size, int64_t up, int64_t down, int64_t normalizer) {
   check_pair(grad_output, "grad_output", kernels, "kernels");
   const Size size{grad_output.size(0), grad_output.size(1), height, width};
-  const Shape shape = make_shape(size, kernel_size, group_size, up, down);
+  const Shape shape = make_shape(size, kernel_size, group_size, up, down, grad_output.size(2), grad_output.size(3));
   check_size(grad_output, "grad_output", output_size(shape));
   return run<Device, GradFeatures>(shape, kernels, normalizer, grad_output, size, grad_output);
 }
@@ -166,7 +177,8 @@ Tensor grad_kernels(
     int64_t up, int64_t down, int64_t normalizer) {
   check_pair(grad_output, "grad_output", features, "features");
   check_pair(features, "features", kernels, "kernels");
-  const Shape shape = make_shape(size_of(features), kernel_size, group_size, up, down);
+  const Shape shape =
+      make_shape(size_of(features), kernel_size, group_size, up, down, grad_output.size(2), grad_output.size(3));
   check_size(grad_output, "grad_output", output_size(shape));
   return run<Device, GradKernels>(shape, kernels, normalizer, kernels, size_of(kernels), grad_output, features);
 }

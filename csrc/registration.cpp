@@ -6,8 +6,8 @@
 
 STABLE_TORCH_LIBRARY(carafe_plugin, m) {
   m.def(
-      "carafe(Tensor features, Tensor kernels, int kernel_size, int group_size, int up, int down, int normalizer=0) "
-      "-> Tensor");
+      "carafe(Tensor features, Tensor kernels, int kernel_size, int group_size, int up, int down, int normalizer=0, "
+      "SymInt? out_height=None, SymInt? out_width=None) -> Tensor");
   m.def(
       "_carafe_grad_features(Tensor grad_output, Tensor kernels, SymInt height, SymInt width, int kernel_size, "
       "int group_size, int up, int down, int normalizer=0) -> Tensor");

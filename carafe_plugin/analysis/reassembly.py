@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from carafe_plugin.modules.carafe import KernelPrediction
-from carafe_plugin.ops.reference import masks_from_logits
+from carafe_plugin.ops.reference import crop, masks_from_logits
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Reassembly:
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """H' and W', as the operator gives them, before any crop."""
+        """H' and W', as the operator gave them: less than the whole where that was asked for."""
         return (self.kernels.shape[-2], self.kernels.shape[-1])
 
     @property
@@ -154,8 +154,10 @@ def record_reassemblies(model: nn.Module) -> Iterator[list[Reassembly]]:
         logits[site] = output.detach()
 
     def keep_kernels(name: str, site: Any, inputs: tuple, named: dict[str, Any], output: Any) -> None:
-        kernels = masks_from_logits(logits.pop(site), *site.settings)
-        features, *rest = signature(site.forward).bind(*inputs, **named).args
+        bound = signature(site.forward).bind(*inputs, **named)
+        wanted = None if bound.arguments.pop("output_size", None) is None else output.shape[2:]
+        kernels = crop(masks_from_logits(logits.pop(site), *site.settings), wanted)
+        features, *rest = bound.args
         if rest:  # of which not every location counts
             kernels = site.effective_kernels(kernels, *rest)
         kernels = kernels.cpu().unflatten(1, (site.group_size, site.kernel_size, site.kernel_size))

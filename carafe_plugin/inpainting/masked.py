@@ -140,7 +140,7 @@ class _MaskedCARAFE(KernelPrediction):
         k, g, up, down, _ = self.settings
         padded = F.pad(validity[:, 0] != 0, [k // 2] * 4, value=True)
         windows = padded.unfold(1, k, 1).unfold(2, k, 1)  # (N, H, W, k, k)
-        rows, columns = (source_index(size, up, down, validity.device) for size in validity.shape[2:])
+        rows, columns = (source_index(length, up, down, validity.device) for length in kernels.shape[2:])
         known = windows[:, None, rows[:, None], columns].flatten(4).movedim(4, 2)  # (N, 1, k^2, H', W')
         weights = kernels.to(torch.promote_types(kernels.dtype, torch.float32)).unflatten(1, (g, k * k))
         _, factor = _validity_and_factor((weights * known).sum(2), weights.sum(2))

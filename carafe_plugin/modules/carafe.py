@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from torch import Tensor, nn
@@ -101,10 +101,22 @@ class KernelPrediction(KeepsItsStart):
         """The normalised kernels of every output location, (N, C, H, W) -> (N, G * k^2, H', W')."""
         return masks_from_logits(self.predict_logits(features), *self.settings)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Rescale features, (N, C, H, W) -> (N, C, ceil(H * up / down), ceil(W * up / down))."""
+    def forward(self, features: Tensor, output_size: int | Sequence[int] | None = None) -> Tensor:
+        """Rescale features, (N, C, H, W) -> (N, C, ceil(H * up / down), ceil(W * up / down)).
+
+        Args:
+            features (Tensor[N, C, H, W]): as for :func:`carafe_plugin.ops.carafe`.
+            output_size (int | Sequence[int] | None): (H', W'), or one number for both, to compute the first rows and
+                columns of the output alone, ``output[..., :H', :W']``: the size of a map that was downsampled by
+                rounding up. None means all.
+
+        Raises:
+            TypeError: ``output_size`` is neither an int nor two of them.
+            ValueError: ``features`` have other channels, or there are no kernels for an ``output_size``: it is less
+                than 1 or more than the whole output.
+        """
         check_features(features, self.channels)
-        return reassemble_logits(features, self.predict_logits(features), *self.settings)
+        return reassemble_logits(features, self.predict_logits(features), *self.settings, output_size)
 
     def extra_repr(self) -> str:
         settings = f"kernel_size={self.kernel_size}, group_size={self.group_size}, normalizer={self.normalizer!r}"
@@ -138,6 +150,8 @@ class CARAFEUpsample(KernelPrediction):
         >>> from carafe_plugin import CARAFEUpsample
         >>> CARAFEUpsample(256)(torch.rand(1, 256, 25, 42)).shape
         torch.Size([1, 256, 50, 84])
+        >>> CARAFEUpsample(256)(torch.rand(1, 256, 25, 42), output_size=(49, 84)).shape
+        torch.Size([1, 256, 49, 84])
     """
 
     def __init__(

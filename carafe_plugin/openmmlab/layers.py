@@ -23,6 +23,7 @@ from carafe_plugin import modules
 from carafe_plugin.modules import peers
 from carafe_plugin.openmmlab import require
 from carafe_plugin.ops._tracing import as_one_node
+from carafe_plugin.ops.reference import output_size
 
 require("mmengine", __name__)
 
@@ -102,6 +103,8 @@ _UPSAMPLERS = (modules.CARAFEUpsample, peers.Upsampler)
 _DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
 
 INTERPOLATIONS = ("nearest", "bilinear")
+
+_is_compiling = getattr(torch.compiler, "is_compiling", torch._utils.is_compiling)  # the first came after torch 2.1
 
 
 class Interpolation(nn.Upsample):
@@ -207,7 +210,17 @@ def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> 
     """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
     if isinstance(upsampler, Interpolation):
         return upsampler(features, size)
-    return fit_to_size(upsampler(features), size)
+    if not isinstance(upsampler, modules.CARAFEUpsample):
+        return fit_to_size(upsampler(features), size)
+    return _complete(upsampler(features, _computed(features, size, upsampler.up, upsampler.down)), size)
+
+
+@as_one_node
+def _computed(features: Tensor, size: Sequence[int], up: int, down: int) -> list[int]:
+    """The part of ``size`` that features scaled by ``up / down`` have."""
+    whole = (output_size(length, up, down) for length in features.shape[2:])
+    # Not min(): a compiler with symbolic sizes would not see that it is the map's.
+    return [length if length <= most else most for length, most in zip(size, whole, strict=True)]
 
 
 @as_one_node
@@ -222,8 +235,16 @@ def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
         >>> fit_to_size(torch.arange(4.).reshape(1, 1, 2, 2), (1, 3))
         tensor([[[[0., 1., 1.]]]])
     """
+    features = features[..., : size[0], : size[1]]
+    if _is_compiling():
+        # A copy: whether a view is contiguous depends on the sizes, which then would have to be fixed.
+        features = features.clone(memory_format=torch.contiguous_format)
+    return _complete(features, size)
+
+
+@as_one_node
+def _complete(features: Tensor, size: Sequence[int]) -> Tensor:
     height, width = size
-    features = features[..., :height, :width]
     # Repeating through expand, and not replication padding: the gradient of the latter is not deterministic on CUDA.
     if features.shape[-2] < height:
         last_row = features[..., -1:, :].expand(-1, -1, height - features.shape[-2], -1)

@@ -23,25 +23,30 @@ from ._operators import NONE, NORMALIZERS, OPERATORS, Call, Operator
 def _evaluate(computes: str, at: Call) -> Tensor:
     """By the operator that computes a tensor of the form from the others."""
     operator = OPERATORS[computes]
-    tensors, features, *geometry = at
-    return operator(*(tensors[name] for name in operator.tensors), *(features[2:] if operator.sizes else ()), *geometry)
+    tensors, features, outputs, *geometry = at
+    sizes = features[2:] if operator.sizes else ()
+    if computes == "grad_output":
+        geometry += outputs
+    return operator(*(tensors[name] for name in operator.tensors), *sizes, *geometry)
 
 
 def _along(name: str, direction: Tensor, at: Call) -> Call:
     """A call with a direction in the place of a tensor; one of logits becomes one of masks, in which it is linear."""
-    tensors, _, k, g, up, down, normalizer = at
+    tensors, _, _, k, g, up, down, normalizer = at
     if name == "kernels" and normalizer != NONE:
         direction = reference.tangent_of_masks(direction, tensors[name], k, g, up, down, NORMALIZERS[normalizer])
+        direction = reference.crop(direction, at.cropped)
         at = at._replace(normalizer=NONE)
     return at._replace(tensors={**tensors, name: direction})
 
 
 def _curvature(direction: Tensor, at: Call) -> Tensor | None:
     """The derivative of the gradient to the logits with respect to them in a direction; it is symmetric."""
-    tensors, _, k, g, up, down, normalizer = at
+    tensors, _, _, k, g, up, down, normalizer = at
     if normalizer == NONE:
         return None
-    masks = reference.shuffle_logits(tensors["kernels"], up, down)  # their size alone matters
+    masks = reference.shuffle_logits(tensors["kernels"], up, down)
+    masks = reference.crop(masks, at.cropped)  # their size alone matters
     grad_masks = _evaluate("kernels", at._replace(tensors={**tensors, "kernels": masks}, normalizer=NONE))
     return reference.curvature_of_masks(direction, grad_masks, tensors["kernels"], k, g, up, NORMALIZERS[normalizer])
 

@@ -23,23 +23,34 @@ NONE = 0  #: the normaliser of masks
 
 
 class Call(NamedTuple):
-    """An operator's arguments: tensors by name, the shape of the features, and the geometry."""
+    """An operator's arguments: tensors by name, the shape of the features, the output's size, and the geometry."""
 
     tensors: dict[str, Tensor]
     features: Sequence[int]
+    outputs: Sequence[int]  # (H', W'): as many as are wanted, the first ones
     k: int
     g: int
     up: int
     down: int
     normalizer: int = NONE  # the dispatcher leaves out the default
 
+    @property
+    def whole(self) -> tuple[int, int]:
+        """The size of the whole output."""
+        height, width = (reference.output_size(length, self.up, self.down) for length in self.features[2:])
+        return height, width
+
+    @property
+    def cropped(self) -> Sequence[int] | None:
+        """The output's size, where it is not all that is wanted."""
+        return None if tuple(self.outputs) == self.whole else self.outputs
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Those that the form's three tensors have to have."""
         n, c, h, w = self.features
-        out = tuple(reference.output_size(length, self.up, self.down) for length in (h, w))
-        phases, coarse = (1, out) if self.normalizer == NONE or self.up == 1 else (self.up, (h, w))
+        phases, coarse = (1, self.outputs) if self.normalizer == NONE or self.up == 1 else (self.up, (h, w))
         kernels = (n, self.g * self.k**2 * phases**2, *coarse)
-        return {"features": (n, c, h, w), "kernels": kernels, "grad_output": (n, c, *out)}
+        return {"features": (n, c, h, w), "kernels": kernels, "grad_output": (n, c, *self.outputs)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Operator:
         """Its arguments and result; csrc/registration.cpp has the same."""
         arguments = [f"Tensor {name}" for name in self.tensors] + [f"SymInt {name}" for name in self.sizes]
         geometry = "int kernel_size, int group_size, int up, int down, int normalizer=0"
+        if self.computes == "grad_output":  # then no tensor tells how much of it is wanted; all by default
+            geometry += ", SymInt? out_height=None, SymInt? out_width=None"
         return f"({', '.join(arguments)}, {geometry}) -> Tensor"
 
     def __call__(self, *arguments: Any) -> Tensor:
@@ -74,9 +87,16 @@ class Operator:
     def parse(self, arguments: Sequence[Any]) -> Call:
         """The arguments of a call by their names."""
         tensors, rest = dict(zip(self.tensors, arguments, strict=False)), arguments[len(self.tensors) :]
-        if not self.sizes:
-            return Call(tensors, tensors["features"].shape, *rest)
-        return Call(tensors, (*arguments[0].shape[:2], *rest[:2]), *rest[2:])
+        if self.computes == "features":
+            shape = tensors["grad_output"].shape
+            return Call(tensors, (*shape[:2], *rest[:2]), shape[2:], *rest[2:])
+        features = tensors["features"].shape
+        if self.computes == "kernels":
+            return Call(tensors, features, tensors["grad_output"].shape[2:], *rest)
+        geometry, wanted = rest[:5], (*rest[5:], None, None)[:2]
+        call = Call(tensors, features, (), *geometry)
+        outputs = (most if length is None else length for length, most in zip(wanted, call.whole, strict=True))
+        return call._replace(outputs=tuple(outputs))
 
     def by_reference(self, *arguments: Any) -> Tensor:
         """What computes it where nothing compiled does."""
@@ -85,19 +105,22 @@ class Operator:
     def by_mmcv(self, *arguments: Any) -> Tensor:
         """The same by mmcv's kernel where that serves."""
         call = self.parse(arguments)
-        serves = _mmcv.serves(arguments[0], call.tensors["kernels"], call.k, call.g, call.down)
+        masks = call._replace(outputs=call.whole, normalizer=NONE).shapes()["kernels"]
+        serves = _mmcv.serves(arguments[0], prod(masks), call.k, call.g, call.down)
         return self._compute(call, _mmcv if serves else reference)
 
     def _compute(self, call: Call, module: Any) -> Tensor:
         _check(call)
-        tensors, size, k, g, up, down, number = call
+        tensors, size, _, k, g, up, down, number = call
         kernels, normalizer = tensors["kernels"], NORMALIZERS[number]
         if self.computes == "kernels":
             result = module.grad_masks(tensors["grad_output"], tensors["features"], k, g, up, down)
             if number != NONE:
                 result = reference.grad_logits(result, kernels, k, g, up, normalizer)
         else:
-            masks = kernels if number == NONE else reference.masks_from_logits(kernels, k, g, up, down, normalizer)
+            masks = kernels
+            if number != NONE:
+                masks = reference.crop(reference.masks_from_logits(kernels, k, g, up, down, normalizer), call.cropped)
             if self.computes == "features":
                 result = module.grad_features(tensors["grad_output"], masks, *size[2:], k, g, up, down)
             else:
@@ -127,7 +150,7 @@ OPERATORS = {operator.computes: operator for operator in _TABLE}  #: by the tens
 
 def _check(call: Call) -> None:
     """What callers of torch.ops are told, as csrc/arguments.h does for the compiled kernels."""
-    tensors, features, k, g, up, down, normalizer = call
+    tensors, features, outputs, k, g, up, down, normalizer = call
     try:
         check_maps(tensors)
         check_kernels(features[1], k, g)
@@ -144,6 +167,9 @@ def _check(call: Call) -> None:
         )
     if not NONE <= normalizer < len(NORMALIZERS):
         raise RuntimeError(f"normalizer must be 0, 1, 2 or 3, got {normalizer}")
+    if not all(0 <= length <= most for length, most in zip(outputs, call.whole, strict=True)):
+        sizes = (" x ".join(map(str, size)) for size in (call.whole, outputs))
+        raise RuntimeError("the output must be of at most {}, got {}".format(*sizes))
     expected = call.shapes()
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:

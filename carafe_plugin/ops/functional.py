@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from ._tracing import as_one_node
-from .reference import DTYPES, output_size
+from .reference import DTYPES
+from .reference import output_size as whole_size
 
 # An "exact" float has a small power of two below the line (0.5, 1.5, 0.75): anything longer is a rounded third or
 # tenth, for which guessing the intended fraction would be wrong as often as right.
@@ -24,6 +25,7 @@ def carafe(
     kernel_size: int,
     group_size: int = 1,
     scale_factor: int | float | Fraction = 2,
+    output_size: int | Sequence[int] | None = None,
 ) -> Tensor:
     r"""Content-aware reassembly of features (CARAFE++, eq. 3) for any rational scale.
 
@@ -34,12 +36,14 @@ def carafe(
         features (Tensor[N, C, H, W]): float64, float32, float16 or bfloat16; any strides (contiguous and channels_last
             are fast). Zero outside the map.
         masks (Tensor[N, group_size * kernel_size ** 2, H', W']): the normalised kernels, one per output location and
-            group, taps in row-major order, ``H' = ceil(H * scale_factor)``, ``W' = ceil(W * scale_factor)``; dtype and
-            device of ``features`` (under autocast the dtypes may differ).
+            group, taps in row-major order, ``H' = ceil(H * scale_factor)``, ``W' = ceil(W * scale_factor)`` or
+            ``output_size``; dtype and device of ``features`` (under autocast the dtypes may differ).
         kernel_size (int): ``k``, odd.
         group_size (int): number of channel groups ``G`` that have kernels of their own; ``C`` is a multiple of it.
         scale_factor (int | float | fractions.Fraction): output size over input size, greater than 0. A float must be
             exact (0.5, 1.5); write a third as ``Fraction(1, 3)``.
+        output_size (int | Sequence[int] | None): ``(H', W')``, or one number for both, where not all of the output is
+            wanted: its first rows and columns, as ``output[..., :H', :W']``. None means all.
 
     Returns:
         Tensor[N, C, H', W']: dtype and memory format of ``features``. Sums are accumulated in float32 (float64 for
@@ -65,8 +69,37 @@ def carafe(
                 [2., 2., 3., 3.]])
     """
     up, down = scale_ratio(scale_factor)
-    _check(features, masks, kernel_size, group_size, up, down)
-    return torch.ops.carafe_plugin.carafe.default(features, masks, kernel_size, group_size, up, down)
+    check_maps({"features": features, "masks": masks})
+    wanted = () if output_size is None else read_output_size(output_size, features, up, down)
+    _check(features, masks, kernel_size, group_size, up, down, wanted)
+    crop = (0, *wanted) if wanted else ()  # 0 stands for masks
+    return torch.ops.carafe_plugin.carafe.default(features, masks, kernel_size, group_size, up, down, *crop)
+
+
+def read_output_size(output_size: int | Sequence[int], features: Tensor, up: int, down: int) -> tuple[int, int]:
+    """An ``output_size`` as (H', W'), for features (N, C, H, W) that are scaled by ``up / down``.
+
+    Raises:
+        TypeError: it is neither an int nor two of them.
+        ValueError: it is less than 1, or more than there is.
+
+    Example:
+        >>> read_output_size(7, torch.zeros(1, 1, 4, 5), 2, 1)
+        (7, 7)
+    """
+    sizes = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    kinds = (int, torch.SymInt, Tensor) if torch.jit.is_tracing() else (int, torch.SymInt)
+    if len(sizes) != 2 or not all(isinstance(each, kinds) and not isinstance(each, bool) for each in sizes):
+        raise TypeError(f"output_size must be an int or two of them, (H', W'), got {output_size!r}")
+    height, width = sizes
+    h, w = features.shape[2:]
+    most_rows, most_columns = whole_size(h, up, down), whole_size(w, up, down)
+    if not (1 <= height <= most_rows and 1 <= width <= most_columns):
+        raise ValueError(
+            f"output_size must be from (1, 1) to ({most_rows}, {most_columns}), which {h} x {w} features scaled by "
+            f"{up}/{down} have kernels for, got ({height}, {width})"
+        )
+    return height, width
 
 
 def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
@@ -101,8 +134,9 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
     return up, down
 
 
-def _check(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> None:
-    check_maps({"features": features, "masks": masks})
+def _check(
+    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, up: int, down: int, wanted: tuple[int, ...]
+) -> None:
     for name, number in (("kernel_size", kernel_size), ("group_size", group_size)):
         if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {type(number).__name__}")
@@ -116,7 +150,8 @@ def _check(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, u
         raise TypeError(
             f"features and masks must have the same dtype outside autocast, got {features.dtype} and {masks.dtype}"
         )
-    expected = (n, group_size * kernel_size**2, output_size(h, up, down), output_size(w, up, down))
+    outputs = wanted or (whole_size(h, up, down), whole_size(w, up, down))
+    expected = (n, group_size * kernel_size**2, *outputs)
     if tuple(masks.shape) != expected:
         raise ValueError(
             f"masks must have shape {expected}: batch size of features, group_size * kernel_size ** 2, output size "

@@ -11,14 +11,15 @@ directions and every rational scale between them). The operator is bilinear in t
 
     T(X, M, Z) = sum over outputs and taps of  Z[n, c, i', j'] * M[n, g(c) k^2 + tap, i', j'] * X[n, c, i + u, j + v]
 
-and every derivative of any order is again one of the three.
+and every derivative of any order is again one of the three. Fewer outputs than there are, the first rows and columns,
+are a sum over these: where masks or a gradient of the output tell the size, it may be any up to the whole output's.
 
 All of them accumulate in float32 (float64 for float64) and return the dtype of their first argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +37,9 @@ def output_size(size: int, up: int, down: int) -> int:
     return -(-size * up // down)
 
 
-def source_index(size: int, up: int, down: int, device: torch.device) -> Tensor:
-    """Source index ``floor(i' * down / up)`` of every output index ``i'`` along an axis of ``size`` elements."""
-    return torch.arange(output_size(size, up, down), device=device) * down // up
+def source_index(outputs: int, up: int, down: int, device: torch.device) -> Tensor:
+    """Source index ``floor(i' * down / up)`` of each of the first ``outputs`` output indices ``i'`` along an axis."""
+    return torch.arange(outputs, device=device) * down // up
 
 
 def _by_group(maps: Tensor, group_size: int) -> Tensor:
@@ -47,9 +48,11 @@ def _by_group(maps: Tensor, group_size: int) -> Tensor:
     return maps.to(dtype).unflatten(1, (group_size, maps.shape[1] // group_size))
 
 
-def _windows(features: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Iterator[Tensor]:
-    """What each of the k^2 taps reads, for all output locations: (N, G, C / G, H', W')."""
-    rows, columns = (source_index(size, up, down, features.device) for size in features.shape[2:])
+def _windows(
+    features: Tensor, outputs: Sequence[int], kernel_size: int, group_size: int, up: int, down: int
+) -> Iterator[Tensor]:
+    """What each of the k^2 taps reads, for ``outputs`` (H', W'): (N, G, C / G, H', W')."""
+    rows, columns = (source_index(length, up, down, features.device) for length in outputs)
     padded = F.pad(_by_group(features, group_size), [kernel_size // 2] * 4)
     for u in range(kernel_size):
         for v in range(kernel_size):
@@ -60,7 +63,7 @@ def reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: in
     """Content-aware reassembly, eq. 3: features (N, C, H, W), masks (N, G * k^2, H', W') -> (N, C, H', W')."""
     weights = _by_group(masks, group_size).unsqueeze(3)
     output = weights.new_zeros(())
-    for tap, window in enumerate(_windows(features, kernel_size, group_size, up, down)):
+    for tap, window in enumerate(_windows(features, masks.shape[2:], kernel_size, group_size, up, down)):
         output = output + weights[:, :, tap] * window
     return output.reshape(*features.shape[:2], *masks.shape[2:]).to(features.dtype)
 
@@ -70,7 +73,7 @@ def grad_features(
 ) -> Tensor:
     """dT/dX: the gradient with respect to features of size ``height x width``, (N, C, H, W)."""
     radius = kernel_size // 2
-    rows, columns = (source_index(size, up, down, grad_output.device) for size in (height, width))
+    rows, columns = (source_index(length, up, down, grad_output.device) for length in grad_output.shape[2:])
     grad, weights = _by_group(grad_output, group_size), _by_group(masks, group_size).unsqueeze(3)
     padded = grad.new_zeros(*grad.shape[:3], height + 2 * radius, width + 2 * radius)
     for u in range(kernel_size):
@@ -85,7 +88,7 @@ def grad_features(
 def grad_masks(grad_output: Tensor, features: Tensor, kernel_size: int, group_size: int, up: int, down: int) -> Tensor:
     """dT/dM: the gradient with respect to the masks, (N, G * k^2, H', W')."""
     grad = _by_group(grad_output, group_size)
-    windows = _windows(features, kernel_size, group_size, up, down)
+    windows = _windows(features, grad.shape[3:], kernel_size, group_size, up, down)
     sums = torch.stack([(grad * window).sum(2) for window in windows], dim=2)
     return sums.flatten(1, 2).to(grad_output.dtype)
 
@@ -110,6 +113,14 @@ def normalize_kernels(logits: Tensor, kernel_size: int, group_size: int, normali
         kernels = F.logsigmoid(kernels)
     # The explicit dtype keeps autocast from making a float32 copy of the largest tensor here.
     return kernels.softmax(dim=2, dtype=kernels.dtype).reshape(logits.shape)
+
+
+def crop(maps: Tensor, size: Sequence[int] | None) -> Tensor:
+    """The first rows and columns of maps, ``size`` of them; all for None."""
+    if size is None:
+        return maps
+    # A copy: whether a view is contiguous depends on the size, which then a compiler would have to fix.
+    return maps[..., : size[0], : size[1]].clone(memory_format=torch.contiguous_format)
 
 
 def shuffle_logits(logits: Tensor, up: int, down: int) -> Tensor:
@@ -152,10 +163,13 @@ def tangent_of_masks(tangent: Tensor, logits: Tensor, k: int, g: int, up: int, d
 
 
 def grad_logits(grad_masks: Tensor, logits: Tensor, k: int, g: int, up: int, normalizer: str) -> Tensor:
-    """From the gradient to the masks to that to the logits, for scales that are integers or their reciprocals."""
+    """From the gradient to the masks to that to the logits, for scales that are integers or their reciprocals.
+
+    Where there is no gradient to masks, at the bottom and right, it is zero.
+    """
     logits = shuffle_logits(logits, up, 1)
     masks = normalize_kernels(logits, k, g, normalizer)
-    grad = _product_of_jacobian(masks, grad_masks, k, g, normalizer)
+    grad = _product_of_jacobian(masks, _completed(grad_masks, masks), k, g, normalizer)
     return _unshuffle(grad * (-logits).sigmoid() if normalizer == "sigmoid_normalized" else grad, up)
 
 
@@ -165,6 +179,7 @@ def curvature_of_masks(
     """The derivative of :func:`grad_logits` with respect to the logits in a direction, which has their shape."""
     logits, direction = shuffle_logits(logits, up, 1), shuffle_logits(direction, up, 1)
     masks = normalize_kernels(logits, k, g, normalizer)
+    grad_masks = _completed(grad_masks, masks)
     if normalizer == "sigmoid":
         return _unshuffle(masks * (1 - masks) * (1 - 2 * masks) * direction * grad_masks, up)
     slope = (-logits).sigmoid() if normalizer == "sigmoid_normalized" else torch.ones_like(logits)  # of log(sigmoid)
@@ -175,6 +190,11 @@ def curvature_of_masks(
     if normalizer == "sigmoid_normalized":
         result = result - direction * slope * (1 - slope) * (kernels * (grads - mean_grad)).reshape(masks.shape)
     return _unshuffle(result, up)
+
+
+def _completed(maps: Tensor, like: Tensor) -> Tensor:
+    """With zeros at the bottom and right up to the size of another map."""
+    return F.pad(maps, (0, like.shape[-1] - maps.shape[-1], 0, like.shape[-2] - maps.shape[-2]))
 
 
 def _unshuffle(maps: Tensor, up: int) -> Tensor:

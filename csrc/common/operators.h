@@ -65,8 +65,10 @@ struct GradFeatures {
         const int64_t source_column = column - v + shape.radius();
         if (!shape.inside(source_row, source_column)) continue;
         const int64_t tap = first_tap + u * shape.kernel + v;
-        for (int64_t i = shape.first_output(source_row); i < shape.first_output(source_row + 1); ++i) {
-          for (int64_t j = shape.first_output(source_column); j < shape.first_output(source_column + 1); ++j) {
+        const int64_t last_row = smaller(shape.first_output(source_row + 1), shape.out_height);
+        const int64_t last_column = smaller(shape.first_output(source_column + 1), shape.out_width);
+        for (int64_t i = shape.first_output(source_row); i < last_row; ++i) {
+          for (int64_t j = shape.first_output(source_column); j < last_column; ++j) {
             sum += widen(kernels.map.at(n, tap, i, j)) * widen(grad_output.at(n, c, i, j));
           }
         }

@@ -21,12 +21,18 @@ CARAFE_HOST_DEVICE int64_t floor_div(int64_t numerator, int64_t denominator) {
   return numerator >= 0 ? numerator / denominator : -ceil_div(-numerator, denominator);
 }
 
+CARAFE_HOST_DEVICE int64_t smaller(int64_t first, int64_t second) { return first < second ? first : second; }
+
 // Everything about a call but its data. All offsets are 64 bits wide: maps of more than 2^31 elements are ordinary.
 struct Shape {
   int64_t batch, channels, height, width;  // features
-  int64_t out_height, out_width;           // ceil(height * up / down), ceil(width * up / down)
+  int64_t out_height, out_width;           // those of output_height(), output_width() that are wanted, the first ones
   int64_t kernel, groups;                  // k, G
   int64_t up, down;                        // the scale up / down, coprime
+
+  // Of the whole output.
+  CARAFE_HOST_DEVICE int64_t output_height() const { return ceil_div(height * up, down); }
+  CARAFE_HOST_DEVICE int64_t output_width() const { return ceil_div(width * up, down); }
 
   CARAFE_HOST_DEVICE int64_t radius() const { return kernel / 2; }
   CARAFE_HOST_DEVICE int64_t taps() const { return kernel * kernel; }
@@ -41,8 +47,8 @@ struct Shape {
   // The source index of an output index, along either axis.
   CARAFE_HOST_DEVICE int64_t source(int64_t output) const { return output * down / up; }
 
-  // The outputs of source s are first_output(s) .. first_output(s + 1) - 1 (before clipping to the map); there may be
-  // none where down > up.
+  // The outputs of source s are first_output(s) .. first_output(s + 1) - 1 (before clipping to those that are wanted);
+  // there may be none where down > up.
   CARAFE_HOST_DEVICE int64_t first_output(int64_t source) const { return ceil_div(source * up, down); }
 };
 

@@ -105,9 +105,9 @@ CARAFE_INLINE void reassemble_pixels(
         }
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
-          T* const to = output.pointer(
-              tile.n, tile.group * channels + c, row + (first + p) / shape.up,
-              (tile.lane_begin + q) * shape.up + (first + p) % shape.up);
+          const int64_t column = (tile.lane_begin + q) * shape.up + (first + p) % shape.up;
+          if (column >= shape.out_width) continue;
+          T* const to = output.pointer(tile.n, tile.group * channels + c, row + (first + p) / shape.up, column);
 #pragma GCC unroll 8
           for (int i = 0; i < C; ++i) {
             store_narrowed<V>(to + i * V::lanes, sum[i][p]);
@@ -167,9 +167,8 @@ CARAFE_INLINE void grad_masks_pixels(
         const T* grads[P];
         const T* pixels[U];
         for (int p = 0; p < P; ++p) {
-          grads[p] = grad_output.pointer(
-              tile.n, tile.group * channels, row + (first + p) / shape.up,
-              (tile.lane_begin + q) * shape.up + (first + p) % shape.up);
+          const int64_t i = row + (first + p) / shape.up, j = (tile.lane_begin + q) * shape.up + (first + p) % shape.up;
+          grads[p] = j < shape.out_width ? grad_output.pointer(tile.n, tile.group * channels, i, j) : near.zeros;
         }
         for (int u = 0; u < U; ++u) {
           pixels[u] = near.pointers[(tap + u) / k * near.columns + q * shape.down + (tap + u) % k];

@@ -74,12 +74,12 @@ inline Tile make_tile(const Shape& shape, const Plan& plan, int64_t index) {
   return tile;
 }
 
-// How many lanes of outputs a tile has within the map.
+// How many lanes of outputs that are wanted a tile has.
 inline int64_t valid_lanes(const Shape& shape, const Tile& tile) {
-  return std::min(tile.lanes, ceil_div(shape.out_width, shape.up) - tile.lane_begin);
+  return std::clamp<int64_t>(ceil_div(shape.out_width, shape.up) - tile.lane_begin, 0, tile.lanes);
 }
 
-// Outputs [begin, end) of source rows [first, last), clipped to the map.
+// Outputs [begin, end) of source rows [first, last), clipped to those that are wanted.
 struct OutputRows {
   int64_t begin, end;
   OutputRows(const Shape& shape, int64_t first, int64_t last)

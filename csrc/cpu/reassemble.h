@@ -45,6 +45,29 @@ struct Target {
   }
 };
 
+// The same where each row holds two phases, and the map ends between those of the last lane: that of the vector at
+// `last` (negative: of none).
+template <class T>
+struct CutTarget : Target<T, 2> {
+  int64_t last;
+
+  CARAFE_INLINE CutTarget from(int64_t channel, int64_t row = 0) const {
+    return {Target<T, 2>::from(channel, row), last};
+  }
+
+  template <class V, int P>
+  CARAFE_INLINE void put(int64_t c, int64_t q, const typename V::type (&values)[P]) const {
+    if (q != last) return Target<T, 2>::template put<V, P>(c, q, values);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p += 2) {
+      T pairs[2 * V::lanes];
+      store_pairs<V>(pairs, values[p], values[p + 1]);
+      T* const to = this->data + c * this->channel_step + p / 2 * this->row_step + 2 * q;
+      memcpy(static_cast<void*>(to), pairs, sizeof pairs - sizeof(T));
+    }
+  }
+};
+
 // P outputs share the features they read; C channels share the masks. The last vector steps back where `lanes` is not a
 // multiple of a vector.
 template <class V, int P, int C, class A, class Output>
@@ -182,21 +205,34 @@ CARAFE_INLINE void reassemble_direct(
     const Target<T, 1> output{y.data, y.channel_stride, y.row_stride};
     return reassemble_by_two_rows<V, ManyRegisters>(shape, tile, x, m, output, lanes, offsets);
   }
+  const bool cut = (tile.lane_begin + lanes) * shape.up > shape.out_width;
   for_each_run(
       shape, tile, x, offsets,
       [&](const Lanes<A>& features, const Taps& taps, int64_t place, int64_t count) CARAFE_ALWAYS_INLINE {
-        const auto block = [&](auto phases, auto outputs) CARAFE_ALWAYS_INLINE {
+        const auto block = [&](auto phases, auto outputs, auto cuts) CARAFE_ALWAYS_INLINE {
           T* const to = y.data + place / phases * y.row_stride;
           with_half_tail<V>(0, lanes, [&](auto vector, int64_t begin, int64_t end) CARAFE_ALWAYS_INLINE {
-            reassemble_channels<decltype(vector), outputs, channels_beside<ManyRegisters>(outputs)>(
-                x.channels, features.from(0, 0, begin), taps, m.row(0).from(0, place, begin),
-                Target<T, phases>{to + phases * begin, y.channel_stride, y.row_stride}, end - begin);
+            const auto go = [&](const auto& target) CARAFE_ALWAYS_INLINE {
+              reassemble_channels<decltype(vector), outputs, channels_beside<ManyRegisters>(outputs)>(
+                  x.channels, features.from(0, 0, begin), taps, m.row(0).from(0, place, begin), target, end - begin);
+            };
+            const Target<T, phases> target{to + phases * begin, y.channel_stride, y.row_stride};
+            if constexpr (cuts) {
+              go(CutTarget<T>{target, end == lanes ? end - begin - vector.lanes : -1});
+            } else {
+              go(target);
+            }
           });
         };
-        if (count == 4) {
-          block(Constant<2>(), Constant<4>());
-        } else {
-          block(Constant<1>(), Constant<1>());
+        const auto pairs = [&](auto outputs) CARAFE_ALWAYS_INLINE {
+          cut ? block(Constant<2>(), outputs, Constant<1>()) : block(Constant<2>(), outputs, Constant<0>());
+        };
+        if (shape.up == 1) {
+          block(Constant<1>(), Constant<1>(), Constant<0>());
+        } else if (count == 4) {
+          pairs(Constant<4>());
+        } else {  // the second output row of this source row is not wanted
+          pairs(Constant<2>());
         }
       });
 }

@@ -23,13 +23,18 @@ class TileRun {
   TileRun(const Shape& shape, const Kernels<T>& kernels, const Tile& tile, Scratch<A>& scratch)
       : shape_(shape), kernels_(kernels), tile_(tile), scratch_(scratch) {
     scratch_.restart();
+    if (from_logits()) {
+      kernel_shape_.out_height = shape.output_height();
+      kernel_shape_.out_width = shape.output_width();
+    }
   }
 
   void run(const Reassemble<T>& call) {
     const auto& [shape, output, features, kernels] = call;
     const OutputRows rows(shape, tile_.row_begin, tile_.row_end);
-    if (rows.count() == 0) return;
-    const auto m = stage_masks(rows, 0);
+    const int64_t lanes = valid_lanes(shape, tile_);
+    if (rows.count() == 0 || lanes == 0) return;
+    const auto m = stage_masks(tile_.row_begin, tile_.row_end, 0);
     if (by_pixels(features) && by_pixels(output)) {
       return I::template call<reassemble_pixels<V, I::many_registers, T, A>>(
           shape, tile_, features, m, output, make_neighbours());
@@ -38,10 +43,9 @@ class TileRun {
     auto y = take_outputs(kChunk, rows, 0);
     int64_t* const offsets = scratch_.template list<int64_t>(most_offsets(shape));
     Region from = feature_region(tile_.row_begin - shape.radius());
-    Region to = output_region(rows.begin, shape.group_channels());
+    Region to = output_region(rows.begin);
     I::template call<clear_outside<V, A>>(from, x);
     // The common cases need no copy of the output.
-    const int64_t lanes = valid_lanes(shape, tile_);
     const bool direct = output.column_stride == 1 && ((shape.up == 2 && shape.down == 1) || shape.up == 1) &&
                         lanes * int64_t(sizeof(A)) >= I::bytes;
 
@@ -65,7 +69,7 @@ class TileRun {
     const int64_t halo = ceil_div(shape.radius() + 1, V::lanes) * V::lanes;  // whole vectors of it are read
     // Gradients of outputs come with the rows around the tile: fewer channels of them keep to the second-level cache.
     const int64_t chunk = grad_output.channel_stride == 1 ? kChunk : kChunk / 2;
-    const auto m = stage_masks(rows, halo);
+    const auto m = stage_masks(tile_.row_begin - shape.radius(), tile_.row_end + shape.radius(), halo);
     if (by_pixels(grad_output) && by_pixels(grad)) {
       return I::template call<grad_features_pixels<V, I::many_registers, T, A>>(shape, tile_, grad_output, m, grad);
     }
@@ -73,7 +77,7 @@ class TileRun {
     auto dx = take_features(chunk, 0, 0);
     const auto sums = scratch_.take(kBlockChannels, by_columns(shape) ? shape.kernel : 0, 1, tile_.lanes, halo);
     int64_t* const offsets = scratch_.template list<int64_t>(most_gradient_offsets(shape));
-    Region outputs = output_region(rows.begin, shape.group_channels());
+    Region outputs = output_region(rows.begin);
     Region to = feature_region(tile_.row_begin);
     I::template call<clear_outside<V, A>>(outputs, dy);
     sums.fill_zero();
@@ -89,9 +93,11 @@ class TileRun {
   void run(const GradKernels<T>& call) {
     const auto& [shape, grad, grad_output, features, kernels] = call;
     const OutputRows rows(shape, tile_.row_begin, tile_.row_end);
-    if (rows.count() == 0) return;
-    const auto sum = take_outputs(shape.taps(), rows, 0);
+    const OutputRows kernel_rows(kernel_shape_, tile_.row_begin, tile_.row_end);
+    if (kernel_rows.count() == 0) return;
+    const auto sum = take_outputs(shape.taps(), kernel_rows, 0);
     sum.fill_zero();
+    if (rows.count() == 0 || valid_lanes(shape, tile_) == 0) return write_grad_kernels(grad, kernel_rows, sum);
     if (by_pixels(features) && by_pixels(grad_output)) {
       const auto near = make_neighbours();
       const int64_t room = (shape.taps() * shape.up * shape.up + V::lanes) * V::lanes;
@@ -99,13 +105,13 @@ class TileRun {
       partial.fill_zero();
       I::template call<grad_masks_pixels<V, I::many_registers, T, A>>(
           shape, tile_, features, grad_output, sum, near, partial.data);
-      return write_grad_kernels(grad, rows, sum);
+      return write_grad_kernels(grad, kernel_rows, sum);
     }
     auto x = take_features(kChunk, shape.radius(), shape.radius() + 1);
     auto dy = take_outputs(kChunk, rows, 0);
     int64_t* const offsets = scratch_.template list<int64_t>(shape.taps());
     Region from = feature_region(tile_.row_begin - shape.radius());
-    Region outputs = output_region(rows.begin, shape.group_channels());
+    Region outputs = output_region(rows.begin);
     I::template call<clear_outside<V, A>>(from, x);
     I::template call<clear_outside<V, A>>(outputs, dy);
 
@@ -115,10 +121,13 @@ class TileRun {
       I::template call<copy<V, const T, Staged<A>>>(grad_output, outputs, dy);
       I::template call<grad_masks_staged<V, I::many_registers, A>>(shape, tile_, x, dy, sum, offsets);
     }
-    write_grad_kernels(grad, rows, sum);
+    write_grad_kernels(grad, kernel_rows, sum);
   }
 
  private:
+  // Then the tile has whole kernels of every source row, however many of its outputs are wanted.
+  bool from_logits() const { return kernels_.normalizer != Normalizer::none && shape_.up > 1; }
+
   template <class Element>
   bool by_pixels(const Map<Element>& map) const {
     return map.has_adjacent_channels() && (shape_.up == 1 || shape_.down == 1) && shape_.group_channels() >= V::lanes;
@@ -144,16 +153,21 @@ class TileRun {
     const int64_t channels = shape_.group_channels(), first = tile_.group * channels;
     return {tile_.n, first, first + channels, row, tile_.lane_begin, shape_.height, shape_.width};
   }
-  // What it covers of a map of the output's size with `channels` channels a group.
-  Region output_region(int64_t row, int64_t channels) const {
-    const int64_t first = tile_.group * channels;
+  // What it covers of a map of the output's size,
+  Region output_region(int64_t row) const {
+    const int64_t channels = shape_.group_channels(), first = tile_.group * channels;
     return {tile_.n, first, first + channels, row, tile_.lane_begin, shape_.out_height, shape_.out_width};
+  }
+  // or of the masks.
+  Region kernel_region(int64_t row) const {
+    const int64_t taps = shape_.taps(), first = tile_.group * taps;
+    return {tile_.n, first, first + taps, row, tile_.lane_begin, kernel_shape_.out_height, kernel_shape_.out_width};
   }
 
   // The kernels of these outputs as they are.
   Staged<A> stage_kernels(const OutputRows& rows, int64_t halo) {
     const auto m = take_outputs(shape_.taps(), rows, halo);
-    const Region region = output_region(rows.begin, shape_.taps());
+    const Region region = kernel_region(rows.begin);
     I::template call<clear_outside<V, A>>(region, m);
     copy_kernels(kernels_.map, region, m);
     return m;
@@ -169,12 +183,12 @@ class TileRun {
     }
   }
 
-  // The same, normalised.
-  Staged<A> stage_masks(const OutputRows& rows, int64_t halo) {
-    const auto m = stage_kernels(rows, halo);
+  // The same, normalised, of all outputs of source rows [first, last).
+  Staged<A> stage_masks(int64_t first, int64_t last, int64_t halo) {
+    const auto m = stage_kernels(OutputRows(kernel_shape_, first, last), halo);
     if (kernels_.normalizer == Normalizer::none) return m;
     const int64_t begin = tile_.lane_begin > 0 ? -halo : 0;
-    const int64_t end = std::min(m.lanes + halo, ceil_div(shape_.out_width, shape_.up) - tile_.lane_begin);
+    const int64_t end = std::min(m.lanes + halo, ceil_div(kernel_shape_.out_width, shape_.up) - tile_.lane_begin);
     I::template call<normalize<V, A>>(kernels_.normalizer, m, begin, end);
     return m;
   }
@@ -182,15 +196,16 @@ class TileRun {
   // From the gradient to a tile's masks to that of the kernels that they come from.
   void write_grad_kernels(const Map<T>& grad, const OutputRows& rows, const Staged<A>& sum) {
     if (kernels_.normalizer != Normalizer::none) {
-      const auto m = stage_masks(rows, 0);
+      const auto m = stage_masks(tile_.row_begin, tile_.row_end, 0);
       // Only the derivative of this one needs the logits.
       const auto logits = kernels_.normalizer == Normalizer::sigmoid_normalized ? stage_kernels(rows, 0) : m;
       I::template call<normalize_backward<V, A>>(kernels_.normalizer, m, logits, sum);
     }
-    copy_kernels(grad, output_region(rows.begin, shape_.taps()), sum);
+    copy_kernels(grad, kernel_region(rows.begin), sum);
   }
 
   const Shape& shape_;
+  Shape kernel_shape_ = shape_;  // whose output has the size of the masks
   const Kernels<T>& kernels_;
   const Tile& tile_;
   Scratch<A>& scratch_;

@@ -100,7 +100,7 @@ struct GradFeaturesBlock : Tiled {
         [&](int one, int other) {
           const Shifted from = source(one, other);
           const int row = job.row + from.i, column = job.column + from.j;
-          return sites.inside(row, column)
+          return sites.inside(row, column) && weights.has(sites, from.phase, row, column)
                      ? *weights.pointer(sites, job.n, job.group, from.tap, from.phase, row, column)
                      : T{};
         },
@@ -132,7 +132,7 @@ struct GradFeaturesBlock : Tiled {
     const int strip = thread / grid.slots, slot = thread - strip * grid.slots;
     const int row = strip * kStrip / grid.columns, column = strip * kStrip - row * grid.columns;
     const int channel = (chunk * grid.slots + slot) * kQuad;
-    if (job.row + row >= sites.height() || job.column + column >= sites.width() || channel >= job.channels) return;
+    if (job.row + row >= sites.height || job.column + column >= sites.width || channel >= job.channels) return;
     // Down, a tap leads to one phase of the features; up, features have one phase, and the sum goes on over the turns.
     CARAFE_ROLLED
     for (int i = 0; i < scale; ++i) {

@@ -139,7 +139,7 @@ struct GradKernelsBlock : Tiled {
     for (int kernel = thread; kernel < kernels.sites() * kernels.phases; kernel += grid.threads) {
       const int site = kernels.by_phases(kernel), phase = kernel - site * kernels.phases;
       const int row = kernels.by_columns(site), column = site - row * grid.columns;
-      if (job.row + row >= sites.height() || job.column + column >= sites.width()) continue;
+      if (job.row + row >= sites.rows || job.column + column >= sites.columns) continue;
       const T* const from = weights.pointer(sites, job.n, job.group, 0, phase, job.row + row, job.column + column);
       const auto logit = [&](int tap) { return A(widen(from[tap * tap_stride])); };
       const Statistics<A> common = statistics<A>(normalizer, kernels.taps, logit);

@@ -91,8 +91,8 @@ bool plan_tiles(const Shape& shape, bool channels_last, int64_t shared_bytes, Bl
     if (chosen.threads >= kGoodThreads) break;
   }
   if (chosen.threads == 0) return false;
-  const int64_t tile_rows = ceil_div(block->sites.height(), chosen.rows);
-  const int64_t tile_columns = ceil_div(block->sites.width(), chosen.columns);
+  const int64_t tile_rows = ceil_div(block->sites.height, chosen.rows);
+  const int64_t tile_columns = ceil_div(block->sites.width, chosen.columns);
   const int64_t tiles = std::max<int64_t>(1, tile_rows * tile_columns * shape.groups * shape.batch);
   const int64_t chunk = int64_t(chosen.slots) * Block::kChannels;
   const int64_t chunks = std::max<int64_t>(1, ceil_div(group_channels, chunk));

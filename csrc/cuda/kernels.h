@@ -69,13 +69,22 @@ struct KernelView {
   View<T> view;
   bool from_logits;
   Normalizer normalizer;
+  int height, width;  // of the map, in pixels
 
   static KernelView of(const Map<T>& map, Normalizer normalizer, const Shape& shape) {
-    return {View<T>::of(map, 1), normalizer != Normalizer::none && shape.up > 1, normalizer};
+    const bool from_logits = normalizer != Normalizer::none && shape.up > 1;
+    return {
+        View<T>::of(map, 1), from_logits, normalizer, static_cast<int>(from_logits ? shape.height : shape.out_height),
+        static_cast<int>(from_logits ? shape.width : shape.out_width)};
   }
   CARAFE_HOST_DEVICE int pixels_per_site(const Sites& sites) const { return from_logits ? 1 : sites.output_scale(); }
   CARAFE_HOST_DEVICE int channels_per_tap(const Sites& sites) const { return from_logits ? sites.phases() : 1; }
 
+  // Whether a phase of a site that has outputs has its own, too: where the outputs that are wanted end, not all do.
+  CARAFE_HOST_DEVICE bool has(const Sites& sites, int phase, int row, int column) const {
+    const int scale = sites.output_scale(), phase_row = sites.by_output_scale(phase);
+    return from_logits || (row * scale + phase_row < height && column * scale + phase - phase_row * scale < width);
+  }
   // Of phase 0 .. phases - 1 of a site within the map.
   CARAFE_HOST_DEVICE T* pointer(const Sites& sites, int n, int group, int tap, int phase, int row, int column) const {
     const int channel = group * sites.taps() + tap;
@@ -156,7 +165,7 @@ CARAFE_HOST_DEVICE void for_each_weight(
     const int tap = weights.from_logits ? kernels.by_phases(channel) : channel;
     const int phase =
         weights.from_logits ? channel - tap * per_tap : (i - row * per_site) * scale + j - column * per_site;
-    const bool inside = job.row + row < sites.height() && job.column + column < sites.width();
+    const bool inside = job.row * per_site + i < weights.height && job.column * per_site + j < weights.width;
     return {
         tap * kernels.tap_pitch() + (row * kernels.columns + column) * kernels.pitch + phase,
         inside ? weights.view.map.pointer(

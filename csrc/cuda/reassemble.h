@@ -24,6 +24,7 @@ struct ReassembleBlock : Tiled {
 
   void view(const Reassemble<T>& call) {
     output = View<T>::of(call.result, call.shape.group_channels());
+    output.column_pairs = output.column_pairs && call.shape.out_width % 2 == 0;  // the last one may be half wanted
     features = View<const T>::of(call.features, call.shape.group_channels());
     weights = KernelView<const T>::of(call.kernels.map, call.kernels.normalizer, call.shape);
   }
@@ -84,7 +85,7 @@ struct ReassembleBlock : Tiled {
     const int site = output.channels_last ? thread / grid.slots : thread % kernels.sites();
     const int slot = output.channels_last ? thread % grid.slots : thread / kernels.sites();
     const int row = site / grid.columns, column = site % grid.columns;
-    if (job.row + row >= sites.height() || job.column + column >= sites.width()) return;
+    if (job.row + row >= sites.rows || job.column + column >= sites.columns) return;
     const int first_channel = (chunk * patch.quads + slot) * kQuad;
     if (first_channel >= job.channels) return;
 
@@ -141,9 +142,9 @@ struct ReassembleBlock : Tiled {
         const int phase = first + r;
         if (left <= 0 || phase >= scale * scale) continue;
         const int phase_row = sites.by_output_scale(phase), phase_column = phase - phase_row * scale;
-        T* const to = output.map.pointer(
-            job.n, job.first_channel + channel, (job.row + row) * scale + phase_row,
-            (job.column + column) * scale + phase_column);
+        const int i = (job.row + row) * scale + phase_row, j = (job.column + column) * scale + phase_column;
+        if (i >= sites.output_height || j >= sites.output_width) continue;
+        T* const to = output.map.pointer(job.n, job.first_channel + channel, i, j);
         if (R == 4 && scale == 2 && output.column_pairs) {  // both columns at once
           if (r % 2 == 1) continue;
           CARAFE_UNROLL

@@ -49,8 +49,11 @@ struct Divider {
 //
 // Along an axis, tap u of site s reads the features at site s + shift(u), phase(u).
 struct Sites {
-  int feature_height, feature_width, output_height, output_width;  // in pixels; the finer map's at most `scale` times
-  bool up;                                                         // the scale is up, or 1
+  int feature_height, feature_width;  // in pixels
+  int output_height, output_width;    // likewise, of the outputs that are wanted
+  int height, width;                  // in sites, however many outputs are wanted
+  int rows, columns;                  // those of them that have outputs that are wanted
+  bool up;                            // the scale is up, or 1
   int scale = 1, kernel = 1;
   Divider by_kernel = Divider::by(kernel);
   Divider by_feature_scale = Divider::by(feature_scale()), by_output_scale = Divider::by(output_scale());
@@ -58,10 +61,8 @@ struct Sites {
   CARAFE_HOST_DEVICE int taps() const { return kernel * kernel; }
   CARAFE_HOST_DEVICE int feature_scale() const { return up ? 1 : scale; }
   CARAFE_HOST_DEVICE int output_scale() const { return up ? scale : 1; }
-  CARAFE_HOST_DEVICE int height() const { return up ? feature_height : output_height; }  // in sites
-  CARAFE_HOST_DEVICE int width() const { return up ? feature_width : output_width; }
   CARAFE_HOST_DEVICE bool inside(int row, int column) const {
-    return row >= 0 && row < height() && column >= 0 && column < width();
+    return row >= 0 && row < rows && column >= 0 && column < columns;
   }
   CARAFE_HOST_DEVICE int phases() const { return output_scale() * output_scale(); }  // kernels of a site
   // How far the taps reach, in sites.
@@ -80,7 +81,21 @@ inline Sites make_sites(const Shape& shape) {
   const int height = number(shape.height), width = number(shape.width);
   const int out_height = number(shape.out_height), out_width = number(shape.out_width);
   const int scale = number(std::max(shape.up, shape.down));
-  return {height, width, out_height, out_width, shape.down == 1, scale, number(shape.kernel)};
+  const bool up = shape.down == 1;
+  const auto features = [&](int pixels) { return up ? pixels : number(ceil_div(pixels, scale)); };
+  const auto outputs = [&](int pixels) { return up ? number(ceil_div(pixels, scale)) : pixels; };
+  return {
+      height,
+      width,
+      out_height,
+      out_width,
+      features(height),
+      features(width),
+      outputs(out_height),
+      outputs(out_width),
+      up,
+      scale,
+      number(shape.kernel)};
 }
 
 // Four elements that one instruction loads or stores; two for double.

@@ -66,9 +66,7 @@ bool run(
       GradKernels<T>{s, weights_map(output), fine_map(first), features_map(second), kernels}, shared_bytes, run);
 }
 
-Shape make_shape(const int64_t* g) {
-  return {g[0], g[1], g[2], g[3], ceil_div(g[2] * g[6], g[7]), ceil_div(g[3] * g[6], g[7]), g[4], g[5], g[6], g[7]};
-}
+Shape make_shape(const int64_t* g) { return {g[0], g[1], g[2], g[3], g[8], g[9], g[4], g[5], g[6], g[7]}; }
 
 template <class Function>
 void with_dtype(int dtype, const Function& function) {
@@ -86,7 +84,8 @@ extern "C" {
 
 // op: 0 reassemble (features, weights), 1 gradient to features (grad, weights), 2 gradient to weights (grad, features,
 // weights); how: 0 masks, 1 softmax, 2 sigmoid, 3 sigmoid_normalized of logits; dtype: 0 double, 1 float, 2 half,
-// 3 bfloat16; geometry: n, c, h, w, k, groups, up, down. Returns whether there is a block kernel.
+// 3 bfloat16; geometry: n, c, h, w, k, groups, up, down, and the output's height and width, of what is wanted. Returns
+// whether there is a block kernel.
 bool block_run(
     int op, int how, int dtype, bool descending, const int64_t* geometry, int layout, int64_t shared_bytes,
     void* output, const void* first, const void* second, const void* third) {

@@ -58,12 +58,11 @@ void run(
 extern "C" {
 
 // normalizer: 0 none (masks), 1 softmax, 2 sigmoid, 3 sigmoid_normalized; dtype: 0 double, 1 float, 2 half, 3 bfloat16;
-// geometry: n, c, h, w, k, groups, up, down
+// geometry: n, c, h, w, k, groups, up, down, and the output's height and width, of what is wanted
 void carafe_run(
     int op, int path, int normalizer, int dtype, const int64_t* g, int layout, void* output, const void* first,
     const void* second, const void* third) {
-  const Shape s{g[0], g[1], g[2], g[3], ceil_div(g[2] * g[6], g[7]), ceil_div(g[3] * g[6], g[7]),
-                g[4], g[5], g[6], g[7]};
+  const Shape s{g[0], g[1], g[2], g[3], g[8], g[9], g[4], g[5], g[6], g[7]};
   const auto call = [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     run(op, path, static_cast<Normalizer>(normalizer), s, layout, static_cast<T*>(output), static_cast<const T*>(first),

@@ -1,5 +1,6 @@
 """Compiles the torch-free kernel headers with g++ alone and runs tests of them under the sanitizers."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -44,3 +45,15 @@ def run_under_sanitizers(script: str, source: str, folder: Path, *flags: str) ->
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout.strip()
+
+
+def outputs_of(size, up, down, crop=(0, 0)):
+    """The output's size without ``crop`` rows and columns, of which one at least remains."""
+    return tuple(max(1, -(-length * up // down) - less) for length, less in zip(size, crop, strict=True))
+
+
+def geometry(case, batch, up, down):
+    """What the C functions take of that name."""
+    numbers = (case["kernel_size"], case["group_size"], up, down)
+    outputs = outputs_of(case["size"], up, down, case.get("crop", (0, 0)))
+    return (ctypes.c_int64 * 10)(batch, case.get("channels", 8), *case["size"], *numbers, *outputs)

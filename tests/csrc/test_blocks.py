@@ -16,7 +16,7 @@ from carafe_plugin.testing import TOLERANCES, assert_close
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 from covering import pairwise
-from hosts import DTYPES, ORDERS, compile_host, label, run_under_sanitizers
+from hosts import DTYPES, ORDERS, compile_host, geometry, label, outputs_of, run_under_sanitizers
 
 # Bytes of shared memory less the 64 that the kernel itself takes: what every GPU gives a block, and what each of the
 # architectures we build for gives on request.
@@ -33,6 +33,7 @@ OPTIONS = {
     "dtype": reference.DTYPES,
     "layout": (0, 1, 2),
     "misaligned": (False, True),
+    "crop": ((0, 0), (1, 0), (0, 1), (1, 1), (3, 2), (9, 20)),  # rows and columns of the output that are not wanted
 }
 # Without the few whose weights fit into no block.
 CASES = [case for case in pairwise(OPTIONS) if (case["kernel_size"] * max(case["ratio"])) ** 2 <= fused._MAX_WEIGHTS]
@@ -41,12 +42,6 @@ CASES = [case for case in pairwise(OPTIONS) if (case["kernel_size"] * max(case["
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     return ctypes.CDLL(str(compile_host("blocks.cpp", tmp_path_factory.mktemp("blocks"), "-O1")))
-
-
-def geometry(case, batch=2):
-    return (ctypes.c_int64 * 8)(
-        batch, case["channels"], *case["size"], case["kernel_size"], case["group_size"], *case["ratio"]
-    )
 
 
 def place(tensor, misaligned):
@@ -65,7 +60,7 @@ def call(library, op, case, like, *tensors, descending=False):
     how, dtype = ("masks", *NORMALIZERS).index(case["how"]), DTYPES.index(case["dtype"])
     library.block_run.restype = ctypes.c_bool
     for shared in (DEFAULT_SHARED, LARGE_SHARED):
-        bytes_, sizes = ctypes.c_int64(shared), geometry(case, like.shape[0])
+        bytes_, sizes = ctypes.c_int64(shared), geometry(case, like.shape[0], *case["ratio"])
         if library.block_run(op, how, dtype, descending, sizes, case["layout"], bytes_, *pointers):
             return held[0].permute(back)
     raise AssertionError(f"operator {op} has no block kernel")
@@ -73,7 +68,7 @@ def call(library, op, case, like, *tensors, descending=False):
 
 def tensors_of(case, batch=2, spread=1.0):
     k, g, (up, down), size = case["kernel_size"], case["group_size"], case["ratio"], case["size"]
-    out = tuple(-(-length * up // down) for length in size)
+    out = outputs_of(size, up, down, case["crop"])
     raw = case["how"] != "masks" and up > 1
     weights = (batch, g * k * k * (up * up if raw else 1), *(size if raw else out))
     generator = torch.Generator().manual_seed(0)
@@ -85,6 +80,8 @@ def tensors_of(case, batch=2, spread=1.0):
 def definition(case, features, weights):
     args = (case["kernel_size"], case["group_size"], *case["ratio"])
     masks = weights if case["how"] == "masks" else masks_from_logits(weights, *args, case["how"])
+    rows, columns = outputs_of(case["size"], *case["ratio"], case["crop"])
+    masks = masks[..., :rows, :columns]
     return reference.reassemble(features, masks, *args)
 
 
@@ -129,6 +126,7 @@ CASE = dict(
     dtype=torch.float32,
     layout=0,
     misaligned=False,
+    crop=(0, 0),
 )
 
 
@@ -146,7 +144,7 @@ def test_every_kernel_with_several_chunks_a_block(ratio, how, layout, library):
     """Where tiles are many, a block goes over all channels, with what it staged for the first of them."""
     batch, case = 1024, CASE | dict(kernel_size=3, size=(2, 3), channels=70, ratio=ratio, how=how, layout=layout)
     for op in (REASSEMBLE, GRAD_FEATURES, GRAD_KERNELS):
-        chosen = choice(library, op, case["dtype"], tuple(geometry(case, batch)), layout == 2)
+        chosen = choice(library, op, case["dtype"], tuple(geometry(case, batch, *ratio)), layout == 2)
         assert chosen["chunks"] > 1, f"operator {op}: {chosen}"
     check(library, case, batch=batch)
 
@@ -211,7 +209,9 @@ def test_what_is_not_finite(ratio, how, value, library):
 def choice(library, op, dtype, sizes, channels_last=False, shared=DEFAULT_SHARED):
     library.block_choice.restype = ctypes.c_bool
     found = (ctypes.c_int64 * 7)()
-    arguments = (op, DTYPES.index(dtype), (ctypes.c_int64 * 8)(*sizes), channels_last, ctypes.c_int64(shared), found)
+    if len(sizes) == 8:
+        sizes = (*sizes, *outputs_of(sizes[2:4], *sizes[6:]))
+    arguments = (op, DTYPES.index(dtype), (ctypes.c_int64 * 10)(*sizes), channels_last, ctypes.c_int64(shared), found)
     names = ("rows", "columns", "slots", "chunks", "threads", "bytes", "blocks")
     return dict(zip(names, found, strict=True)) if library.block_choice(*arguments) else None
 

@@ -17,8 +17,9 @@ from carafe_plugin.testing import SCALES, TOLERANCES, assert_close, random_case
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 from covering import pairwise
-from hosts import DTYPES, ORDERS, compile_host, label, run_under_sanitizers
+from hosts import DTYPES, ORDERS, compile_host, geometry, label, outputs_of, run_under_sanitizers
 
+CROPS = ((0, 0), (1, 0), (0, 1), (1, 1), (3, 2), (9, 70))  # rows and columns of the output that are not wanted
 CASES = list(
     pairwise(
         {
@@ -28,6 +29,7 @@ CASES = list(
             "size": ((6, 8), (5, 7), (1, 1), (2, 33)),
             "dtype": reference.DTYPES,
             "layout": (0, 1, 2),
+            "crop": CROPS,
         }
     )
 )
@@ -39,10 +41,7 @@ def library(tmp_path_factory):
 
 
 def run(library, op, path, case, output, *tensors):
-    features_size = (2, case.get("channels", 8), *case["size"])
-    geometry = (ctypes.c_int64 * 8)(
-        *features_size, case["kernel_size"], case["group_size"], *scale_ratio(case["scale"])
-    )
+    sizes = geometry(case, 2, *scale_ratio(case["scale"]))
     there, back = ORDERS[case["layout"]]
 
     def arrange(tensor):
@@ -51,7 +50,7 @@ def run(library, op, path, case, output, *tensors):
     held = [arrange(tensor) for tensor in (torch.full_like(output, float("nan")), *tensors)]
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in held] + [ctypes.c_void_p()] * (3 - len(tensors))
     normalizer = ("none", *NORMALIZERS).index(case.get("normalizer", "none"))
-    library.carafe_run(op, path, normalizer, DTYPES.index(case["dtype"]), geometry, case["layout"], *pointers)
+    library.carafe_run(op, path, normalizer, DTYPES.index(case["dtype"]), sizes, case["layout"], *pointers)
     return held[0].permute(back)
 
 
@@ -65,6 +64,8 @@ def check_all_operators(library, path, case):
         case["scale"],
         dtype=case["dtype"],
     )
+    rows, columns = outputs_of(case["size"], *args[2:], case.get("crop", (0, 0)))
+    masks, grad = masks[..., :rows, :columns], grad[..., :rows, :columns]
     for op, expected, first, second in (
         (0, reference.reassemble(features, masks, *args), features, masks),
         (1, reference.grad_features(grad, masks, *case["size"], *args), grad, masks),
@@ -92,8 +93,10 @@ def check_from_logits(library, case):
     up, down = scale_ratio(scale)
     features, masks, grad = random_case(size, channels, k, g, scale, dtype=case["dtype"])
     logits = masks if up == 1 else random_case(size, channels, k, g * up * up, 1, dtype=case["dtype"], seed=1)[1]
+    rows, columns = outputs_of(size, up, down, case["crop"])
+    grad, logits = grad[..., :rows, :columns], logits[..., :rows, :columns] if up == 1 else logits
     exact = [tensor.double().requires_grad_() for tensor in (features, logits)]
-    kernels = masks_from_logits(exact[1], k, g, up, down, case["normalizer"])
+    kernels = masks_from_logits(exact[1], k, g, up, down, case["normalizer"])[..., :rows, :columns]
     output = reference.reassemble(exact[0], kernels, k, g, up, down)
     expected, expected_logits = torch.autograd.grad(output, exact, grad.double())
     assert_close(run(library, 0, 1, case, grad, features, logits), output.detach().to(case["dtype"]))
@@ -115,6 +118,7 @@ FROM_LOGITS = list(
             "normalizer": NORMALIZERS,
             "dtype": reference.DTYPES,
             "layout": (0, 1, 2),
+            "crop": CROPS,
         }
     )
 )

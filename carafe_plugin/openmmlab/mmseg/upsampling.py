@@ -14,7 +14,7 @@ from mmseg.models.utils import Upsample, resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from carafe_plugin.openmmlab.layers import build_upsampler, fit_to_size, pop_switch, read_cfg, upsample_to
+from carafe_plugin.openmmlab.layers import build_upsampler, pop_switch, read_cfg, upsample_to
 
 SWITCHES = ("ppm", "fpn", "fuse")
 
@@ -162,11 +162,12 @@ class CARAFEFPNHead(FPNHead):
         output = self.scale_heads[0](maps[0])
         for stride, scale_head, x in zip(self.feature_strides[1:], self.scale_heads[1:], maps[1:], strict=True):
             for step in scale_head:
-                x = step(x)
-                if not isinstance(step, (ConvModule, Upsample)):
-                    stride //= 2
-                    # Fitted here, and not by the interpolation at the end, which would blur what was reassembled.
-                    x = fit_to_size(x, sizes.get(stride, x.shape[2:]))
+                if isinstance(step, (ConvModule, Upsample)):
+                    x = step(x)
+                    continue
+                stride //= 2
+                # Fitted here, and not by the interpolation at the end, which would blur what was reassembled.
+                x = upsample_to(step, x, sizes[stride]) if stride in sizes else step(x)
             output = output + resize(x, size=output.shape[2:], mode="bilinear", align_corners=self.align_corners)
         return self.cls_seg(output)
 
