@@ -295,25 +295,26 @@ class GUMUpsample(KeepsItsStart, Upsampler):
         self.init_weights()
 
     def resample(self, features: Tensor) -> Tensor:
-        offsets = F.pixel_shuffle(self.guidance(features), self.scale_factor)  # (N, 2, H', W')
-        offsets = _at_least_float32(offsets)  # half precision is too coarse to aim
-        height, width = features.shape[2:]
-        x = self._centres(width, offsets) + offsets[:, 0]
-        y = self._centres(height, offsets)[:, None] + offsets[:, 1]
-        # grid_sample counts from -1 to 1, edge to edge of the outermost pixels.
-        grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-        sampled = F.grid_sample(features.to(grid.dtype), grid, padding_mode="border", align_corners=False)
-        return sampled.to(features.dtype)
-
-    def _centres(self, size: int, like: Tensor) -> Tensor:
-        """Where the centres of the output's pixels lie along one axis, counted in pixels of the input."""
-        target = torch.arange(size * self.scale_factor, dtype=like.dtype, device=like.device)
-        return (target + 0.5) / self.scale_factor - 0.5
+        return _sample_moved(features, F.pixel_shuffle(self.guidance(features), self.scale_factor), self.scale_factor)
 
 
 @as_one_node
-def _at_least_float32(maps: Tensor) -> Tensor:
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))
+def _sample_moved(features: Tensor, offsets: Tensor, scale_factor: int) -> Tensor:
+    """Interpolate features (N, C, H, W) where offsets (N, 2, H', W') move the centres of the output's pixels to."""
+    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # half precision is too coarse to aim
+    height, width = features.shape[2:]
+    x = _centres(width, scale_factor, offsets) + offsets[:, 0]
+    y = _centres(height, scale_factor, offsets)[:, None] + offsets[:, 1]
+    # grid_sample counts from -1 to 1, edge to edge of the outermost pixels.
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    sampled = F.grid_sample(features.to(grid.dtype), grid, padding_mode="border", align_corners=False)
+    return sampled.to(features.dtype)
+
+
+def _centres(size: int, scale_factor: int, like: Tensor) -> Tensor:
+    """Where the centres of the output's pixels lie along one axis, counted in pixels of the input."""
+    target = torch.arange(size * scale_factor, dtype=like.dtype, device=like.device)
+    return (target + 0.5) / scale_factor - 0.5
 
 
 class SpatialAttentionUpsample(Upsampler):
