@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule, kaiming_init, xavier_init
+from mmengine.model import BaseModule, kaiming_init, normal_init, xavier_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from carafe_plugin.modules import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.modules.checks import positive
+from carafe_plugin.modules.starts import starting
 
 from .masked import MaskedCARAFEDownsample, MaskedCARAFEUpsample, PartialConv2d, fill_unknown
 
@@ -40,7 +42,7 @@ class _Convolution(nn.Module):
         super().__init__()
         self.convolution = convolution
         self.norm = nn.BatchNorm2d(convolution.out_channels) if norm else nn.Identity()
-        kaiming_init(convolution, mode="fan_in")
+        starting(convolution, functools.partial(kaiming_init, mode="fan_in")).reset_parameters()
 
     def forward(self, features: Tensor, validity: Tensor | None) -> Masked:
         features, validity = _apply(self.convolution, features, validity)
@@ -136,7 +138,7 @@ class InpaintingGenerator(BaseModule):
         self.decoder.extend([*self._upsampling(quarter, half, up), self._convolution(half, half)])
         self.decoder.extend([*self._upsampling(half, full, up), self._convolution(full, full // 2)])
         self.to_image = self.kinds[0](full // 2, 3, 3, padding=1)
-        xavier_init(self.to_image, distribution="normal")
+        starting(self.to_image, functools.partial(xavier_init, distribution="normal")).reset_parameters()
 
     def _convolution(self, channels: int, out_channels: int, kernel: int = 3, **settings: Any) -> _Convolution:
         padding = settings.get("dilation", 1) * (kernel // 2)
@@ -220,9 +222,10 @@ class PatchDiscriminator(BaseModule):
             layers.append(nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False))
             layers.extend([nn.BatchNorm2d(after), nn.LeakyReLU(0.2)])
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        start = functools.partial(normal_init, std=0.02)  # as [20], biases as in its authors' code
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.02)  # as [20]
+                starting(layer, start).reset_parameters()
 
     def forward(self, images: Tensor, holes: Tensor) -> Tensor:
         """Judge completed images, (N, 3, H, W) in [-1, 1] with holes (N, 1, H, W) -> logits (N, 1, H', W')."""

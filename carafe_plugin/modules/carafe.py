@@ -7,13 +7,15 @@ from fractions import Fraction
 
 from torch import Tensor, nn
 
+from ..ops._tracing import refuse_scripting
 from ..ops.functional import scale_ratio
 from ..ops.fused import reassemble_logits
 from ..ops.reference import NORMALIZERS, masks_from_logits
 from .checks import check_features, odd, positive
+from .starts import KeepsItsStart, near_zero_, starting, xavier_
 
 
-class KernelPrediction(nn.Module):
+class KernelPrediction(KeepsItsStart):
     """Channel compressor, content encoder, kernel normaliser, and the reassembly with the kernels they predict.
 
     :class:`CARAFEUpsample` and :class:`CARAFEDownsample` are this module with names and defaults of their own; their
@@ -21,6 +23,7 @@ class KernelPrediction(nn.Module):
     """
 
     downsamples = False
+    __prepare_scriptable__ = staticmethod(refuse_scripting)
 
     def __init__(
         self,
@@ -60,11 +63,13 @@ class KernelPrediction(nn.Module):
         if compressed_channels is None and (norm is not None or act is not None):
             raise ValueError("norm and act follow the channel compressor: compressed_channels=None admits neither")
 
-        self.channel_compressor = None if compressed_channels is None else nn.Conv2d(channels, compressed_channels, 1)
+        self.channel_compressor = None
+        if compressed_channels is not None:
+            self.channel_compressor = starting(nn.Conv2d(channels, compressed_channels, 1), xavier_)
         # In the order in which they run: tools that fold norms into convolutions take a norm for its predecessor's.
         self.compressor_norm = None if norm is None or compressed_channels is None else norm(compressed_channels)
         self.compressor_act = None if act is None else act()
-        self.content_encoder = nn.Conv2d(
+        content_encoder = nn.Conv2d(
             channels if compressed_channels is None else compressed_channels,
             group_size * kernel_size**2 * up**2,
             encoder_kernel,
@@ -73,19 +78,12 @@ class KernelPrediction(nn.Module):
             padding=(encoder_kernel - 1) * encoder_dilation // 2,
             dilation=encoder_dilation,
         )
+        self.content_encoder = starting(content_encoder, near_zero_)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform convolutions, then a content encoder near zero: reassembly starts as a plain average."""
-        for conv in (self.channel_compressor, self.content_encoder):
-            if conv is not None and conv.bias is not None:
-                nn.init.xavier_uniform_(conv.weight)
-                nn.init.zeros_(conv.bias)
-        nn.init.normal_(self.content_encoder.weight, std=0.001)
-
-    def init_weights(self) -> None:
-        """MMEngine's name for :meth:`reset_parameters`."""
-        self.reset_parameters()
+        self.init_weights()
 
     @property
     def settings(self) -> tuple[int, int, int, int, str]:

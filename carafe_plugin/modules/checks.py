@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..ops._tracing import as_one_node
+
 
 def positive(name: str, value: int) -> int:
     """``value``, which must be a positive int."""
@@ -19,9 +21,10 @@ def odd(name: str, value: int) -> int:
     return value
 
 
-def check_features(features: Tensor, channels: int) -> None:
-    """Raise a ValueError unless ``features`` is a batch of maps of as many channels."""
+@as_one_node
+def check_features(features: Tensor, channels: int, name: str = "features", setting: str = "channels") -> None:
+    """Raise a ValueError unless ``features`` is a batch of maps of as many channels as a setting says."""
     if features.dim() != 4 or features.shape[1] != channels:
         raise ValueError(
-            f"features must have shape (N, {channels}, H, W) as channels={channels} says, got {tuple(features.shape)}"
+            f"{name} must have shape (N, {channels}, H, W) as {setting}={channels} says, got {tuple(features.shape)}"
         )

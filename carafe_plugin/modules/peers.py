@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._tracing import as_one_node, refuse_scripting
 from .checks import check_features, odd, positive
+from .starts import KeepsItsStart, starting, zero_
 
 DPP_EPSILON = 1e-3  # the original's: keeps the root differentiable where a pixel equals its window's mean
 LIP_GATE = 12.0  # the original's: the importance of two pixels differs by e^12 at most
@@ -28,6 +30,8 @@ class Resampler(nn.Module):
         ValueError: ``channels`` or ``scale_factor`` is not a positive int, another argument is out of its range, or the
             input is not a map of C channels.
     """
+
+    __prepare_scriptable__ = staticmethod(refuse_scripting)
 
     def __init__(self, channels: int, scale_factor: int = 2) -> None:
         super().__init__()
@@ -127,6 +131,11 @@ class DPPDownsample(Downsampler):
         self.log_alpha = nn.Parameter(torch.zeros(channels, 1, 1))
         self.log_lambda = nn.Parameter(torch.zeros(channels, 1, 1))
 
+    def reset_parameters(self) -> None:
+        """Both exponentials at 1."""
+        nn.init.zeros_(self.log_alpha)
+        nn.init.zeros_(self.log_lambda)
+
     def _window_mean(self, features: Tensor) -> Tensor:
         return F.avg_pool2d(features, self.scale_factor, ceil_mode=True)
 
@@ -139,7 +148,7 @@ class DPPDownsample(Downsampler):
         return self._window_mean(weights * features) / self._window_mean(weights)
 
 
-class LIPDownsample(_Pooling):
+class LIPDownsample(KeepsItsStart, _Pooling):
     """An average weighted by a learnt importance: (N, C, H, W) -> (N, C, ceil(H / sigma), ceil(W / sigma)).
 
     Gao, Wang and Wu, "LIP: Local Importance-based Pooling" (ICCV 2019); CARAFE++ paper, Table 3, 'LIP', and Sec. 3.4.
@@ -173,16 +182,9 @@ class LIPDownsample(_Pooling):
             width = positive("bottleneck", bottleneck)
             layers = [*_normed(channels, width, 1), nn.ReLU(inplace=True), *_normed(width, width, 3)]
             layers += [nn.ReLU(inplace=True), *_normed(width, channels, 1)]
+        starting(layers[-2], zero_)  # equal importance everywhere
         self.logits = nn.Sequential(*layers)
         self.init_weights()
-
-    def init_weights(self) -> None:
-        """Equal importance everywhere; what lies before the last convolution starts as convolutions do."""
-        for module in self.logits:
-            if isinstance(module, (nn.Conv2d, nn.InstanceNorm2d)):
-                module.reset_parameters()
-        convs = [module for module in self.logits if isinstance(module, nn.Conv2d)]
-        nn.init.zeros_(convs[-1].weight)
 
     def resample(self, features: Tensor) -> Tensor:
         # Shifted by the largest value possible, which cancels out: in half precision e^12 would be infinite.
@@ -192,6 +194,7 @@ class LIPDownsample(_Pooling):
 
 def _normed(channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
     conv = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    starting(conv, nn.Conv2d.reset_parameters)  # as convolutions do, whatever a model's init_cfg says of its own
     return [conv, nn.InstanceNorm2d(out_channels, affine=True)]
 
 
@@ -270,7 +273,7 @@ class PixelShuffleUpsample(Upsampler):
         return F.pixel_shuffle(self.conv(features), self.scale_factor)
 
 
-class GUMUpsample(Upsampler):
+class GUMUpsample(KeepsItsStart, Upsampler):
     """Bilinear interpolation whose sampling positions are moved: (N, C, H, W) -> (N, C, sigma * H, sigma * W).
 
     Mazzini, "Guided Upsampling Network for Real-Time Semantic Segmentation" (BMVC 2018, arXiv 1807.07466); CARAFE++
@@ -288,29 +291,30 @@ class GUMUpsample(Upsampler):
     def __init__(self, channels: int, scale_factor: int = 2, kernel_size: int = 3) -> None:
         super().__init__(channels, scale_factor)
         padding = odd("kernel_size", kernel_size) // 2
-        self.guidance = nn.Conv2d(channels, 2 * scale_factor**2, kernel_size, padding=padding)
+        self.guidance = starting(nn.Conv2d(channels, 2 * scale_factor**2, kernel_size, padding=padding), zero_)
         self.init_weights()
 
-    def init_weights(self) -> None:
-        """No offsets: bilinear interpolation."""
-        for parameter in self.guidance.parameters():
-            nn.init.zeros_(parameter)
-
     def resample(self, features: Tensor) -> Tensor:
-        offsets = F.pixel_shuffle(self.guidance(features), self.scale_factor)  # (N, 2, H', W')
-        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # half precision is too coarse to aim
-        height, width = features.shape[2:]
-        x = self._centres(width, offsets) + offsets[:, 0]
-        y = self._centres(height, offsets)[:, None] + offsets[:, 1]
-        # grid_sample counts from -1 to 1, edge to edge of the outermost pixels.
-        grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-        sampled = F.grid_sample(features.to(grid.dtype), grid, padding_mode="border", align_corners=False)
-        return sampled.to(features.dtype)
+        return _sample_moved(features, F.pixel_shuffle(self.guidance(features), self.scale_factor), self.scale_factor)
 
-    def _centres(self, size: int, like: Tensor) -> Tensor:
-        """Where the centres of the output's pixels lie along one axis, counted in pixels of the input."""
-        target = torch.arange(size * self.scale_factor, dtype=like.dtype, device=like.device)
-        return (target + 0.5) / self.scale_factor - 0.5
+
+@as_one_node
+def _sample_moved(features: Tensor, offsets: Tensor, scale_factor: int) -> Tensor:
+    """Interpolate features (N, C, H, W) where offsets (N, 2, H', W') move the centres of the output's pixels to."""
+    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # half precision is too coarse to aim
+    height, width = features.shape[2:]
+    x = _centres(width, scale_factor, offsets) + offsets[:, 0]
+    y = _centres(height, scale_factor, offsets)[:, None] + offsets[:, 1]
+    # grid_sample counts from -1 to 1, edge to edge of the outermost pixels.
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    sampled = F.grid_sample(features.to(grid.dtype), grid, padding_mode="border", align_corners=False)
+    return sampled.to(features.dtype)
+
+
+def _centres(size: int, scale_factor: int, like: Tensor) -> Tensor:
+    """Where the centres of the output's pixels lie along one axis, counted in pixels of the input."""
+    target = torch.arange(size * scale_factor, dtype=like.dtype, device=like.device)
+    return (target + 0.5) / scale_factor - 0.5
 
 
 class SpatialAttentionUpsample(Upsampler):

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from carafe_plugin import modules
 from carafe_plugin.modules import peers
 from carafe_plugin.openmmlab import require
+from carafe_plugin.ops._tracing import as_one_node
 from carafe_plugin.ops.reference import crop, output_size
 
 require("mmengine", __name__)
 
-from mmengine.model import initialize  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 
 
@@ -42,25 +42,8 @@ def _factory(name: str, cfg: Mapping[str, Any]) -> Callable[..., nn.Module]:
     return lambda channels: build_norm_layer(dict(cfg), channels)[1]
 
 
-class _KeepsItsStart(nn.Module):
-    """A layer whose first values are part of what it is, whatever MMEngine's initialisers do around it."""
-
-    init_weights: Callable[[], None]  # the plain module's
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> _KeepsItsStart:
-        """Apply a function to every submodule, except that MMEngine's initialisers leave the paper's values in place.
-
-        An enclosing module's ``init_cfg`` (Xavier for every ``Conv2d`` in an FPN) comes down the whole tree through
-        ``apply``, whereas ``init_weights`` stops at direct children, short of a layer in a plain ``Sequential``.
-        """
-        super().apply(fn)
-        if getattr(fn, "__module__", None) == initialize.__module__:
-            self.init_weights()
-        return self
-
-
-class _MMEngineLayer(_KeepsItsStart):
-    """What MMEngine asks beyond the plain module: configurations of norm and activation, and a safe initialisation."""
+class _MMEngineLayer(nn.Module):
+    """The plain module with configurations of norm and activation."""
 
     def __init__(
         self,
@@ -113,20 +96,8 @@ class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
     """
 
 
-@MODELS.register_module()
-class GUMUpsample(_KeepsItsStart, peers.GUMUpsample):
-    """:class:`carafe_plugin.modules.peers.GUMUpsample` for configurations: it starts as bilinear interpolation."""
-
-
-@MODELS.register_module()
-class LIPDownsample(_KeepsItsStart, peers.LIPDownsample):
-    """:class:`carafe_plugin.modules.peers.LIPDownsample` for configurations: it starts as average pooling."""
-
-
-# The other operators of the paper's tables start as their places have it, so the plain modules serve.
 for _peer in (*peers.DOWNSAMPLERS, *peers.UPSAMPLERS):
-    if _peer not in (peers.GUMUpsample, peers.LIPDownsample):
-        MODELS.register_module(module=_peer)
+    MODELS.register_module(module=_peer)
 
 _UPSAMPLERS = (modules.CARAFEUpsample, peers.Upsampler)
 _DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
@@ -239,10 +210,16 @@ def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> 
         return upsampler(features, size)
     if not isinstance(upsampler, modules.CARAFEUpsample):
         return fit_to_size(upsampler(features), size)
-    whole = (output_size(length, upsampler.up, upsampler.down) for length in features.shape[2:])
-    return _complete(upsampler(features, _within(size, whole)), size)
+    return _complete(upsampler(features, _computed(features, size, upsampler.up, upsampler.down)), size)
 
 
+@as_one_node
+def _computed(features: Tensor, size: Sequence[int], up: int, down: int) -> list[int]:
+    """The part of ``size`` that features scaled by ``up / down`` have."""
+    return _within(size, (output_size(length, up, down) for length in features.shape[2:]))
+
+
+@as_one_node
 def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
     """Crop (N, C, H, W) to ``size`` at the bottom and right, or complete it there by repeating the last row and column.
 
@@ -262,6 +239,7 @@ def _within(size: Sequence[int], whole: Iterable[int]) -> list[int]:
     return [length if length <= most else most for length, most in zip(size, whole, strict=True)]
 
 
+@as_one_node
 def _complete(features: Tensor, size: Sequence[int]) -> Tensor:
     height, width = size
     # Repeating through expand, and not replication padding: the gradient of the latter is not deterministic on CUDA.

@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ._tracing import as_one_node
 from .reference import DTYPES
 from .reference import output_size as whole_size
 
@@ -17,6 +18,7 @@ from .reference import output_size as whole_size
 _MAX_FLOAT_DENOMINATOR = 64
 
 
+@as_one_node
 def carafe(
     features: Tensor,
     masks: Tensor,

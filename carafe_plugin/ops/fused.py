@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._tracing import as_one_node
 from .functional import read_output_size
 from .reference import NORMALIZERS, crop, masks_from_logits
 
@@ -18,6 +19,7 @@ _MAX_SCALE, _MAX_CUDA_SCALE = 64, 8
 _MAX_WEIGHTS = 512  # of a pixel, on CUDA: of a block's few pixels they must fit into its shared memory
 
 
+@as_one_node
 def reassemble_logits(
     features: Tensor,
     logits: Tensor,

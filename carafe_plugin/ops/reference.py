@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._tracing import as_one_node
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: The kernel normalisers (Sec. 3.2; the alternatives to the softmax are those of Table 14).
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized")
@@ -142,6 +144,7 @@ def shuffle_logits(logits: Tensor, up: int, down: int) -> Tensor:
     return logits[..., ::down, ::down] if down > 1 else logits
 
 
+@as_one_node
 def masks_from_logits(logits: Tensor, k: int, g: int, up: int, down: int, normalizer: str) -> Tensor:
     """The normalised kernels, (N, G * k^2, H', W'), that the content encoder's raw output stands for."""
     return normalize_kernels(shuffle_logits(logits, up, down), k, g, normalizer)

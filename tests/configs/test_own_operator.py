@@ -158,7 +158,7 @@ def test_peers_downsample_in_a_backbone(kind):
         assert not any(conv.weight.any() for conv in last), "Kaiming for every convolution came by"
 
 
-@pytest.mark.parametrize(("kind", "last"), [(layers.GUMUpsample, "guidance"), (layers.LIPDownsample, "logits.6")])
+@pytest.mark.parametrize(("kind", "last"), [(peers.GUMUpsample, "guidance"), (peers.LIPDownsample, "logits.6")])
 def test_their_start_survives_in_plain_containers(kind, last):
     """Where init_weights does not arrive, while the enclosing module's init_cfg does."""
     network = BaseModule(init_cfg=dict(type="Kaiming", layer="Conv2d"))

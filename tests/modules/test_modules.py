@@ -149,7 +149,8 @@ def test_state_dict_is_that_of_mmcv(arguments):
     ours = CARAFEUpsample(**arguments)
     theirs_state, ours_state = theirs.state_dict(), ours.state_dict()
     assert list(theirs_state) == list(ours_state)
-    assert all(a.shape == b.shape for a, b in zip(theirs_state.values(), ours_state.values(), strict=True))
+    # Of the same values, too: both draw the same random numbers.
+    assert all(torch.equal(a, b) for a, b in zip(theirs_state.values(), ours_state.values(), strict=True))
     ours.load_state_dict(theirs_state, strict=True)
     logits = theirs.content_encoder(theirs.channel_compressor(features := torch.randn(1, 16, 5, 6)))
     torch.testing.assert_close(ours.predict_kernels(features), theirs.kernel_normalizer(logits))

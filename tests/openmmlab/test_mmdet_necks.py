@@ -182,7 +182,7 @@ def test_bad_input_is_named(neck_type):
     with pytest.raises(ValueError, match=r"inputs must hold 4 maps \(in_channels\), got 3"):
         neck(inputs[:3])
     inputs[2] = torch.randn(2, 7, 8, 12)
-    with pytest.raises(ValueError, match=r"inputs\[2\] must have 8 channels \(in_channels\[2\]\), got shape \(2, 7, 8"):
+    with pytest.raises(ValueError, match=r"inputs\[2\] must have shape \(N, 8, H, W\) as in_channels\[2\]=8 says, got"):
         neck(inputs)
     with pytest.raises(TypeError, match=r"carafe_cfg=.*up_kernal"):
         neck_type(IN_CHANNELS, 8, 4, carafe_cfg=dict(up_kernal=5))

@@ -16,6 +16,7 @@ from mmdet.registry import MODELS
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
+from carafe_plugin.modules.checks import check_features
 from carafe_plugin.openmmlab.layers import INTERPOLATIONS, build_upsampler, fit_to_size, read_cfg, upsample_to
 
 
@@ -48,11 +49,7 @@ class _TopDownPath:
             raise ValueError(f"inputs must hold {len(self.in_channels)} maps (in_channels), got {len(inputs)}")
         laterals = []
         for level, lateral_conv in enumerate(self.lateral_convs, start=self.start_level):
-            if inputs[level].shape[1] != self.in_channels[level]:
-                raise ValueError(
-                    f"inputs[{level}] must have {self.in_channels[level]} channels (in_channels[{level}]), "
-                    f"got shape {tuple(inputs[level].shape)}"
-                )
+            check_features(inputs[level], self.in_channels[level], f"inputs[{level}]", f"in_channels[{level}]")
             laterals.append(lateral_conv(inputs[level]))
         for i in reversed(range(len(laterals) - 1)):
             upsampled = upsample_to(self.upsample_modules[i], laterals[i + 1], laterals[i].shape[2:])
@@ -154,9 +151,15 @@ class _DecoderTopDownPath:
         channels = self.mask_feature.in_channels
         self.upsample_modules = ModuleList(build_upsampler(carafe_cfg, channels) for _ in self.lateral_convs)
 
+    def init_weights(self) -> None:
+        """The parent's, which names its own layers one by one, and that of the upsamplers."""
+        super().init_weights()  # type: ignore[misc]
+        self.upsample_modules.init_weights()
+
     def _start(self, *inputs: Any, **changes: Any) -> tuple[Tensor, Any]:
         """The coarsest map, and what the parent's ``forward`` returns beside the mask features made of it."""
-        return self.parent.forward(_WithoutTopDownPath(self, mask_feature=nn.Identity(), **changes), *inputs)
+        # A function, since torch.fx wants to know where a module has its place.
+        return self.parent.forward(_WithoutTopDownPath(self, mask_feature=lambda maps: maps, **changes), *inputs)
 
     def _merge_top_down(self, coarsest: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
         """From the coarsest map down: upsample, add the lateral map of the level below, convolve; all results."""
