@@ -51,23 +51,18 @@ MUTANTS = {
 }
 
 
-def compile_objects(kind: str, sources: Sequence[Path], folder: Path) -> list[Path]:
-    """Object files of ``sources``, two at a time; those that are newer than all of csrc stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
-
-    def compile_one(source: Path) -> Path:
-        made = folder / f"{source.stem}.o"
-        if made.exists() and made.stat().st_mtime > max(newest, source.stat().st_mtime):
-            return made
+def object_of(kind: str, source: Path, folder: Path) -> Path:
+    """The object file of a source; one that is newer than all of csrc stays."""
+    made = folder / f"{source.stem}.o"
+    newest = max(path.stat().st_mtime for path in (*(ROOT / "csrc").rglob("*"), source) if path.is_file())
+    if not made.exists() or made.stat().st_mtime < newest:
+        folder.mkdir(parents=True, exist_ok=True)
         flags = ["-O1", "-g1", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
-        flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *BUILDS[kind][0], *includes]
-        subprocess.run([CXX, "-c", *flags, str(source), "-o", str(made)], check=True)
-        return made
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, sources))
+        flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *BUILDS[kind][0]]
+        flags += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
+        subprocess.run([CXX, "-c", *flags, str(source), "-o", f"{made}.tmp"], check=True)
+        Path(f"{made}.tmp").replace(made)
+    return made
 
 
 def link(kind: str, objects: Sequence[Path], library: Path) -> Path:
@@ -105,24 +100,25 @@ def main() -> int:
             failed.append(name)
             print(result.stdout[-2000:], result.stderr[-6000:], sep="\n", flush=True)
 
-    jobs = []
-    for kind, (_, _, more) in BUILDS.items():
-        sources = [ROOT / "csrc" / f"{name}.cpp" for name in SOURCES]
-        objects = compile_objects(kind, [*sources, *more], BUILD / kind)
-        library = link(kind, objects, BUILD / kind / "_C.so")
+    pool, jobs = ThreadPoolExecutor(2), []
+    sources = [ROOT / "csrc" / f"{name}.cpp" for name in SOURCES]
+    wanted = [(kind, source) for kind, (*_, more) in BUILDS.items() for source in (*reversed(sources), *more)]
+    made = dict(zip(wanted, pool.map(lambda each: object_of(*each, BUILD / each[0]), wanted), strict=True))
+    objects = {kind: [each for (where, _), each in made.items() if where == kind] for kind in BUILDS}
+    for kind in BUILDS:
+        library = link(kind, objects[kind], BUILD / kind / "_C.so")
         jobs += [(f"{kind}, {path}", kind, library, path, "", args.calls) for path in PATHS]
-        for number, (name, (where, old, new, expected)) in enumerate(MUTANTS.items()):
-            if where != kind:
-                continue
-            copy = BUILD / f"mutant{number}"
-            shutil.copytree(ROOT / "csrc", copy / "csrc", dirs_exist_ok=True)
-            source = copy / "csrc" / "cpu" / "carafe.cpp"
-            text = source.read_text()
-            assert text.count(old) == 1, f"{name}: {old!r} occurs {text.count(old)} times"
-            source.write_text(text.replace(old, new))
-            changed = compile_objects(kind, [source], copy)
-            mutant = link(kind, [*changed, *(each for each in objects if each.stem != "carafe")], copy / "_C.so")
-            jobs.append((f"{kind} reports {name}", kind, mutant, "plain", expected, 40))
+    for number, (name, (kind, old, new, expected)) in enumerate(MUTANTS.items()):
+        copy = BUILD / f"mutant{number}"
+        shutil.copytree(ROOT / "csrc", copy / "csrc", dirs_exist_ok=True)
+        source = copy / "csrc" / "cpu" / "carafe.cpp"
+        text = source.read_text()
+        assert text.count(old) == 1, f"{name}: {old!r} occurs {text.count(old)} times"
+        source.write_text(text.replace(old, new))
+        others = [each for each in objects[kind] if each.stem != "carafe"]
+        mutant = link(kind, [object_of(kind, source, copy), *others], copy / "_C.so")
+        jobs.append((f"{kind} reports {name}", kind, mutant, "plain", expected, 40))
+    print(f"{time.monotonic() - started:5.0f} s  built", flush=True)
 
     def run(job: tuple) -> None:
         name, kind, library, path, expected, calls = job
@@ -134,8 +130,7 @@ def main() -> int:
             counts["planted_faults_reported"] += 1
         report(name, passed, result)
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, jobs))
+    list(pool.map(run, jobs))
     hosts = [
         "tests/csrc/test_kernels.py",
         "tests/csrc/test_blocks.py",

@@ -24,9 +24,8 @@ def test_random_calls_and_random_faults(path, part, campaign):
         pytest.skip(f"this processor does not run the {path} path")
     share = len(paths) * PARTS
     calls, faults = (-(-number // share) for number in (count("operators", 300, 3000), count("faults", 300, 3000)))
-    arguments = [
-        f"--{name}={value}" for name, value in dict(calls=calls, faults=faults, seed=SEED * 100 + part).items()
-    ]
+    seed = SEED * 1000 + PATHS.index(path) * 100 + part
+    arguments = [f"--{name}={number}" for name, number in dict(calls=calls, faults=faults, seed=seed).items()]
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("fuzz_operators.py")), *arguments]
     print(f"CARAFE_CPU_PATH={path}", *command)
     environment = {**os.environ, "CARAFE_CPU_PATH": path, "OMP_NUM_THREADS": "1"}
