@@ -7,6 +7,7 @@ from importlib.machinery import PathFinder
 
 import pytest
 import torch
+from campaign import campaign, pytest_terminal_summary  # noqa: F401, a fixture and a hook
 from toolkit import reason_for_no_cuda_half
 
 if importlib.util.find_spec("mmcv") is not None:

@@ -86,7 +86,7 @@ class Operator:
 
     def parse(self, arguments: Sequence[Any]) -> Call:
         """The arguments of a call by their names."""
-        tensors, rest = dict(zip(self.tensors, arguments, strict=False)), arguments[len(self.tensors) :]
+        tensors, rest = self.tensors_of(arguments), arguments[len(self.tensors) :]
         if self.computes == "features":
             shape = tensors["grad_output"].shape
             return Call(tensors, (*shape[:2], *rest[:2]), shape[2:], *rest[2:])
@@ -97,6 +97,14 @@ class Operator:
         call = Call(tensors, features, (), *geometry)
         outputs = (most if length is None else length for length, most in zip(wanted, call.whole, strict=True))
         return call._replace(outputs=tuple(outputs))
+
+    def tensors_of(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
+        """The tensors of a call by their names; a RuntimeError where one is missing."""
+        tensors = dict(zip(self.tensors, arguments, strict=False))
+        for name, tensor in tensors.items():
+            if tensor is None:  # the dispatcher admits it, as a tensor that is not defined
+                raise RuntimeError(f"{name} must be a torch.Tensor, got NoneType")
+        return tensors
 
     def by_reference(self, *arguments: Any) -> Tensor:
         """What computes it where nothing compiled does."""
@@ -130,6 +138,7 @@ class Operator:
     def fake(self, *arguments: Any) -> Tensor:
         """Its result without values."""
         call = self.parse(arguments)
+        _check_numbers(call)
         like = call.tensors[self.like]
         shape = like.shape if self.computes == self.like else call.shapes()[self.computes]
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
@@ -150,23 +159,13 @@ OPERATORS = {operator.computes: operator for operator in _TABLE}  #: by the tens
 
 def _check(call: Call) -> None:
     """What callers of torch.ops are told, as csrc/arguments.h does for the compiled kernels."""
-    tensors, features, outputs, k, g, up, down, normalizer = call
-    try:
-        check_maps(tensors)
-        check_kernels(features[1], k, g)
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(str(error)) from error
-    if len({tensor.dtype for tensor in tensors.values()}) > 1:
-        raise RuntimeError(f"{' and '.join(tensors)} must have the same dtype")
-    if up < 1 or down < 1:
-        raise RuntimeError(f"up and down must be at least 1, got {up} and {down}")
+    _check_numbers(call)
+    tensors, features, outputs, k, _, up, down, _ = call
     if k >= 2**15 or max(up, down, *features[2:]) >= 2**31:  # beyond it, products of two do not fit into 64 bits
         raise RuntimeError(
             "kernel_size must be at most 32767, up, down, height and width at most 2147483647, "
             f"got {', '.join(map(str, (k, up, down, *features[2:])))}"
         )
-    if not NONE <= normalizer < len(NORMALIZERS):
-        raise RuntimeError(f"normalizer must be 0, 1, 2 or 3, got {normalizer}")
     if not all(0 <= length <= most for length, most in zip(outputs, call.whole, strict=True)):
         sizes = (" x ".join(map(str, size)) for size in (call.whole, outputs))
         raise RuntimeError("the output must be of at most {}, got {}".format(*sizes))
@@ -174,6 +173,23 @@ def _check(call: Call) -> None:
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
             raise RuntimeError(f"{name} must have shape {expected[name]}, got {tuple(tensor.shape)}")
+
+
+def _check_numbers(call: Call) -> None:
+    """What of it asks for no size of a map, so that tracing with sizes that are symbols is told too."""
+    tensors, features, _, k, g, up, down, normalizer = call
+    try:
+        check_maps(tensors)
+        check_kernels(features[1], k, g)
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(str(error)) from error
+    for what in ("dtype", "device"):
+        if len({getattr(tensor, what) for tensor in tensors.values()}) > 1:
+            raise RuntimeError(f"{' and '.join(tensors)} must have the same {what}")
+    if up < 1 or down < 1:
+        raise RuntimeError(f"up and down must be at least 1, got {up} and {down}")
+    if not NONE <= normalizer < len(NORMALIZERS):
+        raise RuntimeError(f"normalizer must be 0, 1, 2 or 3, got {normalizer}")
 
 
 def _memory_format(maps: Tensor) -> torch.memory_format:
