@@ -57,9 +57,7 @@ def compare_classes(first: tuple[str, Any], second: tuple[str, Any]) -> tuple[st
     if not classes or not others or list(classes) == list(others):
         return None
     pairs = [(mine, theirs) for mine, theirs in zip(classes, others, strict=False) if mine != theirs]
-    differing = (
-        f"the first to differ: {', '.join(map(str, pairs[0]))}" if pairs else f"{len(classes)} and {len(others)}"
-    )
+    differing = "the first to differ: {}, {}".format(*pairs[0]) if pairs else f"{len(classes)} and {len(others)}"
     message = f"{name} has the classes {shorten(classes)}, {other_name} {shorten(others)} ({differing})"
     return message, sorted(map(str, classes)) == sorted(map(str, others))
 
@@ -88,13 +86,13 @@ def head_fault(model: nn.Module, source: str, meta: Mapping[str, Any]) -> str | 
     return None
 
 
-def _is_exempt(name: str, part: nn.Module, classes: int) -> bool:
+def _is_exempt(name: str, part: Any, classes: int) -> bool:
     if "rpn_head" in name.split(".") or _OTHER_OUTPUTS & {kind.__name__ for kind in type(part).__mro__}:
         return True
     if getattr(part, "class_agnostic", False):
         return True
     if hasattr(part, "batch_augments"):  # mmpretrain's preprocessor reads the number only to make vectors of labels
-        return not (part.batch_augments or getattr(part, "to_onehot", False))
+        return not part.batch_augments and not getattr(part, "to_onehot", False)
     # mmseg's sigmoid of one channel tells two classes apart.
     return part.num_classes == getattr(part, "out_channels", 0) == 1 and classes == 2
 
@@ -141,8 +139,11 @@ class CheckClassesHook(Hook):
             if number := len(meta.get("classes") or ()) or max(numbers, default=0):
                 fault = fault or label_fault(dataset, source, meta.get("classes"), number)
             difference = compare_classes(known, (source, meta.get("classes")))
-            if fault or (difference and difference[1]):
-                raise UsageError(fault or f"{difference[0]}: labels would be mixed up")
+            if fault:
+                raise UsageError(fault)
             if difference:
-                runner.logger.warning(difference[0])
+                message, reordered = difference
+                if reordered:
+                    raise UsageError(f"{message}: labels would be mixed up")
+                runner.logger.warning(message)
             known = source, meta.get("classes")

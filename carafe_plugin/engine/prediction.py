@@ -70,9 +70,9 @@ def write_picture(path: Path, pixels: np.ndarray, profile: bytes | None = None) 
 
 
 def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
-    """Load a checkpoint, a file or a URL, that must have every parameter of the model, and return all that it holds; what
-    the model has no place for is ignored. Raises UsageError where it is of another model, CheckpointError where it is missing or
-    cannot be read.
+    """Load a checkpoint, a file or a URL, that must have every parameter of the model, and return all that it holds.
+    What the model has no place for is ignored. Raises UsageError where it is of another model, CheckpointError where it
+    is missing or cannot be read.
     """
     use_safe_loading()
     checkpoint = CheckpointLoader.load_checkpoint(path, "cpu")
@@ -82,8 +82,8 @@ def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
 
 
 def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = False) -> Any:
-    """Build mmdet's detector with the weights and classes of a checkpoint, a file or a URL: where it records no classes,
-    with the configuration's; a warning names both where they differ. Raises UsageError where the configuration is of
+    """Build mmdet's detector with the weights of a checkpoint, a file or a URL, and its classes, or the configuration's
+    where it records none; a warning names both where they differ. Raises UsageError where the configuration is of
     another toolbox, the checkpoint is of another model or cannot be read, or the classes are not the model's in number.
     """
     scope = toolbox(cfg)
@@ -101,11 +101,10 @@ def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = Fal
     # MMDetection warns where weights are missing, and detects with random ones.
     recorded, configured = checkpoint_classes(load_weights(detector, checkpoint)), config_classes(cfg, "test")
     detector.dataset_meta["classes"] = classes = recorded or configured or detector.dataset_meta["classes"]
-    if fault := head_fault(
-        detector, f"{'checkpoint ' + checkpoint if recorded else cfg.filename}", dict(classes=classes)
-    ):
+    source = f"checkpoint {checkpoint}" if recorded else f"configuration {cfg.filename}"
+    if fault := head_fault(detector, source, dict(classes=classes)):
         raise UsageError(fault)
-    if difference := compare_classes((f"checkpoint {checkpoint}", recorded), (f"{cfg.filename}", configured)):
+    if difference := compare_classes((source, recorded), (str(cfg.filename), configured)):
         print(f"warning: {difference[0]}; the checkpoint's are written", file=sys.stderr)
     return detector
 
