@@ -43,8 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-mismatch",
         action="store_true",
-        help="test although the checkpoint lacks parameters of the model, has CARAFE++'s where the model has none, or was "
-        "trained with the classes in another order",
+        help="test although the checkpoint lacks parameters of the model, has CARAFE++'s where the model has none, or "
+        "has its classes in another order",
     )
 
 

@@ -75,8 +75,10 @@ def head_fault(model: nn.Module, source: str, meta: Mapping[str, Any]) -> str | 
         return f"the classes of {source} must be a tuple of names, got the text {classes!r} (one alone: ({classes!r},))"
     if not classes:
         return None
-    fitting = {len(classes), *(len(meta[part]) for part in ("thing_classes", "stuff_classes") if meta.get(part))}
-    for name, part in model.named_modules():
+    fitting = {len(classes), len(meta.get("thing_classes") or classes)}
+    if stuff := len(meta.get("stuff_classes") or ()):
+        fitting |= {stuff, stuff + 1}  # one more for all things
+    for name, part in sorted(model.named_modules(), key=lambda named: named[0] == ""):  # heads before the whole
         number = getattr(part, "num_classes", None)
         if type(number) is int and number > 0 and number not in fitting and not _is_exempt(name, part, len(classes)):
             return (
