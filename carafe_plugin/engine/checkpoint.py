@@ -109,8 +109,9 @@ def check_checkpoint_exists(path: str) -> Path:
 
 
 def read_checkpoint(path: str, map_location: Any = "cpu", training: bool = False) -> dict:
-    """Read a local checkpoint; with ``training``, one that holds what resuming needs, not only weights. Raises
-    CheckpointError where it is missing, truncated, damaged or no checkpoint. ``map_location`` is as for ``torch.load``.
+    """Read a local checkpoint. With ``training`` it must hold what resuming needs, not only weights, and its tensors
+    stay in the file (where torch's zip format lets them), as mmengine will read them. Raises CheckpointError where it
+    is missing, truncated, damaged or no checkpoint. ``map_location`` is as for ``torch.load``.
 
     A pickle may run code as it is read: one that names more than weights and plain types is refused, except with
     TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment.
@@ -121,6 +122,8 @@ def read_checkpoint(path: str, map_location: Any = "cpu", training: bool = False
         options = dict(weights_only=False)
     elif not _names_of_globals():
         options = dict(weights_only=False, pickle_module=_RestrictedPickle)
+    if training and zipfile.is_zipfile(file):
+        options["mmap"] = True
     try:
         with checkpoint_types():
             checkpoint = torch.load(str(file), map_location=map_location, **options)

@@ -174,8 +174,8 @@ def test_objects_lie_on_their_image():
         check_coco(changed(segmentation=[outside, inside]), Path("a.json"), measured=not training, masks=True)
         with pytest.raises(UsageError, match=r"segmentation must be polygons on its image, 20 x 20 \(height x width\)"):
             check_coco(changed(segmentation=[outside]), Path("a.json"), measured=not training, masks=True)
-        with pytest.raises(UsageError, match="segmentation must be run lengths .*, with something in them, got "):
-            empty = changed(segmentation=dict(counts=[400], size=[20, 20]))
+        empty = changed(segmentation=dict(counts=[400], size=[20, 20]))
+        with pytest.raises(UsageError, match=r"segmentation must be run lengths .*, with something in them, got "):
             check_coco(empty, Path("a.json"), measured=not training, masks=True)
 
 

@@ -329,7 +329,7 @@ def test_reading_what_others_wrote(zipped: bool, tmp_path: Path, monkeypatch: py
     meta = read_checkpoint(str(path))["meta"]
     assert all(np.array_equal(meta[name], value) and type(meta[name]) is type(value) for name, value in plain.items())
     assert meta["cfg"].model.type == "Net"
-    if not zipped:  # where the other NumPy has them; the zip format has a checksum of it
+    if not zipped:  # where the other NumPy has them; a zip file would no longer be whole
         here, there = (b"numpy._core", b"numpy.core")[:: 1 if hasattr(np, "_core") else -1]
         path.write_bytes(path.read_bytes().replace(b"c" + here + b".multiarray\n", b"c" + there + b".multiarray\n"))
         assert read_checkpoint(str(path))["meta"]["best"] == 0.386
@@ -417,10 +417,11 @@ def test_only_the_newest_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.
     for step in range(1, 5):
         fake(tmp_path, f"epoch_{step}.pth", age=10 - step)
     (tmp_path / "epoch_4.pth").write_bytes(b"truncated")
-    opened, load = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda path, *a, **k: opened.append(Path(path).name) or load(path, *a, **k))
+    opened, load = {}, torch.load
+    monkeypatch.setattr(torch, "load", lambda path, *a, **k: opened.update({Path(path).name: k}) or load(path, *a, **k))
     assert CheckpointPlace(tmp_path).newest() == str(tmp_path / "epoch_3.pth")
-    assert opened == ["epoch_4.pth", "epoch_3.pth"]
+    assert list(opened) == ["epoch_4.pth", "epoch_3.pth"]
+    assert opened["epoch_3.pth"]["mmap"], "a billion parameters are read once, by mmengine"
 
 
 def test_newest_checkpoint_order(tmp_path: Path) -> None:

@@ -158,9 +158,11 @@ LOAD = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
 
 
 def judge(folder: Path, *maps: object, ignored: tuple = (255,), **settings: object) -> str:
-    """What is wrong with some label maps (rows of labels, or images): '' or the message without the folder."""
+    """What is wrong with some label maps (labels, of which each row counts twice, or images): '' or the message without
+    the folder.
+    """
     for number, labels in enumerate(maps):
-        image = labels if isinstance(labels, Image.Image) else Image.fromarray(np.array(labels, np.uint8))
+        image = labels if isinstance(labels, Image.Image) else Image.fromarray(np.repeat(labels, 2, 0).astype(np.uint8))
         for part in ("images", "maps"):
             (folder / part).mkdir(exist_ok=True)
         Image.new("RGB", image.size).save(folder / f"images/{number}.png")
