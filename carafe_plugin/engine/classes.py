@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
@@ -78,25 +79,33 @@ def head_fault(model: nn.Module, source: str, meta: Mapping[str, Any]) -> str | 
     fitting = {len(classes), len(meta.get("thing_classes") or classes)}
     if stuff := len(meta.get("stuff_classes") or ()):
         fitting |= {stuff, stuff + 1}  # one more for all things
-    for name, part in sorted(model.named_modules(), key=lambda named: named[0] == ""):  # heads before the whole
-        number = getattr(part, "num_classes", None)
-        if type(number) is int and number > 0 and number not in fitting and not _is_exempt(name, part, len(classes)):
+    for name, part in _heads(model):
+        # mmseg's sigmoid of one channel tells two classes apart.
+        binary = part.num_classes == getattr(part, "out_channels", 0) == 1 and len(classes) == 2
+        if part.num_classes not in fitting and not binary:
             return (
-                f"{name or 'the model'} ({type(part).__name__}) has num_classes={number}, and {source} {len(classes)} "
-                f"classes: {shorten(classes)}"
+                f"{name or 'the model'} ({type(part).__name__}) has num_classes={part.num_classes}, and {source} "
+                f"{len(classes)} classes: {shorten(classes)}"
             )
     return None
 
 
-def _is_exempt(name: str, part: Any, classes: int) -> bool:
+def _heads(model: nn.Module) -> list[tuple[str, Any]]:
+    """The parts that have an output for each class, before the model that is made of them."""
+    parts = sorted(model.named_modules(), key=lambda named: named[0] == "")
+    return [(name, part) for name, part in parts if getattr(part, "num_classes", None) and not _is_exempt(name, part)]
+
+
+def _is_exempt(name: str, part: Any) -> bool:
+    if type(part.num_classes) is not int or part.num_classes < 1:  # a backbone without its classifier
+        return True
     if "rpn_head" in name.split(".") or _OTHER_OUTPUTS & {kind.__name__ for kind in type(part).__mro__}:
         return True
     if getattr(part, "class_agnostic", False):
         return True
     if hasattr(part, "batch_augments"):  # mmpretrain's preprocessor reads the number only to make vectors of labels
         return not part.batch_augments and not getattr(part, "to_onehot", False)
-    # mmseg's sigmoid of one channel tells two classes apart.
-    return part.num_classes == getattr(part, "out_channels", 0) == 1 and classes == 2
+    return False
 
 
 def label_fault(dataset: Any, source: str, classes: Sequence[str] | None, number: int) -> str | None:
@@ -107,14 +116,13 @@ def label_fault(dataset: Any, source: str, classes: Sequence[str] | None, number
         record = dataset.get_data_info(index)
         if "gt_label" not in record:
             return None
-        labels = record["gt_label"]
-        for label in labels if isinstance(labels, (list, tuple)) else [labels]:
-            if isinstance(label, int) and not 0 <= label < number:
-                named = f" ({shorten(classes)})" if classes else ""
-                return (
-                    f"{source}: image {record.get('img_path')} has the label {label}, and the {number} classes{named} "
-                    f"are 0 to {number - 1}"
-                )
+        labels = np.ravel(record["gt_label"])  # one or several; of several tasks, a dictionary
+        if labels.dtype.kind in "iu" and ((labels < 0) | (labels >= number)).any():
+            named = f" ({shorten(classes)})" if classes else ""
+            return (
+                f"{source}: image {record.get('img_path')} has the label {shorten(labels)}, and the {number} "
+                f"classes{named} are 0 to {number - 1}"
+            )
     return None
 
 
@@ -136,16 +144,16 @@ class CheckClassesHook(Hook):
             dataset = getattr(runner, f"{split}_dataloader").dataset
             meta = getattr(dataset, "metainfo", None) or {}
             source = f"{split}_dataloader ({type(dataset).__name__})"
+            classes = meta.get("classes")
             fault = head_fault(runner.model, source, meta)
-            numbers = [getattr(part, "num_classes", 0) for part in runner.model.modules()]
-            if number := len(meta.get("classes") or ()) or max(numbers, default=0):
-                fault = fault or label_fault(dataset, source, meta.get("classes"), number)
-            difference = compare_classes(known, (source, meta.get("classes")))
+            numbers = [part.num_classes for _, part in _heads(runner.model)]
+            if number := len(classes or ()) or min(numbers, default=0):
+                fault = fault or label_fault(dataset, source, classes, number)
             if fault:
                 raise UsageError(fault)
-            if difference:
+            if difference := compare_classes(known, (source, classes)):
                 message, reordered = difference
                 if reordered:
                     raise UsageError(f"{message}: labels would be mixed up")
                 runner.logger.warning(message)
-            known = source, meta.get("classes")
+            known = (source, classes) if classes else known
