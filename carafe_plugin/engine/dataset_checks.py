@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
 from carafe_plugin.engine.annotations import check_annotations, is_turned, unread_dataset
-from carafe_plugin.engine.config import dataset_configs, require_settings, toolbox, type_name
+from carafe_plugin.engine.config import dataset_configs, pipeline_steps, require_settings, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.engine.processes import process_rank
 from carafe_plugin.images import decode, file_faults, list_images, read_header, sample, shorten
@@ -128,15 +128,20 @@ def label_map_fault(dataset: Mapping[str, Any], ignored: Collection[int] = (255,
     names, ann_file = None, Path(built.ann_file or "")
     if ann_file.is_file():
         names = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
-    steps = [step for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
+    steps = list(pipeline_steps(dataset.get("pipeline")))
     usual = any(type_name(step) == "LoadAnnotations" for step in steps)
     suffixes = built.img_suffix, built.seg_map_suffix
     if fault := next(pair_faults(images, maps, suffixes, names, _ONE_BAND if usual else (), is_turned(dataset)), None):
         return fault
     kinds: list[Any] = [TRANSFORMS.get(kind) if isinstance(kind := step.get("type"), str) else kind for step in steps]
-    known = all(getattr(kind, "__module__", "").partition(".")[0] in ("mmcv", "mmseg") for kind in kinds)
-    loaders = [step for step, kind in zip(steps, kinds, strict=True) if known and issubclass(kind, LoadAnnotations)]
-    if not (loaders and built.metainfo.get("classes")):  # transforms of the user's own may make other labels
+    loaders = [
+        step
+        for step, kind in zip(steps, kinds, strict=True)
+        if isinstance(kind, type) and issubclass(kind, LoadAnnotations)
+    ]
+    # Of the unknown, those of Albumentations stay as they are, and others end the run as it is built.
+    own = [kind for kind in kinds if kind and kind.__module__.partition(".")[0] not in ("mmcv", "mmseg")]
+    if own or not loaders or not built.metainfo.get("classes"):  # transforms of the user's own may make other labels
         return None
     if names is None:
         names = [name.removesuffix(suffixes[0]) for name in list_images(images, suffixes[0])]
