@@ -21,9 +21,9 @@ from carafe_plugin.engine.config import dataset_configs
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import sample, shorten
 
-#: Classes of mmdet and mmseg whose outputs are not the dataset's classes: stuff of another dataset, boundaries, depth,
-#: people to be recognised again.
-_OTHER_OUTPUTS = {"FusedSemanticHead", "STDCHead", "VPDDepthHead", "LinearReIDHead", "ReIDDataPreprocessor"}
+#: Parts of mmdet's and mmseg's models whose outputs are not the dataset's classes: region proposals, stuff of another
+#: dataset, boundaries, depth, people to be followed and recognised again.
+_OTHER_OUTPUTS = {"RPN", "FusedSemanticHead", "STDCHead", "VPDDepthHead", "DeepSORT", "LinearReIDHead"}
 
 
 def config_classes(cfg: Config, split: str) -> Sequence[str] | None:
@@ -93,13 +93,19 @@ def head_fault(model: nn.Module, source: str, meta: Mapping[str, Any]) -> str | 
 def _heads(model: nn.Module) -> list[tuple[str, Any]]:
     """The parts that have an output for each class, before the model that is made of them."""
     parts = sorted(model.named_modules(), key=lambda named: named[0] == "")
-    return [(name, part) for name, part in parts if getattr(part, "num_classes", None) and not _is_exempt(name, part)]
+    others = [name for name, part in parts if _OTHER_OUTPUTS & {kind.__name__ for kind in type(part).__mro__}]
+    return [
+        (name, part)
+        for name, part in parts
+        if not _is_exempt(name, part) and not any(f"{name}.".startswith(f"{other}.") or not other for other in others)
+    ]
 
 
 def _is_exempt(name: str, part: Any) -> bool:
-    if type(part.num_classes) is not int or part.num_classes < 1:  # a backbone without its classifier
+    number = getattr(part, "num_classes", None)
+    if type(number) is not int or number < 1:  # a backbone without its classifier has -1
         return True
-    if "rpn_head" in name.split(".") or _OTHER_OUTPUTS & {kind.__name__ for kind in type(part).__mro__}:
+    if "rpn_head" in name.split("."):  # of whatever type
         return True
     if getattr(part, "class_agnostic", False):
         return True

@@ -88,6 +88,21 @@ def test_stock_models_fit_their_datasets_and_no_other(name: str) -> None:
     assert (head_fault(model, "it", meta) or "").startswith(f"{STOCK[name]} ({type(part).__name__}) has num_classes=")
 
 
+@pytest.mark.parametrize(
+    "name", ["rpn/rpn_r50_fpn_1x_coco.py", "sort/sort_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval.py"]
+)
+def test_models_of_other_outputs_than_classes(name: str) -> None:
+    """Proposals; one kind of object to be followed, in a dataset that knows thirteen."""
+    cfg = bare_models.read_config(f"mmdet::{name}")
+    __import__("mmdet.models")
+    init_default_scope("mmdet")
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    numbers = {part.num_classes for part in model.modules() if hasattr(part, "num_classes")}
+    assert numbers == {1}
+    assert head_fault(model, "it", dict(classes=("a", "b"))) is None
+
+
 def test_one_class_without_its_comma() -> None:
     model = torch.nn.Module()
     model.num_classes = 3
