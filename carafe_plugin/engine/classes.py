@@ -26,24 +26,30 @@ from carafe_plugin.images import sample, shorten
 _OTHER_OUTPUTS = {"RPN", "FusedSemanticHead", "STDCHead", "VPDDepthHead", "DeepSORT", "LinearReIDHead"}
 
 
-def config_classes(cfg: Config, split: str) -> Sequence[str] | None:
-    """The classes of the first dataset of a split ('train', 'val', 'test'), without reading its files; None where the
-    configuration does not say them.
+def config_meta(cfg: Config, split: str) -> dict[str, Any]:
+    """The ``metainfo`` (``classes`` and more) of the first dataset of a split ('train', 'val', 'test'), without reading
+    its files; nothing where the configuration does not say it.
     """
     for dataset in dataset_configs((cfg.get(f"{split}_dataloader") or {}).get("dataset")):
         with suppress(Exception):  # whoever builds it in earnest says what is wrong with it
-            return DATASETS.build({**dataset, "lazy_init": True, "pipeline": []}).metainfo.get("classes")
-    return None
+            return DATASETS.build({**dataset, "lazy_init": True, "pipeline": []}).metainfo
+    return {}
 
 
-def checkpoint_classes(checkpoint: Mapping[str, Any]) -> Sequence[str] | None:
-    """The classes that a checkpoint records, as the toolboxes write them today or wrote them before 2022."""
+def checkpoint_meta(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records of its training's dataset (``classes`` and more), as the toolboxes write it today or
+    wrote it before 2022; nothing where it records no classes.
+
+    Example:
+        >>> checkpoint_meta(dict(meta=dict(CLASSES=("cat", "dog"))))
+        {'classes': ('cat', 'dog')}
+    """
     meta = checkpoint.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     known = meta.get("dataset_meta")
-    known = known if isinstance(known, Mapping) else {}
-    classes = known.get("classes") or known.get("CLASSES") or meta.get("CLASSES")
-    return classes if isinstance(classes, (list, tuple)) else None
+    known = known if isinstance(known, Mapping) else {key: meta[key] for key in ("CLASSES", "PALETTE") if key in meta}
+    known = {str(key).lower(): value for key, value in known.items()}
+    return known if isinstance(known.get("classes"), (list, tuple)) else {}
 
 
 def compare_classes(first: tuple[str, Any], second: tuple[str, Any]) -> tuple[str, bool] | None:
