@@ -94,13 +94,13 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
 
 def ignored_labels(cfg: Config, split: str) -> set[int]:
     """The labels that all heads of an mmseg model leave out of their losses ('train'), or all metrics out of theirs
-    ('val', 'test'); every label, where no metric reads them.
+    ('val', 'test'); every label, where no metric reads them, and 255, where the heads are elsewhere.
     """
     model, evaluators = cfg.get("model") or {}, cfg.get(f"{split}_evaluator")
     parts = [model.get("decode_head"), model.get("auxiliary_head")] if split == "train" else [evaluators]
     listed = [part for entry in parts for part in (entry if isinstance(entry, (list, tuple)) else [entry])]
     readers = [part for part in listed if isinstance(part, Mapping) and not part.get("format_only")]
-    labels: set[int] = set(range(256))
+    labels = set(range(256)) if readers or split != "train" else {255}
     for part in readers:
         ignored = part.get("ignore_index", 255)
         labels &= {255 if ignored is None else ignored}
@@ -134,18 +134,18 @@ def label_map_fault(dataset: Mapping[str, Any], ignored: Collection[int] = (255,
     if fault := next(pair_faults(images, maps, suffixes, names, _ONE_BAND if usual else (), is_turned(dataset)), None):
         return fault
     kinds: list[Any] = [TRANSFORMS.get(kind) if isinstance(kind := step.get("type"), str) else kind for step in steps]
-    loaders = [
-        step
-        for step, kind in zip(steps, kinds, strict=True)
-        if isinstance(kind, type) and issubclass(kind, LoadAnnotations)
-    ]
-    # Of the unknown, those of Albumentations stay as they are, and others end the run as it is built.
-    own = [kind for kind in kinds if kind and kind.__module__.partition(".")[0] not in ("mmcv", "mmseg")]
-    if own or not loaders or not built.metainfo.get("classes"):  # transforms of the user's own may make other labels
+    loaders = [i for i, kind in enumerate(kinds) if isinstance(kind, type) and issubclass(kind, LoadAnnotations)]
+    if not loaders or not built.metainfo.get("classes"):
+        return None
+    # Of the unknown, those of Albumentations keep labels, and others end the run as it is built.
+    later = [kind for kind in kinds[loaders[0] + 1 :] if kind]
+    if own := [kind.__name__ for kind in later if kind.__module__.partition(".")[0] not in ("mmcv", "mmseg")]:
+        print(f"did not look at the labels in {maps}: {shorten(own)} may make others of them")
         return None
     if names is None:
         names = [name.removesuffix(suffixes[0]) for name in list_images(images, suffixes[0])]
-    return _content_fault([maps / (name + suffixes[1]) for name in names], built, TRANSFORMS.build(loaders[0]), ignored)
+    files = [maps / (name + suffixes[1]) for name in names]
+    return _content_fault(files, built, TRANSFORMS.build(steps[loaders[0]]), ignored)
 
 
 def _content_fault(files: Sequence[Path], dataset: Any, load: Any, ignored: Collection[int]) -> str | None:
@@ -176,7 +176,8 @@ def _content_fault(files: Sequence[Path], dataset: Any, load: Any, ignored: Coll
             )
         seen |= held
     absent = [name for label, name in enumerate(classes) if not seen[label]]
-    if len(classes) == 2 and seen[0] and absent and any(seen[label] for label in ignored if label > 1):
+    as_stored = not dataset.reduce_zero_label and not dataset.label_map
+    if len(classes) == 2 and as_stored and seen[0] and absent and any(seen[label] for label in ignored if label > 1):
         return (
             f"the {looked_at} annotations that were looked at ({files[0]}, ...) hold 0 and the ignored "
             f"{shorten(sorted(ignored))} alone: the class {classes[1]} must have the label 1"
