@@ -281,7 +281,7 @@ def _check_sizes(images: Sequence[Mapping[str, Any]], folder: Path, path: Path, 
         except (OSError, Image.DecompressionBombError):  # of a format that another reader may know
             continue
         if found != (image["height"], image["width"]):
-            manner = "as its EXIF data turn it" if turned else "as it is stored"
+            manner = "turned as its EXIF data say" if turned else "as it is stored"
             raise UsageError(
                 f"{path}: image {image['id']} is {_size(image)}, and its file {folder / image['file_name']}, {manner}, "
                 f"{found[0]} x {found[1]}"
