@@ -155,7 +155,7 @@ def _content_fault(files: Sequence[Path], dataset: Any, load: Any, ignored: Coll
     for path in sample(files):
         looked_at += 1
         try:
-            _, mode, _ = read_header(path)
+            _, mode, _ = read_header(path, turned=False)
             stored = np.asarray(decode(path)) if mode not in ("1", "L", "P") else np.zeros(1)
             if stored.min() < 0 or stored.max() > 255 or (stored % 1).any():
                 return f"annotation {path} holds labels from {stored.min()} to {stored.max()}; mmseg keeps 8 bits"
