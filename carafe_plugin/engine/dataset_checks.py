@@ -7,17 +7,19 @@ image goes unnoticed there, too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
 from carafe_plugin.engine.annotations import check_annotations, unread_dataset
 from carafe_plugin.engine.config import dataset_configs, require_settings, toolbox, type_name
-from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.errors import UsageError, check_no_mark, read_text, reading_named_files
 from carafe_plugin.engine.processes import process_rank
 from carafe_plugin.images import file_faults, list_images, shorten
 
@@ -65,6 +67,8 @@ def _check_exists(dataset: Any, place: str) -> None:
             raise UsageError(f"no such folder for {place}, {key}: {path}")
         if not path.exists():
             raise UsageError(f"no such annotation file for {place}: {path}")
+        if path.is_file():
+            check_no_mark(path)
 
 
 def _path(dataset: Any, part: str) -> Path:
@@ -81,15 +85,20 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
         try:
             with reading_named_files():
                 images = len(getattr(runner, f"{split}_dataloader").dataset)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # of a dataset that reads files in its own way
+            raise UsageError(f"cannot read the annotations of {_sources(runner.cfg, split)}: {error}") from error
         except ValueError as error:
             if "need at least one array" not in str(error):  # what becomes of mmengine's packing of an empty list
                 raise
             images = 0
         if images == 0:
-            datasets = list(dataset_configs(runner.cfg[f"{split}_dataloader"].dataset))
-            sources = ", ".join(str(_path(dataset, dataset.get("ann_file") or "")) for dataset in datasets)
-            types = ", ".join(map(type_name, datasets))
-            raise UsageError(f"no images in {split}_dataloader ({types}): looked in {sources}")
+            raise UsageError(f"no images in {_sources(runner.cfg, split)}")
+
+
+def _sources(cfg: Config, split: str) -> str:
+    datasets = list(dataset_configs(cfg[f"{split}_dataloader"].dataset))
+    paths = ", ".join(str(_path(dataset, dataset.get("ann_file") or "")) for dataset in datasets)
+    return f"{split}_dataloader ({', '.join(map(type_name, datasets))}): looked in {paths}"
 
 
 def label_map_fault(dataset: Mapping[str, Any]) -> str | None:
@@ -110,7 +119,7 @@ def label_map_fault(dataset: Mapping[str, Any]) -> str | None:
     images, maps = (Path(built.data_prefix[key]).absolute() for key in ("img_path", "seg_map_path"))
     names, ann_file = None, Path(built.ann_file or "")
     if ann_file.is_file():
-        names = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in read_text(ann_file).splitlines() if line.strip()]
     steps = [step for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
     usual = any(type_name(step) == "LoadAnnotations" for step in steps)
     suffixes = built.img_suffix, built.seg_map_suffix
@@ -146,11 +155,11 @@ def pair_faults(
 
 def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None:
     try:
-        expected, _ = _size_and_mode(image)
+        expected = _image_size(image)
     except (OSError, Image.DecompressionBombError):  # missing, or of a format that another reader may know
         return None
     try:
-        found, mode = _size_and_mode(label_map)
+        found, mode = _map_size_and_mode(label_map)
     except FileNotFoundError:
         return None
     except UnidentifiedImageError:
@@ -163,9 +172,17 @@ def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None
     return None
 
 
-def _size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
+def _image_size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
-        width, height = image.size
-        # Readers turn the image as the camera was held.
-        size = (width, height) if image.getexif().get(_ORIENTATION) in _TRANSPOSED else (height, width)
-        return size, image.mode
+        if image.getexif().get(_ORIENTATION) not in _TRANSPOSED:
+            return image.height, image.width
+    # Whether OpenCV turns the image as the camera was held depends on the format: not in WebP and AVIF.
+    turned = cv2.imread(str(path))
+    if turned is None:
+        raise OSError(f"OpenCV cannot read {path}")
+    return turned.shape[:2]
+
+
+def _map_size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
+    with Image.open(path) as label_map:  # mmseg turns none
+        return (label_map.height, label_map.width), label_map.mode
