@@ -91,7 +91,7 @@ def infer(args: argparse.Namespace) -> int:
     named = [dict(id=number, name=name) for number, name in zip(categories, classes, strict=True)]
     results = prediction.Results(out_dir / prediction.RESULTS, named)
     failed: dict[str, list[str]] = {"not read": [], "not predicted": [], "not written": []}
-    remarks = {"of several pages the first alone": [], "Pillow reads these differently": [], "passed over": others}
+    remarks = {"the first of several pages": [], prediction.UNLIKE: [], "passed over": others}
     one_page, differing, _ = remarks.values()
     interrupted = False
     try:

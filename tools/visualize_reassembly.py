@@ -68,10 +68,12 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
     picture = prediction.read_picture(args.image, partial(prediction.load_picture, pipeline))
     for x, y in args.points:
         reassembly_view.check_point(x, y, picture.pixels.shape[:2])
+    if not picture.alike:
+        print(f"{args.image}: {prediction.UNLIKE}", file=sys.stderr)
     model = bare_models.build_model(cfg)
     reassembly_view.check_modules(model, args.modules)
     prediction.load_weights(model, args.checkpoint)
-    view = reassembly_view.view_image(pipeline, cfg, model, picture)
+    view = reassembly_view.view_image(cfg, model, pipeline, picture)
     chains = reassembly_view.find_chains(model, view, args.chain, args.modules)
 
     shown: dict[str, list[Shown]] = {}

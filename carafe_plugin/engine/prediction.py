@@ -45,6 +45,7 @@ from carafe_plugin.inpainting.networks import STRIDE
 
 T = TypeVar("T")
 RESULTS, PICTURES = "results.json", "pictures"  #: what tools/infer.py writes into its folder
+UNLIKE = "read as in tools/test.py, otherwise by Pillow"
 ALIKE = 8  #: grey levels by which two readers of one file may differ on average: more is another picture
 
 
@@ -52,13 +53,13 @@ def find_images(path: Path, out_dir: Path) -> tuple[list[Path], list[str]]:
     """The image that ``path`` is, or those directly in the folder, by name; and what else the folder has, apart from
     hidden files and the results that a run wrote into ``out_dir``. Raises UsageError where there is no image.
     """
-    if path.is_file():
-        return [path], []
-    if not path.is_dir():
-        raise UsageError(f"no such image or folder: {path.absolute()}")
     written = {(out_dir / name).absolute() for name in ("", RESULTS, PICTURES)}
     images, others = [], []
     try:
+        if path.is_file():
+            return [path], []
+        if not path.is_dir():
+            raise UsageError(f"no such image or folder: {path.absolute()}")
         for file in sorted(path.iterdir()):
             if file.name.startswith(".") or file.absolute() in written:
                 continue
@@ -68,7 +69,7 @@ def find_images(path: Path, out_dir: Path) -> tuple[list[Path], list[str]]:
             else:
                 others.append(file.name + "/" * file.is_dir())
     except OSError as error:
-        raise UsageError(f"cannot read folder {path.absolute()}: {error.strerror or error}") from error
+        raise UsageError(f"cannot read {path.absolute()}: {error.strerror or error}") from error
     if not images:
         raise UsageError(f"no images directly in folder {path.absolute()}, by their names; it has {shorten(others)}")
     return images, others

@@ -93,7 +93,7 @@ def _stride(input_size: tuple[int, int], size: tuple[int, int], axis: int) -> fl
     return input_size[axis] / size[axis]
 
 
-def view_image(pipeline: Compose, cfg: Config, model: nn.Module, picture: Picture) -> View:
+def view_image(cfg: Config, model: nn.Module, pipeline: Compose, picture: Picture) -> View:
     """Run a model in evaluation mode on an image as in a test, with its pipeline, and record its reassemblies.
     Raises UsageError where the test pipeline does not keep a plain image of it (see :func:`_follow`).
 
