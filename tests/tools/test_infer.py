@@ -232,18 +232,19 @@ def test_killed(trained: Callable, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "tools/infer.py", photos, "--config", model.config, "--device", "cpu"]
     command += ["--checkpoint", model.checkpoint, "--out-dir", results.parent]
     process = subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.DEVNULL)
-    reads = 0
-    while process.poll() is None:
-        if results.is_file():
-            images = json.loads(results.read_text())["images"]
-            reads += 1
-            if len(images) >= 5:
-                process.kill()
-        time.sleep(0.001)
-    assert process.wait() == -signal.SIGKILL
+    reads, images = 0, []
+    try:
+        while process.poll() is None and len(images) < 5:
+            time.sleep(0.01)
+            if results.is_file():
+                images = json.loads(results.read_text())["images"]
+                reads += 1
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, "before its end"
     images = [image["file_name"] for image in json.loads(results.read_text())["images"]]
     assert 5 <= len(images) < 300
-    assert reads > 5
+    assert reads > 2
     assert images == [f"{index:03d}.png" for index in range(len(images))]
     assert {path.name for path in (results.parent / "pictures").glob("*.png")} >= set(images)
 
