@@ -5,19 +5,22 @@ The JSON is a COCO dataset with predictions in place of annotations: images (id,
 categories (id, name; the ids of the configuration's test annotations where that file exists, else 1, 2, ... in
 the order of the classes) and annotations (image_id, category_id, bbox as x, y, width, height in pixels, score and,
 from a model with masks, segmentation as compressed RLE). pycocotools.coco.COCO reads it, and its annotations
-are what COCO.loadRes takes. It is a whole file at every moment, so that a kill loses a tenth of the run at most.
+are what COCO.loadRes takes. It is a whole file at every moment and written after every image, or, where writing takes
+long, in a tenth of the time: a kill loses the last moments at most.
 
 Example:
     $ python tools/infer.py photos/ --config CONFIG --checkpoint CHECKPOINT --out-dir found --score-thr 0.5
 
-A folder's images are those directly in it, whatever Pillow or OpenCV reads, by the endings of their names. The model
-gets what the configuration's test pipeline reads, as in tools/test.py, and boxes, sizes and pictures are in its pixels;
-what that cannot read (OpenCV knows no TGA, ICO, PSD, ...), Pillow does. With OpenCV that means:
+A folder's images are those directly in it, whatever Pillow or OpenCV reads, by the endings of their names (in any
+case); hidden files are passed over, and what else there is, sub-folders too, is named. The model gets what the
+configuration's test pipeline reads, as in tools/test.py, and boxes, sizes and pictures are in its pixels; what that
+cannot read (OpenCV knows no TGA, ICO, PSD, ...), Pillow does. With OpenCV 4.12 that means:
   16 bits              the upper 8; PGM and PPM of another range (maxval 1023) are not stretched
   EXIF orientation     turned in JPEG, PNG and TIFF; not in WebP and AVIF
   palette, CMYK, grey  as RGB; transparency is left out (in TIFF: over black)
   several pages        the first (TIFF, GIF, animated PNG, WebP and AVIF, MPO)
-  32-bit integers, floating point    only where OpenCV reads it (HDR, PFM, TIFF of three channels), else refused
+  integers of 32 bits, floating point    as OpenCV converts it (HDR, PFM, TIFF of three channels), else refused
+  more than 179 megapixels, damaged      refused
 Pages that are left out, and images that Pillow reads differently, are named at the end. A picture is called as its
 image where the format holds RGB of 8 bits (JPEG, PNG, BMP, PPM, TIFF, WebP), else it is a PNG: scan.pgm's is scan.png,
 or scan.pgm.png beside an image of that name.

@@ -102,6 +102,7 @@ FILES: dict[str, tuple[bytes, np.ndarray, float]] = {
     "deep.im": (saved(Image.fromarray(DEEP), "IM"), DEEP >> 8, 0),
     "deep-colour.png": (encoded(np.dstack([DEEP, DEEP.T.reshape(DEEP.shape), DEEP[::-1]]), ".png"),
                         np.dstack([DEEP[::-1], DEEP.T.reshape(DEEP.shape), DEEP]) >> 8, 0),
+    "float.hdr": (encoded((PIXELS[..., ::-1] / 255).astype(np.float32), ".hdr"), PIXELS, 2),
     "turned.jpg": (turned("JPEG"), PIXELS, 2),
     "turned.png": (turned("PNG"), PIXELS, 0),
     "turned.tif": (turned("TIFF"), PIXELS, 0),
