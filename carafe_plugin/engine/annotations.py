@@ -6,7 +6,6 @@ missing key or image ends the run in the middle. Here it is one message before a
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from carafe_plugin.engine.config import pipeline_steps, type_name
-from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.errors import UsageError, read_json
 from carafe_plugin.images import file_faults, read_header, sample, shorten
 
 
@@ -25,13 +24,7 @@ def read_coco(path: Path) -> dict[str, Any]:
     """Read an annotation file in COCO's format; one without annotations, as COCO's own of test images, gets an empty
     list of them. Raises UsageError where it cannot be read or lacks another list.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"cannot read the annotation file {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        size = path.stat().st_size
-        raise UsageError(f"cannot read {path} ({size} bytes; truncated, or not JSON): {error}") from error
+    content = read_json(path)
     if isinstance(content, dict):
         content.setdefault("annotations", [])
     for name in ("images", "annotations", "categories"):

@@ -7,6 +7,7 @@ image goes unnoticed there, too, and a label that is no class changes every IoU 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from carafe_plugin.engine.annotations import check_annotations, is_turned, unread_dataset
 from carafe_plugin.engine.config import dataset_configs, pipeline_steps, require_settings, toolbox, type_name
-from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.errors import UsageError, check_no_mark, read_text, reading_named_files
 from carafe_plugin.engine.processes import process_rank
 from carafe_plugin.images import decode, file_faults, list_images, read_header, sample, shorten
 
@@ -65,6 +66,8 @@ def _check_exists(dataset: Any, place: str) -> None:
             raise UsageError(f"no such folder for {place}, {key}: {path}")
         if not path.exists():
             raise UsageError(f"no such annotation file for {place}: {path}")
+        if path.is_file():
+            check_no_mark(path)
 
 
 def _path(dataset: Any, part: str) -> Path:
@@ -81,15 +84,20 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
         try:
             with reading_named_files():
                 images = len(getattr(runner, f"{split}_dataloader").dataset)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # of a dataset that reads files in its own way
+            raise UsageError(f"cannot read the annotations of {_sources(runner.cfg, split)}: {error}") from error
         except ValueError as error:
             if "need at least one array" not in str(error):  # what becomes of mmengine's packing of an empty list
                 raise
             images = 0
         if images == 0:
-            datasets = list(dataset_configs(runner.cfg[f"{split}_dataloader"].dataset))
-            sources = ", ".join(str(_path(dataset, dataset.get("ann_file") or "")) for dataset in datasets)
-            types = ", ".join(map(type_name, datasets))
-            raise UsageError(f"no images in {split}_dataloader ({types}): looked in {sources}")
+            raise UsageError(f"no images in {_sources(runner.cfg, split)}")
+
+
+def _sources(cfg: Config, split: str) -> str:
+    datasets = list(dataset_configs(cfg[f"{split}_dataloader"].dataset))
+    paths = ", ".join(str(_path(dataset, dataset.get("ann_file") or "")) for dataset in datasets)
+    return f"{split}_dataloader ({', '.join(map(type_name, datasets))}): looked in {paths}"
 
 
 def ignored_labels(cfg: Config, split: str) -> set[int]:
@@ -127,7 +135,7 @@ def label_map_fault(dataset: Mapping[str, Any], ignored: Collection[int] = (255,
     images, maps = (Path(built.data_prefix[key]).absolute() for key in ("img_path", "seg_map_path"))
     names, ann_file = None, Path(built.ann_file or "")
     if ann_file.is_file():
-        names = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in read_text(ann_file).splitlines() if line.strip()]
     steps = list(pipeline_steps(dataset.get("pipeline")))
     usual = any(type_name(step) == "LoadAnnotations" for step in steps)
     suffixes = built.img_suffix, built.seg_map_suffix

@@ -301,7 +301,7 @@ def test_the_metrics_own_file_is_missed_before_another_is_read(tmp_path):
     metric = dict(type="CocoMetric", ann_file=str(tmp_path / "absent.json"))
     with pytest.raises(UsageError, match=r"no such annotation file of the evaluator: .*absent.json"):
         check_annotations(dict(type="CocoDataset", ann_file=str(tmp_path / "never_read.json")), metric)
-    with pytest.raises(UsageError, match=r"cannot read the annotation file .*never_read.json: No such file"):
+    with pytest.raises(UsageError, match=r"cannot read .*never_read.json: No such file"):
         check_annotations(dict(type="CocoDataset", ann_file=str(tmp_path / "never_read.json")))
 
 

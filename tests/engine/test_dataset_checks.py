@@ -17,6 +17,7 @@ from studies.demo import generate_scenes
 pytest.importorskip("mmseg", reason="label maps are mmseg's: it is not installed")
 
 from carafe_plugin.engine.dataset_checks import ignored_labels, label_map_fault
+from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import list_images, sample
 
 FOLDERS = {"img_path": "images/training", "seg_map_path": "annotations/training"}
@@ -152,6 +153,24 @@ def test_photograph_that_was_turned_fits(data: Path) -> None:
     assert label_map_fault(dataset) is None
     Image.fromarray(np.zeros((40, 64, 3), np.uint8)).save(image.with_suffix(".jpg"))
     assert "is 64 x 40" in (label_map_fault(dataset) or "")
+    # OpenCV turns no WebP, and mmseg no label map.
+    dataset |= dict(img_suffix=".webp", ann_file=str(data / "listed.txt"))
+    (data / "listed.txt").write_text("000001\n")
+    Image.fromarray(np.zeros((40, 64, 3), np.uint8)).save(image.with_suffix(".webp"), exif=exif)
+    assert "is 64 x 40, its image" in (label_map_fault(dataset) or "")
+    Image.fromarray(np.ones((40, 64), np.uint8)).save(label_map.with_suffix(".png"), exif=exif)
+    assert label_map_fault(dataset) is None
+
+
+def test_lists_of_images_in_another_encoding(data: Path) -> None:
+    listed = data / "listed.txt"
+    dataset = dict(type="ADE20KDataset", data_root=str(data), data_prefix=FOLDERS, ann_file=str(listed))
+    listed.write_bytes("\ufeff000001\n".encode())
+    with pytest.raises(UsageError, match=f"^{listed} begins with a byte order mark"):
+        label_map_fault(dataset)
+    listed.write_bytes(b"000001\ncaf\xe9\n")
+    with pytest.raises(UsageError, match=rf"^cannot read {listed} \(12 bytes; not UTF-8\)"):
+        label_map_fault(dataset)
 
 
 LOAD = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]

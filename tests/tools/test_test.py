@@ -267,6 +267,14 @@ def test_datasets_half_copied(trained: Callable, data: Path, tmp_path: Path, cap
     assert f"7 of the 7 images of {annotations} are missing in {images}: 00.png" in refusal(*own)
     annotations.write_text(content[:999])
     assert f"cannot read {annotations} (999 bytes; truncated, or not JSON): " in refusal(*own)
+    # Of a dataset that is not COCO's, too, and by the only line that finds it: MMEngine's error names no file.
+    line = refusal(*own, "test_dataloader.dataset.type=BaseDetDataset")
+    assert f"cannot read the annotations of test_dataloader (BaseDetDataset): looked in {annotations}: " in line
+    assert "line 1 column " in line
+    for kind in ("CocoDataset", "BaseDetDataset"):
+        annotations.write_text(content, encoding="utf-8-sig")
+        line = refusal(*own, f"test_dataloader.dataset.type={kind}")
+        assert line.endswith(f"{annotations} begins with a byte order mark: save it as UTF-8 without one")
     # The images are there, and the metric knows of others alone.
     other = json.loads(content)
     for image in other["images"]:
