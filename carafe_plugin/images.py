@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+T = TypeVar("T")
+Image.init()
+_NO_PIXELS = ("BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG")  # Pillow knows them, and needs other programs for them
+#: What the names of images end in, in small letters: the formats that Pillow reads, and OpenCV's own.
+IMAGE_ENDINGS = (
+    *(ending for ending, kind in Image.EXTENSION.items() if kind in {*Image.OPEN, "MPO"} - {*_NO_PIXELS}),
+    *(".exr", ".hdr", ".pic"),
+)
+#: Those of the formats in which pictures are written: they hold RGB of 8 bits.
+WRITTEN_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def list_images(folder: str | Path, suffix: str | None = None) -> list[str]:
@@ -61,6 +74,35 @@ def file_faults(folder: Path, names: Iterable[str], source: str, sizes: bool = T
     ]
 
 
+def sample(files: Sequence[T], least: int = 200, seconds: float = 10) -> Iterator[T]:
+    """Files to look into where all would take minutes: in an order of chance, always the same one, ``least`` of them
+    and what else there is time for.
+    """
+    end = time.monotonic() + seconds
+    for number, file in enumerate(random.Random(0).sample(files, len(files))):
+        if number >= least and time.monotonic() > end:
+            return
+        yield file
+
+
+_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
+
+
+def read_header(path: str | Path, turned: bool = True) -> tuple[tuple[int, int], str, str | None]:
+    """The (height, width) of an image, Pillow's mode and its format, without decoding it; ``turned`` where OpenCV turns
+    it as its EXIF data say the camera was held. Raises OSError or Pillow's DecompressionBombError where it is missing
+    or unknown.
+    """
+    with Image.open(path) as image:
+        size = image.height, image.width
+        if turned and image.getexif().get(_ORIENTATION) in _TRANSPOSED:
+            pixels = cv2.imread(str(path))  # whether it turns depends on the format: not WebP and AVIF
+            if pixels is None:
+                raise OSError(f"OpenCV cannot read {path}")
+            size = pixels.shape[:2]
+        return size, image.mode, image.format
+
+
 def shorten(names: Iterable[object], most: int = 10) -> str:
     """The first of several names, and how many there are: ``a, b, ... (12)``."""
     listed = [str(name) for name in names]
@@ -68,7 +110,9 @@ def shorten(names: Iterable[object], most: int = 10) -> str:
 
 
 def decode(path: str | Path) -> Image.Image:
-    """Read an image completely, as it is stored. Raises ValueError where it is missing, damaged or not an image."""
+    """Read an image completely, as it is stored; the first page of several. Raises ValueError where it is missing,
+    damaged or not an image.
+    """
     try:
         with Image.open(path) as image:
             image.load()
@@ -77,29 +121,38 @@ def decode(path: str | Path) -> Image.Image:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
+def count_pages(path: str | Path) -> int:
+    """How many pages (frames of an animation, images of a TIFF file) an image file has; 1 where Pillow cannot tell."""
+    with suppress(Exception), Image.open(path) as image:  # those behind the first may be damaged
+        return getattr(image, "n_frames", 1)
+    return 1
+
+
 def read_upright(path: str | Path, mode: str = "RGB") -> Image.Image:
     """Read an image completely, turned as its EXIF data say, in Pillow's ``mode``. Raises ValueError, saying why, where
     it is missing, damaged or not an image, or has pixels of more than 8 bits (Pillow would cut them off at 255).
     """
-    image = decode(path)
+    return upright(decode(path), mode)
+
+
+def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """What :func:`decode` read, as :func:`read_upright` returns it."""
     try:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("I", "F") or upright.mode.startswith("I;"):
-            raise ValueError(f"its pixels have more than 8 bits (mode {upright.mode})")
-        converted = upright.convert(mode)
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode in ("I", "F") or turned.mode.startswith("I;"):
+            raise ValueError(f"its pixels have more than 8 bits (mode {turned.mode})")
+        converted = turned.convert(mode)
     except Exception as error:  # the reader of EXIF data raises anything, too
         raise ValueError(str(error) or type(error).__name__) from error
-    if upright.mode not in ("RGB", "RGBA", "P"):  # a profile describes the colours before the conversion
+    if turned.mode not in ("RGB", "RGBA", "P"):  # a profile describes the colours before the conversion
         converted.info.pop("icc_profile", None)
     return converted
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image as MMCV does, as (H, W, 3) uint8 RGB. Raises ValueError as :func:`decode` does."""
-    import mmcv
-
-    decode(path)  # OpenCV fills the missing part of a truncated file with grey; Pillow refuses it
-    pixels = mmcv.imread(str(path), channel_order="rgb")
-    if pixels is None:
-        raise ValueError("OpenCV cannot read it")
-    return pixels
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits by the upper 8 of them, as OpenCV has it; any other as it is."""
+    if not (image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")):  # Pillow scales PPM's to 16
+        return image
+    upper = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    upper.info = image.info
+    return upper

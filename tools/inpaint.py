@@ -24,7 +24,7 @@ from carafe_plugin.engine import prediction
 from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.config import load_config
 from carafe_plugin.engine.processes import choose_device
-from carafe_plugin.images import IMAGE_ENDINGS, read_upright
+from carafe_plugin.images import WRITTEN_ENDINGS, read_upright
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("mask", type=Path, help="an image of the same size: white is filled")
     parser.add_argument("--config", required=True, help="configuration file of an inpainting model")
     parser.add_argument("--checkpoint", required=True, help="its checkpoint")
-    endings = ", ".join(IMAGE_ENDINGS)
+    endings = ", ".join(WRITTEN_ENDINGS)
     parser.add_argument("--out", type=Path, required=True, help=f"the filled picture ({endings})")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU where there is one, else cpu)")
     add_config_options(parser, drop_in=False)
@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def inpaint(args: argparse.Namespace) -> None:
     prediction.check_out(args.out)
+    prediction.check_not_overwritten([args.image, args.mask], [args.out], "--out")
     picture = prediction.read_picture(args.image, read_upright)
     holes = prediction.read_holes(args.mask, (picture.height, picture.width))
     cfg = load_config(args.config, args.cfg_options)

@@ -19,15 +19,16 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from carafe_plugin.analysis import compose
 from carafe_plugin.engine import bare_models, prediction, reassembly_view
 from carafe_plugin.engine.cli import add_config_options, command
+from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly, page_data, write_page
 from carafe_plugin.engine.reassembly_view import CHAINS
-from carafe_plugin.images import read_image
 
 
 def point(text: str) -> tuple[float, float]:
@@ -58,17 +59,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def visualize_reassembly(args: argparse.Namespace) -> None:
-    pixels = prediction.read_picture(args.image, read_image)
-    height, width = pixels.shape[:2]
-    for x, y in args.points:
-        reassembly_view.check_point(x, y, (height, width))
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out is a folder; {args.out.absolute()} is a file")
+    written = [args.out / f"{args.image.stem}.png"]
+    prediction.check_not_overwritten([args.image], written, "--out")
     cfg = bare_models.read_config(args.config, args.cfg_options, args.drop_in)
+    pipeline = prediction_pipeline(cfg)
+    picture = prediction.read_picture(args.image, partial(prediction.load_picture, pipeline))
+    for x, y in args.points:
+        reassembly_view.check_point(x, y, picture.pixels.shape[:2])
+    if not picture.alike:
+        print(f"{args.image}: {prediction.UNLIKE}", file=sys.stderr)
     model = bare_models.build_model(cfg)
     reassembly_view.check_modules(model, args.modules)
     prediction.load_weights(model, args.checkpoint)
-    view = reassembly_view.view_image(cfg, model, args.image, (height, width))
+    view = reassembly_view.view_image(cfg, model, pipeline, picture)
     chains = reassembly_view.find_chains(model, view, args.chain, args.modules)
 
     shown: dict[str, list[Shown]] = {}
@@ -78,14 +83,12 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
             shown[title] = [Shown(pixel, row, col, compose(chain, row, col, args.group)) for pixel, row, col in places]
         except ValueError as error:
             raise UsageError(f"{'--modules' if args.modules else 'chain'} {title}: {error}") from error
-    stem = args.image.stem
-    written = [args.out / f"{stem}.png"]
-    draw_reassembly(pixels, view, chains, shown, written[0])
+    draw_reassembly(picture.pixels, view, chains, shown, written[0])
     for title, chain in chains.items() if args.html else ():
         first = shown[title][0]
-        path = args.out / f"{stem}_{'modules' if args.modules else title}.html"
+        path = args.out / f"{args.image.stem}_{'modules' if args.modules else title}.html"
         start = (first.row, first.column)
-        write_page(path, page_data(title, chain, view, pixels, start, args.group))
+        write_page(path, page_data(title, chain, view, picture.pixels, start, args.group))
         written.append(path)
     for path in written:
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")

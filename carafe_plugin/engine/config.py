@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 from carafe_plugin.engine.checkpoint import use_safe_loading
-from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.errors import UsageError, read_json
 from carafe_plugin.engine.processes import process_rank
 
 #: The toolbox of a configuration's ``default_scope`` -> our adapter to it.
@@ -36,6 +38,8 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: s
     if str(Path.cwd()) not in sys.path:  # as with python -m, but last, so that it hides nothing
         sys.path.append(str(Path.cwd()))
     try:
+        if file.suffix == ".json" and not isinstance(read_json(file), dict):
+            raise UsageError(f"configuration {file} must be a JSON object of settings")
         cfg = Config.fromfile(path)
     except FileNotFoundError as error:
         raise UsageError(f"configuration {path} builds on a file that is missing: {error}") from error
@@ -43,7 +47,7 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: s
         # mmengine lists sys.path instead of a reason: that is two errors down.
         reason = getattr(error.__cause__, "__context__", None) or error
         raise UsageError(f"configuration {path} needs a module that cannot be imported: {reason}") from error
-    except (SyntaxError, OSError) as error:
+    except (SyntaxError, OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read configuration {file}: {error}") from error
     try:
         cfg.merge_from_dict(dict(options or {}))
@@ -165,6 +169,14 @@ def dataset_configs(dataset: Any) -> Iterator[Any]:
         yield from dataset_configs(part)
 
 
+def pipeline_steps(pipeline: Any) -> Iterator[Mapping[str, Any]]:
+    """The configurations of a pipeline's transforms, and of those inside others (``TestTimeAug``, ``RandomChoice``)."""
+    for step in pipeline if isinstance(pipeline, (list, tuple)) else ():
+        if isinstance(step, Mapping):
+            yield step
+        yield from pipeline_steps(step.get("transforms") if isinstance(step, Mapping) else step)
+
+
 def type_name(settings: Mapping[str, Any]) -> str:
     """The name of the class in a configuration's ``type``, without a module or scope before it."""
     kind = settings.get("type")
@@ -175,6 +187,7 @@ def prediction_pipeline(cfg: Config) -> Compose:
     """The transforms of a configuration, without annotations, from ``dict(img_path=...)`` to a sample of its model's.
     Raises UsageError where it has none.
     """
+    init_default_scope(toolbox(cfg) or "mmengine")
     dataset = next(dataset_configs(cfg.test_dataloader.dataset)) if cfg.get("test_dataloader") else cfg
     steps = dataset.get("pipeline") or cfg.get("test_pipeline")
     if not steps:

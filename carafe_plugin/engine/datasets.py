@@ -19,7 +19,7 @@ from rich.progress import Progress
 from carafe_plugin.engine.annotations import check_coco, read_coco
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.dataset_checks import pair_faults
-from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.errors import UsageError, read_text
 from carafe_plugin.images import file_faults, list_images, shorten
 
 #: A hidden file in a folder for as long as it is being unpacked: a kill may leave a part of a file.
@@ -246,7 +246,11 @@ def _check_imagenet(root: Path) -> Iterator[str]:
             "caffe_ilsvrc12.tar.gz, which holds it, or Kaggle's LOC_val_solution.csv into ROOT"
         )
     else:
-        lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
+        try:
+            lines = [line.split() for line in read_text(labels).splitlines() if line.strip()]
+        except UsageError as error:
+            yield str(error)
+            return
         known = {str(number) for number in range(len(classes))}
         if bad := [" ".join(line) for line in lines if len(line) != 2 or line[1] not in known]:
             yield f"{labels}: not a file name and a class from 0 to {len(classes) - 1}: {shorten(bad, 3)}"
@@ -264,8 +268,8 @@ def _write_val_labels(root: Path, out: Path) -> None:
     if not (train.is_dir() and val.is_dir()) or _class_names(val) or labels.is_file():
         return
     for source, read in (
-        (root / "meta/val.txt", Path.read_text),
-        (root / "val.txt", Path.read_text),
+        (root / "meta/val.txt", read_text),
+        (root / "val.txt", read_text),
         (root / "caffe_ilsvrc12.tar.gz", _labels_of_caffe),
         (root / "LOC_val_solution.csv", partial(_labels_of_kaggle, train)),
     ):
@@ -287,7 +291,7 @@ def _labels_of_caffe(packed: Path) -> str:
 def _labels_of_kaggle(train: Path, table: Path) -> str:
     """Kaggle's table has the classes' names; their numbers follow the alphabet, as those of the folders in train/."""
     numbers = {name: number for number, name in enumerate(_class_names(train))}
-    rows = csv.DictReader(io.StringIO(table.read_text()))
+    rows = csv.DictReader(io.StringIO(read_text(table)))
     return "".join(sorted(f"{row['ImageId']}.JPEG {numbers[row['PredictionString'].split()[0]]}\n" for row in rows))
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class UsageError(Exception):
@@ -39,3 +44,37 @@ def reading_named_files() -> Iterator[None]:
             raise UsageError(f"no such file or folder: {Path(error.filename).absolute()}") from error
         # From a data loader's worker, with the worker's traceback in its text: the last line is the error.
         raise ProcessError((str(error).strip() or "a file is missing").splitlines()[-1]) from error
+
+
+def check_no_mark(path: Path) -> None:
+    """Raise a UsageError for a file that begins with a byte order mark, as some editors and PowerShell write it: no
+    toolbox reads on past it. What is wrong otherwise is for whoever reads all of the file.
+    """
+    try:
+        with path.open("rb") as file:
+            marked = file.read(3).startswith(_MARKS)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    if marked:
+        raise UsageError(f"{path} begins with a byte order mark: save it as UTF-8 without one")
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8. Raises UsageError where it cannot be read, or is of another encoding."""
+    check_no_mark(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read {path} ({path.stat().st_size} bytes; not UTF-8): {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file in UTF-8. Raises UsageError, which says where in the file, if it cannot be read."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        size = path.stat().st_size
+        raise UsageError(f"cannot read {path} ({size} bytes; truncated, or not JSON): {error}") from error

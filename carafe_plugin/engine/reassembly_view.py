@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import init_default_scope
 from torch import nn
 
 from carafe_plugin.analysis import Reassembly, record_reassemblies
-from carafe_plugin.engine.config import prediction_pipeline, toolbox
+from carafe_plugin.engine.config import toolbox
 from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.prediction import Picture, load_picture, prepare
 from carafe_plugin.modules.carafe import KernelPrediction
 
 #: What ``--chain`` knows: the names of the modules of each. A shortcut's downsampler runs beside the main path's.
@@ -93,28 +93,23 @@ def _stride(input_size: tuple[int, int], size: tuple[int, int], axis: int) -> fl
     return input_size[axis] / size[axis]
 
 
-def view_image(cfg: Config, model: nn.Module, image: Path, size: tuple[int, int]) -> View:
-    """Run a model in evaluation mode on an image of ``size`` (height, width) as in a test, and record its reassemblies.
+def view_image(cfg: Config, model: nn.Module, pipeline: Compose, picture: Picture) -> View:
+    """Run a model in evaluation mode on an image as in a test, with its pipeline, and record its reassemblies.
     Raises UsageError where the test pipeline does not keep a plain image of it (see :func:`_follow`).
 
     A segmentor sees the whole image at once, also where its configuration tests it in windows.
     """
-    init_default_scope(toolbox(cfg) or "mmengine")
-    pipeline = prediction_pipeline(cfg)
-    packed = _run(pipeline, image)
-    seen = tuple(packed["inputs"].shape[-2:])
+    size = picture.pixels.shape[:2]
+    batch = prepare(pipeline, picture)
+    seen = tuple(batch["inputs"][0].shape[-2:])
     x, y = _follow(pipeline, size, 1), _follow(pipeline, size, 0)
     preprocessor: Any = model.data_preprocessor
-    data = preprocessor(dict(inputs=[packed["inputs"]], data_samples=[packed["data_samples"]]), False)
+    data = preprocessor(batch, False)
     with torch.no_grad(), record_reassemblies(model) as found:
         model(**data, mode="predict" if toolbox(cfg) == "mmdet" else "tensor")
     # Not of regions: one map, outside a head that looks at regions of interest.
     whole = [one for one in found if "roi_head" not in one.name.split(".") and len(one.kernels) == 1]
     return View(size, tuple(data["inputs"].shape[-2:]), seen, x, y, whole)
-
-
-def _run(pipeline: Compose, image: Path) -> Any:
-    return pipeline(dict(img_path=str(image), img_id=0, seg_fields=[], reduce_zero_label=False))
 
 
 def _follow(pipeline: Compose, size: tuple[int, int], axis: int) -> Axis:
@@ -130,7 +125,7 @@ def _follow(pipeline: Compose, size: tuple[int, int], axis: int) -> Axis:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "ramp.png")
         cv2.imwrite(str(file), ramp)
-        channels = _run(pipeline, file)["inputs"].double().numpy()
+        channels = prepare(pipeline, load_picture(pipeline, file))["inputs"][0].double().numpy()
     inside = (channels[0] > 254) & (channels[2] > 254)
     places = np.flatnonzero(inside.any(1 - axis))
     if len(places) < 2:

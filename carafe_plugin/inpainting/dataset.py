@@ -22,7 +22,7 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from carafe_plugin.images import IMAGE_ENDINGS, list_images, read_upright
+from carafe_plugin.images import list_images, read_upright
 
 
 def free_form_mask(
@@ -152,9 +152,7 @@ class InpaintingFolder(Dataset):
                 good = list(pool.map(lambda path: self._try_to_read(path) is not None, self.paths))
             self.paths = list(itertools.compress(self.paths, good))
         if not self.paths:
-            raise FileNotFoundError(
-                f"no image that can be read ({', '.join(IMAGE_ENDINGS)}) in folder {self.folder.absolute()}"
-            )
+            raise FileNotFoundError(f"no image that can be read in folder {self.folder.absolute()}")
 
     def _try_to_read(self, path: str) -> Image.Image | None:
         try:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
+from carafe_plugin.engine.errors import read_json
 from studies.common import ROOT, digest, write_json
 from studies.demo import detection, segmentation
 from studies.demo import run as demo_run
@@ -134,7 +135,7 @@ def find_result(run: Run, setup: Setup) -> dict[str, Any] | None:
     """The result of a run, or of the same run in another table; None where there is none."""
     wanted = fingerprint(run, setup)
     for path in sorted(setup.results.glob("table-*_seed-*.json"), key=lambda path: path.stem != run.name):
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if result["fingerprint"] == wanted:
             return result
     return None

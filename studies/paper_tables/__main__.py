@@ -19,7 +19,6 @@ Exit code: 0, or 2 when an argument is invalid.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from typing import Any
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.console import progress_bar, table_console
-from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.errors import UsageError, read_json
 from studies.common import shown, text_table, write_json
 from studies.paper_tables import rows as paper_rows
 from studies.paper_tables.pages import PAGE, cells, headings, markdown, pages, title
@@ -71,9 +70,8 @@ def record(config: str, source: Path, tables: dict[int, Table], folder: Path) ->
     lines = [(table, row, line) for table in tables.values() for row, line in table.lines if row.config == wanted]
     if not lines:
         raise UsageError(f"--record: {config} is not the config of a row in {paper_rows.TABLES}")
+    metrics = read_json(source)
     try:
-        with reading_named_files():
-            metrics = json.loads(source.read_text(encoding="utf-8"))
         found = {key for table, _, line in lines for key in table.measured(line, metrics)}
     except (ValueError, TypeError) as error:
         raise UsageError(f"--record: {source} holds no metrics of tools/test.py: {error}") from error

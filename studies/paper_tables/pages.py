@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.errors import UsageError, read_json
 from studies.common import ROOT, markdown_table, shown
 from studies.paper_tables.rows import COLUMNS, CONFIGS, RESULTS, TABLES, Row, Table, figure, known_cost, result_file
 
@@ -67,7 +66,7 @@ def ours(table: Table, row: Row, line: list[Any], results: Path) -> str:
     path = result_file(row, results)
     if not path.is_file():
         return NOT_RUN
-    found = table.measured(line, json.loads(path.read_text(encoding="utf-8"))["metrics"])
+    found = table.measured(line, read_json(path)["metrics"])
     columns = (column for column in table.columns if column != "task")
     return " / ".join(f"{found[column]:.2f}" if column in found else "-" for column in columns)
 

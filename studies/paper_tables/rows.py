@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from carafe_plugin.engine import bare_models
+from carafe_plugin.engine.errors import read_json
 from studies import common
 from studies.common import ROOT, Metric
 
@@ -119,7 +119,7 @@ def _chain(path: Path) -> Iterator[Path]:
 
 def read_costs(path: Path = COSTS) -> dict[str, dict[str, Any]]:
     """What was measured of the built models, by config; empty where nothing was."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def known_cost(row: Row, costs: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -10,7 +11,8 @@ import pytest
 
 pytest.importorskip("mmengine", reason="mmengine is not installed")
 
-from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.config import load_config
+from carafe_plugin.engine.errors import UsageError, read_json, reading_named_files
 
 
 def read(path: Path) -> str:
@@ -44,3 +46,50 @@ def test_files_of_our_own(tmp_path: Path) -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(PermissionError), reading_named_files():
         raise PermissionError("not yours")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", r"cannot read {path} \(0 bytes; truncated, or not JSON\): .*line 1 column 1 "),
+        (b'{"a": 1,\n "b', r"cannot read {path} \(12 bytes; truncated, or not JSON\): .*: line 2 column 2 "),
+        (b"\x89PNG\r\n", r"cannot read {path} \(6 bytes; not UTF-8\): .*0x89 in position 0"),
+        ('{"name": "caf\u00e9"}'.encode("latin-1"), r"cannot read {path} \(16 bytes; not UTF-8\): .* in position 13"),
+        (codecs.BOM_UTF8 + b"{}", "{path} begins with a byte order mark: save it as UTF-8 without one"),
+        ("{}".encode("utf-16"), "{path} begins with a byte order mark"),
+        ("{}".encode("utf-16-be"), r"cannot read {path} \(4 bytes; truncated, or not JSON\): "),
+        (b"[" * 100_000, r"cannot read {path} \(100000 bytes; truncated, or not JSON\): maximum recursion depth"),
+        (b"9" * 5000, r"cannot read {path} \(5000 bytes; truncated, or not JSON\): Exceeds the limit"),
+    ],
+)
+def test_files_that_are_not_json(content: bytes, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="^" + expected.replace("{path}", str(path))):
+        read_json(path)
+
+
+def test_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"n\u00e4me": [1, 2.5, null]}', encoding="utf-8")
+    assert read_json(tmp_path / "a.json") == {"n\u00e4me": [1, 2.5, None]}
+    for path in (tmp_path, tmp_path / "absent.json"):
+        with pytest.raises(UsageError, match=f"^cannot read {path}: (Is a directory|No such file or directory)$"):
+            read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", codecs.BOM_UTF8 + b"{}", "{path} begins with a byte order mark"),
+        ("a.json", b'{"a": ', "cannot read {path} .*truncated, or not JSON.*line 1 column 7"),
+        ("a.json", b"[1]", "configuration {path} must be a JSON object of settings"),
+        ("a.yml", b"a: [1", "cannot read configuration {path}: "),
+        ("a.py", "a = '\u00e9'".encode("latin-1"), "cannot read configuration {path}: .* 0xe9"),
+        ("a.py", codecs.BOM_UTF8 + b"a = 1", r"cannot read configuration {path}: .*U\+FEFF"),
+    ],
+)
+def test_configurations_that_cannot_be_read(name: str, content: bytes, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=expected.replace("{path}", str(path))):
+        load_config(str(path))

@@ -175,7 +175,7 @@ def test_crops_are_those_of_the_resized_image(tmp_path):
 def test_folders_without_images(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no such folder of images: {tmp_path}/absent"):
         InpaintingFolder(str(tmp_path), "absent")
-    with pytest.raises(FileNotFoundError, match=r"no image that can be read \(\.jpg, .*\) in folder"):
+    with pytest.raises(FileNotFoundError, match=f"no image that can be read in folder {tmp_path}"):
         InpaintingFolder(str(tmp_path))
     (tmp_path / "x.png").write_text("no image")
     with pytest.raises(FileNotFoundError, match="no image that can be read"):

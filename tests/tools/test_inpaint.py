@@ -111,6 +111,18 @@ def test_pictures_of_other_kinds(trained: SimpleNamespace, picture: SimpleNamesp
     assert np.asarray(Image.open(tmp_path / "grey-filled.png")).shape == (37, 50, 3)
 
 
+def test_the_first_of_several_pages(
+    trained: SimpleNamespace, picture: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = Image.fromarray(picture.pixels)
+    first.save(tmp_path / "scan.tif", save_all=True, append_images=[first.rotate(180)])
+    capsys.readouterr()
+    assert inpaint(trained, picture, tmp_path / "out.tif", image=tmp_path / "scan.tif") == 0
+    assert capsys.readouterr().err == f"{tmp_path}/scan.tif: the first of 2 pages\n"
+    filled = np.asarray(Image.open(tmp_path / "out.tif"))
+    assert np.array_equal(filled[~picture.holes], picture.pixels[~picture.holes])
+
+
 def test_mistakes(
     trained: SimpleNamespace, picture: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -150,6 +162,11 @@ def test_mistakes(
     ):
         assert inpaint(trained, picture, out, checkpoint=tmp_path / "not-looked-at.pth") == 2
         assert message in one_line(capsys)
+    for own in ("picture", "mask"):
+        before = (tmp_path / f"{own}.png").read_bytes()
+        assert inpaint(trained, picture, tmp_path / f"folder.png/../{own}.png") == 2
+        assert f"--out would write over the image {tmp_path}/folder.png/../{own}.png" in one_line(capsys)
+        assert (tmp_path / f"{own}.png").read_bytes() == before
     assert inpaint(trained, picture, tmp_path / "out.png", image=tmp_path / f"{'n' * 300}.png") == 2
     assert "cannot read" in one_line(capsys)
     assert not list(tmp_path.glob("out*"))
@@ -191,7 +208,7 @@ def test_train_and_test(trained: SimpleNamespace, tmp_path: Path, capsys: pytest
     assert (trained.folder / "run" / "iter_3.pth").is_file()
 
     (tmp_path / "empty").mkdir()
-    for folder, message in (("empty", "no image that can be read (.jpg, "), ("absent", "no such folder")):
+    for folder, message in (("empty", "no image that can be read in folder"), ("absent", "no such folder")):
         elsewhere = [f"train_dataloader.dataset.data_root={tmp_path}", f"train_dataloader.dataset.data_prefix={folder}"]
         capsys.readouterr()
         assert call_tool("train", CONFIG, "--work-dir", tmp_path / "e", *options, *elsewhere) == 2

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import CHROMIUM, Browser
+from PIL import Image
 from tiny_runs import call_tool, one_line, scene, write_config
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
@@ -88,7 +89,9 @@ def seen(models: Callable, image: Path) -> dict[str, Any]:
     cfg = bare_models.read_config(str(config))
     model = bare_models.build_model(cfg)
     prediction.load_weights(model, str(weights))
-    view = reassembly_view.view_image(cfg, model, image, (64, 96))
+    pipeline = prediction_pipeline(cfg)
+    picture = prediction.load_picture(pipeline, image)
+    view = reassembly_view.view_image(cfg, model, pipeline, picture)
     chains = reassembly_view.find_chains(model, view, None, [])
     pixels = cv2.imread(str(image))[..., ::-1]
     data = reassembly_pictures.page_data("fpn", chains["fpn"], view, pixels, (7, 5), None)
@@ -200,10 +203,9 @@ def test_pipelines_are_followed(steps: list[dict], columns: tuple, rows: tuple) 
         *steps,
         dict(type="PackDetInputs", meta_keys=()),
     ]
-    reassembly_view.init_default_scope("mmdet")
     for step in steps[2:-1]:
         step["type"] = f"mmcv.{step['type']}" if step["type"] in ("CenterCrop", "Pad") else step["type"]
-    pipeline = prediction_pipeline(reassembly_view.Config(dict(test_pipeline=steps)))
+    pipeline = prediction_pipeline(reassembly_view.Config(dict(default_scope="mmdet", test_pipeline=steps)))
     for axis, expected in ((1, columns), (0, rows)):
         found = reassembly_view._follow(pipeline, (80, 100), axis)
         assert (found.scale, found.shift) == pytest.approx(expected, abs=0.4)
@@ -284,6 +286,7 @@ def test_mistakes_end_in_one_line(
         (["--checkpoint", tmp_path / "narrow.pth"], "size mismatch for backbone.conv1.weight"),
         (["--checkpoint", models("mmseg")[1]], "is of another model:"),
         (["--out", image], "--out is a folder"),
+        (["--out", image.parent], f"--out would write over the image {image}: choose another place"),
         (["--config", tmp_path / "none.py"], "no such configuration file"),
         (["--config", stock], "the model has no CARAFE++"),
     ):
@@ -294,6 +297,14 @@ def test_mistakes_end_in_one_line(
         assert show("mmdet", points=(text,)) == 2
         assert f"expected x,y in pixels of the image, such as 120,80; got {text}\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_opencv_does_not_read(show: Callable, image: Path, tmp_path: Path) -> None:
+    assert show("mmdet", "--chain", "fpn") == 0
+    seen = (tmp_path / "out/scene.png").read_bytes()
+    Image.open(image).save(tmp_path / "scene.tga")
+    assert show("mmdet", "--chain", "fpn", path=tmp_path / "scene.tga") == 0
+    assert (tmp_path / "out/scene.png").read_bytes() == seen, "the same pixels"
 
 
 def test_maps_without_a_whole_stride() -> None:
