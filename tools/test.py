@@ -23,7 +23,8 @@ from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings, toolbox
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import reading_named_files
-from carafe_plugin.engine.processes import build_runner, prepare_processes
+from carafe_plugin.engine.processes import prepare_processes
+from carafe_plugin.engine.runners import build_runner, prepare_strategy
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +61,7 @@ def test(args: argparse.Namespace) -> None:
         evaluation.use_tta(cfg)
     if args.out and scope == "mmseg":
         evaluation.write_label_maps(cfg, args.out)
+    prepare_strategy(cfg)
     check_dataset_files(cfg, "test")
     cfg.load_from, cfg.resume = args.checkpoint, False
     use_atomic_writes()

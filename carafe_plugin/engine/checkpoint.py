@@ -19,6 +19,7 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 
+from carafe_plugin.engine.atomic import restore_superseded
 from carafe_plugin.engine.errors import CheckpointError
 from carafe_plugin.images import shorten
 from carafe_plugin.openmmlab.resnet_checkpoints import CARAFE_KEY
@@ -57,9 +58,11 @@ def use_safe_loading() -> None:
 
 
 def check_checkpoint_exists(path: str) -> Path:
-    """Return the absolute path of a local checkpoint, or raise a :class:`CheckpointError` if there is no such file."""
+    """Return the absolute path of a local checkpoint, or raise a :class:`CheckpointError` if there is no such file or
+    folder.
+    """
     file = Path(path).expanduser().absolute()
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"no such checkpoint: {file}")
     return file
 
@@ -69,6 +72,10 @@ def read_checkpoint(path: str, map_location: Any = "cpu", training: bool = False
     CheckpointError where it is missing, truncated, damaged or no checkpoint. ``map_location`` is as for ``torch.load``.
     """
     file = check_checkpoint_exists(path)
+    if file.is_dir():
+        raise CheckpointError(
+            f"{file} is a folder: those of FSDP's and DeepSpeed's strategies load in such a run alone"
+        )
     try:
         with checkpoint_types():
             checkpoint = load_from_local(str(file), map_location)
@@ -196,6 +203,7 @@ class CheckpointPlace:
 
     def newest_first(self) -> list[Path]:
         """The checkpoints, the newest first; see :meth:`newest`."""
+        restore_superseded(self.folder)
         found = [path for path in self.folder.glob("*") if self.step(path) is not None]
         paths = sorted(found, key=lambda path: (path.stat().st_mtime_ns, self.step(path)), reverse=True)
         name = self.pointer()
@@ -221,7 +229,7 @@ class CheckpointPlace:
         order = self.newest_first()
         for path in order:
             try:
-                if path.is_file():  # DeepSpeed's are folders
+                if path.is_file():  # FSDP's and DeepSpeed's may be folders
                     read_checkpoint(str(path), training=True)
             except CheckpointError as error:
                 print_log(f"Skipped on resuming: {error}", logger="current", level=logging.WARNING)

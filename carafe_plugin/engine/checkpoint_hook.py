@@ -11,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
@@ -63,7 +64,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             for folder in {str(self.out_dir), runner.work_dir}:
                 for leftover in Path(folder).glob(f"*.*{UNFINISHED}"):
-                    leftover.unlink(missing_ok=True)
+                    _remove(LocalBackend(), str(leftover))
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         outdated = []
