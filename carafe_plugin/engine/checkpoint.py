@@ -73,9 +73,7 @@ def read_checkpoint(path: str, map_location: Any = "cpu", training: bool = False
     """
     file = check_checkpoint_exists(path)
     if file.is_dir():
-        raise CheckpointError(
-            f"{file} is a folder: those of FSDP's and DeepSpeed's strategies load in such a run alone"
-        )
+        raise CheckpointError(f"{file} is a folder; those of FSDP's and DeepSpeed's strategies load in such runs alone")
     try:
         with checkpoint_types():
             checkpoint = load_from_local(str(file), map_location)

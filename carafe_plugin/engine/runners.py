@@ -20,7 +20,8 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, RUNNERS, STRATEGIES
-from mmengine.runner import FlexibleRunner, Runner
+from mmengine.runner import FlexibleRunner, Runner, get_state_dict, weights_to_cpu
+from torch.nn.parallel import DistributedDataParallel
 
 from carafe_plugin.engine.atomic import UNFINISHED, move_into_place
 from carafe_plugin.engine.config import toolbox, type_name
@@ -62,11 +63,13 @@ class _AsRunnerDoes:
         super().load_or_resume()  # type: ignore[misc]
 
     def call_hook(self: Any, fn_name: str, **kwargs: Any) -> None:
-        """Call a point of all hooks; ``before_run`` once."""
+        """Call a point of all hooks: ``before_run`` once; a checkpoint that is saved has the names of one process."""
         if fn_name == "before_run" and self._hooks_are_ready:
             self._hooks_are_ready = False
-        else:
-            super().call_hook(fn_name, **kwargs)  # type: ignore[misc]
+            return
+        if fn_name == "before_save_checkpoint" and isinstance(self.model, DistributedDataParallel):
+            kwargs["checkpoint"]["state_dict"] = weights_to_cpu(get_state_dict(self.model.module))
+        super().call_hook(fn_name, **kwargs)  # type: ignore[misc]
 
     def resume(self: Any, filename: str, *args: Any, **kwargs: Any) -> None:
         """Resume from a checkpoint, which must have all that a strategy looks for."""

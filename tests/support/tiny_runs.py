@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -333,6 +334,18 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def free_port() -> str:
+    """A port on which no process listens, for those of one run to meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint."""
+    return torch.load(path, weights_only=False)["state_dict"]
 
 
 def forget_runs() -> None:
