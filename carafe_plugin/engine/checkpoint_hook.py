@@ -17,6 +17,7 @@ from mmengine.registry import HOOKS
 
 from carafe_plugin.engine.atomic import UNFINISHED, AtomicLocalBackend, use_atomic_writes
 from carafe_plugin.engine.checkpoint import POINTER
+from carafe_plugin.engine.config import find_type
 
 
 class _LateRemoval:
@@ -115,5 +116,5 @@ def use_atomic_checkpoints(cfg: Config) -> None:
     """
     hooks = cfg.get("default_hooks") or {}
     hook = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
-    if hook and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
+    if hook and find_type(HOOKS, hook) is CheckpointHook:
         cfg.default_hooks = {**hooks, "checkpoint": {**hook, "type": f"{__name__}.AtomicCheckpointHook"}}

@@ -7,12 +7,14 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.config.lazy import LazyObject
 from mmengine.dataset import Compose
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, Registry
 
 from carafe_plugin.engine.checkpoint import use_safe_loading
 from carafe_plugin.engine.errors import UsageError
@@ -51,8 +53,27 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: s
         raise UsageError(f"--cfg-options do not fit {path}: {error}") from error
     if process_rank(launcher) == 0:
         _report_failed_imports(cfg)
+    _restore_classes(cfg._cfg_dict)
+    if cfg.get("default_scope") is None and (scope := toolbox(cfg)):
+        cfg.default_scope = scope  # for names in the place of classes, as --cfg-options give them
     _check_operators(cfg.get("model"), path)
     return cfg
+
+
+def _restore_classes(part: Any) -> None:
+    """Make classes of what mmengine writes into a run's folder for them (``mmcv.ops.roi_align.RoIAlign``).
+
+    Not all of it is found again by name, and mmdet takes no such name for its layers on regions of interest. mmengine
+    builds a LazyObject when it is looked at, and writes the name where it is dumped.
+    """
+    for value in part.values() if isinstance(part, Mapping) else part if isinstance(part, (list, tuple)) else ():
+        _restore_classes(value)
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and kind.count(".") > 1:
+        module, _, name = kind.rpartition(".")
+        with suppress(Exception):  # what cannot be imported has its own message later
+            (found := LazyObject(module, name)).build()
+            part["type"] = found
 
 
 def _report_failed_imports(cfg: Config) -> None:
@@ -169,6 +190,15 @@ def type_name(settings: Mapping[str, Any]) -> str:
     """The name of the class in a configuration's ``type``, without a module or scope before it."""
     kind = settings.get("type")
     return getattr(kind, "__name__", str(kind)).rpartition(".")[2]
+
+
+def find_type(registry: Registry, settings: Mapping[str, Any], scope: str | None = None) -> Any:
+    """The class in a configuration's ``type``: it, or what a registry has under that name in ``scope``; else None."""
+    kind = settings.get("type")
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(scope) as own:
+        return own.get(kind)
 
 
 def prediction_pipeline(cfg: Config) -> Compose:

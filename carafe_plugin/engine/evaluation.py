@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 
 from carafe_plugin.engine.checkpoint import find_mismatch
-from carafe_plugin.engine.config import dataset_configs, toolbox
+from carafe_plugin.engine.config import dataset_configs, find_type, toolbox
 from carafe_plugin.engine.errors import CheckpointError, UsageError
 
 
@@ -96,8 +96,7 @@ def write_label_maps(cfg: Config, folder: str) -> None:
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
     written = False
     for evaluator in evaluators:
-        metric = METRICS.get(f"mmseg.{evaluator.type}") if isinstance(evaluator.type, str) else evaluator.type
-        accepted = inspect.signature(metric).parameters
+        accepted = inspect.signature(find_type(METRICS, evaluator, "mmseg")).parameters
         if "output_dir" in accepted:
             evaluator.output_dir, written = folder, True
         if "keep_results" in accepted:

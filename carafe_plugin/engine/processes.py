@@ -70,8 +70,9 @@ def distributed_wrapper(cfg: Config, given: Mapping[str, Any] | None) -> dict[st
         "find_unused_parameters": cfg.get("find_unused_parameters", False),
         **(given or {}),
     }
-    usual = ("MMDistributedDataParallel", "mmengine.MMDistributedDataParallel", MMDistributedDataParallel)
-    if wrapper["type"] in usual and get_device() == "cpu":
+    kind = wrapper["type"]
+    found = MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind
+    if found is MMDistributedDataParallel and get_device() == "cpu":
         wrapper["type"] = "mmengine.CPUDistributedDataParallel"
     return wrapper
 

@@ -24,7 +24,7 @@ from mmengine.runner import FlexibleRunner, Runner, get_state_dict, weights_to_c
 from torch.nn.parallel import DistributedDataParallel
 
 from carafe_plugin.engine.atomic import UNFINISHED, move_into_place
-from carafe_plugin.engine.config import toolbox, type_name
+from carafe_plugin.engine.config import find_type, toolbox, type_name
 from carafe_plugin.engine.errors import CheckpointError, UsageError, reading_named_files
 from carafe_plugin.engine.processes import distributed_wrapper
 
@@ -114,7 +114,7 @@ def runner_class(cfg: Config) -> Any:
     unknown.
     """
     kind = cfg.get("runner_type") or Runner
-    found = RUNNERS.get(kind) if isinstance(kind, str) else kind
+    found = find_type(RUNNERS, dict(type=kind))
     if found is None:
         raise UsageError(f"runner_type of {cfg.filename} must be Runner, FlexibleRunner or one of your own, got {kind}")
     return type(found.__name__, (_AsRunnerDoes, found), {}) if issubclass(found, FlexibleRunner) else found
@@ -129,10 +129,11 @@ def prepare_strategy(cfg: Config) -> None:
         return
     distributed = cfg.get("launcher", "none") != "none"
     strategy = dict(cfg.get("strategy") or dict(type="DDPStrategy" if distributed else "SingleDeviceStrategy"))
-    kind = strategy.get("type")
-    found: Any = STRATEGIES.get(kind) if isinstance(kind, str) else kind
+    found = find_type(STRATEGIES, strategy)
     if found is None:
-        raise UsageError(f"strategy of {cfg.filename} must be one of {', '.join(STRATEGIES.module_dict)}, got {kind}")
+        raise UsageError(
+            f"strategy of {cfg.filename} must be one of {', '.join(STRATEGIES.module_dict)}, got {strategy.get('type')}"
+        )
     name = found.__name__
     if (package := _PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
         raise UsageError(f"strategy {name} needs the package {package}, which is not installed")
@@ -166,9 +167,7 @@ def _check_sharded(cfg: Config, name: str) -> None:
         raise UsageError(f"published_keys of default_hooks.checkpoint needs files; strategy {name} may write folders")
     if name != "FSDPStrategy" and (cfg.get("auto_scale_lr") or {}).get("enable"):
         raise UsageError(f"strategy {name} does not scale the learning rate: set it without --auto-scale-lr")
-    with MODELS.switch_scope_and_registry(toolbox(cfg)) as registry:
-        kind = cfg.model.get("type")
-        model = registry.get(kind) if isinstance(kind, str) else kind
+    model = find_type(MODELS, cfg.model, toolbox(cfg))
     own = [step for step in ("train_step", "test_step") if getattr(model, step, None) is not getattr(BaseModel, step)]
     if model and own:
         raise UsageError(f"strategy {name} runs models by their forward alone, and {model.__name__} has its {own[0]}")
