@@ -7,7 +7,7 @@ in the place of checkpoint files, one file at a time.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,11 @@ def prepare_strategy(cfg: Config) -> None:
             f"strategy of {cfg.filename} must be one of {', '.join(STRATEGIES.module_dict)}, got {strategy.get('type')}"
         )
     name = found.__name__
-    if (package := _PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
-        raise UsageError(f"strategy {name} needs the package {package}, which is not installed")
+    if package := _PACKAGES.get(name):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UsageError(f"strategy {name} needs the package {package}: {error}") from error
     if issubclass(found, DDPStrategy) and not distributed:
         raise UsageError(f"strategy {name} needs several processes: start with --launcher, as tools/dist_*.sh does")
     if distributed and issubclass(found, SingleDeviceStrategy) and not issubclass(found, DDPStrategy):
@@ -192,10 +195,15 @@ def _complete_fsdp(strategy: dict[str, Any]) -> None:
 
 def build_runner(cfg: Config) -> Any:
     """Build mmengine's Runner (or the ``runner_type`` of ``cfg``), which says so where SyncBN had to become BN. Raises
-    UsageError where a file that the configuration names is missing.
+    UsageError where a file that the configuration names is missing, or a strategy's package is too new for mmengine.
     """
-    with reading_named_files():
-        runner = runner_class(cfg).from_cfg(cfg)
+    try:
+        with reading_named_files():
+            runner = runner_class(cfg).from_cfg(cfg)
+    except ImportError as error:
+        if (package := str(error.name).partition(".")[0]) not in _PACKAGES.values():
+            raise
+        raise UsageError(f"mmengine's strategy does not work with the version of {package} here: {error}") from error
     runner.register_hook(_SyncBNHook())
     return runner
 

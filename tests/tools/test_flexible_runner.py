@@ -82,7 +82,11 @@ SHARDED = "strategy = dict(type='FSDPStrategy', {})\n"
         ("strategy = dict(type='Plan')", "none", ", got Plan"),
         ("strategy = dict(type='DDPStrategy')", "none", "DDPStrategy needs several processes: start with --launcher"),
         ("strategy = dict(type='SingleDeviceStrategy')", "pytorch", "SingleDeviceStrategy is for one process; "),
-        ("strategy = dict(type='DeepSpeedStrategy')", "pytorch", "DeepSpeedStrategy needs the package deepspeed"),
+        (
+            "strategy = dict(type='DeepSpeedStrategy')",
+            "pytorch",
+            "DeepSpeedStrategy needs the package absent_deepspeed: ",
+        ),
         ("efficient_conv_bn_eval = ['linear']", "none", "does not read efficient_conv_bn_eval; runner_type Runner"),
         (SHARDED.format("state_dict_cfg='local'"), "pytorch", "of which nothing can be loaded: set state_dict_cfg="),
         (SHARDED.format("") + "custom_hooks = [dict(type='EMAHook')]", "pytorch", "EMAHook averages whole weights"),
@@ -108,8 +112,7 @@ def test_what_does_not_go_together(
 
     MODELS.register_module(module=Own, force=True)
     monkeypatch.setattr("carafe_plugin.engine.processes.get_device", lambda: "cpu")
-    monkeypatch.setattr("carafe_plugin.engine.runners._PACKAGES", {"DeepSpeedStrategy": "deepspeed.absent"})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("carafe_plugin.engine.runners._PACKAGES", {"DeepSpeedStrategy": "absent_deepspeed"})
     config = toy(more)
     assert call_tool("train", config, "--launcher", launcher, "--work-dir", tmp_path / "run") == 2
     assert expected in one_line(capsys)
