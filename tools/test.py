@@ -23,8 +23,9 @@ from carafe_plugin.engine.classes import CheckClassesHook
 from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings, toolbox
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
-from carafe_plugin.engine.errors import reading_named_files
-from carafe_plugin.engine.processes import build_runner, prepare_processes
+from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.processes import prepare_processes
+from carafe_plugin.engine.runners import build_runner, prepare_strategy
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +60,12 @@ def test(args: argparse.Namespace) -> None:
     if args.show or args.show_dir:
         evaluation.use_drawing(cfg, args.show, args.show_dir, args.wait_time, args.interval)
     if args.tta:
+        if scope == "mmpretrain" and (args.show or args.show_dir):
+            raise UsageError("--show and --show-dir with --tta: mmpretrain draws one view of an image, not several")
         evaluation.use_tta(cfg)
     if args.out and scope == "mmseg":
         evaluation.write_label_maps(cfg, args.out)
+    prepare_strategy(cfg)
     check_dataset_files(cfg, "test")
     cfg.load_from, cfg.resume = args.checkpoint, False
     use_atomic_writes()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from mmengine.config import Config
 
@@ -22,7 +23,8 @@ from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings, type_name
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import UsageError, reading_named_files
-from carafe_plugin.engine.processes import build_runner, prepare_processes, require_gpu_for_amp
+from carafe_plugin.engine.processes import prepare_processes, require_gpu_for_amp
+from carafe_plugin.engine.runners import build_runner, prepare_strategy
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +69,7 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> None:
             cfg.resume, cfg.load_from = True, None
             return
         resume = place.newest()
-    elif resume and "://" not in resume:
+    elif resume and "://" not in resume and not Path(resume).is_dir():  # a folder is read by its strategy
         read_checkpoint(resume, training=True)
     cfg.resume = resume is not None
     if resume:
@@ -86,6 +88,7 @@ def train(args: argparse.Namespace) -> None:
         use_scaled_lr(cfg)
     if args.resume not in (None, "auto") and "://" not in args.resume:
         check_checkpoint_exists(args.resume)
+    prepare_strategy(cfg)
     use_atomic_checkpoints(cfg)
     prepare_processes(cfg)
     choose_checkpoint(cfg, args.resume)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from mmengine.fileio import LocalBackend, register_backend
 
-UNFINISHED = ".tmp"  # the ending of a file that is being written
+UNFINISHED = ".tmp"  # the ending of a file or folder that is being written
+_SUPERSEDED = f".old{UNFINISHED}"
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -40,23 +43,47 @@ class AtomicLocalBackend(LocalBackend):
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         """Write the text ``obj`` to ``filepath`` as :meth:`put` does."""
         self.put(obj.encode(encoding), filepath)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` last through a power cut, where the system can."""
+def _sync(path: Path) -> None:
+    """Make a file's content, or a rename in a folder, last through a power cut, where the system can."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # Windows opens no folders
         return
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def move_into_place(unfinished: Path, path: Path) -> None:
+    """Give a file or folder that is complete the name ``path``, in the place of what has it.
+
+    Of folders, the old one steps aside first; where a kill comes in between, :func:`restore_superseded` has it back.
+    """
+    for file in unfinished.rglob("*"):
+        _sync(file)
+    old = path.with_name(path.name + _SUPERSEDED)
+    if path.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    unfinished.replace(path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_superseded(folder: Path) -> None:
+    """Give folders that were stepping aside in a run that was killed their names back; several processes may try."""
+    for old in folder.glob(f"*{_SUPERSEDED}"):
+        if not (path := old.with_name(old.name.removesuffix(_SUPERSEDED))).exists():
+            with suppress(OSError):
+                old.rename(path)
 
 
 def use_atomic_writes() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,16 +29,9 @@ PROPOSALS, DETECTIONS = 1000, 100  # where a model's own settings do not say
 
 def read_config(name: str, options: Mapping[str, Any] | None = None, drop_in: bool = False) -> Config:
     """Read a model's configuration and import the adapters that it needs. Raises UsageError where there is none, it has
-    no model, or its toolbox is unknown. A toolbox's own is called
-    ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
+    no model, or its toolbox is unknown.
     """
-    package, separator, path = name.partition("::")
-    if separator:
-        spec = importlib.util.find_spec(package) if package in SHAPES else None
-        if spec is None or spec.origin is None:
-            raise UsageError(f"{name}: {package!r} is not one of {', '.join(SHAPES)}, or not installed")
-        path = str(Path(spec.origin).parent / ".mim" / "configs" / path)
-    cfg = load_config(path if separator else name, options)
+    cfg = load_config(name, options)
     scope = toolbox(cfg)
     if scope not in SHAPES:
         raise UsageError(f"{name}: default_scope must be one of {', '.join(SHAPES)}, got {scope!r}")

@@ -27,6 +27,7 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from carafe_plugin.engine.atomic import restore_superseded
 from carafe_plugin.engine.errors import CheckpointError
 from carafe_plugin.images import shorten
 from carafe_plugin.openmmlab.resnet_checkpoints import CARAFE_KEY
@@ -101,9 +102,11 @@ def use_safe_loading() -> None:
 
 
 def check_checkpoint_exists(path: str) -> Path:
-    """Return the absolute path of a local checkpoint, or raise a :class:`CheckpointError` if there is no such file."""
+    """Return the absolute path of a local checkpoint, or raise a :class:`CheckpointError` if there is no such file or
+    folder.
+    """
     file = Path(path).expanduser().absolute()
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"no such checkpoint: {file}")
     return file
 
@@ -117,6 +120,8 @@ def read_checkpoint(path: str, map_location: Any = "cpu", training: bool = False
     TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment.
     """
     file = check_checkpoint_exists(path)
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder; those of FSDP's and DeepSpeed's strategies load in such runs alone")
     options: dict[str, Any] = dict(weights_only=True)
     if os.environ.get(_TRUST, "").lower() in ("1", "y", "yes", "true"):
         options = dict(weights_only=False)
@@ -266,6 +271,7 @@ class CheckpointPlace:
 
     def newest_first(self) -> list[Path]:
         """The checkpoints, the newest first; see :meth:`newest`."""
+        restore_superseded(self.folder)
         found = [path for path in self.folder.glob("*") if self.step(path) is not None]
         paths = sorted(found, key=lambda path: (path.stat().st_mtime_ns, self.step(path)), reverse=True)
         name = self.pointer()
@@ -291,7 +297,7 @@ class CheckpointPlace:
         order = self.newest_first()
         for path in order:
             try:
-                if path.is_file():  # DeepSpeed's are folders
+                if path.is_file():  # FSDP's and DeepSpeed's may be folders
                     read_checkpoint(str(path), training=True)
             except CheckpointError as error:
                 print_log(f"Skipped on resuming: {error}", logger="current", level=logging.WARNING)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
 from carafe_plugin.engine.atomic import UNFINISHED, AtomicLocalBackend, use_atomic_writes
 from carafe_plugin.engine.checkpoint import POINTER, read_checkpoint
+from carafe_plugin.engine.config import find_type
 
 OUTDATED = "outdated_best_ckpts"  # in the message hub: best checkpoints about to be deleted
 
@@ -71,8 +73,8 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             for folder in {str(self.out_dir), runner.work_dir}:
                 for leftover in Path(folder).glob(f"*.*{UNFINISHED}"):
-                    leftover.unlink(missing_ok=True)
-        if self.save_best and runner._resume:
+                    _remove(LocalBackend(), str(leftover))
+        if self.save_best and runner._resume and runner._load_from:
             self._complete_best(runner)
 
     def _complete_best(self, runner: Any) -> None:
@@ -155,5 +157,5 @@ def use_atomic_checkpoints(cfg: Config) -> None:
     """
     hooks = cfg.get("default_hooks") or {}
     hook = hooks.get("checkpoint", dict(type="CheckpointHook", interval=1))
-    if hook and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
+    if hook and find_type(HOOKS, hook) is CheckpointHook:
         cfg.default_hooks = {**hooks, "checkpoint": {**hook, "type": f"{__name__}.AtomicCheckpointHook"}}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mmengine.config import Config
+from mmengine.config.lazy import LazyObject
 from mmengine.dataset import Compose
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, Registry, init_default_scope
 
 from carafe_plugin.engine.checkpoint import use_safe_loading
 from carafe_plugin.engine.errors import UsageError, read_json
@@ -30,33 +30,66 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: s
     warnings.
 
     Modules of the user's own that it names (``custom_imports``, or the ``type`` of a ``carafe_cfg`` as
-    ``"my_upsample.MyUpsample"``) are found in the current folder too.
+    ``"my_upsample.MyUpsample"``) are found in the current folder too. A toolbox's own configuration is called
+    ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
     """
-    file = Path(path).absolute()
-    if not file.is_file():
-        raise UsageError(f"no such configuration file: {file}")
+    file = _find_config(path)
     if str(Path.cwd()) not in sys.path:  # as with python -m, but last, so that it hides nothing
         sys.path.append(str(Path.cwd()))
+    if file.suffix == ".json" and not isinstance(read_json(file), dict):
+        raise UsageError(f"configuration {file} must be a JSON object of settings")
     try:
-        if file.suffix == ".json" and not isinstance(read_json(file), dict):
-            raise UsageError(f"configuration {file} must be a JSON object of settings")
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(file)
+        _restore_classes(cfg._cfg_dict)
     except FileNotFoundError as error:
         raise UsageError(f"configuration {path} builds on a file that is missing: {error}") from error
     except ImportError as error:
         # mmengine lists sys.path instead of a reason: that is two errors down.
         reason = getattr(error.__cause__, "__context__", None) or error
         raise UsageError(f"configuration {path} needs a module that cannot be imported: {reason}") from error
-    except (SyntaxError, OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read configuration {file}: {error}") from error
+    except Exception as error:  # of its own lines, or of whatever reads JSON and YAML
+        kind = "" if isinstance(error, (SyntaxError, OSError)) else f"{type(error).__name__}: "
+        raise UsageError(f"cannot read configuration {file}: {kind}{error}") from error
     try:
         cfg.merge_from_dict(dict(options or {}))
     except (KeyError, TypeError, IndexError) as error:
         raise UsageError(f"--cfg-options do not fit {path}: {error}") from error
     if process_rank(launcher) == 0:
         _report_failed_imports(cfg)
+    if cfg.get("default_scope") is None and (scope := toolbox(cfg)):
+        cfg.default_scope = scope  # for names in the place of classes, as --cfg-options give them
     _check_operators(cfg.get("model"), path)
     return cfg
+
+
+def _find_config(path: str) -> Path:
+    package, separator, name = path.partition("::")
+    file = Path(path).absolute()
+    if separator:
+        spec = importlib.util.find_spec(package) if package in ADAPTERS else None
+        if spec is None or spec.origin is None:
+            raise UsageError(f"{path}: {package!r} is not one of {', '.join(ADAPTERS)}, or not installed")
+        file = Path(spec.origin).parent / ".mim" / "configs" / name
+    if not file.is_file():
+        raise UsageError(f"no such configuration file: {file}")
+    return file
+
+
+def _restore_classes(part: Any) -> None:
+    """Make classes of what mmengine writes into a run's folder for them (``mmcv.ops.roi_align.RoIAlign``).
+
+    Not all of it is found again by name, and mmdet takes no such name for its layers on regions of interest. mmengine
+    builds a LazyObject when it is looked at (here, those of a configuration in Python: raises ImportError where one has
+    no module), and writes the name where it is dumped.
+    """
+    for value in part.values() if isinstance(part, Mapping) else part if isinstance(part, (list, tuple)) else ():
+        _restore_classes(value)
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and kind.count(".") > 1:
+        module, _, name = kind.rpartition(".")
+        with suppress(Exception):  # what cannot be imported has its own message later
+            (found := LazyObject(module, name)).build()
+            part["type"] = found
 
 
 def _report_failed_imports(cfg: Config) -> None:
@@ -181,6 +214,15 @@ def type_name(settings: Mapping[str, Any]) -> str:
     """The name of the class in a configuration's ``type``, without a module or scope before it."""
     kind = settings.get("type")
     return getattr(kind, "__name__", str(kind)).rpartition(".")[2]
+
+
+def find_type(registry: Registry, settings: Mapping[str, Any], scope: str | None = None) -> Any:
+    """The class in a configuration's ``type``: it, or what a registry has under that name in ``scope``; else None."""
+    kind = settings.get("type")
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(scope) as own:
+        return own.get(kind)
 
 
 def prediction_pipeline(cfg: Config) -> Compose:

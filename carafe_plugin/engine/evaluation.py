@@ -6,16 +6,17 @@ import copy
 import inspect
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
-from mmengine.runner import Runner
 
 from carafe_plugin.engine.checkpoint import find_mismatch
 from carafe_plugin.engine.classes import checkpoint_meta, compare_classes, config_meta
-from carafe_plugin.engine.config import dataset_configs, toolbox
+from carafe_plugin.engine.config import dataset_configs, find_type, toolbox
 from carafe_plugin.engine.errors import CheckpointError, UsageError
 
 
@@ -96,8 +97,7 @@ def write_label_maps(cfg: Config, folder: str) -> None:
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
     written = False
     for evaluator in evaluators:
-        metric = METRICS.get(f"mmseg.{evaluator.type}") if isinstance(evaluator.type, str) else evaluator.type
-        accepted = inspect.signature(metric).parameters
+        accepted = inspect.signature(find_type(METRICS, evaluator, "mmseg")).parameters
         if "output_dir" in accepted:
             evaluator.output_dir, written = folder, True
         if "keep_results" in accepted:
@@ -106,7 +106,7 @@ def write_label_maps(cfg: Config, folder: str) -> None:
         raise UsageError(f"--out: no metric of {cfg.filename} can write label maps")
 
 
-def dump_predictions(runner: Runner, path: str) -> None:
+def dump_predictions(runner: Any, path: str) -> None:
     """Add the toolbox's metric that dumps the predictions to ``path``."""
     if toolbox(runner.cfg) == "mmdet":
         from mmdet.evaluation import DumpDetResults as DumpResults  # encodes masks as RLE: 100 times smaller
@@ -128,11 +128,15 @@ class CheckWeightsHook(Hook):
     def __init__(self, path: str, allow_mismatch: bool = False) -> None:
         self.path, self.allow_mismatch = path, allow_mismatch
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Compare what mmengine has read with the model, before it goes into the model."""
-        model = runner.model.module if hasattr(runner.model, "module") else runner.model
-        model = getattr(model, "module", model)  # below test-time augmentation
-        mismatch = find_mismatch(model, checkpoint.get("state_dict", checkpoint))
+        model = runner.model
+        sharded = getattr(getattr(runner, "strategy", None), "whole_names", None)
+        if not sharded:
+            model = getattr(model, "module", model)
+            model = getattr(model, "module", model)  # below test-time augmentation
+        with sharded() if sharded else nullcontext():
+            mismatch = find_mismatch(model, checkpoint.get("state_dict", checkpoint))
         if mismatch and self.allow_mismatch:
             runner.logger.warning(f"checkpoint {self.path} {mismatch}")
         elif mismatch:

@@ -1,20 +1,20 @@
-"""A run and its processes: which of them this is, a process group with GPUs or without, and mmengine's Runner."""
+"""The processes of a run: which of them this is, and a process group with GPUs or without."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
-from mmengine.registry import MODEL_WRAPPERS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.registry import MODEL_WRAPPERS
 
-from carafe_plugin.engine.errors import ProcessError, UsageError, reading_named_files
+from carafe_plugin.engine.errors import ProcessError, UsageError
 
 #: Per launcher: how it tells a process its rank, the number of processes and its rank on the machine; how to start it.
 LAUNCHERS = {
@@ -62,6 +62,21 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(module=revert_sync_batchnorm(module), **kwargs)
 
 
+def distributed_wrapper(cfg: Config, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The configuration of a distributed model's wrapper on this machine: as ``given``, else as mmengine's Runner."""
+    wrapper = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": cfg.get("find_unused_parameters", False),
+        **(given or {}),
+    }
+    kind = wrapper["type"]
+    found = MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind
+    if found is MMDistributedDataParallel and get_device() == "cpu":
+        wrapper["type"] = "mmengine.CPUDistributedDataParallel"
+    return wrapper
+
+
 def prepare_processes(cfg: Config) -> None:
     """Make ``cfg.launcher`` work on this machine, with GPUs or without; ``cfg`` is changed in place. Raises UsageError
     where the launcher's variables are missing, or there are more processes than GPUs.
@@ -86,14 +101,7 @@ def prepare_processes(cfg: Config) -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ.setdefault("MASTER_ADDR", _first_slurm_node() if launcher == "slurm" else "127.0.0.1")
     torch.distributed.init_process_group("gloo")
-    wrapper = {
-        "broadcast_buffers": False,
-        "find_unused_parameters": cfg.get("find_unused_parameters", False),
-        **(cfg.get("model_wrapper_cfg") or {}),
-    }
-    if wrapper.get("type", "MMDistributedDataParallel") == "MMDistributedDataParallel":
-        wrapper["type"] = "mmengine.CPUDistributedDataParallel"
-    cfg.model_wrapper_cfg = wrapper
+    cfg.model_wrapper_cfg = distributed_wrapper(cfg, cfg.get("model_wrapper_cfg"))
 
 
 def _first_slurm_node() -> str:
@@ -102,18 +110,3 @@ def _first_slurm_node() -> str:
         return "127.0.0.1"
     listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return listed.stdout.split()[0]
-
-
-def build_runner(cfg: Config) -> Runner:
-    """Build mmengine's Runner (or the ``runner_type`` of ``cfg``), and say so where SyncBN had to become BN. Raises
-    UsageError where a file that the configuration names is missing.
-    """
-    with reading_named_files():
-        runner = Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
-    # The class that SyncBN layers become; mmengine has no public name for it.
-    reverted = sum(type(module).__name__ == "_BatchNormXd" for module in runner.model.modules())
-    if reverted and get_device() == "cpu":
-        runner.logger.warning(
-            f"SyncBN needs a GPU: {reverted} layers run as BN, each process with the statistics of its own images."
-        )
-    return runner

@@ -67,10 +67,14 @@ def test_an_uninterrupted_run_keeps_the_last_and_the_best(uninterrupted: Path) -
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_and_resumed(point: str, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work_dir = tmp_path / "run"
-    killed = train(tmp_path, work_dir, kill_at=point)
+@pytest.mark.parametrize(
+    ("point", "runner"), [*((point, "Runner") for point in POINTS), ("renaming", "FlexibleRunner")]
+)
+def test_killed_and_resumed(
+    point: str, runner: str, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_dir, options = tmp_path / "run", ("--cfg-options", f"runner_type={runner}")
+    killed = train(tmp_path, work_dir, *options, kill_at=point)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     left = CheckpointPlace(work_dir).newest()
     # The checkpoint of an epoch is written again when it is the best: the pointer's 4th writing is epoch 2's second.
@@ -84,7 +88,7 @@ def test_killed_and_resumed(point: str, tmp_path: Path, uninterrupted: Path, mon
         assert list(work_dir.glob("*.tmp")), "the kill was to come in the middle of a write"
 
     monkeypatch.syspath_prepend(tmp_path)
-    assert call_tool("train", tmp_path / "toy_config.py", "--work-dir", work_dir, "--resume", "auto") == 0
+    assert call_tool("train", tmp_path / "toy_config.py", "--work-dir", work_dir, "--resume", "auto", *options) == 0
     log = max(work_dir.glob("*/*.log")).read_text()
     assert f"resumed epoch: {epochs[point]}, iter: {2 * epochs[point]}" in log
     final = torch.load(work_dir / "epoch_5.pth", weights_only=False)

@@ -6,7 +6,6 @@ import argparse
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 import weakref
@@ -18,7 +17,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
-from tiny_runs import ROOT, call_tool, last_metrics, run, write_toy
+from tiny_runs import ROOT, call_tool, free_port, last_metrics, run, weights, write_toy
 
 from carafe_plugin.engine import processes
 from carafe_plugin.engine.cli import run_tool
@@ -28,16 +27,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the launch scripts are for a Unix shell"),
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo"),
 ]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=False)["state_dict"]
 
 
 def test_training_in_two_processes_is_training_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -439,6 +440,18 @@ def _process(tool: str, arguments: tuple, path: str, log: str, variables: dict[s
     importlib.import_module("mmengine.runner.runner").collect_env = dict
     importlib.import_module("yapf.yapflib.yapf_api").FormatCode = lambda text, **_: (text, True)
     sys.exit(call_tool(tool, *arguments))
+
+
+def free_port() -> str:
+    """A port on which no process listens, for those of one run to meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint."""
+    return torch.load(path, weights_only=False)["state_dict"]
 
 
 def forget_runs() -> None:

@@ -354,3 +354,25 @@ def test_hooks_that_prepare_for_a_checkpoint(trained: Callable, tmp_path: Path) 
     config.write_text(f'_base_ = ["{model.config}"]\ncustom_hooks = [dict(type="EMAHook")]\n')
     assert call_tool("test", config, model.checkpoint, "--work-dir", tmp_path / "averaged") == 0
     assert last_metrics(tmp_path / "averaged") == pytest.approx(model.metrics())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_with_flexible_runner(scope: str, trained: Callable, tmp_path: Path) -> None:
+    model = trained(scope)
+    out = tmp_path / ("maps" if scope == "mmseg" else "out.pkl")
+    options = ["--out", out, "--cfg-options", "runner_type=FlexibleRunner", "env_cfg=None"]
+    assert call_tool("test", model.config, model.checkpoint, "--work-dir", tmp_path / "test", *options) == 0
+    assert last_metrics(tmp_path / "test") == pytest.approx(model.metrics())
+    assert out.exists()
+    if scope != "mmdet":  # whose model here has masks
+        command = ("--work-dir", tmp_path / "flips", "--tta", *options)
+        assert call_tool("test", model.config, model.checkpoint, *command) == 0
+        assert call_tool("test", model.config, model.checkpoint, "--work-dir", tmp_path / "runner", "--tta") == 0
+        assert last_metrics(tmp_path / "flips") == pytest.approx(last_metrics(tmp_path / "runner"))
+
+
+def test_flexible_runner_needs_no_pretrained_backbone(trained: Callable, tmp_path: Path) -> None:
+    model = trained("mmpretrain")
+    absent = ["model.backbone.init_cfg.type=Pretrained", f"model.backbone.init_cfg.checkpoint={tmp_path}/absent.pth"]
+    options = ("--cfg-options", "runner_type=FlexibleRunner", *absent)
+    assert call_tool("test", model.config, model.checkpoint, "--work-dir", tmp_path, *options) == 0
