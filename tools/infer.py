@@ -5,7 +5,7 @@ The JSON is a COCO dataset with predictions in place of annotations: images (id,
 categories (id, name; the ids of the configuration's test annotations where that file exists, else 1, 2, ... in
 the order of the classes) and annotations (image_id, category_id, bbox as x, y, width, height in pixels, score and,
 from a model with masks, segmentation as compressed RLE). pycocotools.coco.COCO reads it, and its annotations
-are what COCO.loadRes takes.
+are what COCO.loadRes takes. Of a panoptic model the pictures show the segmentation, and the JSON has the objects alone.
 
 Example:
     $ python tools/infer.py photos/ --config CONFIG --checkpoint CHECKPOINT --out-dir found --score-thr 0.5
@@ -27,6 +27,7 @@ from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.config import load_config, prediction_pipeline
 from carafe_plugin.engine.console import progress_bar
 from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.evaluation import drawable
 from carafe_plugin.engine.processes import choose_device
 from carafe_plugin.images import read_image
 
@@ -68,7 +69,7 @@ def infer(args: argparse.Namespace) -> int:
     categories = prediction.category_ids(model.cfg, classes)
     named = [dict(id=number, name=name) for number, name in zip(categories, classes, strict=True)]
     listed: dict[str, list] = dict(images=[], categories=named, annotations=[])
-    skipped = []
+    skipped, panoptic = [], False
     with progress_bar("detecting") as progress:
         for image_id, path in enumerate(progress.track(images), 1):
             try:
@@ -78,17 +79,22 @@ def infer(args: argparse.Namespace) -> int:
                 progress.console.print(f"skipped, cannot be read: {path} ({error})", markup=False)
                 continue
             sample = inference_detector(model, str(path), test_pipeline=pipeline).cpu()
-            sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= args.score_thr]
+            panoptic |= "pred_panoptic_seg" in sample
+            if "pred_instances" in sample:  # a panoptic model may have none
+                sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= args.score_thr]
+                listed["annotations"] += prediction.to_coco(sample.pred_instances, image_id, categories)
+            sample = drawable(sample, model.dataset_meta)
             visualizer.add_datasample(path.name, pixels, sample, draw_gt=False, pred_score_thr=args.score_thr)
             prediction.write_picture(out_dir / "pictures" / path.name, visualizer.get_image())
             height, width = pixels.shape[:2]
             listed["images"].append(dict(id=image_id, file_name=path.name, width=width, height=height))
-            listed["annotations"] += prediction.to_coco(sample.pred_instances, image_id, categories)
     for number, result in enumerate(listed["annotations"], 1):
         result["id"] = number
     results = out_dir / "results.json"
     AtomicLocalBackend().put_text(json.dumps(listed), results)
     print(f"{len(listed['annotations'])} objects in {len(listed['images'])} images: {results}, {out_dir / 'pictures'}")
+    if panoptic:
+        print(f"{results} lists objects alone: the panoptic segmentation is in the pictures")
     if skipped:
         print(f"{len(skipped)} of {len(images)} images could not be read and were skipped", file=sys.stderr)
     return int(bool(skipped))

@@ -7,6 +7,7 @@ image goes unnoticed there, too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
 from carafe_plugin.engine.annotations import check_annotations, unread_dataset
-from carafe_plugin.engine.config import dataset_configs, require_settings, toolbox, type_name
-from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.config import ADAPTERS, dataset_configs, leaves, require_settings, toolbox, type_name
+from carafe_plugin.engine.errors import UsageError, note, reading_named_files
+from carafe_plugin.engine.panoptic import check_panoptic_dataset
 from carafe_plugin.engine.processes import process_rank
-from carafe_plugin.images import file_faults, list_images, shorten
+from carafe_plugin.images import file_faults, list_images, shorten, size_and_mode
 
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
 _ONE_BAND = ("1", "L", "P", "I", "I;16", "I;16B", "F")  # Pillow's modes that mmseg reads as one label per pixel
 
 
@@ -29,7 +30,8 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
     """Raise a UsageError where an annotation file or image folder of ``cfg`` is missing, before anything is built.
 
     Then, in mmseg, every image must have its annotation, of the same size; in mmdet, annotations must be sound and
-    their images there (:func:`~carafe_plugin.engine.annotations.check_annotations`). ``splits`` are the data loaders
+    their images there (:func:`~carafe_plugin.engine.annotations.check_annotations`, and
+    :func:`~carafe_plugin.engine.panoptic.check_panoptic_dataset`). ``splits`` are the data loaders
     that the run needs: 'train', 'val', 'test'; only 'val' may be absent from ``cfg``.
     """
     require_settings(cfg, *(f"{split}_dataloader" for split in splits if split != "val"))
@@ -49,7 +51,9 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
             raise UsageError(f"{place}: {fault}")
         if scope == "mmdet":
             try:
-                check_annotations(dataset, cfg.get(f"{split}_evaluator"), training=split == "train")
+                evaluators, training = cfg.get(f"{split}_evaluator"), split == "train"
+                check_annotations(dataset, evaluators, training)
+                check_panoptic_dataset(dataset, evaluators, training, cfg.get("model"))
             except UsageError as error:
                 raise UsageError(f"{place}: {error}") from error
 
@@ -73,7 +77,8 @@ def _path(dataset: Any, part: str) -> Path:
 
 def check_not_empty(runner: Runner, *splits: str) -> None:
     """Build a run's datasets for ``splits`` ('train', 'val', 'test'), skipping those without a data loader. Raises
-    UsageError where one holds no image, or a file that it names is missing.
+    UsageError where one holds no image, or a file that it names is missing; of one whose annotations
+    :func:`check_dataset_files` does not know, a line on stderr says so.
     """
     for split in splits:
         if not runner.cfg.get(f"{split}_dataloader"):
@@ -90,6 +95,28 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
             sources = ", ".join(str(_path(dataset, dataset.get("ann_file") or "")) for dataset in datasets)
             types = ", ".join(map(type_name, datasets))
             raise UsageError(f"no images in {split}_dataloader ({types}): looked in {sources}")
+        if process_rank(runner.cfg.get("launcher")) == 0:
+            for dataset in leaves(getattr(runner, f"{split}_dataloader").dataset):
+                _check_listed_files(dataset, f"{split}_dataloader ({type(dataset).__name__})", toolbox(runner.cfg))
+
+
+def _check_listed_files(dataset: Any, place: str, scope: str | None) -> None:
+    """Of a dataset that nothing looked at before it was built: whether the files are there that it lists."""
+    known = {"mmdet": ("CocoDataset",), "mmseg": ("BaseSegDataset",)}.get(scope or "", ())
+    lists = getattr(type(dataset), "load_data_list", None)
+    if scope not in ADAPTERS or getattr(lists, "__qualname__", "").partition(".")[0] in known:
+        return
+    if not getattr(dataset, "ann_file", None) or not hasattr(dataset, "get_data_info"):
+        return  # its files are those that it has just found in a folder, or no images
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    paths = [info[key] for info in infos for key in ("img_path", "seg_map_path") if isinstance(info.get(key), str)]
+    paths = [path for path in paths if "://" not in path]
+    if paths and not getattr(dataset, "backend_args", None):
+        root = Path(getattr(dataset, "data_root", None) or "").absolute()
+        names = [os.path.relpath(path, root) for path in paths]
+        if faults := file_faults(root, names, "files that it lists", sizes=False):
+            raise UsageError(f"{place}: {'; '.join(faults)}")
+    note(f"{place}: annotations are of a kind that is not checked before the run; {len(paths)} files are there")
 
 
 def label_map_fault(dataset: Mapping[str, Any]) -> str | None:
@@ -146,11 +173,11 @@ def pair_faults(
 
 def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None:
     try:
-        expected, _ = _size_and_mode(image)
+        expected, _ = size_and_mode(image)
     except (OSError, Image.DecompressionBombError):  # missing, or of a format that another reader may know
         return None
     try:
-        found, mode = _size_and_mode(label_map)
+        found, mode = size_and_mode(label_map)
     except FileNotFoundError:
         return None
     except UnidentifiedImageError:
@@ -161,11 +188,3 @@ def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None
     if modes and mode not in modes:
         return f"annotation {label_map} must hold one label per pixel (Pillow's mode {' or '.join(modes)}), got {mode}"
     return None
-
-
-def _size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
-    with Image.open(path) as image:
-        width, height = image.size
-        # Readers turn the image as the camera was held.
-        size = (width, height) if image.getexif().get(_ORIENTATION) in _TRANSPOSED else (height, width)
-        return size, image.mode
