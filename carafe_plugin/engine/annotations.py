@@ -206,7 +206,9 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
     built = unread_dataset(dataset, DATASETS, CocoDataset)
     if built is None or isinstance(built, CocoPanopticDataset):
         return
-    if not built.ann_file or "://" in f"{built.ann_file}{built.data_prefix}":
+    if not built.ann_file:
+        raise UsageError("it has no ann_file, and MMDetection's datasets in COCO's format need one")
+    if "://" in f"{built.ann_file}{built.data_prefix}":
         return
     path, classes = Path(built.ann_file).absolute(), built.metainfo.get("classes")
     metrics = [] if training else find_metrics(evaluators, "CocoMetric")

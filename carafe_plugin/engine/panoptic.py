@@ -68,10 +68,10 @@ def check_panoptic_dataset(
         _check_metric(metric, steps)
     measured = truth_files(metrics)
     instances = truth_files([] if training else find_metrics(evaluators, "CocoMetric"))
-    check_heads(model, built.metainfo)
 
     content = read_coco(path)
     check_panoptic(content, path, built.metainfo, measured=path in measured)
+    check_heads(model, built.metainfo)
     segments = [segment for entry in content["annotations"] for segment in entry["segments_info"]]
     if left_out := sum(min(s["bbox"][2:]) < 1 or s["area"] <= 0 for s in segments):
         note(f"mmdet leaves out {left_out} of the {len(segments)} segments of {path}: boxes or areas without extent")
@@ -198,8 +198,11 @@ def _read_segments(png: Path, picture: Path, size: tuple[int, int], segments: li
     if len(set(sizes.values())) > 1:
         got = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
         raise UsageError(f"sizes differ (height x width): {got}")
-    colours: Any = pixels.convert("RGB").getcolors(256**3)
-    found = {red + 256 * green + 256**2 * blue: count for count, (red, green, blue) in colours}
+    most = len(segments) + 1000  # Pillow's table is as large as this
+    if (colours := pixels.convert("RGB").getcolors(most)) is None:
+        raise UsageError(f"it has over {most} ids, and there are {len(segments)} segments: is it a photograph?")
+    ids: Any = [(red + 256 * green + 256**2 * blue, count) for count, (red, green, blue) in colours]  # type: ignore
+    found = dict(ids)
     kind = "" if pixels.mode == "RGB" else f" (of the mode {pixels.mode}, where an id is R + 256 G + 65536 B)"
     if extra := sorted(found.keys() - {segment["id"] for segment in segments} - {0}):
         raise UsageError(f"no segment has the ids {shorten(extra)} of its pixels{kind}")
