@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("mmengine", reason="mmengine is not installed")
 
+from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 
 
@@ -44,3 +46,18 @@ def test_files_of_our_own(tmp_path: Path) -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(PermissionError), reading_named_files():
         raise PermissionError("not yours")
+
+
+def test_packages_that_a_toolbox_wants(capsys: pytest.CaptureFixture) -> None:
+    """An ImportError that names no module is a toolbox's advice; any other is a bug, or a broken installation."""
+
+    def ask(**settings: str) -> int:
+        def main(args: object) -> None:
+            raise ImportError("Package lvis is not installed.\nPlease run pip install lvis", **settings)
+
+        return run_tool(main, argparse.Namespace())
+
+    assert ask() == 2
+    assert capsys.readouterr().err == "error: Package lvis is not installed. Please run pip install lvis\n"
+    with pytest.raises(ImportError, match="lvis"):
+        ask(name="lvis")
