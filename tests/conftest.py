@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from importlib.machinery import PathFinder
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ if importlib.util.find_spec("mmcv") is not None:
     from carafe_plugin.openmmlab import mmcv_ops
 
     mmcv_ops.install()  # where it has no compiled operators, torchvision's, in the processes that tests start too
+
+sys.path.append(str(Path(__file__).parent / "support" / "absent"))  # last: a package that is installed comes first
 
 # Tests are many and small: two threads are enough, and where several processes run them, they share the cores.
 _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -78,7 +81,7 @@ def trained(tmp_path_factory, data):
     def train(scope):
         if scope not in done:
             folder = tmp_path_factory.mktemp(scope)
-            epochs = dict(mmdet=16, mmseg=8, mmpretrain=6)[scope]
+            epochs = dict(mmdet=16, panoptic=16, mmseg=8, mmpretrain=6)[scope]
             config = write_config(folder / f"tiny_{scope}.py", scope, data, epochs=epochs)
             work_dir = folder / "run"
             assert call_tool("train", config, "--work-dir", work_dir) == 0

@@ -6,7 +6,8 @@ categories (id, name; the ids of the configuration's test annotations where that
 the order of the classes) and annotations (image_id, category_id, bbox as x, y, width, height in pixels, score and,
 from a model with masks, segmentation as compressed RLE). pycocotools.coco.COCO reads it, and its annotations
 are what COCO.loadRes takes. It is a whole file at every moment and written after every image, or, where writing takes
-long, in a tenth of the time: a kill loses the last moments at most.
+long, in a tenth of the time: a kill loses the last moments at most. Of a panoptic model the pictures show the
+segmentation, and the JSON has the objects alone.
 
 Example:
     $ python tools/infer.py photos/ --config CONFIG --checkpoint CHECKPOINT --out-dir found --score-thr 0.5
@@ -42,6 +43,7 @@ from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.config import load_config, prediction_pipeline
 from carafe_plugin.engine.console import progress_bar
 from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.evaluation import drawable
 from carafe_plugin.engine.processes import choose_device
 from carafe_plugin.images import count_pages, shorten
 
@@ -96,7 +98,7 @@ def infer(args: argparse.Namespace) -> int:
     failed: dict[str, list[str]] = {"not read": [], "not predicted": [], "not written": []}
     remarks = {"the first of several pages": [], prediction.UNLIKE: [], "passed over": others}
     one_page, differing, _ = remarks.values()
-    interrupted = False
+    interrupted = panoptic = False
     try:
         with progress_bar("detecting") as progress:
             for number, path in enumerate(progress.track(images)):
@@ -105,9 +107,12 @@ def infer(args: argparse.Namespace) -> int:
                     picture = prediction.load_picture(pipeline, path)
                     step = "not predicted"
                     sample = prediction.detect(model, pipeline, picture)
-                    sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= args.score_thr]
+                    panoptic |= "pred_panoptic_seg" in sample
+                    if "pred_instances" in sample:  # a panoptic model may have none
+                        sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= args.score_thr]
                     step = "not written"
-                    visualizer.add_datasample("", picture.pixels, sample, draw_gt=False, pred_score_thr=args.score_thr)
+                    drawn = drawable(sample, model.dataset_meta)
+                    visualizer.add_datasample("", picture.pixels, drawn, draw_gt=False, pred_score_thr=args.score_thr)
                     prediction.write_picture(pictures[number], visualizer.get_image())
                 except Exception as error:  # whatever is the matter with one picture, the others go on
                     failed[step].append(f"{path.name} ({reason(error)})")
@@ -116,7 +121,8 @@ def infer(args: argparse.Namespace) -> int:
                     continue
                 height, width = picture.pixels.shape[:2]
                 image = dict(id=number + 1, file_name=path.name, width=width, height=height)
-                results.add(image, prediction.to_coco(sample.pred_instances, number + 1, categories))
+                found = sample.get("pred_instances")
+                results.add(image, [] if found is None else prediction.to_coco(found, number + 1, categories))
                 one_page += [path.name] * (count_pages(path) > 1)
                 differing += [path.name] * (not picture.alike)
     except KeyboardInterrupt:
@@ -130,6 +136,8 @@ def infer(args: argparse.Namespace) -> int:
     if not listed and not interrupted:
         raise UsageError(summary)
     print(f"{objects} objects in {listed} images: {results.path}, {out_dir / prediction.PICTURES}")
+    if panoptic:
+        print(f"{results.path} lists objects alone: the panoptic segmentation is in the pictures")
     for remark, names in remarks.items():
         if names:
             print(f"{remark}: {shorten(names)}", file=sys.stderr)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import mmengine
 from mmengine.dist import is_main_process
@@ -74,6 +75,10 @@ def test(args: argparse.Namespace) -> None:
     runner.register_hook(evaluation.CheckWeightsHook(args.checkpoint, args.allow_mismatch))
     check_not_empty(runner, "test")
     runner.register_hook(CheckClassesHook("test"))
+    if args.show_dir:
+        evaluation.draw_into(runner, Path(args.show_dir))
+    if scope == "mmdet":
+        evaluation.keep_segments(runner)
     if args.out and scope != "mmseg" and args.out_item != "metrics":
         evaluation.dump_predictions(runner, args.out)
     with reading_named_files():

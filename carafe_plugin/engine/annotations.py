@@ -224,19 +224,19 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
     looked at. ``evaluators`` is the configuration of the metric or metrics. In a training, boxes may be empty, as mmdet
     leaves them out, images that it leaves out may be missing, and no file is asked for its size.
     """
-    from mmdet.datasets import CocoDataset
+    from mmdet.datasets import CocoDataset, CocoPanopticDataset
     from mmdet.registry import DATASETS
 
     built = unread_dataset(dataset, DATASETS, CocoDataset)
-    if built is None or not built.ann_file or "://" in f"{built.ann_file}{built.data_prefix}":
+    if built is None or isinstance(built, CocoPanopticDataset):
+        return
+    if not built.ann_file:
+        raise UsageError("it has no ann_file, and MMDetection's datasets in COCO's format need one")
+    if "://" in f"{built.ann_file}{built.data_prefix}":
         return
     path, classes = Path(built.ann_file).absolute(), built.metainfo.get("classes")
-    metrics = [] if training else _coco_metrics(evaluators)
-    files = [metric["ann_file"] for metric in metrics if metric.get("ann_file") and not metric.get("backend_args")]
-    others = {Path(file).absolute() for file in files if "://" not in file}
-    for other in sorted(others):  # before the dataset's own file, half a gigabyte, is read
-        if not other.is_file():
-            raise UsageError(f"no such annotation file of the evaluator: {other}")
+    metrics = [] if training else find_metrics(evaluators, "CocoMetric")
+    others = truth_files(metrics)  # before the dataset's own file, half a gigabyte, is read
     masks = any("segm" in (metric.get("metric") or ()) for metric in metrics)
     if training:
         masks = any(step.get("with_mask") for step in pipeline_steps(dataset.get("pipeline")))
@@ -254,12 +254,36 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
     for other in others - {path}:
         truth = read_coco(other)
         check_coco(truth, other, classes, masks=masks)
-        known = {image["id"] for image in truth["images"]}
-        if unknown := [image["id"] for image in content["images"] if image["id"] not in known]:
-            raise UsageError(
-                f"the evaluator's {other} does not list {len(unknown)} of the {len(content['images'])} images of "
-                f"{path}, the first: id {unknown[0]}"
-            )
+        check_listed(content, path, truth, other)
+
+
+def find_metrics(evaluators: Any, kind: str) -> list[Mapping[str, Any]]:
+    """Those of the configured metrics whose type's name ends in ``kind``, and that measure."""
+    if isinstance(evaluators, Mapping) and type_name(evaluators) == "Evaluator":
+        evaluators = evaluators.get("metrics")
+    metrics = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
+    metrics = [metric for metric in metrics if isinstance(metric, Mapping) and not metric.get("format_only")]
+    return [metric for metric in metrics if type_name(metric).endswith(kind)]
+
+
+def truth_files(metrics: Sequence[Mapping[str, Any]]) -> set[Path]:
+    """The annotation files on this machine that metrics measure against. Raises UsageError where one is missing."""
+    files = [metric["ann_file"] for metric in metrics if metric.get("ann_file") and not metric.get("backend_args")]
+    found = {Path(file).absolute() for file in files if "://" not in file}
+    for file in sorted(found):
+        if not file.is_file():
+            raise UsageError(f"no such annotation file of the evaluator: {file}")
+    return found
+
+
+def check_listed(content: Mapping[str, Any], path: Path, truth: Mapping[str, Any], other: Path) -> None:
+    """Raise a UsageError where the metric's file lacks images of the dataset's."""
+    known = {image["id"] for image in truth["images"]}
+    if unknown := [image["id"] for image in content["images"] if image["id"] not in known]:
+        raise UsageError(
+            f"the evaluator's {other} does not list {len(unknown)} of the {len(content['images'])} images of "
+            f"{path}, the first: id {unknown[0]}"
+        )
 
 
 def _check_sizes(images: Sequence[Mapping[str, Any]], folder: Path, path: Path, turned: bool) -> None:
@@ -318,8 +342,68 @@ def _used_images(content: Mapping[str, Any], dataset: Mapping[str, Any], classes
     return [image for image in content["images"] if image["id"] in used]
 
 
-def _coco_metrics(evaluators: Any) -> list[Mapping[str, Any]]:
-    """Those of the metrics that measure against COCO's format."""
-    metrics = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
-    metrics = [metric for metric in metrics if isinstance(metric, Mapping) and not metric.get("format_only")]
-    return [metric for metric in metrics if type_name(metric).endswith("CocoMetric")]
+#: In COCO's panoptic format, the checks of a segment; of one that is measured, ``iscrowd`` too.
+_SEGMENT: dict[str, _Check] = dict(
+    id=(
+        "an integer from 1 to 16777215 (a colour of the PNG; 0 is for no segment)",
+        lambda value: type(value) is int and 0 < value < 256**3,
+    ),
+    bbox=("four finite numbers (x, y, width, height)", lambda value: _are_numbers(value) and len(value) == 4),
+    area=_AREA,
+)
+
+
+def check_panoptic(
+    content: Mapping[str, Any], path: Path, metainfo: Mapping[str, Any], *, measured: bool = True
+) -> None:
+    """Raise a UsageError where a file in COCO's panoptic format, as :func:`read_coco` returns it, lacks what mmdet or
+    panopticapi reads, or where its categories are not the classes of ``metainfo`` in their order, things first.
+
+    ``path`` is for the messages; ``measured`` says that panoptic quality is measured against the file.
+    """
+    try:
+        images = _by_id(content["images"], "image", id=_ID, file_name=_TEXT, width=_PIXELS, height=_PIXELS)
+        flag: _Check = ("0 or 1", lambda value: value in (0, 1))
+        categories = _by_id(content["categories"], "category", id=_ID, name=_TEXT, isthing=flag)
+        classes = metainfo.get("classes") or ()
+        _check_classes([category["name"] for category in categories.values()], classes)
+        used = {key: category for key, category in categories.items() if category["name"] in set(classes)}
+        _check_kinds(list(used.values()), metainfo.get("thing_classes") or ())
+        category: _Check = (
+            f"the category of a class of the configuration ({shorten(used)})",
+            lambda value: _is_id(value) and value in used,
+        )
+        known: _Check = ("an image that the file lists", lambda value: _is_id(value) and value in images)
+        checks = {**_SEGMENT, "category_id": category, **(dict(iscrowd=flag) if measured else {})}
+        entries = [  # one for each image: its id stands for that of the entry
+            dict(id=entry.get("image_id"), **{key: entry[key] for key in entry.keys() & {"segments_info"}})
+            if isinstance(entry, dict)
+            else entry
+            for entry in content["annotations"]
+        ]
+        segments = ("a list", lambda value: isinstance(value, list))
+        found = [
+            categories[segment["category_id"]]["isthing"]
+            for entry in _by_id(entries, "annotation of image", id=known, segments_info=segments).values()
+            for segment in _by_id(entry["segments_info"], f"image {entry['id']}: segment", **checks).values()
+        ]
+        if measured and not {0, 1} <= set(found):
+            kind = "thing" if 0 in found else "stuff" if found else "thing or stuff"
+            raise UsageError(f"no segment is a {kind}: mmdet divides panoptic quality by how many classes have one")
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _check_kinds(categories: Sequence[Mapping[str, Any]], things: Sequence[str]) -> None:
+    """The file says what is a thing in a training, the configuration in a metric, the label's number in a model."""
+    for category in categories:
+        name, isthing = category["name"], category["isthing"]
+        if bool(isthing) != (name in things):
+            place = "among" if name in things else "not among"
+            raise UsageError(
+                f"category {name} has isthing {isthing}, and it is {place} the thing_classes of the configuration's "
+                f"metainfo ({shorten(things)})"
+            )
+    if (order := [bool(category["isthing"]) for category in categories]) != sorted(order, reverse=True):
+        names = shorten(category["name"] for category in categories)
+        raise UsageError(f"mmdet takes the first classes for the things, and the order here mixes both kinds: {names}")

@@ -34,7 +34,9 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
         if isinstance(error, ProcessError) or process_rank(getattr(args, "launcher", None)) == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except ImportError as error:
-        if error.name != mmcv_ops.EXTENSION:  # else mmcv_ops has said it
+        if error.name is None:  # no import has failed: a toolbox says which package it wants
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        elif error.name != mmcv_ops.EXTENSION:  # else mmcv_ops has said it
             raise
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

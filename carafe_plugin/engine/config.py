@@ -210,6 +210,16 @@ def pipeline_steps(pipeline: Any) -> Iterator[Mapping[str, Any]]:
         yield from pipeline_steps(step.get("transforms") if isinstance(step, Mapping) else step)
 
 
+def leaves(dataset: Any) -> Iterator[Any]:
+    """The datasets inside the wrappers of a dataset that is built."""
+    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
+    if inner == [None]:
+        yield dataset
+    else:
+        for part in inner:
+            yield from leaves(part)
+
+
 def type_name(settings: Mapping[str, Any]) -> str:
     """The name of the class in a configuration's ``type``, without a module or scope before it."""
     kind = settings.get("type")

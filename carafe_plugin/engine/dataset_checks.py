@@ -8,6 +8,7 @@ image goes unnoticed there, too, and a label that is no class changes every IoU 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,17 @@ from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
 from carafe_plugin.engine.annotations import check_annotations, is_turned, unread_dataset
-from carafe_plugin.engine.config import dataset_configs, pipeline_steps, require_settings, toolbox, type_name
-from carafe_plugin.engine.errors import UsageError, check_no_mark, read_text, reading_named_files
+from carafe_plugin.engine.config import (
+    ADAPTERS,
+    dataset_configs,
+    leaves,
+    pipeline_steps,
+    require_settings,
+    toolbox,
+    type_name,
+)
+from carafe_plugin.engine.errors import UsageError, check_no_mark, note, read_text, reading_named_files
+from carafe_plugin.engine.panoptic import check_panoptic_dataset
 from carafe_plugin.engine.processes import process_rank
 from carafe_plugin.images import decode, file_faults, list_images, read_header, sample, shorten
 
@@ -30,7 +40,8 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
     """Raise a UsageError where an annotation file or image folder of ``cfg`` is missing, before anything is built.
 
     Then, in mmseg, every image must have its annotation, of the same size; in mmdet, annotations must be sound and
-    their images there (:func:`~carafe_plugin.engine.annotations.check_annotations`). ``splits`` are the data loaders
+    their images there (:func:`~carafe_plugin.engine.annotations.check_annotations`, and
+    :func:`~carafe_plugin.engine.panoptic.check_panoptic_dataset`). ``splits`` are the data loaders
     that the run needs: 'train', 'val', 'test'; only 'val' may be absent from ``cfg``.
     """
     require_settings(cfg, *(f"{split}_dataloader" for split in splits if split != "val"))
@@ -50,7 +61,9 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
             raise UsageError(f"{place}: {fault}")
         if scope == "mmdet":
             try:
-                check_annotations(dataset, cfg.get(f"{split}_evaluator"), training=split == "train")
+                evaluators, training = cfg.get(f"{split}_evaluator"), split == "train"
+                check_annotations(dataset, evaluators, training)
+                check_panoptic_dataset(dataset, evaluators, training, cfg.get("model"))
             except UsageError as error:
                 raise UsageError(f"{place}: {error}") from error
 
@@ -76,7 +89,8 @@ def _path(dataset: Any, part: str) -> Path:
 
 def check_not_empty(runner: Runner, *splits: str) -> None:
     """Build a run's datasets for ``splits`` ('train', 'val', 'test'), skipping those without a data loader. Raises
-    UsageError where one holds no image, or a file that it names is missing.
+    UsageError where one holds no image, or a file that it names is missing; of one whose annotations
+    :func:`check_dataset_files` does not know, a line on stderr says so.
     """
     for split in splits:
         if not runner.cfg.get(f"{split}_dataloader"):
@@ -92,6 +106,28 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
             images = 0
         if images == 0:
             raise UsageError(f"no images in {_sources(runner.cfg, split)}")
+        if process_rank(runner.cfg.get("launcher")) == 0:
+            for dataset in leaves(getattr(runner, f"{split}_dataloader").dataset):
+                _check_listed_files(dataset, f"{split}_dataloader ({type(dataset).__name__})", toolbox(runner.cfg))
+
+
+def _check_listed_files(dataset: Any, place: str, scope: str | None) -> None:
+    """Of a dataset that nothing looked at before it was built: whether the files are there that it lists."""
+    known = {"mmdet": ("CocoDataset",), "mmseg": ("BaseSegDataset",)}.get(scope or "", ())
+    lists = getattr(type(dataset), "load_data_list", None)
+    if scope not in ADAPTERS or getattr(lists, "__qualname__", "").partition(".")[0] in known:
+        return
+    if not getattr(dataset, "ann_file", None) or not hasattr(dataset, "get_data_info"):
+        return  # its files are those that it has just found in a folder, or no images
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    paths = [info[key] for info in infos for key in ("img_path", "seg_map_path") if isinstance(info.get(key), str)]
+    paths = [path for path in paths if "://" not in path]
+    if paths and not getattr(dataset, "backend_args", None):
+        root = Path(getattr(dataset, "data_root", None) or "").absolute()
+        names = [os.path.relpath(path, root) for path in paths]
+        if faults := file_faults(root, names, "files that it lists", sizes=False):
+            raise UsageError(f"{place}: {'; '.join(faults)}")
+    note(f"{place}: annotations are of a kind that is not checked before the run; {len(paths)} files are there")
 
 
 def _sources(cfg: Config, split: str) -> str:

@@ -26,6 +26,11 @@ class CheckpointError(UsageError):
     """A checkpoint cannot be used; the message says which file and why."""
 
 
+def note(text: str) -> None:
+    """Say on stderr, in a line, what a command goes on with and what it has not looked at."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 @contextmanager
 def reading_named_files() -> Iterator[None]:
     """Turn a missing file into a :class:`UsageError`, around code that opens what a configuration or option names.

@@ -6,7 +6,9 @@ import copy
 import inspect
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from mmengine.registry import METRICS
 
 from carafe_plugin.engine.checkpoint import find_mismatch
 from carafe_plugin.engine.classes import checkpoint_meta, compare_classes, config_meta
-from carafe_plugin.engine.config import dataset_configs, find_type, toolbox
+from carafe_plugin.engine.config import dataset_configs, find_type, leaves, toolbox
 from carafe_plugin.engine.errors import CheckpointError, UsageError
+
+_COLOURED = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # what the toolboxes can write colours to
 
 
 def check_out(out: str | None, item: str | None, scope: str | None) -> None:
@@ -40,22 +44,66 @@ def check_out(out: str | None, item: str | None, scope: str | None) -> None:
 
 
 def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, interval: int) -> None:
-    """Let the toolbox's visualisation hook show predictions in a window, ``wait_time`` seconds each, or draw them into
-    ``folder``; in mmpretrain every ``interval``-th image. Raises UsageError without a hook in ``cfg``, or a display.
+    """Let the toolbox's visualisation hook show predictions in a window, ``wait_time`` seconds each, or draw them for
+    :func:`draw_into`; in mmpretrain every ``interval``-th image. Raises UsageError without a hook in ``cfg``, or a
+    display, or where the folder to draw into is a file.
     """
     hook = (cfg.get("default_hooks") or {}).get("visualization")
     if not hook:
         raise UsageError(f"--show and --show-dir need default_hooks.visualization, which {cfg.filename} lacks")
+    if folder and Path(folder).exists() and not Path(folder).is_dir():
+        raise UsageError(f"--show-dir is a folder for pictures; {folder} is a file")
     if show and sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         raise UsageError("--show needs a display, and this machine has none: use --show-dir")
     hook.update(show=show, wait_time=wait_time)
-    scope = toolbox(cfg)
-    hook.update(dict(enable=True, interval=interval) if scope == "mmpretrain" else dict(draw=True))
-    setting = {"mmdet": "test_out_dir", "mmpretrain": "out_dir"}.get(scope or "")
-    if folder and setting:
-        hook[setting] = folder
-    elif folder:
-        cfg.visualizer.save_dir = folder
+    hook.update(dict(enable=True, interval=interval) if toolbox(cfg) == "mmpretrain" else dict(draw=True))
+
+
+def draw_into(runner: Any, folder: Path) -> None:
+    """Let what the toolbox's hook draws go into ``folder``, each picture under its image's path below the dataset's own
+    folders. The hooks themselves put it below the work dir, or the time, or under names that two images may share.
+    """
+    prefixes = [getattr(dataset, "data_prefix", {}) for dataset in leaves(runner.test_dataloader.dataset)]
+    roots = [Path(part).absolute() for prefix in prefixes for part in prefix.values() if part]
+    folder, written = folder.absolute(), set[Path]()
+    method = "visualize_cls" if toolbox(runner.cfg) == "mmpretrain" else "add_datasample"
+    draw = getattr(runner.visualizer, method)
+
+    def draw_file(*args: Any, data_sample: Any, **kwargs: Any) -> Any:
+        image = Path(data_sample.get("img_path") or kwargs.get("name", "")).absolute()  # or of no file, as in CIFAR
+        name = next((image.relative_to(root) for root in roots if image.is_relative_to(root)), Path(image.name))
+        if name.suffix.lower() not in _COLOURED:
+            name = name.with_name(name.name + ".png")
+        while name in written:  # of another dataset
+            name = name.with_name("_" + name.name)
+        written.add(name)
+        sample = drawable(data_sample, runner.visualizer.dataset_meta)
+        return draw(*args, data_sample=sample, **kwargs | dict(out_file=str(folder / name)))
+
+    setattr(runner.visualizer, method, draw_file)
+
+
+def drawable(sample: Any, metainfo: Mapping[str, Any] | None) -> Any:
+    """A prediction as mmdet's visualizer takes it: it fails on a panoptic segmentation without any segment."""
+    void = len((metainfo or {}).get("classes") or ())
+    if "pred_panoptic_seg" in sample and bool((sample.pred_panoptic_seg.sem_seg == void).all()):
+        sample = sample.new()
+        del sample.pred_panoptic_seg
+    return sample
+
+
+def keep_segments(runner: Any) -> None:
+    """Give mmdet's panoptic metrics copies: on a CPU they write 0 over what belongs to no segment, in the prediction
+    itself, and whatever draws or dumps it after them takes that for the first class.
+    """
+    for metric in runner.test_evaluator.metrics:
+        if type(metric).__name__ == "CocoPanopticMetric":
+            metric.process = partial(_process_copies, metric.process)
+
+
+def _process_copies(process: Callable, data_batch: Any, data_samples: Sequence[dict]) -> None:
+    key = "pred_panoptic_seg"
+    process(data_batch, [{**sample, key: copy.deepcopy(sample[key])} for sample in data_samples])
 
 
 def use_tta(cfg: Config) -> None:
@@ -64,8 +112,10 @@ def use_tta(cfg: Config) -> None:
     """
     scope = toolbox(cfg)
     datasets = list(dataset_configs(cfg.test_dataloader.dataset))
-    if scope == "mmdet" and "tta_model" not in cfg and (cfg.model.get("roi_head") or cfg.model).get("mask_head"):
-        raise UsageError(f"--tta: mmdet merges boxes, not masks, and the model of {cfg.filename} has a mask head")
+    heads = {**cfg.model, **(cfg.model.get("roi_head") or {})} if scope == "mmdet" and "tta_model" not in cfg else {}
+    if masks := next((name for name in ("mask_head", "panoptic_head") if heads.get(name)), None):
+        kind = masks.replace("_", " ")
+        raise UsageError(f"--tta: mmdet merges boxes, not masks, and the model of {cfg.filename} has a {kind}")
     if "tta_model" not in cfg:
         defaults = {
             # MMDetection registers its own for all toolboxes.

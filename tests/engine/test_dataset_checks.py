@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from studies.demo import generate_scenes
 
 pytest.importorskip("mmseg", reason="label maps are mmseg's: it is not installed")
 
-from carafe_plugin.engine.dataset_checks import ignored_labels, label_map_fault
+from carafe_plugin.engine.dataset_checks import check_not_empty, ignored_labels, label_map_fault
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import list_images, sample
 
@@ -321,3 +324,58 @@ def test_a_label_beyond_the_classes_ends_a_run(tool: str, tmp_path: Path, capsys
     )
     assert message in one_line(capsys)
     assert not (tmp_path / "run").exists(), "found out before anything was built"
+
+
+class Run:
+    """As much of a runner as the checks ask for: a configuration, and one data loader."""
+
+    def __init__(self, scope: str, dataset: object) -> None:
+        self.cfg = Config(dict(default_scope=scope, train_dataloader=dict(dataset=dict(type="Own"))))
+        self.train_dataloader = SimpleNamespace(dataset=dataset)
+
+
+def test_kinds_that_are_not_known_are_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pascal VOC's, in a wrapper: one line, and whether the files are there that they list."""
+    pytest.importorskip("mmdet", reason="mmdet is not installed")
+    from mmdet.datasets import VOCDataset
+    from mmengine.dataset import RepeatDataset
+
+    box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    size = "<size><width>16</width><height>16</height></size>"
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder).mkdir()
+    for name in ("a", "b"):
+        content = f"<annotation>{size}<object><name>cat</name>{box}</object></annotation>"
+        (tmp_path / f"Annotations/{name}.xml").write_text(content)
+        Image.new("RGB", (16, 16)).save(tmp_path / f"JPEGImages/{name}.jpg")
+    (tmp_path / "list.txt").write_text("a\nb\n")
+    voc = VOCDataset(data_root=str(tmp_path), ann_file="list.txt", data_prefix=dict(sub_data_root=""))
+    assert len(voc) == 2
+    run = Run("mmdet", RepeatDataset(voc, 2))
+    check_not_empty(run, "train")
+    place = "train_dataloader (VOCDataset)"
+    expected = f"note: {place}: annotations are of a kind that is not checked before the run; 2 files are there"
+    assert capsys.readouterr().err.splitlines() == [expected]
+    (tmp_path / "JPEGImages/b.jpg").unlink()
+    message = re.escape(f"{place}: 1 of the 2 files that it lists are missing in {tmp_path}: JPEGImages/b.jpg")
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        check_not_empty(run, "train")
+
+
+def test_images_of_a_list_for_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """mmpretrain opens the first that is missing in the middle of an epoch; those of a folder are there."""
+    pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
+    from mmpretrain.datasets import CustomDataset, MultiLabelDataset
+
+    for name in ("cat/a.png", "dog/b.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    check_not_empty(Run("mmpretrain", CustomDataset(data_root=str(tmp_path))), "train")
+    assert capsys.readouterr().err == ""
+    listed = [dict(img_path=name, gt_label=[0]) for name in ("cat/a.png", "dog/c.png")]
+    (tmp_path / "list.json").write_text(json.dumps(dict(metainfo=dict(classes=["x"]), data_list=listed)))
+    (tmp_path / "list.txt").write_text("cat/a.png 0\ndog/c.png 1\n")
+    for kind, file in ((MultiLabelDataset, "list.json"), (CustomDataset, "list.txt")):
+        dataset = kind(data_root=str(tmp_path), ann_file=file)
+        with pytest.raises(UsageError, match=r"1 of the 2 files that it lists are missing in .*: dog/c\.png"):
+            check_not_empty(Run("mmpretrain", dataset), "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("mmengine", reason="mmengine is not installed")
 
+from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.config import load_config
 from carafe_plugin.engine.errors import UsageError, read_json, reading_named_files
 
@@ -93,3 +95,18 @@ def test_configurations_that_cannot_be_read(name: str, content: bytes, expected:
     path.write_bytes(content)
     with pytest.raises(UsageError, match=expected.replace("{path}", str(path))):
         load_config(str(path))
+
+
+def test_packages_that_a_toolbox_wants(capsys: pytest.CaptureFixture) -> None:
+    """An ImportError that names no module is a toolbox's advice; any other is a bug, or a broken installation."""
+
+    def ask(**settings: str) -> int:
+        def main(args: object) -> None:
+            raise ImportError("Package lvis is not installed.\nPlease run pip install lvis", **settings)
+
+        return run_tool(main, argparse.Namespace())
+
+    assert ask() == 2
+    assert capsys.readouterr().err == "error: Package lvis is not installed. Please run pip install lvis\n"
+    with pytest.raises(ImportError, match="lvis"):
+        ask(name="lvis")

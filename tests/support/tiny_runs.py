@@ -48,10 +48,14 @@ def scene(index: int) -> tuple[np.ndarray, Square]:
 
 
 def write_scenes(root: Path, images: int) -> Path:
-    """Write ``images`` scenes for all three toolboxes: COCO instances, label maps, one folder per class."""
+    """Write ``images`` scenes for all three toolboxes: COCO instances and panoptic segments (squares are things, the
+    ground is stuff), label maps, one folder per class.
+    """
     names = list(COLOURS)
     coco: dict = dict(images=[], annotations=[], categories=[dict(id=7 + i, name=n) for i, n in enumerate(names)])
-    for folder in ("images", "labels", *(f"classes/{name}" for name in names)):
+    kinds = [dict(category, isthing=1) for category in coco["categories"]] + [dict(id=99, name="ground", isthing=0)]
+    panoptic: dict = dict(images=coco["images"], annotations=[], categories=kinds)
+    for folder in ("images", "labels", "panoptic", *(f"classes/{name}" for name in names)):
         (root / folder).mkdir(parents=True)
     for index in range(images):
         image, square = scene(index)
@@ -75,8 +79,19 @@ def write_scenes(root: Path, images: int) -> Path:
                 segmentation=[outline],
             )
         )
+        thing = {key: coco["annotations"][-1][key] for key in ("category_id", "bbox", "area", "iscrowd")}
+        ground = dict(category_id=99, bbox=[0, 0, SIZE, SIZE], area=SIZE**2 - side**2, iscrowd=0)
+        segments = [dict(thing, id=300 + index), dict(ground, id=70000 + index)]
+        write_segments(root / "panoptic" / file, np.where(label > 0, segments[0]["id"], segments[1]["id"]))
+        panoptic["annotations"].append(dict(image_id=index, file_name=file, segments_info=segments))
     (root / "instances.json").write_text(json.dumps(coco))
+    (root / "panoptic.json").write_text(json.dumps(panoptic))
     return root
+
+
+def write_segments(path: Path, ids: np.ndarray) -> None:
+    """Write the ids of segments, (H, W), as COCO's panoptic format has them: id = R + 256 G + 65536 B."""
+    cv2.imwrite(str(path), np.stack([ids // 65536, ids // 256 % 256, ids % 256], -1).astype(np.uint8))
 
 
 COMMON = """
@@ -148,6 +163,28 @@ val_dataloader = test_dataloader = loader(dataset(False), False)
 val_evaluator = test_evaluator = dict(type='CocoMetric', ann_file='{data}/instances.json', metric=['bbox', 'segm'])
 """
 
+# What makes a Panoptic FPN of the Mask R-CNN above.
+PANOPTIC = """
+model.update(
+    type='PanopticFPN',
+    semantic_head=dict(
+        type='PanopticFPNHead', num_things_classes=2, num_stuff_classes=1, in_channels=channels, inner_channels=16,
+        start_level=0, end_level=4, norm_cfg=dict(type='GN', num_groups=4),
+        loss_seg=dict(type='CrossEntropyLoss', ignore_index=255)),
+    panoptic_fusion_head=dict(type='HeuristicFusionHead', num_things_classes=2, num_stuff_classes=1))
+model['data_preprocessor'].update(pad_seg=True)
+model['test_cfg']['panoptic'] = dict(mask_overlap=0.5, stuff_area_limit=16)
+for part in (train_dataloader, val_dataloader):
+    part['dataset'].update(
+        type='CocoPanopticDataset', ann_file='panoptic.json', data_prefix=dict(img='images', seg='panoptic'),
+        metainfo=dict(classes=('red', 'blue', 'ground'), thing_classes=('red', 'blue'), stuff_classes=('ground',),
+                      palette=[(220, 40, 40), (40, 40, 220), (90, 90, 90)]))
+train_dataloader['dataset']['pipeline'][1] = dict(type='LoadPanopticAnnotations')
+val_evaluator = test_evaluator = dict(
+    type='CocoPanopticMetric', ann_file='{data}/panoptic.json', seg_prefix='{data}/panoptic')
+del part
+"""
+
 SEGMENTATION = """
 model = dict(
     type='EncoderDecoder',
@@ -183,17 +220,24 @@ auto_scale_lr = dict(base_batch_size=8)
 
 SCOPES = {
     "mmdet": dict(body=DETECTION, visualization="DetVisualizationHook", visualizer="DetLocalVisualizer"),
+    "panoptic": dict(
+        scope="mmdet",
+        body=DETECTION + PANOPTIC,
+        visualization="DetVisualizationHook",
+        visualizer="DetLocalVisualizer",
+    ),
     "mmseg": dict(body=SEGMENTATION, visualization="SegVisualizationHook", visualizer="SegLocalVisualizer"),
     "mmpretrain": dict(body=CLASSIFICATION, visualization="VisualizationHook", visualizer="UniversalVisualizer"),
 }
-OUTPUTS = dict(mmdet=(0, 1, 2, 3), mmseg=(0, 1, 2), mmpretrain=(3,))
+OUTPUTS = dict(mmdet=(0, 1, 2, 3), panoptic=(0, 1, 2, 3), mmseg=(0, 1, 2), mmpretrain=(3,))
 
 
 def write_config(path: Path, scope: str, data: Path, epochs: int = 2, lr: float = 2e-3, norm: str = "BN") -> Path:
-    """Write the tiny configuration of a toolbox to ``path`` and return it."""
+    """Write the tiny configuration of a toolbox, a key of SCOPES, to ``path`` and return it."""
     parts = SCOPES[scope]
     backbone = BACKBONE.format(out=OUTPUTS[scope], norm=norm)
-    common = COMMON.format(scope=scope, epochs=epochs, lr=lr, **{k: parts[k] for k in ("visualization", "visualizer")})
+    hooks = {key: parts[key] for key in ("visualization", "visualizer")}
+    common = COMMON.format(scope=parts.get("scope", scope), epochs=epochs, lr=lr, **hooks)
     body = parts["body"].replace("{backbone}", backbone).replace("{data}", str(data))
     path.write_text(f"{common}\n{body}\ndel loader, dataset\n")
     return path

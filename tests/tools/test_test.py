@@ -33,18 +33,25 @@ BOXES_ALONE = [
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_metrics_out_and_show_dir(scope: str, trained: Callable, tmp_path: Path) -> None:
+def test_metrics_out_and_show_dir(
+    scope: str, trained: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every output is where it was asked for: relative paths are below the current folder, whatever the toolbox."""
     model = trained(scope)
-    out = tmp_path / ("labels" if scope == "mmseg" else "predictions.pkl")
-    options = ["--out", out, "--show-dir", tmp_path / "shown" if scope != "mmdet" else "shown", "--interval", 2]
-    assert call_tool("test", model.config, model.checkpoint, "--work-dir", tmp_path / "test", *options) == 0
+    monkeypatch.chdir(tmp_path)
+    out = Path("labels" if scope == "mmseg" else "predictions.pkl")
+    options = ["--out", out, "--show-dir", "seen/shown", "--interval", 2]
+    assert call_tool("test", model.config, model.checkpoint, "--work-dir", "test", *options) == 0
     tested = last_metrics(tmp_path / "test")
     assert tested == pytest.approx(model.metrics()), "the same as in the validation after the last epoch"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([str(out), "seen", "test"])
 
-    # mmdet puts its pictures below work_dir/<time>, mmseg below <show-dir>/<time>/vis_data, mmpretrain as told.
-    pictures = [path for path in tmp_path.rglob("*.png") if not path.is_relative_to(out)]
-    assert len(pictures) == (4 if scope == "mmpretrain" else 7), "mmpretrain draws every 2nd image"
-    assert all("shown" in path.parts for path in pictures)
+    pictures = sorted(path for path in tmp_path.rglob("*.png") if not path.is_relative_to(tmp_path / out))
+    names = [f"{index:02d}.png" for index in range(7)]
+    if scope == "mmpretrain":  # it draws every 2nd image, the classes one after the other
+        names = ["blue/01.png", "blue/05.png", "red/02.png", "red/06.png"]
+    assert [str(path.relative_to(tmp_path / "seen/shown")) for path in pictures] == names
+    assert all(cv2.imread(str(path)).ndim == 3 for path in pictures)
     if scope == "mmseg":
         maps = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in out.iterdir()}
         assert sorted(maps) == [f"{index:02d}.png" for index in range(7)]
@@ -83,6 +90,26 @@ def test_tta_of_the_configuration_is_kept() -> None:
     assert "pipeline" not in cfg.test_dataloader.dataset
 
 
+def test_pictures_of_the_same_name_are_all_there(trained: Callable, data: Path, tmp_path: Path) -> None:
+    """In folders of their own, in two datasets, or with an ending that holds no colours."""
+    model = trained("mmpretrain")
+    for folder, name in (("a/red", "x.png"), ("a/blue", "x.png"), ("b/red", "x.png"), ("b/blue", "y.pgm")):
+        (tmp_path / folder).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / folder / name), scene(0)[0][..., 0 if name.endswith("pgm") else slice(None)])
+    config = tmp_path / "two.py"
+    config.write_text(
+        f"""_base_ = ["{model.config}"]
+one = dict(type="CustomDataset", extensions=(".png", ".pgm"), pipeline={{{{_base_.test_dataloader.dataset.pipeline}}}})
+both = [dict(**one, data_root="{tmp_path}", data_prefix=folder) for folder in "ab"]
+test_dataloader = dict(dataset=dict(_delete_=True, type="ConcatDataset", datasets=both))
+"""
+    )
+    command = (model.checkpoint, "--work-dir", tmp_path / "run", "--show-dir", tmp_path / "shown")
+    assert call_tool("test", config, *command) == 0
+    shown = sorted(str(path.relative_to(tmp_path / "shown")) for path in (tmp_path / "shown").rglob("*.*"))
+    assert shown == ["blue/x.png", "blue/y.pgm.png", "red/_x.png", "red/x.png"]
+
+
 def test_out_item_metrics(trained: Callable, tmp_path: Path) -> None:
     model = trained("mmpretrain")
     out = tmp_path / "metrics.json"
@@ -104,6 +131,12 @@ def test_out_item_metrics(trained: Callable, tmp_path: Path) -> None:
         ("mmdet", ["--cfg-options", "test_dataloader.dataset.ann_file=absent.json"], "/absent.json"),
         ("mmseg", ["--cfg-options", "test_dataloader.dataset.data_prefix.img_path=absent"], "/absent"),
         ("mmseg", ["--out", __file__], "is a file"),
+        ("mmpretrain", ["--show-dir", __file__], f"--show-dir is a folder for pictures; {__file__} is a file"),
+        (
+            "mmdet",
+            ["--cfg-options", "test_dataloader.dataset.ann_file="],
+            "test_dataloader (CocoDataset): it has no ann_file",
+        ),
     ],
 )
 def test_mistakes(
