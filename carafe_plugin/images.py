@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
+T = TypeVar("T")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -59,6 +63,30 @@ def file_faults(folder: Path, names: Iterable[str], source: str, sizes: bool = T
         for fault, faulty in faults
         if faulty
     ]
+
+
+def sample(files: Sequence[T], least: int = 200, seconds: float = 10) -> Iterator[T]:
+    """Files to look into where all would take minutes: in an order of chance, always the same one, ``least`` of them
+    and what else there is time for.
+    """
+    end = time.monotonic() + seconds
+    for number, file in enumerate(random.Random(0).sample(files, len(files))):
+        if number >= least and time.monotonic() > end:
+            return
+        yield file
+
+
+_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
+
+
+def read_header(path: str | Path, turned: bool = True) -> tuple[tuple[int, int], str, str | None]:
+    """The (height, width) of an image, Pillow's mode and its format, without decoding it; ``turned`` as its EXIF data
+    say the camera was held. Raises OSError or Pillow's DecompressionBombError where it is missing or unknown.
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        swapped = turned and image.getexif().get(_ORIENTATION) in _TRANSPOSED
+        return (width, height) if swapped else (height, width), image.mode, image.format
 
 
 def shorten(names: Iterable[object], most: int = 10) -> str:

@@ -19,6 +19,7 @@ from mmengine.dist import is_main_process
 from carafe_plugin.engine import evaluation
 from carafe_plugin.engine.atomic import use_atomic_writes
 from carafe_plugin.engine.checkpoint import check_checkpoint_exists
+from carafe_plugin.engine.classes import CheckClassesHook
 from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings, toolbox
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
@@ -42,7 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-mismatch",
         action="store_true",
-        help="test although the checkpoint lacks parameters of the model, or has CARAFE++'s where the model has none",
+        help="test although the checkpoint lacks parameters of the model, has CARAFE++'s where the model has none, or "
+        "has its classes in another order",
     )
 
 
@@ -67,6 +69,7 @@ def test(args: argparse.Namespace) -> None:
     runner = build_runner(cfg)
     runner.register_hook(evaluation.CheckWeightsHook(args.checkpoint, args.allow_mismatch))
     check_not_empty(runner, "test")
+    runner.register_hook(CheckClassesHook("test"))
     if args.out and scope != "mmseg" and args.out_item != "metrics":
         evaluation.dump_predictions(runner, args.out)
     with reading_named_files():

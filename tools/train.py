@@ -17,6 +17,7 @@ from mmengine.config import Config
 
 from carafe_plugin.engine.checkpoint import CheckpointPlace, check_checkpoint_exists, read_checkpoint
 from carafe_plugin.engine.checkpoint_hook import use_atomic_checkpoints
+from carafe_plugin.engine.classes import CheckClassesHook
 from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings, type_name
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
@@ -91,6 +92,7 @@ def train(args: argparse.Namespace) -> None:
     check_dataset_files(cfg, "train", "val")
     runner = build_runner(cfg)
     check_not_empty(runner, "train", "val")
+    runner.register_hook(CheckClassesHook("train", "val"))
     with reading_named_files():
         runner.train()
 

@@ -12,11 +12,13 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from PIL import Image
 
 from carafe_plugin.engine.config import type_name
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.images import file_faults, shorten
+from carafe_plugin.images import file_faults, read_header, sample, shorten
 
 
 def read_coco(path: Path) -> dict[str, Any]:
@@ -80,8 +82,10 @@ def check_coco(
         )
         optional = ("ignore",) if measured else ("iscrowd", "ignore")
         for annotation in _by_id(content["annotations"], "annotation", optional, **checks).values():
+            image = images[annotation["image_id"]]
+            _check_box(annotation, image, measured)
             if masks and (measured or _is_trained_on(annotation)):
-                _check_mask(annotation, images[annotation["image_id"]], training)
+                _check_mask(annotation, image, training)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -177,33 +181,59 @@ def _is_trained_on(annotation: Mapping[str, Any]) -> bool:
     return min(annotation["bbox"][2:]) >= 1 and annotation["area"] > 0 and not annotation.get("ignore")
 
 
+def _check_box(annotation: Mapping[str, Any], image: Mapping[str, Any], measured: bool) -> None:
+    """A box must lie on its image, at least in part, and an object's area, by which its size is called small, medium or
+    large, in its box (with a pixel of rounding on each side).
+    """
+    x, y, width, height = annotation["bbox"]
+    if min(width, height) > 0 and not _on(image, [x, y, x + width, y + height]):
+        _refuse(annotation, "bbox", f"on its image, {_size(image)}")
+    if measured and annotation["area"] > (width + 2) * (height + 2):
+        _refuse(annotation, "area", f"at most that of its bbox, {width} x {height}")
+
+
+def _on(image: Mapping[str, Any], points: Sequence[float]) -> bool:
+    """Whether something with these points (x, y, x, y, ...) covers a part of an image."""
+    xs, ys = points[::2], points[1::2]
+    return min(xs) < image["width"] and max(xs) > 0 and min(ys) < image["height"] and max(ys) > 0
+
+
+def _size(image: Mapping[str, Any]) -> str:
+    return f"{image['height']} x {image['width']} (height x width)"
+
+
+def _refuse(annotation: Mapping[str, Any], key: str, expected: str) -> NoReturn:
+    got = reprlib.repr(annotation.get(key))
+    raise UsageError(f"{_name('annotation', annotation)}: {key} must be {expected}, got {got}")
+
+
 def _check_mask(annotation: Mapping[str, Any], image: Mapping[str, Any], training: bool) -> None:
-    """A mask must be one that pycocotools decodes to the size of its image.
+    """A mask must be one that pycocotools decodes to the size of its image, with something in it.
 
     A polygon with NaN never ends there, run lengths of another size have the IoU -1 with everything, and where they
     cover too little of the image, the rest is whatever the memory holds.
     """
-    mask, height, width = annotation.get("segmentation"), image["height"], image["width"]
+    mask = annotation.get("segmentation")
     sound, expected = False, "polygons or run lengths"
     if isinstance(mask, list) and mask:
-        sound = all(
-            _are_pixels(polygon) and (training or (len(polygon) >= 6 and len(polygon) % 2 == 0))
-            for polygon in mask  # mmdet leaves others out of a training
-        )
+        used = [polygon for polygon in mask if _are_pixels(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0]
+        sound = len(used) == len(mask) or (training and all(map(_are_pixels, mask)))  # mmdet leaves them out
+        if sound and used and not any(_on(image, polygon) for polygon in used):
+            sound, expected = False, f"polygons on its image, {_size(image)}"
     elif isinstance(mask, dict) and mask.get("size") is not None and isinstance(mask.get("counts"), (str, list)):
-        expected = f"run lengths that cover its image, {height} x {width} (height x width)"
+        height, width = image["height"], image["width"]
+        expected = f"run lengths that cover its image, {_size(image)}, with something in them"
         sound = mask["size"] == [height, width] and _are_integers(mask["size"])
         sound = sound and _cover(mask["counts"], height * width)
     elif isinstance(mask, dict) and mask:
         sound = training  # mmdet ignores it in a training
     if not sound:
-        got = reprlib.repr(mask)
-        raise UsageError(f"{_name('annotation', annotation)}: segmentation must be {expected}, got {got}")
+        _refuse(annotation, "segmentation", expected)
 
 
 def _cover(counts: str | list, pixels: int) -> bool:
     runs = _uncompress(counts) if isinstance(counts, str) else counts
-    return _are_integers(runs) and min(runs, default=-1) >= 0 and sum(runs) == pixels
+    return _are_integers(runs) and min(runs, default=-1) >= 0 and sum(runs) == pixels and sum(runs[1::2]) > 0
 
 
 def _uncompress(counts: str) -> list[int]:
@@ -225,7 +255,8 @@ def _uncompress(counts: str) -> list[int]:
 
 def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, training: bool = False) -> None:
     """Raise a UsageError where an evaluation, or a training, cannot use one of mmdet's COCO datasets: faulty
-    annotations, missing or empty images, nothing to find, or a metric's file that is at fault or of other images.
+    annotations, missing or empty images or such of another size, nothing to find, or a metric's file that is at fault
+    or of other images.
 
     ``dataset`` is its configuration, not that of a wrapper; one that reads annotations in a way of its own is not
     looked at. ``evaluators`` is the configuration of the metric or metrics. In a training, boxes may be empty, as mmdet
@@ -251,19 +282,21 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
     content = read_coco(path)
     check_coco(content, path, classes, measured=path in others, masks=masks, training=training)
     wanted = {category["id"] for category in content["categories"] if category["name"] in set(classes or ())}
-    used = {annotation["image_id"] for annotation in content["annotations"] if annotation["category_id"] in wanted}
+    objects = {annotation["image_id"] for annotation in content["annotations"] if annotation["category_id"] in wanted}
     alone = training and _is_filtered(dataset)  # mmdet opens no other image
-    if (alone or metrics) and content["images"] and not used:
+    if (alone or metrics) and content["images"] and not objects:
         raise UsageError(
             f"{path} holds {len(content['images'])} images and {len(content['annotations'])} annotations, none of the "
             f"classes of the configuration: nothing to {'train on' if training else 'measure'}"
         )
     # Of some of them ("indices"), counted after mmdet's own filters, nobody knows which will be opened.
     images = [] if dataset.get("indices") is not None else content["images"]
-    names = [image["file_name"] for image in images if not alone or image["id"] in used]
+    used = [image for image in images if not alone or image["id"] in objects]
+    names = [image["file_name"] for image in used]
     folder = Path(built.data_prefix.get("img") or built.data_root or "").absolute()
     if faults := file_faults(folder, names, f"images of {path}", sizes=not training):
         raise UsageError("; ".join(faults))
+    _check_sizes(used, folder, path, is_turned(dataset))
     for other in others - {path}:
         truth = read_coco(other)
         check_coco(truth, other, classes, masks=masks)
@@ -273,6 +306,37 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
                 f"the evaluator's {other} does not list {len(unknown)} of the {len(content['images'])} images of "
                 f"{path}, the first: id {unknown[0]}"
             )
+
+
+def _check_sizes(images: Sequence[Mapping[str, Any]], folder: Path, path: Path, turned: bool) -> None:
+    """Raise a UsageError for an image whose file has another size than the annotation file says: pycocotools would find
+    masks of two sizes, and boxes of a lying image would be sought in an upright one.
+    """
+    looked_at = 0
+    for image in sample(images):
+        looked_at += 1
+        try:
+            found, *_ = read_header(folder / image["file_name"], turned)
+        except (OSError, Image.DecompressionBombError):  # of a format that another reader may know
+            continue
+        if found != (image["height"], image["width"]):
+            manner = "as its EXIF data turn it" if turned else "as it is stored"
+            raise UsageError(
+                f"{path}: image {image['id']} is {_size(image)}, and its file {folder / image['file_name']}, {manner}, "
+                f"{found[0]} x {found[1]}"
+            )
+    print(f"looked at {looked_at} of {len(images)} images of {path}: each has the size that is annotated")
+
+
+def is_turned(dataset: Mapping[str, Any]) -> bool:
+    """Whether a dataset's pipeline loads images as their EXIF data say that the camera was held, as it does unless
+    told otherwise.
+    """
+    for step in dataset.get("pipeline") or ():
+        if isinstance(step, Mapping) and "LoadImage" in type_name(step):
+            colours, backend = step.get("color_type", "color"), step.get("imdecode_backend", "cv2")
+            return not (colours == "unchanged" or "ignore" in colours or backend in ("turbojpeg", "tifffile"))
+    return True
 
 
 def unread_dataset(dataset: Mapping[str, Any], registry: Any, base: type) -> Any:

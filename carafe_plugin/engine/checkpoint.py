@@ -2,58 +2,102 @@
 
 from __future__ import annotations
 
+import codecs
+import datetime
 import logging
 import os
 import pickle
 import re
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
+from mmengine.runner.checkpoint import CheckpointLoader
 
 from carafe_plugin.engine.errors import CheckpointError
 from carafe_plugin.images import shorten
 from carafe_plugin.openmmlab.resnet_checkpoints import CARAFE_KEY
 
 POINTER = "last_checkpoint"  # mmengine's file that names the newest checkpoint
+_TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own name for it
 COUNTER = "num_batches_tracked"
 _CARAFE_PART = re.compile(r"\b(channel_compressor|compressor_norm|content_encoder)\.")
 
 
+def _statistic(owner: Any, name: str) -> Any:
+    """Stands for ``getattr``, by which a HistoryBuffer pickles its methods: of other objects it reached everything."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise pickle.UnpicklingError(f"Unsupported GLOBAL builtins.getattr of {owner!r}, {name}")
+    return getattr(owner, name)
+
+
+def _allowed() -> dict[str, Any]:
+    """What a checkpoint may name beside torch's own: mmengine's log history, NumPy's arrays and plain values."""
+    multiarray: Any = (np._core if hasattr(np, "_core") else np.core).multiarray
+    plain = (bytearray, complex, dict, frozenset, list, range, set, slice, tuple)
+    kinds = (Counter, Namespace, ConfigDict, HistoryBuffer, torch.device, torch.Size)
+    times = (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone)
+    arrays = (np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"]})
+    types: dict[str, Any] = {"_codecs.encode": codecs.encode, "builtins.getattr": _statistic}  # the first makes bytes
+    types |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (*plain, *kinds, *times, *arrays)}
+    for package in ("numpy.core", "numpy._core"):  # NumPy's before 2.0 and since, whichever is here
+        types |= {f"{package}.multiarray.{name}": getattr(multiarray, name) for name in ("_reconstruct", "scalar")}
+    return types
+
+
+class _RestrictedPickle:
+    """A ``pickle_module`` for torch before 2.6, whose ``weights_only`` cannot be told of other types."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            from torch._weights_only_unpickler import _get_allowed_globals  # torch < 2.6 does not change any more
+
+            # torch.save writes Python 2's names.
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            known = {**_get_allowed_globals(), **_allowed()}
+            if f"{module}.{name}" not in known:
+                raise pickle.UnpicklingError(f"Unsupported GLOBAL {module}.{name}")
+            return known[f"{module}.{name}"]
+
+    @classmethod
+    def load(cls, file: Any, **options: Any) -> Any:
+        return cls.Unpickler(file, **options).load()
+
+
+def _names_of_globals() -> bool:
+    return hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")  # since torch 2.6
+
+
 @contextmanager
 def checkpoint_types() -> Iterator[None]:
-    """Let ``torch.load`` load what mmengine puts into a checkpoint beside the weights, in a ``with`` block.
-
-    From torch 2.6 on, only tensors and plain types load by default. mmengine adds its log history (NumPy arrays in a
-    ``HistoryBuffer``); without this its own checkpoints cannot be resumed where mmengine does not allow them itself.
+    """Let ``torch.load(..., weights_only=True)`` load what mmengine puts into a checkpoint beside the weights, in a
+    ``with`` block; without it mmengine's own checkpoints cannot be resumed. Before torch 2.6 it does nothing.
     """
-    if not hasattr(torch.serialization, "safe_globals"):  # torch before 2.5 loads everything by default
+    if not _names_of_globals():
         yield
         return
-    core = np._core if hasattr(np, "_core") else np.core
-    multiarray: Any = core.multiarray
-    # HistoryBuffer pickles its methods through getattr. Load checkpoints of people you trust, here as in mmengine.
-    scalar_types = {type(np.dtype(name)) for name in ("bool", "int32", "int64", "uint8", "float32", "float64")}
-    types = {HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, getattr, *scalar_types}
-    before = torch.serialization.get_safe_globals()
-    with torch.serialization.safe_globals(list(types.difference(before))):
-        try:
-            yield
-        finally:  # mmengine uses torch's context manager too, which takes away all that it is given
-            torch.serialization.add_safe_globals(before)
+    allowed = {(kind, name) for name, kind in _allowed().items()}
+    with torch.serialization.safe_globals(list(allowed.difference(torch.serialization.get_safe_globals()))):
+        yield
 
 
 def use_safe_loading() -> None:
-    """Let mmengine load local checkpoints by :func:`read_checkpoint`, in this process."""
+    """Let mmengine load local checkpoints, and those of URLs, by :func:`read_checkpoint`, in this process."""
     CheckpointLoader.register_scheme("", read_checkpoint, force=True)
+    CheckpointLoader.register_scheme(["http://", "https://"], read_url, force=True)
 
 
 def check_checkpoint_exists(path: str) -> Path:
@@ -65,13 +109,24 @@ def check_checkpoint_exists(path: str) -> Path:
 
 
 def read_checkpoint(path: str, map_location: Any = "cpu", training: bool = False) -> dict:
-    """Read a local checkpoint; with ``training``, one that holds what resuming needs, not only weights. Raises
-    CheckpointError where it is missing, truncated, damaged or no checkpoint. ``map_location`` is as for ``torch.load``.
+    """Read a local checkpoint. With ``training`` it must hold what resuming needs, not only weights, and its tensors
+    stay in the file (where torch's zip format lets them), as mmengine will read them. Raises CheckpointError where it
+    is missing, truncated, damaged or no checkpoint. ``map_location`` is as for ``torch.load``.
+
+    A pickle may run code as it is read: one that names more than weights and plain types is refused, except with
+    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment.
     """
     file = check_checkpoint_exists(path)
+    options: dict[str, Any] = dict(weights_only=True)
+    if os.environ.get(_TRUST, "").lower() in ("1", "y", "yes", "true"):
+        options = dict(weights_only=False)
+    elif not _names_of_globals():
+        options = dict(weights_only=False, pickle_module=_RestrictedPickle)
+    if training and zipfile.is_zipfile(file):
+        options["mmap"] = True
     try:
         with checkpoint_types():
-            checkpoint = load_from_local(str(file), map_location)
+            checkpoint = torch.load(str(file), map_location=map_location, **options)
     except Exception as error:  # torch raises anything from EOFError to KeyError on a damaged file
         raise CheckpointError(f"cannot read checkpoint {file} {_why_unreadable(file, error)}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict", checkpoint), dict):
@@ -82,16 +137,30 @@ def read_checkpoint(path: str, map_location: Any = "cpu", training: bool = False
 
 
 def _why_unreadable(file: Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    told = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # before it, torch advises
+    reason = (told or type(error).__name__).splitlines()[0]
     if isinstance(error, ModuleNotFoundError):
         return f"(it holds objects of a module that is not installed, not weights alone): {reason}"
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line), reason).strip()
-        return (
-            f"(it holds more than weights and plain types; TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment loads "
-            f"what you trust): {reason}"
-        )
+    remedy = f"{_TRUST}=1 in the environment loads it, and runs what it says: only where you trust who made it"
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"(it holds {named[1]}, and may run code: weights and plain types alone are loaded); {remedy}"
+    if isinstance(error, pickle.UnpicklingError) and ("Can only" in reason or zipfile.is_zipfile(file)):
+        return f"(it holds more than weights and plain types); {remedy}"
     return f"({file.stat().st_size} bytes; truncated or damaged): {reason}"
+
+
+def read_url(url: str, map_location: Any = "cpu", **_: Any) -> dict:
+    """As :func:`read_checkpoint`, from a URL; the file stays where torch keeps what it downloads."""
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
+    for turn in (is_main_process(), not is_main_process()):  # the others find it, unless on another machine
+        if turn and not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, str(file), progress=False)
+            except OSError as error:
+                raise CheckpointError(f"cannot download checkpoint {url}: {error}") from error
+        barrier()
+    return read_checkpoint(str(file), map_location)
 
 
 def find_mismatch(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> str | None:

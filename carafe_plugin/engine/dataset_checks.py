@@ -2,7 +2,7 @@
 
 mmseg takes it for granted that images and label maps belong together. Without a label map a training ends in the
 middle, in a data loader; with one of another size, in the loss or, where images are cropped first, never. A missing
-image goes unnoticed there, too.
+image goes unnoticed there, too, and a label that is no class changes every IoU of a test.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
-from carafe_plugin.engine.annotations import check_annotations, unread_dataset
+from carafe_plugin.engine.annotations import check_annotations, is_turned, unread_dataset
 from carafe_plugin.engine.config import dataset_configs, require_settings, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.engine.processes import process_rank
-from carafe_plugin.images import file_faults, list_images, shorten
+from carafe_plugin.images import decode, file_faults, list_images, read_header, sample, shorten
 
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
 _ONE_BAND = ("1", "L", "P", "I", "I;16", "I;16B", "F")  # Pillow's modes that mmseg reads as one label per pixel
 
 
@@ -45,7 +45,7 @@ def check_dataset_files(cfg: Config, *splits: str) -> None:
         return
     scope = toolbox(cfg)
     for split, place, dataset in datasets:
-        if scope == "mmseg" and (fault := label_map_fault(dataset)):
+        if scope == "mmseg" and (fault := label_map_fault(dataset, ignored_labels(cfg, split))):
             raise UsageError(f"{place}: {fault}")
         if scope == "mmdet":
             try:
@@ -92,14 +92,31 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
             raise UsageError(f"no images in {split}_dataloader ({types}): looked in {sources}")
 
 
-def label_map_fault(dataset: Mapping[str, Any]) -> str | None:
+def ignored_labels(cfg: Config, split: str) -> set[int]:
+    """The labels that all heads of an mmseg model leave out of their losses ('train'), or all metrics out of theirs
+    ('val', 'test'); every label, where no metric reads them.
+    """
+    model, evaluators = cfg.get("model") or {}, cfg.get(f"{split}_evaluator")
+    parts = [model.get("decode_head"), model.get("auxiliary_head")] if split == "train" else [evaluators]
+    listed = [part for entry in parts for part in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    readers = [part for part in listed if isinstance(part, Mapping) and not part.get("format_only")]
+    labels: set[int] = set(range(256))
+    for part in readers:
+        ignored = part.get("ignore_index", 255)
+        labels &= {255 if ignored is None else ignored}
+    return labels
+
+
+def label_map_fault(dataset: Mapping[str, Any], ignored: Collection[int] = (255,)) -> str | None:
     """The first thing that is wrong with the files of one of mmseg's datasets, given its configuration, as a message,
-    or None. Its folders must be there; only headers are read.
+    or None. Its folders must be there. All headers are read, and a sample of label maps as mmseg reads them, after
+    reduce_zero_label and label_map: each label must be a class or ``ignored``. How many were looked at is printed.
 
     One that lists its files in a way of its own, names no folder of label maps or lies on another machine is left out.
     """
+    from mmcv.transforms import LoadAnnotations
     from mmseg.datasets import BaseSegDataset
-    from mmseg.registry import DATASETS
+    from mmseg.registry import DATASETS, TRANSFORMS
 
     prefix = dataset.get("data_prefix")
     if not isinstance(prefix, Mapping) or not (prefix.get("img_path") and prefix.get("seg_map_path")):
@@ -114,7 +131,54 @@ def label_map_fault(dataset: Mapping[str, Any]) -> str | None:
     steps = [step for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
     usual = any(type_name(step) == "LoadAnnotations" for step in steps)
     suffixes = built.img_suffix, built.seg_map_suffix
-    return next(pair_faults(images, maps, suffixes, names, _ONE_BAND if usual else ()), None)
+    if fault := next(pair_faults(images, maps, suffixes, names, _ONE_BAND if usual else (), is_turned(dataset)), None):
+        return fault
+    kinds: list[Any] = [TRANSFORMS.get(kind) if isinstance(kind := step.get("type"), str) else kind for step in steps]
+    known = all(getattr(kind, "__module__", "").partition(".")[0] in ("mmcv", "mmseg") for kind in kinds)
+    loaders = [step for step, kind in zip(steps, kinds, strict=True) if known and issubclass(kind, LoadAnnotations)]
+    if not (loaders and built.metainfo.get("classes")):  # transforms of the user's own may make other labels
+        return None
+    if names is None:
+        names = [name.removesuffix(suffixes[0]) for name in list_images(images, suffixes[0])]
+    return _content_fault([maps / (name + suffixes[1]) for name in names], built, TRANSFORMS.build(loaders[0]), ignored)
+
+
+def _content_fault(files: Sequence[Path], dataset: Any, load: Any, ignored: Collection[int]) -> str | None:
+    """The first label map of a sample whose labels are not the classes of mmseg's ``dataset``, by its own reader."""
+    classes = dataset.metainfo["classes"]
+    looked_at, seen = 0, np.zeros(256, bool)
+    for path in sample(files):
+        looked_at += 1
+        try:
+            _, mode, _ = read_header(path)
+            stored = np.asarray(decode(path)) if mode not in ("1", "L", "P") else np.zeros(1)
+            if stored.min() < 0 or stored.max() > 255 or (stored % 1).any():
+                return f"annotation {path} holds labels from {stored.min()} to {stored.max()}; mmseg keeps 8 bits"
+            record = dict(seg_map_path=str(path), label_map=dataset.label_map, seg_fields=[])
+            labels = load({**record, "reduce_zero_label": dataset.reduce_zero_label})["gt_seg_map"]
+        except Exception as error:  # Pillow's decoders raise anything, down to struct.error
+            return f"annotation {path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+        if labels.ndim != 2:
+            return f"annotation {path} must hold one label per pixel, and mmseg reads it as an array {labels.shape}"
+        held = np.bincount(labels.ravel(), minlength=256) > 0
+        if strange := [int(label) for label in held.nonzero()[0] if label >= len(classes) and label not in ignored]:
+            changed = " after reduce_zero_label" * bool(dataset.reduce_zero_label)
+            changed += " after label_map" * bool(dataset.label_map)
+            return (
+                f"annotation {path} holds the labels {shorten(strange)}{changed}, which are no class: the "
+                f"{len(classes)} classes ({shorten(classes)}) are 0 to {len(classes) - 1}, and ignored is "
+                f"{shorten(sorted(ignored))}"
+            )
+        seen |= held
+    absent = [name for label, name in enumerate(classes) if not seen[label]]
+    if len(classes) == 2 and seen[0] and absent and any(seen[label] for label in ignored if label > 1):
+        return (
+            f"the {looked_at} annotations that were looked at ({files[0]}, ...) hold 0 and the ignored "
+            f"{shorten(sorted(ignored))} alone: the class {classes[1]} must have the label 1"
+        )
+    lacking = f", none of them with {shorten(absent)}" if absent else ""
+    print(f"looked at {looked_at} of {len(files)} label maps of {type(dataset).__name__}{lacking}")
+    return None
 
 
 def pair_faults(
@@ -123,11 +187,13 @@ def pair_faults(
     suffixes: tuple[str, str] = (".jpg", ".png"),
     listed: Sequence[str] | None = None,
     modes: Collection[str] = (),
+    turned: bool = True,
 ) -> Iterator[str]:
     """What is wrong with a folder of images and their label maps, as messages: first what takes the least to find.
 
     ``suffixes`` are the endings of images and label maps, ``listed`` the images that are used, without ending (default:
-    all, as mmseg finds them), ``modes`` Pillow's modes that a label map may have (default: any).
+    all, as mmseg finds them), ``modes`` Pillow's modes that a label map may have (default: any). ``turned`` says that
+    images are loaded as their EXIF data turn them; label maps never are.
     """
     found, labelled = (
         [name.removesuffix(suffix) for name in list_images(folder, suffix)]
@@ -140,32 +206,26 @@ def pair_faults(
         faults.append(f"{len(extra)} annotations in {maps} have no image in {images}: {shorten(extra)}")
     yield from faults
     for image, label_map in zip(*files, strict=True):
-        if fault := _compare(images / image, maps / label_map, modes):
+        if fault := _compare(images / image, maps / label_map, modes, turned):
             yield fault
 
 
-def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None:
+def _compare(image: Path, label_map: Path, modes: Collection[str], turned: bool) -> str | None:
     try:
-        expected, _ = _size_and_mode(image)
+        expected, *_ = read_header(image, turned)
     except (OSError, Image.DecompressionBombError):  # missing, or of a format that another reader may know
         return None
     try:
-        found, mode = _size_and_mode(label_map)
+        found, mode, kind = read_header(label_map, turned=False)
     except FileNotFoundError:
         return None
     except UnidentifiedImageError:
         return f"annotation {label_map} is not an image"
+    if modes and kind in ("JPEG", "MPO"):
+        return f"annotation {label_map} is a JPEG, whose compression changes labels: write label maps as PNG"
+    if modes and mode not in modes:
+        return f"annotation {label_map} must hold one label per pixel (Pillow's mode {' or '.join(modes)}), got {mode}"
     if found != expected:
         sizes = "annotation {} is {} x {}, its image {} is {} x {} (height x width)"
         return sizes.format(label_map, *found, image, *expected)
-    if modes and mode not in modes:
-        return f"annotation {label_map} must hold one label per pixel (Pillow's mode {' or '.join(modes)}), got {mode}"
     return None
-
-
-def _size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
-    with Image.open(path) as image:
-        width, height = image.size
-        # Readers turn the image as the camera was held.
-        size = (width, height) if image.getexif().get(_ORIENTATION) in _TRANSPOSED else (height, width)
-        return size, image.mode

@@ -14,6 +14,7 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from carafe_plugin.engine.checkpoint import find_mismatch
+from carafe_plugin.engine.classes import checkpoint_classes, compare_classes, config_classes
 from carafe_plugin.engine.config import dataset_configs, toolbox
 from carafe_plugin.engine.errors import CheckpointError, UsageError
 
@@ -117,6 +118,9 @@ def dump_predictions(runner: Runner, path: str) -> None:
 class CheckWeightsHook(Hook):
     """Raise a CheckpointError (or warn, with ``allow_mismatch``) for a checkpoint of another model: mmengine only
     warns, and tests what is left of the random weights. ``path`` is what messages call the checkpoint.
+
+    So too for one whose classes are the test's in another order. Of other classes (where a checkpoint records none,
+    those of the training in the configuration count) it warns.
     """
 
     priority = "VERY_LOW"
@@ -134,3 +138,10 @@ class CheckWeightsHook(Hook):
         elif mismatch:
             hint = "; --allow-mismatch tests it all the same" if "holds no param" not in mismatch else ""
             raise CheckpointError(f"checkpoint {self.path} {mismatch}{hint}")
+        classes = checkpoint_classes(checkpoint) or config_classes(runner.cfg, "train")
+        tested = getattr(runner.test_dataloader.dataset, "metainfo", {}).get("classes")
+        if difference := compare_classes((f"checkpoint {self.path}", classes), ("the test's dataset", tested)):
+            message, reordered = difference
+            if reordered and not self.allow_mismatch:
+                raise CheckpointError(f"{message}: labels would be mixed up; --allow-mismatch tests it all the same")
+            runner.logger.warning(message)

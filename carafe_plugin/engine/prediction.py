@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.bare_models import build_model
 from carafe_plugin.engine.checkpoint import check_checkpoint_exists, find_mismatch, use_safe_loading
+from carafe_plugin.engine.classes import checkpoint_classes, compare_classes, config_classes, head_fault
 from carafe_plugin.engine.config import dataset_configs, import_adapters, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.images import IMAGE_ENDINGS, read_upright
@@ -67,21 +70,21 @@ def write_picture(path: Path, pixels: np.ndarray, profile: bytes | None = None) 
 
 
 def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
-    """Load a checkpoint, a file or a URL, that must have every parameter of the model, and return its weights; what
-    else it has is ignored. Raises UsageError where it is of another model, CheckpointError where it is missing or
-    cannot be read.
+    """Load a checkpoint, a file or a URL, that must have every parameter of the model, and return all that it holds.
+    What the model has no place for is ignored. Raises UsageError where it is of another model, CheckpointError where it
+    is missing or cannot be read.
     """
     use_safe_loading()
     checkpoint = CheckpointLoader.load_checkpoint(path, "cpu")
-    weights = checkpoint.get("state_dict", checkpoint)
-    if mismatch := find_mismatch(model, weights):
+    if mismatch := find_mismatch(model, checkpoint.get("state_dict", checkpoint)):
         raise UsageError(f"checkpoint {path} is of another model: it {mismatch}")
-    return weights
+    return checkpoint
 
 
 def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = False) -> Any:
-    """Build mmdet's detector with the weights and classes of a checkpoint: a file, or a URL that mmengine loads. Raises
-    UsageError where the configuration is of another toolbox, or the checkpoint is of another model or cannot be read.
+    """Build mmdet's detector with the weights of a checkpoint, a file or a URL, and its classes, or the configuration's
+    where it records none; a warning names both where they differ. Raises UsageError where the configuration is of
+    another toolbox, the checkpoint is of another model or cannot be read, or the classes are not the model's in number.
     """
     scope = toolbox(cfg)
     if scope not in (None, "mmdet"):
@@ -92,9 +95,17 @@ def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = Fal
     use_safe_loading()
     from mmdet.apis import init_detector
 
-    with reading_named_files():
-        detector = init_detector(cfg, checkpoint, device=device)
-    load_weights(detector, checkpoint)  # MMDetection warns where some are missing, and detects with random ones
+    with reading_named_files(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of COCO's classes, which it takes without a checkpoint
+        detector = init_detector(cfg, None, device=device)
+    # MMDetection warns where weights are missing, and detects with random ones.
+    recorded, configured = checkpoint_classes(load_weights(detector, checkpoint)), config_classes(cfg, "test")
+    detector.dataset_meta["classes"] = classes = recorded or configured or detector.dataset_meta["classes"]
+    source = f"checkpoint {checkpoint}" if recorded else f"configuration {cfg.filename}"
+    if fault := head_fault(detector, source, dict(classes=classes)):
+        raise UsageError(fault)
+    if difference := compare_classes((source, recorded), (str(cfg.filename), configured)):
+        print(f"warning: {difference[0]}; the checkpoint's are written", file=sys.stderr)
     return detector
 
 
@@ -171,7 +182,8 @@ def load_inpainting_model(cfg: Config, path: str, device: str) -> InpaintingGAN:
         raise UsageError(f"{cfg.filename} describes no inpainting model (model.type must be InpaintingGAN)")
     check_checkpoint_exists(path)
     model: Any = build_model(cfg)
-    weights = load_weights(model, path)
+    checkpoint = load_weights(model, path)
+    weights = checkpoint.get("state_dict", checkpoint)
     if extra := sorted(set(weights) - set(get_state_dict(model))):
         surplus = f"{len(extra)} parameters have no place in it (the first: {extra[0]})"
         raise UsageError(f"checkpoint {path} is of another model: {surplus}")

@@ -4,14 +4,16 @@ import json
 import os
 from contextlib import nullcontext, suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from carafe_plugin.engine.annotations import check_annotations, check_coco, read_coco
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.images import file_faults
+from carafe_plugin.images import file_faults, sample
 
 NAN = float("nan")
 OBJECT = dict(id=1, image_id=0, category_id=1, bbox=[1, 1, 5, 5], area=25, iscrowd=0, segmentation=[[1, 1, 6, 1, 6, 6]])
@@ -177,6 +179,74 @@ def test_run_lengths_cover_their_image():
             refused = counts not in ([10, 390], whole) or repr(size) != "[20, 20]"
             with pytest.raises(UsageError, match=expected) if refused else nullcontext():
                 check_coco(content, Path("a.json"), masks=True, **options)
+
+
+def test_objects_lie_on_their_image():
+    """mmdet leaves out a box beside the image without a word, and pycocotools counts it as one that nothing found."""
+    for training in (False, True):
+        for box in ([20, 1, 5, 5], [1, 20, 5, 5], [-5, 1, 5, 5], [1, -9, 5, 5]):
+            message = r"annotation 1 of image 0: bbox must be on its image, 20 x 20 \(height x width\), got \["
+            with pytest.raises(UsageError, match=message):
+                check_coco(changed(bbox=box), Path("a.json"), measured=not training)
+        check_coco(changed(bbox=[-4, 18, 5, 5]), Path("a.json"), measured=not training)  # cut off by its border
+        outside, inside = [20, 0, 30, 0, 30, 10], [-5, 5, 5, 5, 5, 9]
+        check_coco(changed(segmentation=[outside, inside]), Path("a.json"), measured=not training, masks=True)
+        with pytest.raises(UsageError, match=r"segmentation must be polygons on its image, 20 x 20 \(height x width\)"):
+            check_coco(changed(segmentation=[outside]), Path("a.json"), measured=not training, masks=True)
+        empty = changed(segmentation=dict(counts=[400], size=[20, 20]))
+        with pytest.raises(UsageError, match=r"segmentation must be run lengths .*, with something in them, got "):
+            check_coco(empty, Path("a.json"), measured=not training, masks=True)
+
+
+def test_an_area_is_at_most_that_of_its_box():
+    """By it pycocotools calls an object small, medium or large; a box of corners makes it too large."""
+    check_coco(changed(area=36), Path("a.json"))
+    check_coco(changed(area=50), Path("a.json"), measured=False)
+    with pytest.raises(UsageError, match="image 0: area must be at most that of its bbox, 5 x 5, got 50"):
+        check_coco(changed(area=50), Path("a.json"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sizes_are_those_of_the_files(training, tmp_path, capsys, monkeypatch):
+    """As the pipeline loads them: a photograph of a camera on its side is turned unless it is told not to."""
+    pytest.importorskip("mmdet", reason="mmdet is not installed")
+    content = changed("images", width=30)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    dataset = dict(type="CocoDataset", data_root=str(tmp_path), ann_file="a.json", metainfo=dict(classes=("p",)))
+
+    def check(size, orientation=None, **load):
+        exif = Image.Exif()
+        if orientation:
+            exif[0x0112] = orientation
+        Image.new("RGB", size).save(tmp_path / "a.jpg", exif=exif)
+        pipeline = [dict(type="LoadImageFromFile", **load)]
+        check_annotations(dict(dataset, pipeline=pipeline), dict(type="CocoMetric"), training=training)
+
+    check((30, 20))
+    assert (
+        f"looked at 1 of 1 images of {tmp_path}/a.json: each has the size that is annotated" in capsys.readouterr().out
+    )
+    check((20, 30), orientation=6)
+    check((30, 20), orientation=6, color_type="color_ignore_orientation")
+    for arguments, found in (
+        (((20, 30),), "as its EXIF data turn it, 30 x 20"),
+        (((30, 20), 6), "as its EXIF data turn it, 30 x 20"),
+        (((60, 40),), "as its EXIF data turn it, 40 x 60"),
+    ):
+        with pytest.raises(
+            UsageError, match=rf"a.json: image 0 is 20 x 30 \(height x width\), and its file .*, {found}"
+        ):
+            check(*arguments)
+    with pytest.raises(UsageError, match="as it is stored, 30 x 20"):
+        check((20, 30), 6, color_type="unchanged")
+    # Many are sampled, always the same ones.
+    content["images"] = [dict(content["images"][0], id=index) for index in range(30)]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    monkeypatch.setattr("carafe_plugin.engine.annotations.sample", partial(sample, least=5, seconds=-1))
+    capsys.readouterr()
+    check((30, 20))
+    assert "looked at 5 of 30 images of " in capsys.readouterr().out
+    assert list(sample(range(9), seconds=-1)) == list(sample(range(9), seconds=-1))
 
 
 def test_a_training_needs_less():

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import re
 import signal
 import sys
+import threading
 import time
 import types
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
 from tiny_runs import call_tool, forget_runs, run, write_toy
@@ -281,40 +289,93 @@ class Private:
     """What a checkpoint of somebody's own project may hold."""
 
 
+class Code:
+    """What a checkpoint of somebody with bad intentions may hold: a function, called as the file is read."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+NEW = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")  # torch 2.6: weights_only can be told more types
+
+
+@pytest.fixture(params=[pytest.param(True, marks=pytest.mark.skipif(not NEW, reason="torch before 2.6")), False])
+def new_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Reading by torch's weights_only, and as with a torch that is too old for it."""
+    monkeypatch.setattr("carafe_plugin.engine.checkpoint._names_of_globals", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("new_torch")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_reading_what_others_wrote(zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both formats of torch.save; an mmengine that leaves torch's default (weights_only) as it is; missing modules."""
-    path = tmp_path / "others.pth"
+    """Both formats of torch.save. What zoos and projects put beside the weights is loaded, what runs code is not."""
+    path, ran = tmp_path / "others.pth", tmp_path / "ran"
 
     def save(**more: object) -> None:
         torch.save(dict(state_dict=dict(a=torch.ones(2)), meta=more), path, _use_new_zipfile_serialization=zipped)
 
-    monkeypatch.setattr("carafe_plugin.engine.checkpoint.load_from_local", lambda path, map_location: torch.load(path))
-    save(best=np.float64(0.386), seen=np.int64(7), history=np.arange(3.0), names=("a", "b"))
-    assert read_checkpoint(str(path))["meta"]["best"] == 0.386
-    save(config=Private())
-    with pytest.raises(CheckpointError, match=r"more than weights.*NO_WEIGHTS_ONLY_LOAD=1.*Private"):
-        read_checkpoint(str(path))
-    monkeypatch.undo()
-    assert isinstance(read_checkpoint(str(path))["meta"]["config"], Private)
+    plain = dict(
+        best=np.float64(0.386), seen=np.int64(7), flag=np.bool_(True), half=np.float16(0.5), letters=np.array(["a"]),
+        history=np.arange(3.0), mixed=np.array([1, "a"], dtype=object), names=("a", "b"), cut=slice(3), some={1},
+        time=datetime.datetime(2026, 11, 27), took=datetime.timedelta(1), args=Namespace(lr=0.1), raw=b"raw",
+        cfg=ConfigDict(model=dict(type="Net")), frozen=frozenset([1]), words=Counter("aab"), kind=torch.bfloat16,
+        size=torch.Size([2]), device=torch.device("cpu"), complex=1j, epochs=range(3),
+    )  # fmt: skip
+    save(**plain)
+    meta = read_checkpoint(str(path))["meta"]
+    assert all(np.array_equal(meta[name], value) and type(meta[name]) is type(value) for name, value in plain.items())
+    assert meta["cfg"].model.type == "Net"
+    if not zipped:  # where the other NumPy has them; a zip file would no longer be whole
+        here, there = (b"numpy._core", b"numpy.core")[:: 1 if hasattr(np, "_core") else -1]
+        path.write_bytes(path.read_bytes().replace(b"c" + here + b".multiarray\n", b"c" + there + b".multiarray\n"))
+        assert read_checkpoint(str(path))["meta"]["best"] == 0.386
+    for content, name in (
+        (Code(os.system, f"touch {ran}"), r"\w+\.system"),
+        (Code(exec, "raise SystemExit"), "exec"),
+        (Code(getattr, np.ndarray, "tofile"), "getattr"),
+        (Private(), rf"{__name__}\.Private"),
+    ):
+        save(content=content)
+        with pytest.raises(
+            CheckpointError, match=rf"others\.pth \(it holds (builtins\.)?{name}, and may run code: .*NO_W"
+        ):
+            read_checkpoint(str(path))
+    assert not ran.exists()
 
     module = types.ModuleType("their_project")
     module.Private = type("Private", (), dict(__module__="their_project"))
     monkeypatch.setitem(sys.modules, "their_project", module)
     save(config=module.Private())
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    assert isinstance(read_checkpoint(str(path))["meta"]["config"], module.Private), "who trusts it"
     monkeypatch.delitem(sys.modules, "their_project")
     with pytest.raises(CheckpointError, match=r"a module that is not installed, .*their_project"):
         read_checkpoint(str(path))
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5 has no such list")
+@pytest.mark.usefixtures("new_torch")
+def test_what_is_not_the_pickle_of_torch_save(tmp_path: Path) -> None:
+    for name, content in (("page.pth", b"<html>404</html>"), ("empty.pth", b""), ("bytes.pth", b"garbage " * 99)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            CheckpointError, match=rf"{name} \({len(content)} bytes; truncated or damaged\): (?!.*weights)"
+        ):
+            read_checkpoint(str(tmp_path / name))
+
+
+@pytest.mark.skipif(not NEW, reason="torch before 2.6 has no such list")
 def test_what_torch_may_load_is_as_before(tmp_path: Path) -> None:
-    """getattr among the safe globals would undo what torch's default protects from, for all of the process."""
+    """What is allowed for one file is allowed for no other, and getattr, which HistoryBuffer pickles, for none."""
     path = fake(tmp_path, "epoch_1.pth", age=0)
     before = set(torch.serialization.get_safe_globals())
-    assert getattr not in before
     with checkpoint_types():
-        assert getattr in torch.serialization.get_safe_globals()
+        allowed = [kind for kind, _ in set(torch.serialization.get_safe_globals()) - before]
+        assert HistoryBuffer in allowed
+        assert getattr not in allowed
     read_checkpoint(str(path))
     assert set(torch.serialization.get_safe_globals()) == before
     with torch.serialization.safe_globals([np.ndarray]):
@@ -325,29 +386,42 @@ def test_what_torch_may_load_is_as_before(tmp_path: Path) -> None:
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-def test_mmengine_loads_what_torch_refuses_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of mmengine's releases some leave torch's default as it is: then its own log history needs to be allowed."""
-    history = HistoryBuffer([1.0], [1])
-    torch.save(dict(state_dict=dict(a=torch.ones(2)), message_hub=dict(loss=history)), tmp_path / "a.pth")
-    monkeypatch.setattr("carafe_plugin.engine.checkpoint.load_from_local", lambda path, map_location: torch.load(path))
+@pytest.mark.usefixtures("new_torch")
+def test_mmengine_loads_by_our_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own would load anything, with a warning; from a URL too."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    history = HistoryBuffer([1.0, 3.0], [1, 1])
+    torch.save(dict(state_dict=dict(a=torch.ones(2)), message_hub=dict(loss=history)), folder / "a.pth")
+    torch.save(dict(state_dict=Code(os.system, f"touch {tmp_path / 'ran'}")), folder / "code.pth")
     monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     use_safe_loading()
-    model = torch.nn.Module()
-    model.a = torch.nn.Parameter(torch.zeros(2))
-    assert load_checkpoint(model, str(tmp_path / "a.pth"))["message_hub"]["loss"].current() == 1
-    assert model.a.sum() == 2
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        load_checkpoint(model, str(tmp_path / "absent.pth"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for place in (str(folder), f"http://127.0.0.1:{server.server_port}"):
+            model = torch.nn.Module()
+            model.a = torch.nn.Parameter(torch.zeros(2))
+            loss = load_checkpoint(model, f"{place}/a.pth")["message_hub"]["loss"]
+            assert (loss.current(), loss.mean(), model.a.sum()) == (3, 2, 2)
+            with pytest.raises(CheckpointError, match=r"cannot read checkpoint .*code\.pth \(it holds \w+\.system"):
+                load_checkpoint(model, f"{place}/code.pth")
+            with pytest.raises(CheckpointError, match=r"(no such|cannot download) checkpoint:? .*absent\.pth"):
+                load_checkpoint(model, f"{place}/absent.pth")
+        server.shutdown()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_only_the_newest_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 5):
         fake(tmp_path, f"epoch_{step}.pth", age=10 - step)
     (tmp_path / "epoch_4.pth").write_bytes(b"truncated")
-    opened, load = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda path, *a, **k: opened.append(Path(path).name) or load(path, *a, **k))
+    opened, load = {}, torch.load
+    monkeypatch.setattr(torch, "load", lambda path, *a, **k: opened.update({Path(path).name: k}) or load(path, *a, **k))
     assert CheckpointPlace(tmp_path).newest() == str(tmp_path / "epoch_3.pth")
-    assert opened == ["epoch_4.pth", "epoch_3.pth"]
+    assert list(opened) == ["epoch_4.pth", "epoch_3.pth"]
+    assert opened["epoch_3.pth"]["mmap"], "a billion parameters are read once, by mmengine"
 
 
 def test_newest_checkpoint_order(tmp_path: Path) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 from PIL import Image
-from tiny_runs import ROOT, call_tool, one_line
+from tiny_runs import ROOT, call_tool, one_line, write_config, write_scenes
 
 from studies.demo import generate_scenes
 
 pytest.importorskip("mmseg", reason="label maps are mmseg's: it is not installed")
 
-from carafe_plugin.engine.dataset_checks import label_map_fault
-from carafe_plugin.images import list_images
+from carafe_plugin.engine.dataset_checks import ignored_labels, label_map_fault
+from carafe_plugin.images import list_images, sample
 
 FOLDERS = {"img_path": "images/training", "seg_map_path": "annotations/training"}
 
@@ -150,3 +152,131 @@ def test_photograph_that_was_turned_fits(data: Path) -> None:
     assert label_map_fault(dataset) is None
     Image.fromarray(np.zeros((40, 64, 3), np.uint8)).save(image.with_suffix(".jpg"))
     assert "is 64 x 40" in (label_map_fault(dataset) or "")
+
+
+LOAD = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
+
+
+def judge(folder: Path, *maps: object, ignored: tuple = (255,), **settings: object) -> str:
+    """What is wrong with some label maps (labels, of which each row counts twice, or images): '' or the message without
+    the folder.
+    """
+    for number, labels in enumerate(maps):
+        image = labels if isinstance(labels, Image.Image) else Image.fromarray(np.repeat(labels, 2, 0).astype(np.uint8))
+        for part in ("images", "maps"):
+            (folder / part).mkdir(exist_ok=True)
+        Image.new("RGB", image.size).save(folder / f"images/{number}.png")
+        image.save(folder / f"maps/{number}{settings.get('seg_map_suffix', '.png')}")
+    dataset = dict(
+        type="BaseSegDataset",
+        data_root=str(folder),
+        img_suffix=".png",
+        data_prefix=dict(img_path="images", seg_map_path="maps"),
+        metainfo=dict(classes=("ground", "red", "blue")),
+        pipeline=LOAD,
+    )
+    return (label_map_fault({**dataset, **settings}, ignored) or "").replace(f"{folder}/", "")
+
+
+def test_labels_are_classes_or_ignored(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One that is neither is an IndexError in a training, and a wrong mIoU in a test."""
+    assert judge(tmp_path, [[0, 1]], [[2, 255]]) == ""
+    assert "looked at 2 of 2 label maps of BaseSegDataset\n" in capsys.readouterr().out
+    assert judge(tmp_path, [[0, 2]], [[2, 2]]) == ""
+    assert "looked at 2 of 2 label maps of BaseSegDataset, none of them with red\n" in capsys.readouterr().out
+    classes = "which are no class: the 3 classes (ground, red, blue) are 0 to 2, and ignored is"
+    assert judge(tmp_path, [[0, 1]], [[3, 200]]) == f"annotation maps/1.png holds the labels 3, 200, {classes} 255"
+    assert judge(tmp_path, [[0, 255]], [[0, 1]], ignored=(9,)).endswith(f"holds the labels 255, {classes} 9")
+    assert judge(tmp_path, [[0, 1]], [[3, 200]], ignored=tuple(range(256))) == "", "nobody reads them"
+
+
+def test_labels_as_mmseg_changes_them(tmp_path: Path) -> None:
+    assert judge(tmp_path, [[0, 1]], [[2, 3]], reduce_zero_label=True) == ""
+    fault = judge(tmp_path, [[0, 1]], [[2, 4]], reduce_zero_label=True)
+    assert fault.startswith("annotation maps/1.png holds the labels 3 after reduce_zero_label, which are no class")
+    few = dict(type="ADE20KDataset", metainfo=dict(classes=("building", "wall")), seg_map_suffix=".png")
+    assert judge(tmp_path, [[0, 1]], [[2, 150]], **few) == "", "wall, building, and one of those that are left out"
+    fault = judge(tmp_path, [[1, 2]], [[2, 151]], **few)
+    assert "holds the labels 150 after reduce_zero_label after label_map, which are no class: the 2 classes" in fault
+
+
+def test_masks_in_black_and_white(tmp_path: Path) -> None:
+    """255 is ignored, so a training would see ground alone."""
+    two = dict(classes=("ground", "road"))
+    fault = judge(tmp_path, [[0, 255]], [[255, 255]], metainfo=two)
+    assert fault.endswith("hold 0 and the ignored 255 alone: the class road must have the label 1")
+    assert judge(tmp_path, [[0, 255]], [[0, 1]], metainfo=two) == ""
+    assert judge(tmp_path, [[0, 0]], [[0, 0]], metainfo=two) == "", "there may be no road"
+
+
+def test_forms_that_are_not_one_label_per_pixel(tmp_path: Path) -> None:
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
+    palette.putpalette([0, 0, 0, 220, 40, 40, 40, 40, 220])
+    assert judge(tmp_path, palette) == "", "mmseg reads its numbers"
+    by_opencv = [LOAD[0], dict(LOAD[1], imdecode_backend="cv2")]
+    fault = judge(tmp_path, palette, pipeline=by_opencv)
+    assert fault == "annotation maps/0.png must hold one label per pixel, and mmseg reads it as an array (2, 2, 3)"
+    for mode in ("RGB", "RGBA", "LA"):
+        fault = judge(tmp_path, palette.convert("RGBA").convert(mode))
+        assert fault.startswith("annotation maps/0.png must hold one label per pixel (Pillow's mode ")
+        assert fault.endswith(f"got {mode}")
+    deep = np.array([[0, 1], [2, 2]], np.uint16)
+    assert judge(tmp_path, Image.fromarray(deep)) == ""
+    fault = judge(tmp_path, Image.fromarray(deep + np.uint16(256)))  # mmseg would make 0, 1, 2 of them
+    assert fault == "annotation maps/0.png holds labels from 256 to 258; mmseg keeps 8 bits"
+    fault = judge(tmp_path, Image.fromarray(np.array([[0.5, 1]], np.float32)), seg_map_suffix=".tiff")
+    assert fault == "annotation maps/0.tiff holds labels from 0.5 to 1.0; mmseg keeps 8 bits"
+    fault = judge(tmp_path, Image.new("L", (8, 8)), seg_map_suffix=".jpg")
+    assert fault == "annotation maps/0.jpg is a JPEG, whose compression changes labels: write label maps as PNG"
+    noise = np.random.default_rng(0).integers(0, 3, (64, 64))
+    assert judge(tmp_path, noise) == ""
+    (tmp_path / "maps/0.png").write_bytes((tmp_path / "maps/0.png").read_bytes()[:400])
+    assert judge(tmp_path).startswith("annotation maps/0.png cannot be read: ")
+
+
+def test_label_maps_are_not_turned(tmp_path: Path) -> None:
+    """mmseg reads them as they are stored, whatever their EXIF data say."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert judge(tmp_path, Image.new("L", (2, 4))) == ""
+    Image.new("L", (4, 2)).save(tmp_path / "maps/0.png", exif=exif)
+    assert judge(tmp_path) == "annotation maps/0.png is 2 x 4, its image images/0.png is 4 x 2 (height x width)"
+    Image.new("RGB", (2, 4)).save(tmp_path / "images/0.png", exif=exif)
+    assert judge(tmp_path) == ""
+    kept = [dict(LOAD[0], color_type="color_ignore_orientation"), LOAD[1]]
+    assert judge(tmp_path, pipeline=kept).endswith("is 2 x 4, its image images/0.png is 4 x 2 (height x width)")
+
+
+def test_of_many_label_maps_a_sample_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carafe_plugin.engine.dataset_checks.sample", partial(sample, least=4, seconds=-1))
+    assert judge(tmp_path, *[[[0, 1, 2]]] * 9) == ""
+    assert "looked at 4 of 9 label maps of BaseSegDataset\n" in capsys.readouterr().out
+
+
+def test_labels_that_nobody_reads() -> None:
+    """What the losses ignore in a training, the metrics in a test."""
+    heads = dict(decode_head=[dict(), dict(ignore_index=254)], auxiliary_head=dict(ignore_index=254))
+    cfg = Config(dict(model=heads, val_evaluator=dict(ignore_index=0), test_evaluator=[dict(format_only=True)]))
+    assert ignored_labels(cfg, "train") == set(), "one head reads 255, the others 254"
+    assert ignored_labels(cfg, "val") == {0}
+    assert ignored_labels(cfg, "test") == set(range(256))
+    assert ignored_labels(Config(dict(model=dict(decode_head=dict(ignore_index=None)))), "train") == {255}
+
+
+@pytest.mark.parametrize("tool", ["train", "test"])
+def test_a_label_beyond_the_classes_ends_a_run(tool: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = write_scenes(tmp_path / "data", 3)
+    config = write_config(tmp_path / "tiny.py", "mmseg", data)
+    (tmp_path / "not_loaded.pth").touch()
+    labels = np.array(Image.open(data / "labels/01.png"))
+    labels[0, 0] = 3
+    Image.fromarray(labels).save(data / "labels/01.png")
+    checkpoint = [tmp_path / "not_loaded.pth"] if tool == "test" else []
+    assert call_tool(tool, config, *checkpoint, "--work-dir", tmp_path / "run") == 2
+    message = (
+        f"{tool}_dataloader (BaseSegDataset): annotation {data}/labels/01.png holds the labels 3, which are no class"
+    )
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists(), "found out before anything was built"

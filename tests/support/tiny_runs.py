@@ -357,6 +357,13 @@ class Trained:
     def checkpoint(self) -> Path:
         return Path((self.work_dir / "last_checkpoint").read_text())
 
+    def recorded_with(self, classes: tuple | None, path: Path) -> Path:
+        """Write the checkpoint to ``path`` as if it had been trained with other classes; None: it records nothing."""
+        content = torch.load(self.checkpoint, weights_only=False)
+        content["meta"] = {} if classes is None else {**content["meta"], "dataset_meta": dict(classes=classes)}
+        torch.save(content, path)
+        return path
+
     def metrics(self) -> dict[str, float]:
         """The last metrics that the run logged."""
         return last_metrics(self.work_dir)

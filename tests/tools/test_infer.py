@@ -135,6 +135,32 @@ def test_mistakes(trained: Callable, data: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "out").exists()
 
 
+def test_classes_that_are_written(trained: Callable, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """tools/infer.py: the checkpoint's, else the configuration's, never COCO's; as many as the model has."""
+    path = tmp_path / "other.pth"
+
+    def infer_with(classes: tuple | None) -> int:
+        checkpoint = trained("mmdet").recorded_with(classes, path)
+        capsys.readouterr()
+        return infer(data / "images/00.png", trained("mmdet"), tmp_path / "out", "--checkpoint", checkpoint)
+
+    for classes, written in (
+        (None, ["red", "blue"]),
+        (("bird", "blue"), ["bird", "blue"]),
+        (("blue", "red"), ["blue", "red"]),
+    ):
+        assert infer_with(classes) == 0
+        warned = "warning: checkpoint " in capsys.readouterr().err
+        assert warned == (classes is not None)
+        results = json.loads((tmp_path / "out/results.json").read_text())
+        assert [category["name"] for category in results["categories"]] == written
+    assert infer_with(("red",)) == 2
+    assert (
+        f"roi_head.bbox_head (Shared2FCBBoxHead) has num_classes=2, and checkpoint {path} 1 classes: red"
+        in one_line(capsys)
+    )
+
+
 def test_pictures_keep_their_format(tmp_path: Path) -> None:
     pixels = scene(0)[0][..., ::-1]
     for ending in (".png", ".bmp", ".tiff", ".webp", ".jpg"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from tiny_runs import SIZE, call_tool, last_metrics, one_line, scene
+from tiny_runs import SIZE, call_tool, forget_runs, last_metrics, one_line, scene
 
 from carafe_plugin.engine.evaluation import use_tta
 
@@ -307,6 +307,34 @@ def test_checkpoints_of_another_model(trained: Callable, tmp_path: Path, capsys:
     torch.save(dict(state_dict=headless), path)
     assert call_tool("test", *command, "--allow-mismatch") == 0
     assert "rpn_head.rpn_conv.weight" in max((tmp_path / "test").glob("*/*.log")).read_text()
+
+
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg", "mmpretrain"])
+def test_a_checkpoint_of_other_classes(
+    scope: str, trained: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In another order it is refused, since every figure would be wrong; with other names it is a warning."""
+    names = dict(mmdet=("red", "blue"), mmseg=("ground", "red", "blue"), mmpretrain=("blue", "red"))[scope]
+    mixed, path = names[::-1], tmp_path / "other.pth"
+    model = trained(scope)
+    command = model.config, model.recorded_with(mixed, path)
+    capsys.readouterr()
+    assert call_tool("test", *command, "--work-dir", tmp_path / "a") == 2
+    expected = f"checkpoint {path} has the classes {', '.join(mixed)}, the test's dataset {', '.join(names)}"
+    assert expected in one_line(capsys)
+    assert call_tool("test", *command, "--work-dir", tmp_path / "a", "--allow-mismatch") == 0
+    model.recorded_with(("bird", *names[1:]), path)
+    forget_runs()
+    assert call_tool("test", *command, "--work-dir", tmp_path / "b") == 0
+    log = max((tmp_path / "b").glob("*/*.log")).read_text()
+    renamed = ", ".join(("bird", *names[1:]))
+    first = f"(the first to differ: bird, {names[0]})"
+    assert f"checkpoint {path} has the classes {renamed}, the test's dataset {', '.join(names)} {first}" in log
+    model.recorded_with(None, path)
+    if scope != "mmpretrain":  # whose classes are folders, known to a run alone
+        options = [f"train_dataloader.dataset.metainfo.classes=[{','.join(mixed)}]"]
+        assert call_tool("test", *command, "--work-dir", tmp_path / "c", "--cfg-options", *options) == 2
+        assert expected in one_line(capsys)
 
 
 def test_scene_is_reproducible() -> None:
