@@ -6,24 +6,28 @@ under its name only when it is complete and on the disk, and what it replaces is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
 from carafe_plugin.engine.atomic import UNFINISHED, AtomicLocalBackend, use_atomic_writes
-from carafe_plugin.engine.checkpoint import POINTER
+from carafe_plugin.engine.checkpoint import POINTER, read_checkpoint
+
+OUTDATED = "outdated_best_ckpts"  # in the message hub: best checkpoints about to be deleted
 
 
 class _LateRemoval:
     """A file backend whose removals wait for :meth:`remove_now`."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, paths: list[str]) -> None:
         self._backend = backend
-        self._paths: list[str] = []
+        self._paths = paths
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -46,6 +50,10 @@ def _remove(backend: Any, path: str) -> None:
         backend.rmtree(path)
 
 
+def _same_weights(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
     """The ``CheckpointHook`` of mmengine in an order that a kill cannot hurt. It takes the same arguments.
@@ -64,6 +72,37 @@ class AtomicCheckpointHook(CheckpointHook):
             for folder in {str(self.out_dir), runner.work_dir}:
                 for leftover in Path(folder).glob(f"*.*{UNFINISHED}"):
                     leftover.unlink(missing_ok=True)
+        if self.save_best and runner._resume:
+            self._complete_best(runner)
+
+    def _complete_best(self, runner: Any) -> None:
+        """Do what a run was about to do that was killed between writing a best checkpoint and deleting the last one."""
+        known = runner.message_hub.runtime_info
+        step, unknown = runner.epoch if self.by_epoch else runner.iter, []
+        # Of the state that was resumed from: a later best one comes again.
+        for path in Path(str(self.out_dir)).glob(f"best_*_{self.filename_tmpl.format(step)}"):
+            if path.is_file() and str(path) not in [known[name] for name in known if name.startswith("best_ckpt")]:
+                best, resumed = read_checkpoint(str(path)), read_checkpoint(runner._load_from)
+                if _same_weights(best["state_dict"], resumed["state_dict"]):  # else of another run
+                    unknown.append(best["message_hub"]["runtime_info"])
+        barrier()  # all processes have seen the files
+        outdated = list(known.get(OUTDATED, ()))
+        for info in unknown:
+            for name in [name for name in info if name.startswith(("best_score", "best_ckpt"))]:
+                if name.startswith("best_ckpt") and name in known and known[name] != info[name]:
+                    outdated.append(known[name])
+                runner.message_hub.update_info(name, info[name])
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = known.get("best_ckpt")
+        else:
+            self.best_ckpt_path_dict.update((key, known.get(f"best_ckpt_{key}")) for key in self.key_indicators)
+        if unknown:
+            self._save_checkpoint_with_step(runner, step, dict(epoch=runner.epoch, iter=runner.iter))
+        if is_main_process():
+            _LateRemoval(self.file_backend, outdated).remove_now(keep=self._bests())
+
+    def _bests(self) -> set[Any]:
+        return {getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()}
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         outdated = []
@@ -98,13 +137,15 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         # The parent removes the previous best before it saves the new one: hold the removal back until both are safe.
         backend = self.file_backend
-        self.file_backend = late = _LateRemoval(backend)
+        outdated: list[str] = []
+        # The checkpoint lists what is outdated: a run killed before it deletes that deletes it on resuming.
+        runner.message_hub.update_info(OUTDATED, outdated)
+        self.file_backend = late = _LateRemoval(backend, outdated)
         try:
             super()._save_best_checkpoint(runner, metrics)
         finally:
             self.file_backend = backend
-        best = {getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()}
-        late.remove_now(keep=best)
+        late.remove_now(keep=self._bests())
 
 
 def use_atomic_checkpoints(cfg: Config) -> None:

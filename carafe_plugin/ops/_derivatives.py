@@ -130,6 +130,7 @@ def autograd_kernel(operator: Operator) -> Callable[..., Tensor]:
     Function.__name__ = Function.__qualname__ = operator.name
 
     def differentiate(*arguments: Any) -> Tensor:
+        operator.parse(arguments)  # here for what it refuses
         grad_enabled = torch.is_grad_enabled()
         if not grad_enabled and forward_ad._current_level < 0:
             return below_autograd(*arguments)

@@ -74,6 +74,9 @@ class Operator:
     def parse(self, arguments: Sequence[Any]) -> Call:
         """The arguments of a call by their names."""
         tensors, rest = dict(zip(self.tensors, arguments, strict=False)), arguments[len(self.tensors) :]
+        for name, tensor in tensors.items():
+            if tensor is None:  # the dispatcher admits it, as a tensor that is not defined
+                raise RuntimeError(f"{name} must be a torch.Tensor, got NoneType")
         if not self.sizes:
             return Call(tensors, tensors["features"].shape, *rest)
         return Call(tensors, (*arguments[0].shape[:2], *rest[:2]), *rest[2:])
@@ -107,6 +110,7 @@ class Operator:
     def fake(self, *arguments: Any) -> Tensor:
         """Its result without values."""
         call = self.parse(arguments)
+        _check_numbers(call)
         like = call.tensors[self.like]
         shape = like.shape if self.computes == self.like else call.shapes()[self.computes]
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
@@ -127,27 +131,34 @@ OPERATORS = {operator.computes: operator for operator in _TABLE}  #: by the tens
 
 def _check(call: Call) -> None:
     """What callers of torch.ops are told, as csrc/arguments.h does for the compiled kernels."""
+    _check_numbers(call)
+    tensors, features, k, _, up, down, _ = call
+    if k >= 2**15 or max(up, down, *features[2:]) >= 2**31:  # beyond it, products of two do not fit into 64 bits
+        raise RuntimeError(
+            "kernel_size must be at most 32767, up, down, height and width at most 2147483647, "
+            f"got {', '.join(map(str, (k, up, down, *features[2:])))}"
+        )
+    expected = call.shapes()
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise RuntimeError(f"{name} must have shape {expected[name]}, got {tuple(tensor.shape)}")
+
+
+def _check_numbers(call: Call) -> None:
+    """What of it asks for no size of a map, so that tracing with sizes that are symbols is told too."""
     tensors, features, k, g, up, down, normalizer = call
     try:
         check_maps(tensors)
         check_kernels(features[1], k, g)
     except (TypeError, ValueError) as error:
         raise RuntimeError(str(error)) from error
-    if len({tensor.dtype for tensor in tensors.values()}) > 1:
-        raise RuntimeError(f"{' and '.join(tensors)} must have the same dtype")
+    for what in ("dtype", "device"):
+        if len({getattr(tensor, what) for tensor in tensors.values()}) > 1:
+            raise RuntimeError(f"{' and '.join(tensors)} must have the same {what}")
     if up < 1 or down < 1:
         raise RuntimeError(f"up and down must be at least 1, got {up} and {down}")
-    if k >= 2**15 or max(up, down, *features[2:]) >= 2**31:  # beyond it, products of two do not fit into 64 bits
-        raise RuntimeError(
-            "kernel_size must be at most 32767, up, down, height and width at most 2147483647, "
-            f"got {', '.join(map(str, (k, up, down, *features[2:])))}"
-        )
     if not NONE <= normalizer < len(NORMALIZERS):
         raise RuntimeError(f"normalizer must be 0, 1, 2 or 3, got {normalizer}")
-    expected = call.shapes()
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise RuntimeError(f"{name} must have shape {expected[name]}, got {tuple(tensor.shape)}")
 
 
 def _memory_format(maps: Tensor) -> torch.memory_format:

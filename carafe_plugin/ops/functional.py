@@ -127,6 +127,9 @@ def check_maps(maps: Mapping[str, Tensor]) -> None:
     for name, value in maps.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested:
+            layout = "a nested tensor" if value.is_nested else str(value.layout)
+            raise TypeError(f"{name} must be a dense tensor, of the layout torch.strided, got {layout}")
         if value.dtype not in DTYPES:
             raise TypeError(f"{name}: the dtype must be float64, float32, float16 or bfloat16, got {value.dtype}")
         if value.dim() != 4:

@@ -117,9 +117,9 @@ def shuffle_logits(logits: Tensor, up: int, down: int) -> Tensor:
     """
     if up == 1:
         return logits
-    if logits.shape[0] > 0:
+    if 0 not in logits.shape:
         logits = F.pixel_shuffle(logits, up)
-    else:  # the backward pass of F.pixel_shuffle fails on an empty batch (torch 2.11), and no RoIs is a usual case
+    else:  # the backward pass of F.pixel_shuffle fails on an empty map (torch 2.11), and no RoIs is a usual case
         n, channels, h, w = logits.shape
         phases = logits.reshape(n, channels // up**2, up, up, h, w).permute(0, 1, 4, 2, 5, 3)
         logits = phases.reshape(n, channels // up**2, h * up, w * up)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import random
 import re
 import signal
 import sys
@@ -24,7 +23,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
-from tiny_runs import call_tool, forget_runs, run, write_toy
+from tiny_runs import KILL_MODULE, call_tool, forget_runs, run, write_toy
 
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.engine.atomic import AtomicLocalBackend
@@ -35,74 +34,7 @@ from carafe_plugin.engine.checkpoint import (
     read_checkpoint,
     use_safe_loading,
 )
-from carafe_plugin.engine.config import load_config
 from carafe_plugin.engine.errors import CheckpointError
-
-KILL_MODULE = '''
-"""Kill this process with SIGKILL at the point that KILL_AT names."""
-import builtins
-import io
-import os
-import signal
-
-POINT = os.environ.get('KILL_AT')
-counts = {}
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Half:
-    """A file that takes half of what is written to it, on the disk, and then the process dies."""
-    def __init__(self, file):
-        self.file = file
-    def __enter__(self):
-        return self
-    def __exit__(self, *_):
-        self.file.close()
-    def write(self, content):
-        self.file.write(content[:len(content) // 2])
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        die()
-
-
-def nth(kind, n):
-    counts[kind] = counts.get(kind, 0) + 1
-    return counts[kind] == n
-
-
-real_open, real_replace, real_remove = builtins.open, os.replace, os.remove
-
-
-def open_(file, mode='r', *args, **kwargs):
-    opened, name = real_open(file, mode, *args, **kwargs), os.path.basename(str(file))
-    if 'w' in mode and (POINT == 'writing' and name.startswith('epoch_3.pth')
-                        or POINT == 'writing the pointer' and name.startswith('last_checkpoint') and nth('pointer', 4)
-                        or POINT == 'writing the best' and name.startswith('best_') and nth('best', 2)):
-        return Half(opened)
-    return opened
-
-
-def replace(source, target):
-    if POINT.startswith('rename ') and nth('rename', int(POINT.split()[1])):
-        die()
-    if POINT == 'renaming' and os.path.basename(target) == 'epoch_3.pth':
-        die()
-    real_replace(source, target)
-
-
-def remove(path):
-    if POINT == 'deleting' and os.path.basename(path) == 'epoch_2.pth':
-        die()
-    real_remove(path)
-
-
-if POINT:
-    builtins.open = io.open = open_
-    os.replace, os.remove = replace, remove
-'''
 
 POINTS = ("writing", "renaming", "writing the pointer", "deleting", "writing the best")
 
@@ -161,49 +93,6 @@ def test_killed_and_resumed(point: str, tmp_path: Path, uninterrupted: Path, mon
     assert all(torch.equal(final["state_dict"][name], value) for name, value in expected.items())
     assert [path.name for path in work_dir.glob("epoch_*")] == ["epoch_5.pth"], "what the killed run left is gone"
     assert not list(work_dir.glob("*.tmp"))
-
-
-#: Settings of the checkpoint hook; FOLDER is the test's.
-FORMS = {
-    "a name behind the number": ["filename_tmpl=epoch_{}_carafe.pth"],
-    "another ending, padded": ["filename_tmpl=toy-{:04d}.pt", "max_keep_ckpts=1"],
-    "another folder": ["out_dir=FOLDER/elsewhere", "filename_tmpl=epoch_{}_carafe.pth"],
-    "the work dir as out_dir": ["out_dir=FOLDER/run"],
-    "by iterations": ["by_epoch=False", "interval=2"],
-}
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
-@pytest.mark.parametrize("form", FORMS)
-def test_whatever_the_hook_writes_is_found_after_a_kill(
-    form: str, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed before one of the renames that complete a file, at random."""
-    settings = [f"default_hooks.checkpoint.{setting.replace('FOLDER', str(tmp_path))}" for setting in FORMS[form]]
-    options = ["--cfg-options", *settings]
-    moment = random.Random(form).randint(5, 12)
-    killed = train(tmp_path, tmp_path / "run", *options, kill_at=f"rename {moment}")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    monkeypatch.syspath_prepend(tmp_path)
-    cfg = load_config(str(tmp_path / "toy_config.py"), dict(setting.split("=", 1) for setting in settings))
-    cfg.work_dir = f"{tmp_path}/run/"
-    place = CheckpointPlace.of(cfg)
-    assert place is not None
-    left = place.newest()
-    assert left is not None
-    reached = read_checkpoint(left, training=True)["meta"]
-    assert 2 <= reached["iter"] < 10
-    work_dir = f"{tmp_path}/run/" if form != "the work dir as out_dir" else tmp_path / "run"
-    assert call_tool("train", tmp_path / "toy_config.py", "--work-dir", work_dir, "--resume", *options) == 0
-    log = max((tmp_path / "run").glob("*/*.log")).read_text()
-    assert f"resumed epoch: {reached['epoch']}, iter: {reached['iter']}" in log
-    final = place.newest()
-    assert final is not None
-    assert not list(place.folder.glob("*.tmp"))
-    if form == "by iterations":  # MMEngine's epochs repeat the one that an iteration's checkpoint came in
-        return
-    expected = weights(uninterrupted / "epoch_5.pth")
-    assert all(torch.equal(weights(Path(final))[name], value) for name, value in expected.items())
 
 
 def test_a_folder_that_holds_a_training_is_not_started_in_anew(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ CARAFE_FUZZ        long for the counts of ``make fuzz``, whose figures go into d
 CARAFE_FUZZ_SEED   where the draws begin, by default 0: the same seed draws the same cases.
 CARAFE_FUZZ_<NAME> a count of its own for the campaign of that name, such as CARAFE_FUZZ_OPERATORS=10000.
 
-A test takes the fixture ``campaign`` and counts what it did; a campaign's counts are summed over all tests and processes:
+A test takes the fixture ``campaign`` and counts what it did; a campaign's counts are summed over tests and processes:
 
     def test_mutations(campaign):
         tally = campaign("annotations")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType
 
@@ -285,6 +287,79 @@ def write_toy(
     return config
 
 
+KILL_MODULE = '''
+"""Kill this process with SIGKILL at the point that KILL_AT names."""
+import builtins
+import io
+import os
+import signal
+
+POINT = os.environ.get('KILL_AT')
+counts = {}
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Half:
+    """A file that takes half of what is written to it, on the disk, and then the process dies."""
+    def __init__(self, file):
+        self.file = file
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        self.file.close()
+    def write(self, content):
+        self.file.write(content[:len(content) // 2])
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        die()
+
+
+def nth(kind, n):
+    counts[kind] = counts.get(kind, 0) + 1
+    return counts[kind] == n
+
+
+def event():
+    return POINT.startswith('event ') and nth('event', int(POINT.split()[1]))
+
+
+real_open, real_replace, real_remove = builtins.open, os.replace, os.remove
+
+
+def open_(file, mode='r', *args, **kwargs):
+    opened, name = real_open(file, mode, *args, **kwargs), os.path.basename(str(file))
+    if 'w' in mode and (POINT == 'writing' and name.startswith('epoch_3.pth')
+                        or POINT == 'writing the pointer' and name.startswith('last_checkpoint') and nth('pointer', 4)
+                        or POINT == 'writing the best' and name.startswith('best_') and nth('best', 2)):
+        return Half(opened)
+    if 'w' in mode and name.endswith('.tmp') and event():
+        return Half(opened)
+    return opened
+
+
+def replace(source, target):
+    if event():
+        die()
+    if POINT == 'renaming' and os.path.basename(target) == 'epoch_3.pth':
+        die()
+    real_replace(source, target)
+
+
+def remove(path):
+    if event() or POINT == 'deleting' and os.path.basename(path) == 'epoch_2.pth':
+        die()
+    real_remove(path)
+
+
+if POINT:
+    builtins.open = io.open = open_
+    os.replace, os.remove = replace, remove
+'''
+
+
 def environment(**variables: str) -> dict[str, str]:
     """The environment for a tool in a process of its own: this checkout, one thread, no GPU."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -333,6 +408,35 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_in_process(tool: str, *arguments: object, path: Path, log: Path, **variables: str) -> ForkServerProcess:
+    """Start :func:`call_tool` in a process forked from one that has all imported; ``path`` goes before Python's.
+
+    Output goes to ``log``.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tiny_runs", "matplotlib.pyplot", "mmengine.runner", "torchvision", "yapf.yapflib.yapf_api"]
+    )
+    process = context.Process(target=_process, args=(tool, arguments, str(path), str(log), variables))
+    with pytest.MonkeyPatch.context() as patch:  # of the server, which starts with the first process
+        for name, value in environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent)])).items():
+            patch.setenv(name, value)
+        process.start()
+    return process
+
+
+def _process(tool: str, arguments: tuple, path: str, log: str, variables: dict[str, str]) -> None:
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.path.insert(0, path)
+    os.environ |= variables
+    # Most of such a run's time goes into what it says of its machine and into the layout of a configuration's text.
+    importlib.import_module("mmengine.runner.runner").collect_env = dict
+    importlib.import_module("yapf.yapflib.yapf_api").FormatCode = lambda text, **_: (text, True)
+    sys.exit(call_tool(tool, *arguments))
 
 
 def forget_runs() -> None:
