@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -43,8 +44,8 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: s
         # mmengine lists sys.path instead of a reason: that is two errors down.
         reason = getattr(error.__cause__, "__context__", None) or error
         raise UsageError(f"configuration {path} needs a module that cannot be imported: {reason}") from error
-    except (SyntaxError, OSError) as error:
-        raise UsageError(f"cannot read configuration {file}: {error}") from error
+    except Exception as error:  # it is code
+        raise UsageError(f"cannot read configuration {file}: {type(error).__name__}: {error}") from error
     try:
         cfg.merge_from_dict(dict(options or {}))
     except (KeyError, TypeError, IndexError) as error:
@@ -130,6 +131,9 @@ def import_adapters(scope: str | None, drop_in: bool = False) -> None:
     """Register CARAFE++'s types for the toolbox ``scope``; one without an adapter gets the layers alone. ``drop_in``
     also makes the layer 'carafe' ours. Raises UsageError where the toolbox is not installed.
     """
+    known = {None, "mmengine", *ADAPTERS, *MODELS.children}
+    if scope not in known and not (isinstance(scope, str) and importlib.util.find_spec(scope.partition(".")[0])):
+        raise UsageError(f"default_scope must be the name of a toolbox that is installed, got {scope!r}")
     names = ["carafe_plugin.openmmlab.layers"]
     names += [ADAPTERS[scope]] if scope in ADAPTERS else []
     names += ["carafe_plugin.openmmlab.drop_in"] if drop_in else []

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+
+from carafe_plugin.images import shorten
+
+_RUN = ("mmengine.runner.runner", "__init__")
 
 
 class UsageError(Exception):
@@ -39,3 +44,30 @@ def reading_named_files() -> Iterator[None]:
             raise UsageError(f"no such file or folder: {Path(error.filename).absolute()}") from error
         # From a data loader's worker, with the worker's traceback in its text: the last line is the error.
         raise ProcessError((str(error).strip() or "a file is missing").splitlines()[-1]) from error
+
+
+def construction_fault(error: BaseException) -> str | None:
+    """What MMEngine could not build from a configuration, and why, in one line; None where the cause lies elsewhere.
+
+    Whoever wrote the configuration can mend it: an unknown type, a misspelt option, a value that a constructor refuses.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    built = [place for place, frame in enumerate(frames) if _is_building(frame)]
+    if not built:
+        return None
+    place, last = built[-1], frames[-1].f_globals.get("__name__", "")
+    known = frames[place].f_locals
+    kind, settings = known.get("obj_type"), known.get("args") or known.get("cfg")
+    if isinstance(settings, Mapping):
+        plain = [f"{key}={value!r}" for key, value in settings.items() if isinstance(value, (str, int, float))]
+        what = f"{getattr(kind, '__name__', kind or '')}({shorten(plain) if plain else ''})"
+    else:
+        what = frames[place].f_code.co_name.removeprefix("build_").replace("__init__", "the run")
+    reason = str(error.args[0]) if error.args else type(error).__name__
+    foreign = place < len(frames) - 1 and not last.startswith("carafe_plugin.")
+    return f"{what}: {reason.partition(' Please check whether')[0]}" + (f" (raised in {last})" if foreign else "")
+
+
+def _is_building(frame: FrameType) -> bool:
+    module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
+    return module.startswith("mmengine.") and (name.startswith("build_") or (module, name) == _RUN)

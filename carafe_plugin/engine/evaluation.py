@@ -47,6 +47,8 @@ def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, i
         raise UsageError(f"--show and --show-dir need default_hooks.visualization, which {cfg.filename} lacks")
     if show and sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         raise UsageError("--show needs a display, and this machine has none: use --show-dir")
+    if folder and Path(folder).is_file():
+        raise UsageError(f"--show-dir is a folder for pictures; {folder} is a file")
     hook.update(show=show, wait_time=wait_time)
     scope = toolbox(cfg)
     hook.update(dict(enable=True, interval=interval) if scope == "mmpretrain" else dict(draw=True))

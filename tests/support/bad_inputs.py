@@ -1,8 +1,8 @@
 """Bad inputs: what is wrong, the command, and files that it needs; docs/reliability.md lists them with their lines.
 
 Commands run in a folder that :func:`write_playground` fills: ``det.py``, ``seg.py`` and ``cls.py`` are sound
-configurations of the three toolboxes on ``data``, ``det.pth`` and ``seg.pth`` checkpoints of the first two, and ``own.py``
-is ``det.py`` on an annotation file ``bad.json``. A new case is one line in ``CASES``.
+configurations of the three toolboxes on ``data``, ``det.pth``, ``seg.pth`` and ``cls.pth`` their checkpoints, and
+``own.py`` is ``det.py`` on an annotation file ``bad.json``. A new case is one line in ``CASES``.
 """
 
 from __future__ import annotations
@@ -10,19 +10,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
-import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pytest
 import torch
-from mmengine.logging import MMLogger
 from PIL import Image
 from tiny_runs import call_tool, write_config, write_scenes
 
@@ -44,36 +40,39 @@ def write_playground(folder: Path) -> None:
     write_scenes(folder / "data", 2)
     for name, scope in (("det", "mmdet"), ("seg", "mmseg"), ("cls", "mmpretrain")):
         config = write_config(folder / f"{name}.py", scope, Path("data"))
-        with contextlib.chdir(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
             model = bare_models.build_model(bare_models.read_config(config.name))
         torch.save(dict(state_dict=model.state_dict(), meta={}), folder / f"{name}.pth")
+    own = "dict(dataset=dict(data_root='.', ann_file='bad.json', data_prefix=dict(img='data/images')))"
     (folder / "own.py").write_text(
-        "_base_ = 'det.py'\n"
-        "test_dataloader = dict(dataset=dict(data_root='.', ann_file='bad.json', data_prefix=dict(img='data/images')))\n"
-        "train_dataloader = dict(dataset=dict(data_root='.', ann_file='bad.json', data_prefix=dict(img='data/images')))\n"
-        "test_evaluator = dict(ann_file='bad.json')\n"
+        f"_base_ = 'det.py'\ntrain_dataloader = test_dataloader = {own}\ntest_evaluator = dict(ann_file='bad.json')\n"
     )
     shutil.copy(folder / "data/images/00.png", folder / "photo.png")
 
 
 def run_case(case: BadInput, folder: Path) -> tuple[int, str]:
-    """Run a case in the playground ``folder``; returns the exit code, and what it wrote that is no log, with paths from
-    there.
-    """
+    """Run a case in the playground; returns the exit code and what it wrote on stderr, with paths from there."""
     case.prepare(folder)
     program, *arguments = shlex.split(case.command)
-    name = program.removeprefix("tools/").removesuffix(".py") if program.startswith("tools/") else arguments.pop(0)
-    error = io.StringIO()
-    environment = dict(os.environ)
-    for display in ("DISPLAY", "WAYLAND_DISPLAY"):
-        os.environ.pop(display, None)
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+    name = arguments.pop(0) if program == "-m" else Path(program).stem
+    error, here = io.StringIO(), Path.cwd()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
+        for display in ("DISPLAY", "WAYLAND_DISPLAY"):
+            patch.delenv(display, raising=False)
+        patch.setattr("sys.argv", [program])  # what argparse calls the command
+        patch.setattr("carafe_plugin.engine.processes.get_device", lambda: "cpu")
+        patch.chdir(folder)
+        with contextlib.redirect_stdout(io.StringIO()):
             code = call_tool(name, *arguments)
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
+    assert Path.cwd() == here
     return code, error.getvalue().replace(f"{folder}/", "").replace(str(folder), ".")
+
+
+def line_of(output: str) -> str:
+    """The one line that says what is wrong: argparse writes how to use a command before it."""
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ") or ": error: " in line]
+    return line.partition("error: ")[2]
 
 
 # ------------------------------------------------------------------------------------------------- what can be wrong
@@ -147,6 +146,10 @@ def label_map(name: str, **options: Any) -> Prepare:
 
 
 OWN, TRAIN = "tools/test.py own.py det.pth", "tools/train.py det.py --cfg-options"
+DET, CLS, BAD = "tools/test.py det.py", "tools/test.py cls.py cls.pth", "tools/test.py det.py bad.pth"
+INFER = "--config det.py --checkpoint det.pth --out-dir out"
+POINTS = "--config det.py --checkpoint det.pth --out out --points"
+FILL = "--config det.py --checkpoint det.pth --out"
 SEG = "tools/test.py seg.py seg.pth --cfg-options test_dataloader.dataset.data_root="
 
 CASES: dict[str, list[tuple]] = {
@@ -160,12 +163,15 @@ CASES: dict[str, list[tuple]] = {
         ("another ending", "tools/train.py bad.txt", text("bad.txt", "")),
         ("JSON that is cut off", "tools/train.py bad.json", text("bad.json", '{"model": ')),
         ("a base that is missing", "tools/train.py bad.py", text("bad.py", "_base_ = 'absent.py'\n")),
-        ("a module that is missing", "tools/train.py bad.py", text("bad.py", "custom_imports = dict(imports=['absent'])\n")),
+        (
+            "a module that is missing",
+            "tools/train.py bad.py",
+            text("bad.py", "custom_imports = dict(imports=['absent'])\n"),
+        ),
         ("empty", "tools/train.py bad.py", text("bad.py", "")),
         ("no test data", "tools/test.py bad.py det.pth", text("bad.py", "_base_ = 'det.py'\ntest_dataloader = None\n")),
         ("an unknown toolbox", f"{TRAIN} default_scope=mmdett"),
         ("an unknown type", f"{TRAIN} model.neck.type=CARAFEFPM"),
-        ("no type", f"{TRAIN} model.neck.type=None"),
         ("a misspelt option of CARAFE++", f"{TRAIN} model.neck.carafe_cfg.up_kernell=5"),
         ("a kernel of an even size", f"{TRAIN} model.neck.carafe_cfg.up_kernel=4"),
         ("a text for a number", f"{TRAIN} model.neck.carafe_cfg.up_kernel=five"),
@@ -175,14 +181,18 @@ CASES: dict[str, list[tuple]] = {
         ("an operator in a missing module", f"{TRAIN} model.neck.carafe_cfg.type=absent.Upsample"),
         ("an unknown operator", f"{TRAIN} model.neck.carafe_cfg.type=Absent"),
         ("a misspelt option of a toolbox's type", f"{TRAIN} model.neck.out_chanels=32"),
-        ("channels that do not fit", f"{TRAIN} model.neck.in_channels=[16,32,64,100]"),
         ("an unknown dataset", f"{TRAIN} train_dataloader.dataset.type=CocoDatasett"),
         ("an unknown transform", f"{TRAIN} train_dataloader.dataset.pipeline.0.type=LoadImage"),
         ("an unknown optimiser", f"{TRAIN} optim_wrapper.optimizer.type=Adamm"),
         ("a text for a learning rate", f"{TRAIN} optim_wrapper.optimizer.lr=fast"),
         ("a batch of nothing", f"{TRAIN} train_dataloader.batch_size=0"),
-        ("no epochs", f"{TRAIN} train_cfg.max_epochs=many"),
-        ("an unknown hook", f"{TRAIN} custom_hooks.0.type=Absent"),
+        ("a text for a number of epochs", f"{TRAIN} train_cfg.max_epochs=many"),
+        ("nothing that says how long to train", f"{TRAIN} train_cfg=None"),
+        (
+            "an unknown hook",
+            "tools/train.py bad.py",
+            text("bad.py", "_base_ = 'det.py'\ncustom_hooks = [dict(type='Absent')]\n"),
+        ),
         ("an option without a value", f"{TRAIN} model.neck"),
         ("an option below a text", f"{TRAIN} model.neck.type.name=x"),
         ("an index beyond a list", f"{TRAIN} train_dataloader.dataset.pipeline.9.type=Resize"),
@@ -196,19 +206,17 @@ CASES: dict[str, list[tuple]] = {
         ("an unknown launcher", "tools/train.py det.py --launcher horovod"),
         ("a work dir that is a file", "tools/train.py det.py --work-dir photo.png"),
         ("predictions in a format that is not written", "tools/test.py det.py det.pth --out found.json"),
-        ("predictions into a folder that is missing", "tools/test.py det.py det.pth --out absent/found.pkl"),
         ("an option of another toolbox", "tools/test.py det.py det.pth --out found.pkl --out-item metrics"),
         ("an option without what it is about", "tools/test.py cls.py cls.pth --out-item metrics"),
         ("label maps into a file", "tools/test.py seg.py seg.pth --out photo.png"),
         ("a window without a display", "tools/test.py det.py det.pth --show"),
         ("augmentation that cannot be merged", "tools/test.py det.py det.pth --tta"),
         ("pictures into a file", "tools/test.py det.py det.pth --show-dir photo.png"),
-        ("a threshold beyond 1", "tools/infer.py photo.png --config det.py --checkpoint det.pth --out-dir out --score-thr 2"),
-        ("an unknown device", "tools/infer.py photo.png --config det.py --checkpoint det.pth --out-dir out --device tpu9"),
+        ("a threshold beyond 1", f"tools/infer.py photo.png {INFER} --score-thr 2"),
+        ("an unknown device", f"tools/infer.py photo.png {INFER} --device tpu9"),
         ("results into a file", "tools/infer.py photo.png --config det.py --checkpoint det.pth --out-dir photo.png"),
         ("a segmenter to detect with", "tools/infer.py photo.png --config seg.py --checkpoint seg.pth --out-dir out"),
         ("a size of nothing", "tools/browse_model.py det.py --shape 0 64"),
-        ("a size that the model does not take", "tools/browse_model.py seg.py --shape 1 1"),
         ("a file in a folder that is missing", "tools/browse_model.py det.py --json absent/model.json"),
         ("a toolbox that is unknown", "tools/browse_model.py mmdett::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"),
     ],
@@ -222,7 +230,11 @@ CASES: dict[str, list[tuple]] = {
         ("no list of images", OWN, annotations(lambda content: content.pop("images"))),
         ("nothing to measure", OWN, annotations(lambda content: content["annotations"].clear())),
         ("no image", OWN, annotations(lambda content: [content[kind].clear() for kind in ("images", "annotations")])),
-        ("nothing to train on", "tools/train.py own.py --cfg-options train_dataloader.dataset.filter_cfg.filter_empty_gt=True", annotations(lambda content: content["annotations"].clear())),
+        (
+            "nothing to train on",
+            "tools/train.py own.py --cfg-options train_dataloader.dataset.filter_cfg.filter_empty_gt=True",
+            annotations(lambda content: content["annotations"].clear()),
+        ),
         ("an object that is no dictionary", OWN, annotations(lambda content: content["annotations"].insert(0, 7))),
         ("a box that is missing", OWN, first("annotations", bbox=...)),
         ("a box of three numbers", OWN, first("annotations", bbox=[1, 2, 3])),
@@ -248,44 +260,101 @@ CASES: dict[str, list[tuple]] = {
         ("a polygon of seven numbers", OWN, first("annotations", segmentation=[[1, 1, 9, 1, 9, 9, 1]])),
         ("run lengths of another size", OWN, first("annotations", segmentation=dict(size=[9, 30], counts=[200, 70]))),
         ("run lengths that are too short", OWN, first("annotations", segmentation=dict(size=[64, 64], counts=[9, 30]))),
-        ("run lengths that are no integers", OWN, first("annotations", segmentation=dict(size=[64, 64], counts=[9.5, 4086.5]))),
+        (
+            "run lengths that are no integers",
+            OWN,
+            first("annotations", segmentation=dict(size=[64, 64], counts=[9.5, 4086.5])),
+        ),
         ("a training with a mask that is missing", "tools/train.py own.py", first("annotations", segmentation=...)),
     ],
     "Label maps and images": [
         ("no such folder", f"{SEG}absent"),
         ("a label map of another size", f"{SEG}size", label_map("size", size=(32, 64))),
         ("a label map in colours", f"{SEG}colours", label_map("colours", mode="RGB")),
-        ("a label map that is no image", f"{SEG}page", several(label_map("page"), text("page/labels/00.png", "<html>"))),
-        ("a label map that is missing", f"{SEG}gone", several(label_map("gone"), lambda folder: (folder / "gone/labels/00.png").unlink())),
-        ("an image that is missing", f"{SEG}gone", several(label_map("gone"), lambda folder: (folder / "gone/images/00.png").unlink())),
-        ("no image", f"{SEG}none", lambda folder: [(folder / "none" / part).mkdir(parents=True, exist_ok=True) for part in ("images", "labels")]),
-        ("an image of nothing", "tools/test.py det.py det.pth --cfg-options test_dataloader.dataset.data_root=void", several(label_map("void"), text("void/images/00.png", ""))),
-        ("no folder of classes", "tools/test.py cls.py cls.pth --cfg-options test_dataloader.dataset.data_root=absent"),
-        ("a folder without classes", "tools/test.py cls.py cls.pth --cfg-options test_dataloader.dataset.data_prefix=labels"),
-        ("a list of labels that is missing", "tools/test.py cls.py cls.pth --cfg-options test_dataloader.dataset.ann_file=absent.txt"),
-        ("a list of labels that are no numbers", "tools/test.py cls.py cls.pth --cfg-options test_dataloader.dataset.ann_file=bad.txt", text("data/bad.txt", "red/00.png red\n")),
-        ("a list without labels", "tools/test.py cls.py cls.pth --cfg-options test_dataloader.dataset.ann_file=bad.txt", text("data/bad.txt", "red/00.png\n")),
-        ("no such picture", "tools/infer.py absent.png --config det.py --checkpoint det.pth --out-dir out"),
-        ("a picture that is none", "tools/infer.py bad.png --config det.py --checkpoint det.pth --out-dir out", text("bad.png", "<html>")),
-        ("a picture that is cut off", "tools/infer.py bad.png --config det.py --checkpoint det.pth --out-dir out", cut("bad.png", "photo.png")),
-        ("a folder without pictures", "tools/infer.py empty --config det.py --checkpoint det.pth --out-dir out", lambda folder: (folder / "empty").mkdir(exist_ok=True)),
+        (
+            "a label map that is no image",
+            f"{SEG}page",
+            several(label_map("page"), text("page/labels/00.png", "<html>")),
+        ),
+        (
+            "a label map that is missing",
+            f"{SEG}gone",
+            several(label_map("gone"), lambda folder: (folder / "gone/labels/00.png").unlink()),
+        ),
+        (
+            "an image that is missing",
+            f"{SEG}gone",
+            several(label_map("gone"), lambda folder: (folder / "gone/images/00.png").unlink()),
+        ),
+        (
+            "no image",
+            f"{SEG}none",
+            lambda folder: [
+                (folder / "none" / part).mkdir(parents=True, exist_ok=True) for part in ("images", "labels")
+            ],
+        ),
+        (
+            "an image of nothing",
+            "tools/test.py det.py det.pth --cfg-options test_dataloader.dataset.data_root=void",
+            several(label_map("void"), text("void/images/00.png", "")),
+        ),
+        ("no folder of classes", f"{CLS} --cfg-options test_dataloader.dataset.data_root=absent"),
+        ("a folder without classes", f"{CLS} --cfg-options test_dataloader.dataset.data_prefix=labels"),
+        ("a list of labels that is missing", f"{CLS} --cfg-options test_dataloader.dataset.ann_file=absent.txt"),
+        (
+            "a list of labels that are no numbers",
+            f"{CLS} --cfg-options test_dataloader.dataset.ann_file=bad.txt",
+            text("data/bad.txt", "red/00.png red\n"),
+        ),
+        (
+            "a list without labels",
+            f"{CLS} --cfg-options test_dataloader.dataset.ann_file=bad.txt",
+            text("data/bad.txt", "red/00.png\n"),
+        ),
+        ("no such picture", f"tools/infer.py absent.png {INFER}"),
+        (
+            "a folder without pictures",
+            f"tools/infer.py empty {INFER}",
+            lambda folder: (folder / "empty").mkdir(exist_ok=True),
+        ),
     ],
     "Checkpoints": [
         ("no such file", "tools/test.py det.py absent.pth"),
         ("a folder", "tools/test.py det.py data"),
-        ("cut off", "tools/test.py det.py bad.pth", cut("bad.pth", "det.pth")),
-        ("a page", "tools/test.py det.py bad.pth", text("bad.pth", "<html>404</html>")),
-        ("empty", "tools/test.py det.py bad.pth", text("bad.pth", "")),
-        ("a number", "tools/test.py det.py bad.pth", weights("bad.pth", lambda state: 7)),
-        ("another model", "tools/test.py det.py bad.pth", weights("bad.pth", lambda state: dict(state_dict=dict(other=torch.zeros(1))))),
+        ("cut off", BAD, cut("bad.pth", "det.pth")),
+        ("a page", BAD, text("bad.pth", "<html>404</html>")),
+        ("empty", BAD, text("bad.pth", "")),
+        ("a number", BAD, weights("bad.pth", lambda state: 7)),
+        ("another model", BAD, weights("bad.pth", lambda state: dict(state_dict=dict(other=torch.zeros(1))))),
         ("another toolbox's model", "tools/test.py det.py seg.pth"),
-        ("a part that is missing", "tools/test.py det.py bad.pth", weights("bad.pth", lambda state: {name: value for name, value in state.items() if not name.startswith("rpn_head.")})),
-        ("a shape that differs", "tools/test.py det.py bad.pth", weights("bad.pth", lambda state: {**state, "neck.fpn_convs.0.conv.bias": torch.zeros(16)})),
-        ("another model, to detect with", "tools/infer.py photo.png --config det.py --checkpoint seg.pth --out-dir out"),
+        (
+            "a part that is missing",
+            BAD,
+            weights(
+                "bad.pth",
+                lambda state: {name: value for name, value in state.items() if not name.startswith("rpn_head.")},
+            ),
+        ),
+        (
+            "a shape that differs",
+            BAD,
+            weights("bad.pth", lambda state: {**state, "neck.fpn_convs.0.conv.bias": torch.zeros(16)}),
+        ),
+        (
+            "another model, to detect with",
+            "tools/infer.py photo.png --config det.py --checkpoint seg.pth --out-dir out",
+        ),
         ("weights alone, to resume from", "tools/train.py det.py --resume det.pth"),
-        ("a folder of damaged checkpoints, to resume from", "tools/train.py det.py --work-dir damaged --resume", several(lambda folder: (folder / "damaged").mkdir(exist_ok=True), cut("damaged/epoch_1.pth", "det.pth"))),
+        (
+            "a folder of damaged checkpoints, to resume from",
+            "tools/train.py det.py --work-dir damaged --resume",
+            several(lambda folder: (folder / "damaged").mkdir(exist_ok=True), cut("damaged/epoch_1.pth", "det.pth")),
+        ),
         ("a checkpoint to start from that is missing", f"{TRAIN} load_from=absent.pth"),
-        ("a backbone to start from that is missing", f"{TRAIN} model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=absent.pth"),
+        (
+            "a backbone to start from that is missing",
+            f"{TRAIN} model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=absent.pth",
+        ),
         ("no backbone", "tools/convert_backbone.py seg.pth new.pth --to mmdet"),
         ("no such backbone", "tools/convert_backbone.py absent.pth new.pth --to mmdet"),
         ("itself", "tools/convert_backbone.py cls.pth cls.pth --to mmdet --stock"),
@@ -299,13 +368,20 @@ CASES: dict[str, list[tuple]] = {
         ("no such folder", "tools/prepare_data.py coco absent"),
         ("an unknown dataset", "tools/prepare_data.py voc ."),
         ("a file to lay out in", "tools/prepare_data.py coco . --out photo.png"),
-        ("a point outside", "tools/visualize_reassembly.py photo.png --config det.py --checkpoint det.pth --out out --points 64,9"),
-        ("a point that is none", "tools/visualize_reassembly.py photo.png --config det.py --checkpoint det.pth --out out --points 9"),
-        ("a model without CARAFE++", "tools/visualize_reassembly.py photo.png --config seg.py --checkpoint seg.pth --out out --points 9,9"),
-        ("an unknown module", "tools/visualize_reassembly.py photo.png --config det.py --checkpoint det.pth --out out --points 9,9 --modules neck.up"),
-        ("no inpainting model", "tools/inpaint.py photo.png photo.png --config det.py --checkpoint det.pth --out new.png"),
-        ("a mask of another size", "tools/inpaint.py photo.png mask.png --config det.py --checkpoint det.pth --out new.png", picture("mask.png", (32, 32), value=255)),
-        ("a format that is not written", "tools/inpaint.py photo.png photo.png --config det.py --checkpoint det.pth --out new.gif"),
+        ("a point outside", f"tools/visualize_reassembly.py photo.png {POINTS} 64,9"),
+        ("a point that is none", f"tools/visualize_reassembly.py photo.png {POINTS} 9"),
+        (
+            "a model without CARAFE++",
+            "tools/visualize_reassembly.py photo.png --config seg.py --checkpoint seg.pth --out out --points 9,9",
+        ),
+        ("an unknown module", f"tools/visualize_reassembly.py photo.png {POINTS} 9,9 --modules neck.up"),
+        ("no inpainting model", f"tools/inpaint.py photo.png photo.png {FILL} new.png"),
+        (
+            "a mask of another size",
+            f"tools/inpaint.py photo.png mask.png {FILL} new.png",
+            picture("mask.png", (32, 32), value=255),
+        ),
+        ("a format that is not written", f"tools/inpaint.py photo.png photo.png {FILL} new.gif"),
         ("a shape of two numbers", "-m benchmarks.op --shapes 256x50"),
         ("a kernel of an even size", "-m benchmarks.op --kernel-size 4"),
         ("a format that is not drawn", "-m benchmarks.op --plot plot.txt"),
@@ -320,33 +396,10 @@ CASES: dict[str, list[tuple]] = {
         ("scenes into a file", "-m studies.demo.generate_scenes --out photo.png"),
         ("no iterations", "-m studies.demo.detection --iterations 0"),
     ],
-}  # fmt: skip
+}
 
 
 def cases() -> Iterator[BadInput]:
     for group in CASES.values():
         for what, command, *prepare in group:
             yield BadInput(what, command, *prepare)
-
-
-if __name__ == "__main__":
-    import sys
-    from tempfile import TemporaryDirectory
-
-    from carafe_plugin.openmmlab import mmcv_ops
-
-    mmcv_ops.install()
-
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
-    with TemporaryDirectory() as place:
-        write_playground(Path(place))
-        for case in cases():
-            if len(sys.argv) > 1 and sys.argv[1] not in f"{case.what} {case.command}":
-                continue
-            try:
-                code, output = run_case(case, Path(place))
-            except Exception as error:
-                code, output = 1, f"{type(error).__name__}: {error}"
-            lines = [line for line in output.splitlines() if "error:" in line]
-            good = code == 2 and len(lines) == 1
-            print("ok " if good else f"BAD {code}", case.what, "|", case.command, "|", lines[0] if good else output[-600:])
