@@ -214,7 +214,7 @@ def _check_mask(annotation: Mapping[str, Any], image: Mapping[str, Any], trainin
     cover too little of the image, the rest is whatever the memory holds.
     """
     mask = annotation.get("segmentation")
-    sound, expected = False, "polygons or run lengths"
+    sound, expected = False, "polygons of at least three points, or run lengths"
     if isinstance(mask, list) and mask:
         used = [polygon for polygon in mask if _are_pixels(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0]
         sound = len(used) == len(mask) or (training and all(map(_are_pixels, mask)))  # mmdet leaves them out

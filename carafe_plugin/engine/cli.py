@@ -52,10 +52,10 @@ def _in_a_line(error: Exception, args: argparse.Namespace) -> str | None:
         return str(error)
     if isinstance(error, ImportError) and error.name == mmcv_ops.EXTENSION:
         return ""  # mmcv_ops has said it
-    if fault := construction_fault(error):
-        return f"configuration {getattr(args, 'config', '')}: cannot build {fault}"
     if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
         return f"cannot use {Path(error.filename).absolute()}: {error.strerror}"
+    if fault := construction_fault(error):
+        return f"configuration {getattr(args, 'config', '')}: cannot build {fault}"
     return None
 
 

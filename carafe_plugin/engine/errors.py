@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from carafe_plugin.images import shorten
 
@@ -57,15 +58,24 @@ def construction_fault(error: BaseException) -> str | None:
         return None
     place, last = built[-1], frames[-1].f_globals.get("__name__", "")
     known = frames[place].f_locals
-    kind, settings = known.get("obj_type"), known.get("args") or known.get("cfg")
+    settings = known["args"] if "args" in known else known.get("cfg")
     if isinstance(settings, Mapping):
-        plain = [f"{key}={value!r}" for key, value in settings.items() if isinstance(value, (str, int, float))]
-        what = f"{getattr(kind, '__name__', kind or '')}({shorten(plain) if plain else ''})"
+        kind = known.get("obj_type") or settings.get("type") or "?"
+        plain = [f"{key}={_brief(value)}" for key, value in settings.items() if key != "type" and _brief(value)]
+        what = f"{getattr(kind, '__name__', kind)}({shorten(plain) if plain else ''})"
     else:
         what = frames[place].f_code.co_name.removeprefix("build_").replace("__init__", "the run")
-    reason = str(error.args[0]) if error.args else type(error).__name__
+    reason = error.args[0] if error.args and isinstance(error.args[0], str) else str(error) or type(error).__name__
+    reason = f"{reason.partition(' Please check whether')[0]:.500}"  # MMEngine goes on, and may show whole settings
     foreign = place < len(frames) - 1 and not last.startswith("carafe_plugin.")
-    return f"{what}: {reason.partition(' Please check whether')[0]}" + (f" (raised in {last})" if foreign else "")
+    return f"{what}: {reason}" + (f" (raised in {last})" if foreign else "")
+
+
+def _brief(value: Any) -> str:
+    """A setting that is a number, a text or a type; of others, nothing."""
+    if isinstance(value, Mapping):
+        return str(value.get("type", ""))
+    return repr(value) if isinstance(value, (str, int, float)) else ""
 
 
 def _is_building(frame: FrameType) -> bool:

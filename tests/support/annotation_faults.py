@@ -131,8 +131,8 @@ ODD = (
 HARMLESS, ANYTHING = "harmless", ""
 #: What else a line about a key may speak of.
 ALSO = dict(
-    counts="segmentation", size="segmentation", name="categories", file_name="images of", width="width", id="twice",
-    images="image", image_id="segmentation", annotations="annotation", categories="categor",
+    counts=["segmentation"], size=["segmentation"], image_id=["segmentation"], name=["categories"], id=["twice"],
+    file_name=["images of", "its file"], images=["image"], annotations=["annotation"], categories=["categor"],
 )  # fmt: skip
 KEYS = (
     "id",
@@ -463,7 +463,7 @@ class Campaign:
             outcome = "WRONG" if details else "right"
         except UsageError as error:
             details = " ".join(str(error).split())  # as a command prints it
-            named = str(path) in details and (key in details or ALSO.get(key, key) in details)
+            named = str(path) in details and any(word in details for word in [key, *ALSO.get(key, [])])
             outcome = "refused" if named and len(details) < 900 and key != HARMLESS else "WRONG"
         except Exception as error:
             outcome, details = "WRONG", "".join(traceback.format_exception(error)[-3:])

@@ -24,8 +24,7 @@ Line = tuple[str, BadInput, str]
 
 
 def run_all(folder: Path) -> list[Line]:
-    """Every bad input's group, the case and its line; an AssertionError for another exit code than 2."""
-    write_playground(folder)
+    """Every bad input of the playground `folder`: its group, the case, its line. Other exit codes than 2 fail."""
     lines = []
     for group, entries in CASES.items():
         for entry in entries:
@@ -43,7 +42,9 @@ def page(old: str, lines: Iterable[Line]) -> str:
 
 
 def _fill(text: str, name: str, content: str) -> str:
-    return re.sub(f"(<!-- {name}.*?-->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+    return re.sub(
+        f"(<!-- {name}.*?-->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL
+    )
 
 
 def figures() -> str:
@@ -65,7 +66,8 @@ def bad_inputs(lines: Iterable[Line]) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|")
+    marks = "``" if "`" in text else "`"
+    return f"{marks}{text}{marks}".replace("|", "\\|")
 
 
 if __name__ == "__main__":
@@ -75,4 +77,5 @@ if __name__ == "__main__":
 
     mmcv_ops.install()
     with TemporaryDirectory() as folder:
+        write_playground(Path(folder))
         PAGE.write_text(page(PAGE.read_text(), run_all(Path(folder))))
