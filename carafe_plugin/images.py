@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -80,13 +81,18 @@ _ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values
 
 
 def read_header(path: str | Path, turned: bool = True) -> tuple[tuple[int, int], str, str | None]:
-    """The (height, width) of an image, Pillow's mode and its format, without decoding it; ``turned`` as its EXIF data
-    say the camera was held. Raises OSError or Pillow's DecompressionBombError where it is missing or unknown.
+    """The (height, width) of an image, Pillow's mode and its format, without decoding it; ``turned`` where OpenCV turns
+    it as its EXIF data say the camera was held. Raises OSError or Pillow's DecompressionBombError where it is missing
+    or unknown.
     """
     with Image.open(path) as image:
-        width, height = image.size
-        swapped = turned and image.getexif().get(_ORIENTATION) in _TRANSPOSED
-        return (width, height) if swapped else (height, width), image.mode, image.format
+        size = image.height, image.width
+        if turned and image.getexif().get(_ORIENTATION) in _TRANSPOSED:
+            pixels = cv2.imread(str(path))  # whether it turns depends on the format: not WebP and AVIF
+            if pixels is None:
+                raise OSError(f"OpenCV cannot read {path}")
+            size = pixels.shape[:2]
+        return size, image.mode, image.format
 
 
 def shorten(names: Iterable[object], most: int = 10) -> str:

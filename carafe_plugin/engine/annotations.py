@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from carafe_plugin.engine.config import type_name
+from carafe_plugin.engine.config import pipeline_steps, type_name
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import file_faults, read_header, sample, shorten
 
@@ -277,7 +277,7 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
             raise UsageError(f"no such annotation file of the evaluator: {other}")
     masks = any("segm" in (metric.get("metric") or ()) for metric in metrics)
     if training:
-        masks = any(isinstance(step, Mapping) and step.get("with_mask") for step in dataset.get("pipeline") or ())
+        masks = any(step.get("with_mask") for step in pipeline_steps(dataset.get("pipeline")))
 
     content = read_coco(path)
     check_coco(content, path, classes, measured=path in others, masks=masks, training=training)
@@ -320,7 +320,7 @@ def _check_sizes(images: Sequence[Mapping[str, Any]], folder: Path, path: Path, 
         except (OSError, Image.DecompressionBombError):  # of a format that another reader may know
             continue
         if found != (image["height"], image["width"]):
-            manner = "as its EXIF data turn it" if turned else "as it is stored"
+            manner = "turned as its EXIF data say" if turned else "as it is stored"
             raise UsageError(
                 f"{path}: image {image['id']} is {_size(image)}, and its file {folder / image['file_name']}, {manner}, "
                 f"{found[0]} x {found[1]}"
@@ -332,8 +332,8 @@ def is_turned(dataset: Mapping[str, Any]) -> bool:
     """Whether a dataset's pipeline loads images as their EXIF data say that the camera was held, as it does unless
     told otherwise.
     """
-    for step in dataset.get("pipeline") or ():
-        if isinstance(step, Mapping) and "LoadImage" in type_name(step):
+    for step in pipeline_steps(dataset.get("pipeline")):
+        if "LoadImage" in type_name(step):
             colours, backend = step.get("color_type", "color"), step.get("imdecode_backend", "cv2")
             return not (colours == "unchanged" or "ignore" in colours or backend in ("turbojpeg", "tifffile"))
     return True

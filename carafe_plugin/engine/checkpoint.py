@@ -143,7 +143,8 @@ def _why_unreadable(file: Path, error: Exception) -> str:
         return f"(it holds objects of a module that is not installed, not weights alone): {reason}"
     remedy = f"{_TRUST}=1 in the environment loads it, and runs what it says: only where you trust who made it"
     if named := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"(it holds {named[1]}, and may run code: weights and plain types alone are loaded); {remedy}"
+        whole = "of a whole model, save model.state_dict() in the project that it is from"
+        return f"(it holds {named[1]}, and may run code: weights and plain types alone are loaded); {whole}; {remedy}"
     if isinstance(error, pickle.UnpicklingError) and ("Can only" in reason or zipfile.is_zipfile(file)):
         return f"(it holds more than weights and plain types); {remedy}"
     return f"({file.stat().st_size} bytes; truncated or damaged): {reason}"

@@ -21,29 +21,35 @@ from carafe_plugin.engine.config import dataset_configs
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import sample, shorten
 
-#: Classes of mmdet and mmseg whose outputs are not the dataset's classes: stuff of another dataset, boundaries, depth,
-#: people to be recognised again.
-_OTHER_OUTPUTS = {"FusedSemanticHead", "STDCHead", "VPDDepthHead", "LinearReIDHead", "ReIDDataPreprocessor"}
+#: Parts of mmdet's and mmseg's models whose outputs are not the dataset's classes: region proposals, stuff of another
+#: dataset, boundaries, depth, people to be followed and recognised again.
+_OTHER_OUTPUTS = {"RPN", "FusedSemanticHead", "STDCHead", "VPDDepthHead", "DeepSORT", "LinearReIDHead"}
 
 
-def config_classes(cfg: Config, split: str) -> Sequence[str] | None:
-    """The classes of the first dataset of a split ('train', 'val', 'test'), without reading its files; None where the
-    configuration does not say them.
+def config_meta(cfg: Config, split: str) -> dict[str, Any]:
+    """The ``metainfo`` (``classes`` and more) of the first dataset of a split ('train', 'val', 'test'), without reading
+    its files; nothing where the configuration does not say it.
     """
     for dataset in dataset_configs((cfg.get(f"{split}_dataloader") or {}).get("dataset")):
         with suppress(Exception):  # whoever builds it in earnest says what is wrong with it
-            return DATASETS.build({**dataset, "lazy_init": True, "pipeline": []}).metainfo.get("classes")
-    return None
+            return DATASETS.build({**dataset, "lazy_init": True, "pipeline": []}).metainfo
+    return {}
 
 
-def checkpoint_classes(checkpoint: Mapping[str, Any]) -> Sequence[str] | None:
-    """The classes that a checkpoint records, as the toolboxes write them today or wrote them before 2022."""
+def checkpoint_meta(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records of its training's dataset (``classes`` and more), as the toolboxes write it today or
+    wrote it before 2022; nothing where it records no classes.
+
+    Example:
+        >>> checkpoint_meta(dict(meta=dict(CLASSES=("cat", "dog"))))
+        {'classes': ('cat', 'dog')}
+    """
     meta = checkpoint.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     known = meta.get("dataset_meta")
-    known = known if isinstance(known, Mapping) else {}
-    classes = known.get("classes") or known.get("CLASSES") or meta.get("CLASSES")
-    return classes if isinstance(classes, (list, tuple)) else None
+    known = known if isinstance(known, Mapping) else {key: meta[key] for key in ("CLASSES", "PALETTE") if key in meta}
+    known = {str(key).lower(): value for key, value in known.items()}
+    return known if isinstance(known.get("classes"), (list, tuple)) else {}
 
 
 def compare_classes(first: tuple[str, Any], second: tuple[str, Any]) -> tuple[str, bool] | None:
@@ -93,13 +99,19 @@ def head_fault(model: nn.Module, source: str, meta: Mapping[str, Any]) -> str | 
 def _heads(model: nn.Module) -> list[tuple[str, Any]]:
     """The parts that have an output for each class, before the model that is made of them."""
     parts = sorted(model.named_modules(), key=lambda named: named[0] == "")
-    return [(name, part) for name, part in parts if getattr(part, "num_classes", None) and not _is_exempt(name, part)]
+    others = [name for name, part in parts if _OTHER_OUTPUTS & {kind.__name__ for kind in type(part).__mro__}]
+    return [
+        (name, part)
+        for name, part in parts
+        if not _is_exempt(name, part) and not any(f"{name}.".startswith(f"{other}.") or not other for other in others)
+    ]
 
 
 def _is_exempt(name: str, part: Any) -> bool:
-    if type(part.num_classes) is not int or part.num_classes < 1:  # a backbone without its classifier
+    number = getattr(part, "num_classes", None)
+    if type(number) is not int or number < 1:  # a backbone without its classifier has -1
         return True
-    if "rpn_head" in name.split(".") or _OTHER_OUTPUTS & {kind.__name__ for kind in type(part).__mro__}:
+    if "rpn_head" in name.split("."):  # of whatever type
         return True
     if getattr(part, "class_agnostic", False):
         return True

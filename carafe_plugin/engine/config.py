@@ -169,6 +169,14 @@ def dataset_configs(dataset: Any) -> Iterator[Any]:
         yield from dataset_configs(part)
 
 
+def pipeline_steps(pipeline: Any) -> Iterator[Mapping[str, Any]]:
+    """The configurations of a pipeline's transforms, and of those inside others (``TestTimeAug``, ``RandomChoice``)."""
+    for step in pipeline if isinstance(pipeline, (list, tuple)) else ():
+        if isinstance(step, Mapping):
+            yield step
+        yield from pipeline_steps(step.get("transforms") if isinstance(step, Mapping) else step)
+
+
 def type_name(settings: Mapping[str, Any]) -> str:
     """The name of the class in a configuration's ``type``, without a module or scope before it."""
     kind = settings.get("type")

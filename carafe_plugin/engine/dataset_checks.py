@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
 from carafe_plugin.engine.annotations import check_annotations, is_turned, unread_dataset
-from carafe_plugin.engine.config import dataset_configs, require_settings, toolbox, type_name
+from carafe_plugin.engine.config import dataset_configs, pipeline_steps, require_settings, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.engine.processes import process_rank
 from carafe_plugin.images import decode, file_faults, list_images, read_header, sample, shorten
@@ -94,13 +94,13 @@ def check_not_empty(runner: Runner, *splits: str) -> None:
 
 def ignored_labels(cfg: Config, split: str) -> set[int]:
     """The labels that all heads of an mmseg model leave out of their losses ('train'), or all metrics out of theirs
-    ('val', 'test'); every label, where no metric reads them.
+    ('val', 'test'); every label, where no metric reads them, and 255, where the heads are elsewhere.
     """
     model, evaluators = cfg.get("model") or {}, cfg.get(f"{split}_evaluator")
     parts = [model.get("decode_head"), model.get("auxiliary_head")] if split == "train" else [evaluators]
     listed = [part for entry in parts for part in (entry if isinstance(entry, (list, tuple)) else [entry])]
     readers = [part for part in listed if isinstance(part, Mapping) and not part.get("format_only")]
-    labels: set[int] = set(range(256))
+    labels = set(range(256)) if readers or split != "train" else {255}
     for part in readers:
         ignored = part.get("ignore_index", 255)
         labels &= {255 if ignored is None else ignored}
@@ -128,19 +128,24 @@ def label_map_fault(dataset: Mapping[str, Any], ignored: Collection[int] = (255,
     names, ann_file = None, Path(built.ann_file or "")
     if ann_file.is_file():
         names = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
-    steps = [step for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
+    steps = list(pipeline_steps(dataset.get("pipeline")))
     usual = any(type_name(step) == "LoadAnnotations" for step in steps)
     suffixes = built.img_suffix, built.seg_map_suffix
     if fault := next(pair_faults(images, maps, suffixes, names, _ONE_BAND if usual else (), is_turned(dataset)), None):
         return fault
     kinds: list[Any] = [TRANSFORMS.get(kind) if isinstance(kind := step.get("type"), str) else kind for step in steps]
-    known = all(getattr(kind, "__module__", "").partition(".")[0] in ("mmcv", "mmseg") for kind in kinds)
-    loaders = [step for step, kind in zip(steps, kinds, strict=True) if known and issubclass(kind, LoadAnnotations)]
-    if not (loaders and built.metainfo.get("classes")):  # transforms of the user's own may make other labels
+    loaders = [i for i, kind in enumerate(kinds) if isinstance(kind, type) and issubclass(kind, LoadAnnotations)]
+    if not loaders or not built.metainfo.get("classes"):
+        return None
+    # Of the unknown, those of Albumentations keep labels, and others end the run as it is built.
+    later = [kind for kind in kinds[loaders[0] + 1 :] if kind]
+    if own := [kind.__name__ for kind in later if kind.__module__.partition(".")[0] not in ("mmcv", "mmseg")]:
+        print(f"did not look at the labels in {maps}: {shorten(own)} may make others of them")
         return None
     if names is None:
         names = [name.removesuffix(suffixes[0]) for name in list_images(images, suffixes[0])]
-    return _content_fault([maps / (name + suffixes[1]) for name in names], built, TRANSFORMS.build(loaders[0]), ignored)
+    files = [maps / (name + suffixes[1]) for name in names]
+    return _content_fault(files, built, TRANSFORMS.build(steps[loaders[0]]), ignored)
 
 
 def _content_fault(files: Sequence[Path], dataset: Any, load: Any, ignored: Collection[int]) -> str | None:
@@ -150,7 +155,7 @@ def _content_fault(files: Sequence[Path], dataset: Any, load: Any, ignored: Coll
     for path in sample(files):
         looked_at += 1
         try:
-            _, mode, _ = read_header(path)
+            _, mode, _ = read_header(path, turned=False)
             stored = np.asarray(decode(path)) if mode not in ("1", "L", "P") else np.zeros(1)
             if stored.min() < 0 or stored.max() > 255 or (stored % 1).any():
                 return f"annotation {path} holds labels from {stored.min()} to {stored.max()}; mmseg keeps 8 bits"
@@ -171,7 +176,8 @@ def _content_fault(files: Sequence[Path], dataset: Any, load: Any, ignored: Coll
             )
         seen |= held
     absent = [name for label, name in enumerate(classes) if not seen[label]]
-    if len(classes) == 2 and seen[0] and absent and any(seen[label] for label in ignored if label > 1):
+    as_stored = not dataset.reduce_zero_label and not dataset.label_map
+    if len(classes) == 2 and as_stored and seen[0] and absent and any(seen[label] for label in ignored if label > 1):
         return (
             f"the {looked_at} annotations that were looked at ({files[0]}, ...) hold 0 and the ignored "
             f"{shorten(sorted(ignored))} alone: the class {classes[1]} must have the label 1"

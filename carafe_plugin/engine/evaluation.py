@@ -14,7 +14,7 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from carafe_plugin.engine.checkpoint import find_mismatch
-from carafe_plugin.engine.classes import checkpoint_classes, compare_classes, config_classes
+from carafe_plugin.engine.classes import checkpoint_meta, compare_classes, config_meta
 from carafe_plugin.engine.config import dataset_configs, toolbox
 from carafe_plugin.engine.errors import CheckpointError, UsageError
 
@@ -140,7 +140,7 @@ class CheckWeightsHook(Hook):
         elif mismatch:
             hint = "; --allow-mismatch tests it all the same" if "holds no param" not in mismatch else ""
             raise CheckpointError(f"checkpoint {self.path} {mismatch}{hint}")
-        classes = checkpoint_classes(checkpoint) or config_classes(runner.cfg, "train")
+        classes = (checkpoint_meta(checkpoint) or config_meta(runner.cfg, "train")).get("classes")
         tested = getattr(runner.test_dataloader.dataset, "metainfo", {}).get("classes")
         if difference := compare_classes((f"checkpoint {self.path}", classes), ("the test's dataset", tested)):
             message, reordered = difference

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.bare_models import build_model
 from carafe_plugin.engine.checkpoint import check_checkpoint_exists, find_mismatch, use_safe_loading
-from carafe_plugin.engine.classes import checkpoint_classes, compare_classes, config_classes, head_fault
+from carafe_plugin.engine.classes import checkpoint_meta, compare_classes, config_meta, head_fault
 from carafe_plugin.engine.config import dataset_configs, import_adapters, toolbox, type_name
 from carafe_plugin.engine.errors import UsageError, reading_named_files
 from carafe_plugin.images import IMAGE_ENDINGS, read_upright
@@ -99,12 +99,14 @@ def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = Fal
         warnings.simplefilter("ignore")  # of COCO's classes, which it takes without a checkpoint
         detector = init_detector(cfg, None, device=device)
     # MMDetection warns where weights are missing, and detects with random ones.
-    recorded, configured = checkpoint_classes(load_weights(detector, checkpoint)), config_classes(cfg, "test")
-    detector.dataset_meta["classes"] = classes = recorded or configured or detector.dataset_meta["classes"]
+    recorded, configured = checkpoint_meta(load_weights(detector, checkpoint)), config_meta(cfg, "test")
+    detector.dataset_meta = {**(recorded or configured), "palette": detector.dataset_meta["palette"]}
+    if not detector.dataset_meta.get("classes"):
+        raise UsageError(f"neither checkpoint {checkpoint} nor test_dataloader of {cfg.filename} names the classes")
     source = f"checkpoint {checkpoint}" if recorded else f"configuration {cfg.filename}"
-    if fault := head_fault(detector, source, dict(classes=classes)):
+    if fault := head_fault(detector, source, detector.dataset_meta):
         raise UsageError(fault)
-    if difference := compare_classes((source, recorded), (str(cfg.filename), configured)):
+    if difference := compare_classes((source, recorded.get("classes")), (str(cfg.filename), configured.get("classes"))):
         print(f"warning: {difference[0]}; the checkpoint's are written", file=sys.stderr)
     return detector
 

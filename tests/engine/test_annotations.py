@@ -244,9 +244,9 @@ def test_sizes_are_those_of_the_files(training, tmp_path, capsys, monkeypatch):
     check((20, 30), orientation=6)
     check((30, 20), orientation=6, color_type="color_ignore_orientation")
     for arguments, found in (
-        (((20, 30),), "as its EXIF data turn it, 30 x 20"),
-        (((30, 20), 6), "as its EXIF data turn it, 30 x 20"),
-        (((60, 40),), "as its EXIF data turn it, 40 x 60"),
+        (((20, 30),), "turned as its EXIF data say, 30 x 20"),
+        (((30, 20), 6), "turned as its EXIF data say, 30 x 20"),
+        (((60, 40),), "turned as its EXIF data say, 40 x 60"),
     ):
         with pytest.raises(
             UsageError, match=rf"a.json: image 0 is 20 x 30 \(height x width\), and its file .*, {found}"

@@ -190,6 +190,27 @@ def test_labels_are_classes_or_ignored(tmp_path: Path, capsys: pytest.CaptureFix
     assert judge(tmp_path, [[0, 1]], [[3, 200]], ignored=tuple(range(256))) == "", "nobody reads them"
 
 
+def test_loaders_inside_other_transforms(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As in a test with augmentation, and beside transforms of the user's own, which may make other labels."""
+    inside = [LOAD[0], dict(type="TestTimeAug", transforms=[[dict(type="Resize", scale=(8, 8))], [LOAD[1]]])]
+    assert judge(tmp_path, [[0, 3]], pipeline=inside).startswith("annotation maps/0.png holds the labels 3, which are")
+    assert judge(tmp_path, palette_of_three().convert("RGB"), pipeline=inside).endswith("got RGB")
+
+    class Merge:
+        """Makes class 2 of class 3."""
+
+    capsys.readouterr()
+    assert judge(tmp_path, [[0, 3]], pipeline=[*LOAD, dict(type=Merge)]) == ""
+    assert f"did not look at the labels in {tmp_path}/maps: Merge may make others of them" in capsys.readouterr().out
+    assert "holds the labels 3, " in judge(tmp_path, [[0, 3]], pipeline=[dict(type=Merge), *LOAD])
+
+
+def palette_of_three() -> Image.Image:
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
+    palette.putpalette([0, 0, 0, 220, 40, 40, 40, 40, 220])
+    return palette
+
+
 def test_labels_as_mmseg_changes_them(tmp_path: Path) -> None:
     assert judge(tmp_path, [[0, 1]], [[2, 3]], reduce_zero_label=True) == ""
     fault = judge(tmp_path, [[0, 1]], [[2, 4]], reduce_zero_label=True)
@@ -207,11 +228,11 @@ def test_masks_in_black_and_white(tmp_path: Path) -> None:
     assert fault.endswith("hold 0 and the ignored 255 alone: the class road must have the label 1")
     assert judge(tmp_path, [[0, 255]], [[0, 1]], metainfo=two) == ""
     assert judge(tmp_path, [[0, 0]], [[0, 0]], metainfo=two) == "", "there may be no road"
+    assert judge(tmp_path, [[0, 1]], [[1, 1]], metainfo=two, reduce_zero_label=True) == "", "nor here"
 
 
 def test_forms_that_are_not_one_label_per_pixel(tmp_path: Path) -> None:
-    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
-    palette.putpalette([0, 0, 0, 220, 40, 40, 40, 40, 220])
+    palette = palette_of_three()
     assert judge(tmp_path, palette) == "", "mmseg reads its numbers"
     by_opencv = [LOAD[0], dict(LOAD[1], imdecode_backend="cv2")]
     fault = judge(tmp_path, palette, pipeline=by_opencv)
@@ -262,6 +283,7 @@ def test_labels_that_nobody_reads() -> None:
     assert ignored_labels(cfg, "train") == set(), "one head reads 255, the others 254"
     assert ignored_labels(cfg, "val") == {0}
     assert ignored_labels(cfg, "test") == set(range(256))
+    assert ignored_labels(Config(dict(model=dict(type="Distiller"))), "train") == {255}
     assert ignored_labels(Config(dict(model=dict(decode_head=dict(ignore_index=None)))), "train") == {255}
 
 

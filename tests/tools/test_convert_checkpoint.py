@@ -404,7 +404,9 @@ def test_tool_overwrites_on_request_alone(
     assert "state_dict" in torch.load(there)
 
 
-def test_tool_mistakes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_tool_mistakes(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pack, out = tmp_path / "pack.pth", tmp_path / "out.pth"
     torch.save(dict(state_dict={f"up.{k}": v for k, v in CARAFEUpsample(C).state_dict().items()}), pack)
     other = tmp_path / "other.pth"
@@ -425,12 +427,15 @@ def test_tool_mistakes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
         (checkpoint, ["--to", "comp-enc"], "made from the layout mmcv alone: convert --to mmcv first"),
         (pack, ["--to", "conv-bn", "--act", "silu"], "up is MMCV's, without an activation after its compressor"),
         (other, ["--to", "mmcv"], "keys that matched none: backbone, neck"),
-        (whole, ["--to", "mmcv"], "holds a whole model (Linear), not its weights"),
+        (whole, ["--to", "mmcv"], "(it holds torch.nn.modules.linear.Linear, and may run code: "),
         (tmp_path / "absent.pth", ["--to", "mmcv"], f"no such checkpoint: {tmp_path}/absent.pth"),
     ):
         assert call_tool("convert_checkpoint", source, out, *options) == 2, message
         assert message in one_line(capsys)
     assert not out.exists()
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    assert call_tool("convert_checkpoint", whole, out, "--to", "mmcv") == 2
+    assert "holds a whole model (Linear), not its weights: in the project that it is from, save" in one_line(capsys)
     assert call_tool("convert_checkpoint", pack, pack, "--to", "comp-enc", "--force") == 2
     assert "DST must be another file than SRC" in one_line(capsys)
     assert call_tool("convert_checkpoint", pack, tmp_path, "--to", "comp-enc") == 2
