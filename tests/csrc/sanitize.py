@@ -74,8 +74,12 @@ def link(kind: str, objects: Sequence[Path], library: Path) -> Path:
 
 def fuzz(kind: str, library: Path, path: str, calls: int, faults: int) -> subprocess.CompletedProcess:
     """Random calls by that library on an instruction set."""
-    runtime = subprocess.run([CXX, f"-print-file-name={BUILDS[kind][1]}"], capture_output=True, text=True, check=True)
-    variables = dict(LD_PRELOAD=runtime.stdout.strip(), CARAFE_LIBRARY=str(library), CARAFE_CPU_PATH=path)
+    # The C++ library too, or the sanitizer's own does not find what it stands in for where an exception is thrown.
+    runtimes = [
+        subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in (BUILDS[kind][1], "libstdc++.so.6")
+    ]
+    variables = dict(LD_PRELOAD=" ".join(runtimes), CARAFE_LIBRARY=str(library), CARAFE_CPU_PATH=path)
     if kind == "thread":
         variables["OMP_THREAD_LIMIT"] = "1"  # torch's own operators
     script = ROOT / "tests" / "ops" / "fuzz_operators.py"
@@ -98,7 +102,7 @@ def main() -> int:
         print(f"{time.monotonic() - started:5.0f} s  {'passed' if passed else 'FAILED'}  {name}", flush=True)
         if not passed:
             failed.append(name)
-            print(result.stdout[-2000:], result.stderr[-6000:], sep="\n", flush=True)
+            print(result.stdout[-2000:], result.stderr[:4000], result.stderr[-1000:], sep="\n", flush=True)
 
     pool, jobs = ThreadPoolExecutor(2), []
     sources = [ROOT / "csrc" / f"{name}.cpp" for name in SOURCES]

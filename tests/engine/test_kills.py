@@ -156,6 +156,21 @@ def test_nothing_is_lost(form, tmp_path, uninterrupted, campaign):
         check_same(form, training, whole)
 
 
+@pytest.mark.parametrize("point", ["naming the best", "deleting the best"])
+def test_a_kill_beside_the_best_leaves_one_best(point, tmp_path):
+    """The new one was written, the state that tells of it, or the deletion of the old one, was not."""
+    training = Training("as the tools have it", tmp_path / "training")
+    process = training.start(kill_at=point)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, training.log.read_text()[-3000:]
+    assert sorted(training.bests()) == ["best_toy_error_epoch_2.pth", "best_toy_error_epoch_3.pth"]
+    training.options.append("train_cfg.max_epochs=3")  # nothing more to train
+    training.finish()
+    assert sorted(training.bests()) == ["best_toy_error_epoch_3.pth"]
+    left = read_checkpoint(training.place.newest())["message_hub"]["runtime_info"]
+    assert Path(left["best_ckpt"]).name == "best_toy_error_epoch_3.pth"
+
+
 def check_resumed(log: str, done: int) -> None:
     """A process that got as far as that began where the one before it ended, never from the start."""
     said = re.findall(r"resumed epoch: \d+, iter: (\d+)", log)

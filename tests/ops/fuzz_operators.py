@@ -138,6 +138,12 @@ def by_operators(case: dict[str, Any], features: Tensor, kernels: Tensor) -> Ten
     return reassemble_logits(features, kernels, case["k"], case["g"], up, down, case["normalizer"])
 
 
+def in_one_pass(case: dict[str, Any]) -> bool:
+    """Whether logits become weights within the operator, in the dtype of its sums, as in fused.py."""
+    up, down = scale_ratio(case["scale"])
+    return min(up, down) == 1 and max(up, down) <= 64
+
+
 def by_definition(case: dict[str, Any], features: Tensor, kernels: Tensor) -> Tensor:
     args = (case["k"], case["g"], *scale_ratio(case["scale"]))
     if case["normalizer"] != "none":
@@ -212,12 +218,15 @@ def check_values(case: dict[str, Any], name: str, got: Tensor, exact: Tensor, si
     # of a weight that is not zero is at least -750 in float64, -110 in float32, and its rounding is relative to that.
     terms = (case["k"] * -(-up // down)) ** 2 + case["k"] ** 2 + case["channels"] // case["g"] + 50
     terms += 0 if case["normalizer"] == "none" else 750 if dtype == torch.float64 else 110
-    intermediate = "''" in name or case["normalizer"] != "none"  # several results of the dtype behind one another
+    # Several results of the dtype behind one another.
+    intermediate = "''" in name or (case["normalizer"] != "none" and not in_one_pass(case))
     bound = (2 * terms * sums.eps + (32 if intermediate else 1) * own.eps) * size
-    # What is smaller than any normal number is lost; of an intermediate result too, with what it is multiplied by.
+    # What is smaller than any normal number is lost; of an intermediate result too, with what it is multiplied by, and
+    # the smallest weight is e^-87 in float32 (cpu/normalize.h).
     floor = own.smallest_normal * own.eps + terms * sums.smallest_normal * sums.eps
-    if intermediate:
-        floor += terms * (own.smallest_normal * own.eps + sums.smallest_normal) * (1 + largest) ** 2
+    times = terms * (1 + largest) ** 2
+    floor += 0 if case["normalizer"] == "none" else times * 2 * sums.smallest_normal
+    floor += times * own.smallest_normal * own.eps if intermediate else 0
     bound = bound + floor
     got = got.double()
     overflow = exact.abs() + bound >= own.max  # rounded to the largest number or to infinity
@@ -248,8 +257,7 @@ def check_call(case: dict[str, Any]) -> None:
     exact = [tensor.detach().double().contiguous() for tensor in tensors]
     expected, sizes = derive(by_definition, case, exact), magnitudes(case, exact)
     finite = [tensor[tensor.isfinite()].abs().max() for tensor in exact if tensor.isfinite().any()]
-    up, down = scale_ratio(case["scale"])
-    one_pass = min(up, down) == 1 and max(up, down) <= 64
+    one_pass = in_one_pass(case)
     largest = float(max(finite, default=torch.zeros(())))
     for index, name in enumerate(RESULTS):
         if case["values"] != "normal" and index > 2:

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from campaign import FORM, SEED, count
 
+from carafe_plugin.ops import reference
+
+from . import fuzz_operators
 from .test_backends import supported_paths
 
 PATHS = ("plain", "baseline", "avx2", "avx512")
@@ -36,3 +40,24 @@ def test_random_calls_and_random_faults(path, part, campaign):
     assert counted["calls"] >= calls
     assert counted["faults"] >= faults
     assert counted["refused"] > faults / 2
+
+
+CALL = dict(n=1, channels=5, h=3, w=7, k=3, g=1, scale=2, normalizer="softmax", values="normal", seed=0)
+CALL |= dict(layouts=("channels_last", "sliced", "contiguous"), threads=(1, 2))
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES, ids=str)
+def test_one_wrong_element_is_found(dtype, monkeypatch):
+    """The control of the above: by eight units in the last place, or a ten-thousandth where sums add up to more."""
+    fuzz_operators.check_call(case := dict(CALL, dtype=dtype))
+    right = fuzz_operators.by_operators
+
+    def wrong(case, features, kernels):
+        output = right(case, features, kernels)
+        shift = torch.zeros_like(output)
+        shift[0, 3, 2, 5] = max(8 * torch.finfo(dtype).eps, 1e-4)
+        return output + shift * output.detach().abs().max()
+
+    monkeypatch.setattr(fuzz_operators, "by_operators", wrong)
+    with pytest.raises(AssertionError, match=r"output: 1 of 420 wrong, \(0, 3, 2, 5\)"):
+        fuzz_operators.check_call(case)

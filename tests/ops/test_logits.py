@@ -130,6 +130,16 @@ def test_what_is_not_a_number_stays_so(normalizer, device):
     assert got.isnan().any()
 
 
+@pytest.mark.parametrize("size", [(0, 4), (3, 0)], ids=str)
+def test_an_empty_map_has_empty_gradients(size, device):
+    """F.pixel_shuffle has none."""
+    for ratio in ((2, 1), (3, 2)):
+        features, logits, _ = random_logits(size, 4, 3, 1, ratio, device=device)
+        features.requires_grad_(), logits.requires_grad_()
+        reassemble_logits(features, logits, 3, 1, *ratio, "softmax").sum().backward()
+        assert (features.grad.shape, logits.grad.shape) == (features.shape, logits.shape)
+
+
 @pytest.mark.parametrize("dtype", reference.DTYPES, ids=str)
 @pytest.mark.parametrize("ratio", [(2, 1), (1, 2)], ids=str)
 def test_same_bits_on_repeated_runs_and_for_any_number_of_threads(ratio, dtype, device):

@@ -333,7 +333,8 @@ def open_(file, mode='r', *args, **kwargs):
     opened, name = real_open(file, mode, *args, **kwargs), os.path.basename(str(file))
     if 'w' in mode and (POINT == 'writing' and name.startswith('epoch_3.pth')
                         or POINT == 'writing the pointer' and name.startswith('last_checkpoint') and nth('pointer', 4)
-                        or POINT == 'writing the best' and name.startswith('best_') and nth('best', 2)):
+                        or POINT == 'writing the best' and name.startswith('best_') and nth('best', 2)
+                        or POINT == 'naming the best' and name.startswith('epoch_3.pth') and nth('state', 2)):
         return Half(opened)
     if 'w' in mode and name.endswith('.tmp') and event():
         return Half(opened)
@@ -349,7 +350,8 @@ def replace(source, target):
 
 
 def remove(path):
-    if event() or POINT == 'deleting' and os.path.basename(path) == 'epoch_2.pth':
+    name = os.path.basename(path)
+    if event() or (POINT, name) in (('deleting', 'epoch_2.pth'), ('deleting the best', 'best_toy_error_epoch_2.pth')):
         die()
     real_remove(path)
 
