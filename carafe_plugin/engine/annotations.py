@@ -31,7 +31,7 @@ def read_coco(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read the annotation file {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         size = path.stat().st_size
-        raise UsageError(f"cannot read {path} ({size} bytes; truncated, or not JSON in UTF-8): {error}") from error
+        raise UsageError(f"cannot read {path} ({size} bytes; truncated, or not JSON): {error}") from error
     if isinstance(content, dict):
         content.setdefault("annotations", [])
     for name in ("images", "annotations", "categories"):

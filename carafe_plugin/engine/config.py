@@ -44,8 +44,9 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, launcher: s
         # mmengine lists sys.path instead of a reason: that is two errors down.
         reason = getattr(error.__cause__, "__context__", None) or error
         raise UsageError(f"configuration {path} needs a module that cannot be imported: {reason}") from error
-    except Exception as error:  # it is code
-        raise UsageError(f"cannot read configuration {file}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # of its own lines, or of whatever reads JSON and YAML
+        kind = "" if isinstance(error, (SyntaxError, OSError)) else f"{type(error).__name__}: "
+        raise UsageError(f"cannot read configuration {file}: {kind}{error}") from error
     try:
         cfg.merge_from_dict(dict(options or {}))
     except (KeyError, TypeError, IndexError) as error:
