@@ -31,11 +31,12 @@ ablation: env
 test: env
 	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
 
-# The campaigns' long form (tests/support/campaign.py); its figures go into docs/reliability.json. SEED=1 draws other
+# The campaigns' long form (tests/support/campaign.py); its figures go into docs/reliability.json and .md. SEED=1 draws other
 # cases, FUZZ=tests/ops/test_fuzz.py runs one campaign, CARAFE_FUZZ_OPERATORS=10000 another number of cases.
-FUZZ ?= tests/ops/test_fuzz.py tests/engine/test_kills.py
+FUZZ ?= tests/ops/test_fuzz.py tests/engine/test_annotations_fuzz.py tests/engine/test_kills.py
 fuzz: env
 	CARAFE_FUZZ=long CARAFE_FUZZ_SEED=$(or $(SEED),0) $(PYTHON) -m pytest -n $(TEST_JOBS) $(FUZZ)
+	$(PYTHON) tests/support/reliability.py --write
 
 # The CPU library under ASan, UBSan and TSan: seven minutes on two cores.
 sanitize: env

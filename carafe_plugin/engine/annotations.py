@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,68 +40,96 @@ def check_coco(
     *,
     measured: bool = True,
     masks: bool = False,
+    training: bool = False,
 ) -> None:
     """Raise a UsageError where what :func:`read_coco` returned lacks what mmdet or pycocotools reads, or has an
     unsuitable value there, where an id occurs twice, or where ``classes`` are not each one category, in their order.
 
     ``path`` is for the messages. ``measured`` says that pycocotools measures predictions against the file: it needs
     ``iscrowd``, takes an object with the id 0 for one that nothing found, and boxes must have an area; mmdet leaves
-    those without one out, which COCO's training annotations have. ``masks`` asks for a ``segmentation`` too.
+    those without one out, which COCO's training annotations have. ``masks`` asks for a ``segmentation`` too; in a
+    ``training``, mmdet leaves unsound ones out.
     """
     try:
         images = _by_id(content["images"], "image", id=_ID, file_name=_TEXT, width=_PIXELS, height=_PIXELS)
         categories = _by_id(content["categories"], "category", id=_ID, name=_TEXT)
+        for kind, ids in (("images", images), ("categories", categories)):
+            if len({type(number) for number in ids}) > 1:  # to numpy's sorting in pycocotools, 1 would be '1'
+                raise UsageError(f"ids of {kind} must be all integers or all texts, got {shorten(map(repr, ids))}")
         _check_classes([category["name"] for category in categories.values()], classes or ())
         least, sides = (math.ulp(0), "positive") if measured else (0, "at least 0")
         checks: dict[str, _Check] = dict(
-            id=_OBJECT_ID if measured else ("an integer", lambda value: type(value) is int),
+            id=_OBJECT_ID if measured else ("an integer of 64 bits", _is_integer),
             image_id=("an image that the file lists", lambda value: _is_id(value) and value in images),
             category_id=(
                 f"one of its categories ({shorten(categories)})",
                 lambda value: _is_id(value) and value in categories,
             ),
             bbox=(
-                f"four finite numbers (x, y, width, height), the last two {sides}",
-                lambda value: _are_numbers(value) and len(value) == 4 and min(value[2:]) >= least,
+                f"four finite numbers of at most {_MOST} (x, y, width, height), the last two {sides}",
+                lambda value: _are_pixels(value) and len(value) == 4 and min(value[2:]) >= least,
             ),
             area=_AREA if measured else ("a finite number", _is_number),
+            iscrowd=_FLAG,
+            ignore=_FLAG,
         )
-        if measured:
-            checks["iscrowd"] = ("0 or 1", lambda value: value in (0, 1))
-        for annotation in _by_id(content["annotations"], "annotation", **checks).values():
+        optional = ("ignore",) if measured else ("iscrowd", "ignore")
+        for annotation in _by_id(content["annotations"], "annotation", optional, **checks).values():
             image = images[annotation["image_id"]]
             _check_box(annotation, image, measured)
             if masks and (measured or _is_trained_on(annotation)):
-                _check_mask(annotation, image, measured)
+                _check_mask(annotation, image, training)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
+#: The longest way in pixels: pycocotools walks along the edges of a polygon, and its memory is soon at an end.
+_MOST = 10**6
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63  # to isinstance, True would be a number
+
+
 def _is_id(value: Any) -> bool:
-    return type(value) in (int, str)  # to isinstance, True would be a number
+    return _is_integer(value) or type(value) is str
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: Any, most: float = 1e10) -> bool:
+    return type(value) in (int, float) and abs(value) < most
 
 
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(map(_is_number, values))
+def _are_pixels(values: Any) -> bool:
+    return isinstance(values, list) and all(_is_number(value, _MOST) for value in values)
+
+
+def _are_integers(values: list) -> bool:
+    return all(map(_is_integer, values))
+
+
+def _is_text(value: Any) -> bool:
+    with suppress(UnicodeError):
+        return isinstance(value, str) and value != "" and b"\0" not in value.encode()
+    return False
 
 
 #: What a value must be, in words, and whether it is.
 _Check = tuple[str, Callable[[Any], bool]]
-_ID: _Check = ("an integer or a text", _is_id)
-_TEXT: _Check = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
-_PIXELS: _Check = ("a positive number of pixels", lambda value: _is_number(value) and value > 0)
-_AREA: _Check = ("a finite number, at least 0", lambda value: _is_number(value) and value >= 0)
+_ID: _Check = ("an integer of 64 bits or a text", _is_id)
+_TEXT: _Check = ("a text, not empty and without NUL or half characters", _is_text)
+_PIXELS: _Check = ("a positive integer number of pixels", lambda value: _is_integer(value) and value > 0)
+_AREA: _Check = (
+    "a finite number, at least 0 and below 1e10 (pycocotools leaves out what is larger)",
+    lambda value: _is_number(value) and value >= 0,
+)
 _OBJECT_ID: _Check = (
     "a positive integer (pycocotools takes 0 for 'not found')",
-    lambda value: type(value) is int and value > 0,
+    lambda value: _is_integer(value) and value > 0,
 )
+_FLAG: _Check = ("0 or 1", lambda value: value in (0, 1))
 
 
-def _by_id(entries: list, kind: str, **checks: _Check) -> dict[Any, dict]:
+def _by_id(entries: list, kind: str, optional: Collection[str] = (), **checks: _Check) -> dict[Any, dict]:
     """The entries of a list by their ids; each must have the keys ``checks``, with such values."""
     found: dict[Any, dict] = {}
     for number, entry in enumerate(entries):
@@ -109,6 +137,8 @@ def _by_id(entries: list, kind: str, **checks: _Check) -> dict[Any, dict]:
             raise UsageError(f"{kind} number {number} (from 0) is not a dictionary: {reprlib.repr(entry)}")
         for key, (expected, is_suitable) in checks.items():
             if key not in entry:
+                if key in optional:
+                    continue
                 raise UsageError(f"{_name(kind, entry, number)} has no {key}: {reprlib.repr(entry)}")
             if not is_suitable(entry[key]):
                 got = reprlib.repr(entry[key])
@@ -119,7 +149,7 @@ def _by_id(entries: list, kind: str, **checks: _Check) -> dict[Any, dict]:
 
 
 def _name(kind: str, entry: Mapping[str, Any], number: int = -1) -> str:
-    name = f"{kind} {entry['id']}" if _is_id(entry.get("id")) else f"{kind} number {number} (from 0)"
+    name = f"{kind} {entry['id']!s:.50}" if _is_id(entry.get("id")) else f"{kind} number {number} (from 0)"
     return name + (f" of image {reprlib.repr(entry['image_id'])}" if "image_id" in entry else "")
 
 
@@ -170,32 +200,33 @@ def _refuse(annotation: Mapping[str, Any], key: str, expected: str) -> NoReturn:
     raise UsageError(f"{_name('annotation', annotation)}: {key} must be {expected}, got {got}")
 
 
-def _check_mask(annotation: Mapping[str, Any], image: Mapping[str, Any], measured: bool) -> None:
+def _check_mask(annotation: Mapping[str, Any], image: Mapping[str, Any], training: bool) -> None:
     """A mask must be one that pycocotools decodes to the size of its image, with something in it.
 
     A polygon with NaN never ends there, run lengths of another size have the IoU -1 with everything, and where they
     cover too little of the image, the rest is whatever the memory holds.
     """
     mask = annotation.get("segmentation")
-    sound, expected = False, "polygons or run lengths"
+    sound, expected = False, "polygons of at least three points, or run lengths"
     if isinstance(mask, list) and mask:
-        used = [polygon for polygon in mask if _are_numbers(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0]
-        sound = len(used) == len(mask) or (not measured and all(map(_are_numbers, mask)))  # else mmdet leaves them out
+        used = [polygon for polygon in mask if _are_pixels(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0]
+        sound = len(used) == len(mask) or (training and all(map(_are_pixels, mask)))  # mmdet leaves them out
         if sound and used and not any(_on(image, polygon) for polygon in used):
             sound, expected = False, f"polygons on its image, {_size(image)}"
     elif isinstance(mask, dict) and mask.get("size") is not None and isinstance(mask.get("counts"), (str, list)):
         height, width = image["height"], image["width"]
         expected = f"run lengths that cover its image, {_size(image)}, with something in them"
-        sound = mask["size"] == [height, width] and _cover(mask["counts"], height * width)
+        sound = mask["size"] == [height, width] and _are_integers(mask["size"])
+        sound = sound and _cover(mask["counts"], height * width)
     elif isinstance(mask, dict) and mask:
-        sound = not measured  # mmdet ignores it in a training
+        sound = training  # mmdet ignores it in a training
     if not sound:
         _refuse(annotation, "segmentation", expected)
 
 
 def _cover(counts: str | list, pixels: int) -> bool:
     runs = _uncompress(counts) if isinstance(counts, str) else counts
-    return _are_numbers(runs) and min(runs, default=-1) >= 0 and sum(runs) == pixels and sum(runs[1::2]) > 0
+    return _are_integers(runs) and min(runs, default=-1) >= 0 and sum(runs) == pixels and sum(runs[1::2]) > 0
 
 
 def _uncompress(counts: str) -> list[int]:
@@ -205,7 +236,7 @@ def _uncompress(counts: str) -> list[int]:
     """
     runs: list[int] = []
     value = shift = 0
-    for code in counts.encode():
+    for code in map(ord, counts):
         value |= (code - 48 & 31) << shift
         shift += 5
         if not code - 48 & 32:
@@ -242,10 +273,18 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
         masks = any(step.get("with_mask") for step in pipeline_steps(dataset.get("pipeline")))
 
     content = read_coco(path)
-    if metrics and content["images"] and not content["annotations"]:
-        raise UsageError(f"{path} holds {len(content['images'])} images and no annotation: nothing to measure")
-    check_coco(content, path, classes, measured=path in others, masks=masks)
-    used = _used_images(content, dataset, classes, training)
+    check_coco(content, path, classes, measured=path in others, masks=masks, training=training)
+    wanted = {category["id"] for category in content["categories"] if category["name"] in set(classes or ())}
+    objects = {annotation["image_id"] for annotation in content["annotations"] if annotation["category_id"] in wanted}
+    alone = training and _is_filtered(dataset)  # mmdet opens no other image
+    if (alone or metrics) and content["images"] and not objects:
+        raise UsageError(
+            f"{path} holds {len(content['images'])} images and {len(content['annotations'])} annotations, none of the "
+            f"classes of the configuration: nothing to {'train on' if training else 'measure'}"
+        )
+    # Of some of them ("indices"), counted after mmdet's own filters, nobody knows which will be opened.
+    images = [] if dataset.get("indices") is not None else content["images"]
+    used = [image for image in images if not alone or image["id"] in objects]
     names = [image["file_name"] for image in used]
     folder = Path(built.data_prefix.get("img") or built.data_root or "").absolute()
     if faults := file_faults(folder, names, f"images of {path}", sizes=not training):
@@ -330,16 +369,8 @@ def unread_dataset(dataset: Mapping[str, Any], registry: Any, base: type) -> Any
     return None
 
 
-def _used_images(content: Mapping[str, Any], dataset: Mapping[str, Any], classes: Any, training: bool) -> list[dict]:
-    """The images that mmdet will open, as far as the configuration says."""
-    if dataset.get("indices") is not None:  # some of them, counted after mmdet's own filters
-        return []
-    filters = dataset.get("filter_cfg") or {}
-    if not (training and filters.get("filter_empty_gt") and not dataset.get("test_mode")):
-        return content["images"]
-    wanted = {category["id"] for category in content["categories"] if category["name"] in set(classes or ())}
-    used = {annotation["image_id"] for annotation in content["annotations"] if annotation["category_id"] in wanted}
-    return [image for image in content["images"] if image["id"] in used]
+def _is_filtered(dataset: Mapping[str, Any]) -> bool:
+    return bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt") and not dataset.get("test_mode"))
 
 
 #: In COCO's panoptic format, the checks of a segment; of one that is measured, ``iscrowd`` too.
@@ -348,7 +379,7 @@ _SEGMENT: dict[str, _Check] = dict(
         "an integer from 1 to 16777215 (a colour of the PNG; 0 is for no segment)",
         lambda value: type(value) is int and 0 < value < 256**3,
     ),
-    bbox=("four finite numbers (x, y, width, height)", lambda value: _are_numbers(value) and len(value) == 4),
+    bbox=("four finite numbers (x, y, width, height)", lambda value: _are_pixels(value) and len(value) == 4),
     area=_AREA,
 )
 

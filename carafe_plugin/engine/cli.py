@@ -6,20 +6,22 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import DictAction
 
-from carafe_plugin.engine.errors import ProcessError, UsageError
+from carafe_plugin.engine.errors import ProcessError, UsageError, construction_fault
 from carafe_plugin.engine.processes import LAUNCHERS, process_rank
 from carafe_plugin.openmmlab import mmcv_ops
 from carafe_plugin.openmmlab.resnet_checkpoints import CheckpointMismatch
 
 
 def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
-    """Run a command's main function and return the exit code. What the user can put right (a :class:`UsageError`, an
-    MMCV whose operators do not load) becomes one line on stderr and the code 2.
+    """Run a command's main function and return the exit code. What the user can put right (a :class:`UsageError`, what
+    cannot be built from a configuration, a file or folder that cannot be used, an MMCV whose operators do not load)
+    becomes one line on stderr and the code 2.
 
     Where MMCV has no compiled operators, the command and its processes have torchvision's (see ``mmcv_ops``).
     """
@@ -29,15 +31,12 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
         except ValueError as error:
             raise UsageError(str(error)) from error
         return main(args) or 0
-    except (UsageError, CheckpointMismatch) as error:
-        # Every process of a distributed run finds the same mistake: one of them says so.
-        if isinstance(error, ProcessError) or process_rank(getattr(args, "launcher", None)) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    except ImportError as error:
-        if error.name is None:  # no import has failed: a toolbox says which package it wants
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        elif error.name != mmcv_ops.EXTENSION:  # else mmcv_ops has said it
+    except Exception as error:
+        if (line := _in_a_line(error, args)) is None:
             raise
+        # Every process of a distributed run finds the same mistake: one of them says so.
+        if line and (isinstance(error, ProcessError) or process_rank(getattr(args, "launcher", None)) == 0):
+            print(f"error: {' '.join(line.split())}", file=sys.stderr)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -45,6 +44,22 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
             # interpreter's end, gloo's threads would outlive it, and a process that has done its work may abort.
             gc.collect()
     return 2
+
+
+def _in_a_line(error: Exception, args: argparse.Namespace) -> str | None:
+    """What the user is told, "" where that has been done; None for a bug."""
+    if isinstance(error, (UsageError, CheckpointMismatch)):
+        return str(error)
+    if isinstance(error, ImportError):
+        if error.name == mmcv_ops.EXTENSION:
+            return ""  # mmcv_ops has said it
+        if error.name is None:  # no import has failed: a toolbox says which package it wants
+            return str(error)
+    if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
+        return f"cannot use {Path(error.filename).absolute()}: {error.strerror}"
+    if fault := construction_fault(error):
+        return f"configuration {getattr(args, 'config', '')}: cannot build {fault}"
+    return None
 
 
 def command(

@@ -167,6 +167,9 @@ def import_adapters(scope: str | None, drop_in: bool = False) -> None:
     """Register CARAFE++'s types for the toolbox ``scope``; one without an adapter gets the layers alone. ``drop_in``
     also makes the layer 'carafe' ours. Raises UsageError where the toolbox is not installed.
     """
+    known = {None, "mmengine", *ADAPTERS, *MODELS.children}
+    if scope not in known and not (isinstance(scope, str) and importlib.util.find_spec(scope.partition(".")[0])):
+        raise UsageError(f"default_scope must be the name of a toolbox that is installed, got {scope!r}")
     names = ["carafe_plugin.openmmlab.layers"]
     names += [ADAPTERS[scope]] if scope in ADAPTERS else []
     names += ["carafe_plugin.openmmlab.drop_in"] if drop_in else []

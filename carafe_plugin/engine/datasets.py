@@ -205,7 +205,7 @@ def _check_coco(root: Path) -> Iterator[str]:
         file, training = root / "annotations" / name, split == "train2017"
         try:
             content = read_coco(file)
-            check_coco(content, file, measured=not training, masks=True)
+            check_coco(content, file, measured=not training, masks=True, training=training)
         except UsageError as error:
             yield str(error)
             continue

@@ -6,12 +6,16 @@ import codecs
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from carafe_plugin.images import shorten
+
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_RUN = ("mmengine.runner.runner", "__init__")
 
 
 class UsageError(Exception):
@@ -83,3 +87,39 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         size = path.stat().st_size
         raise UsageError(f"cannot read {path} ({size} bytes; truncated, or not JSON): {error}") from error
+
+
+def construction_fault(error: BaseException) -> str | None:
+    """What MMEngine could not build from a configuration, and why, in one line; None where the cause lies elsewhere.
+
+    Whoever wrote the configuration can mend it: an unknown type, a misspelt option, a value that a constructor refuses.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    built = [place for place, frame in enumerate(frames) if _is_building(frame)]
+    if not built:
+        return None
+    place, last = built[-1], frames[-1].f_globals.get("__name__", "")
+    known = frames[place].f_locals
+    settings = known["args"] if "args" in known else known.get("cfg")
+    if isinstance(settings, Mapping):
+        kind = known.get("obj_type") or settings.get("type") or "?"
+        plain = [f"{key}={_brief(value)}" for key, value in settings.items() if key != "type" and _brief(value)]
+        what = f"{getattr(kind, '__name__', kind)}({shorten(plain) if plain else ''})"
+    else:
+        what = frames[place].f_code.co_name.removeprefix("build_").replace("__init__", "the run")
+    reason = error.args[0] if error.args and isinstance(error.args[0], str) else str(error) or type(error).__name__
+    reason = f"{reason.partition(' Please check whether')[0]:.500}"  # MMEngine goes on, and may show whole settings
+    foreign = place < len(frames) - 1 and not last.startswith("carafe_plugin.")
+    return f"{what}: {reason}" + (f" (raised in {last})" if foreign else "")
+
+
+def _brief(value: Any) -> str:
+    """A setting that is a number, a text or a type; of others, nothing."""
+    if isinstance(value, Mapping):
+        return str(value.get("type", ""))
+    return repr(value) if isinstance(value, (str, int, float)) else ""
+
+
+def _is_building(frame: FrameType) -> bool:
+    module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
+    return module.startswith("mmengine.") and (name.startswith("build_") or (module, name) == _RUN)

@@ -55,6 +55,8 @@ def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, i
         raise UsageError(f"--show-dir is a folder for pictures; {folder} is a file")
     if show and sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         raise UsageError("--show needs a display, and this machine has none: use --show-dir")
+    if folder and Path(folder).is_file():
+        raise UsageError(f"--show-dir is a folder for pictures; {folder} is a file")
     hook.update(show=show, wait_time=wait_time)
     hook.update(dict(enable=True, interval=interval) if toolbox(cfg) == "mmpretrain" else dict(draw=True))
 

@@ -94,23 +94,54 @@ def test_what_pycocotools_does_not_say(content, message):
         (changed(id="1"), "annotation 1 of image 0: id must be a positive integer .*, got '1'"),
         (changed(id=True), r"annotation number 0 \(from 0\) of image 0: id must be a positive integer .*, got True"),
         (changed(category_id=True), r"category_id must be one of its categories \(1\), got True"),
-        (changed(area=NAN), "annotation 1 of image 0: area must be a finite number, at least 0, got nan"),
-        (changed(area=-1), "area must be a finite number, at least 0, got -1"),
+        (
+            changed(area=NAN),
+            "annotation 1 of image 0: area must be a finite number, at least 0 and below 1e10 .*, got nan",
+        ),
+        (changed(area=1e10), "area must be a finite number, .* below 1e10 .pycocotools leaves .*, got 10000000000.0"),
+        (changed(id=2**63), "id must be a positive integer .*, got 9223372036854775808"),
+        (changed(bbox=[1, 1, 1, 10**400]), "bbox must be four finite numbers of at most 1000000 .x, y, width, height"),
+        (
+            changed(segmentation=[[1, 1, 6, 1, 6, 1e9]]),
+            "segmentation must be polygons of at least three points, or run lengths, got ",
+        ),
+        (changed(ignore="no"), "ignore must be 0 or 1, got 'no'"),
+        (changed("images", file_name="a\0.jpg"), r"file_name must be a text, not empty and .*, got 'a\\x00.jpg'"),
+        (changed("images", file_name="\ud800"), "file_name must be a text, not empty and .*, got "),
+        (changed("images", width=20.0), "width must be a positive integer number of pixels, got 20.0"),
+        (duplicate("images", id="1"), "ids of images must be all integers or all texts, got 0, '1'"),
+        (duplicate("categories", id="1", name="q"), "ids of categories must be all integers or all texts, got 1, '1'"),
+        (changed(area=-1), "area must be a finite number, at least 0 and below 1e10 .*, got -1"),
         (changed(iscrowd=[1]), r"iscrowd must be 0 or 1, got \[1\]"),
         (
             changed(bbox=[True, 1, 1, 1]),
             r"bbox must be four finite numbers .*, the last two positive, got \[True, 1, 1, 1\]",
         ),
-        (changed(segmentation=[]), r"segmentation must be polygons or run lengths, got \[\]"),
-        (changed(segmentation=[[1, 1, 6, 6]]), r"segmentation must be polygons or run lengths, got \[\[1, 1, 6, 6\]\]"),
-        (changed(segmentation=[[1, 1, 6, 1, 6, 6, 1]]), "segmentation must be polygons or run lengths, got "),
-        (changed(segmentation=[[1, 1, 6, 1, 6, NAN]]), "segmentation must be polygons or run lengths, got "),
-        (changed(segmentation=dict(size=[20, 20])), "segmentation must be polygons or run lengths, got "),
+        (changed(segmentation=[]), r"segmentation must be polygons of at least three points, or run lengths, got \[\]"),
+        (
+            changed(segmentation=[[1, 1, 6, 6]]),
+            r"segmentation must be polygons of at least three points, or run lengths, got \[\[1, 1, 6, 6\]\]",
+        ),
+        (
+            changed(segmentation=[[1, 1, 6, 1, 6, 6, 1]]),
+            "segmentation must be polygons of at least three points, or run lengths, got ",
+        ),
+        (
+            changed(segmentation=[[1, 1, 6, 1, 6, NAN]]),
+            "segmentation must be polygons of at least three points, or run lengths, got ",
+        ),
+        (
+            changed(segmentation=dict(size=[20, 20])),
+            "segmentation must be polygons of at least three points, or run lengths, got ",
+        ),
         (dict(SOUND, annotations=["x"]), r"annotation number 0 \(from 0\) is not a dictionary: 'x'"),
         (changed("images", without=["file_name"]), "image 0 has no file_name: {"),
-        (changed("images", file_name=""), "image 0: file_name must be a text that is not empty, got ''"),
-        (changed("images", width=0), "image 0: width must be a positive number of pixels, got 0"),
-        (changed("images", id=[0]), r"image number 0 \(from 0\): id must be an integer or a text, got \[0\]"),
+        (changed("images", file_name=""), "image 0: file_name must be a text, not empty and .*, got ''"),
+        (changed("images", width=0), "image 0: width must be a positive integer number of pixels, got 0"),
+        (
+            changed("images", id=[0]),
+            r"image number 0 \(from 0\): id must be an integer of 64 bits or a text, got \[0\]",
+        ),
         (duplicate("images"), "image 0 occurs twice: ids must be unique"),
         (duplicate("categories"), "category 1 occurs twice: ids must be unique"),
         (duplicate("categories", id=2), "several categories have the name of a class of the configuration: p"),
@@ -147,17 +178,20 @@ def test_run_lengths_cover_their_image():
         ([410, -10], [20, 20]),
         ([], [20, 20]),
         ([10, 370], [19, 20]),
+        ([10.5, 389.5], [20, 20]),
+        ([10, 390], [20.0, 20]),
+        ("\ud800", [20, 20]),
         (cut, [19, 20]),
         (cut, [20, 20]),
         (whole[:-3], [20, 20]),
         (whole + "1", [20, 20]),
     ]:
         content = changed(segmentation=dict(counts=counts, size=size))
-        for options in (dict(), dict(measured=False)):
+        for options in (dict(), dict(measured=False), dict(measured=False, training=True)):
             expected = (
                 r"annotation 1 of image 0: segmentation must be run lengths that cover its image, 20 x 20 \(height x"
             )
-            refused = counts not in ([10, 390], whole)
+            refused = counts not in ([10, 390], whole) or repr(size) != "[20, 20]"
             with pytest.raises(UsageError, match=expected) if refused else nullcontext():
                 check_coco(content, Path("a.json"), masks=True, **options)
 
@@ -238,12 +272,12 @@ def test_a_training_needs_less():
         changed(segmentation=dict(size=[20, 20])),
         changed(bbox=[1, 1, 0, 5], without=["segmentation"]),
     ):
-        check_coco(content, Path("a.json"), ["p"], measured=False, masks=True)
+        check_coco(content, Path("a.json"), ["p"], measured=False, masks=True, training=True)
         with pytest.raises(UsageError):
             check_coco(content, Path("a.json"), ["p"], masks=True)
     for content in (duplicate("annotations"), changed(bbox=[1, 1, -1, 5]), changed(without=["segmentation"])):
         with pytest.raises(UsageError):
-            check_coco(content, Path("a.json"), ["p"], measured=False, masks=True)
+            check_coco(content, Path("a.json"), ["p"], measured=False, masks=True, training=True)
 
 
 def test_no_size_is_asked_for_in_a_training(tmp_path, monkeypatch):
@@ -318,3 +352,17 @@ def test_the_metrics_own_file_is_checked(tmp_path):
     for ann_file in ("a.json", "zero.json"):
         with pytest.raises(UsageError, match=r"zero.json: annotation 0 of image 0: id must be a positive"):
             check_annotations(dict(dataset, ann_file=ann_file), dict(metric, ann_file=str(tmp_path / "zero.json")))
+
+
+def test_nothing_to_train_on(tmp_path):
+    pytest.importorskip("mmdet", reason="mmdet is not installed")
+    content = duplicate("categories", id=2, name="q")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    dataset = dict(type="CocoDataset", data_root=str(tmp_path), ann_file="a.json", metainfo=dict(classes=("q",)))
+    message = "holds 1 images and 1 annotations, none of the classes of the configuration: nothing to "
+    with pytest.raises(UsageError, match=message + "train on"):
+        check_annotations(dict(dataset, filter_cfg=dict(filter_empty_gt=True)), training=True)
+    with pytest.raises(UsageError, match=message + "measure"):
+        check_annotations(dataset, dict(type="CocoMetric"))
+    check_annotations(dataset, training=True)  # background alone, on purpose

@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("mmengine", reason="mmengine is not installed")
 
+from mmengine.registry import Registry
+
 from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.config import load_config
-from carafe_plugin.engine.errors import UsageError, read_json, reading_named_files
+from carafe_plugin.engine.errors import UsageError, construction_fault, read_json, reading_named_files
 
 
 def read(path: Path) -> str:
@@ -110,3 +112,40 @@ def test_packages_that_a_toolbox_wants(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == "error: Package lvis is not installed. Please run pip install lvis\n"
     with pytest.raises(ImportError, match="lvis"):
         ask(name="lvis")
+
+
+class Layer:
+    def __init__(self, size: int, norm: dict) -> None:
+        if size < 0:
+            raise ValueError(f"size must be positive, got {size}")
+        self.size = size // norm["groups"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            dict(type="Layer", size=1, nrom={}),
+            "Layer(size=1): Layer.__init__() got an unexpected keyword argument 'nrom'",
+        ),
+        (
+            dict(type="Layer", size=-1, norm=dict(type="BN")),
+            f"Layer(size=-1, norm=BN): size must be positive, got -1 (raised in {__name__})",
+        ),
+        (dict(type="Layer", size=1, norm=[]), f"Layer(size=1): list indices must be {{}} (raised in {__name__})"),
+        (dict(type=Layer, size=1, norm={}), f"Layer(size=1): groups (raised in {__name__})"),
+        (dict(type="Lair", size=1), "Lair(size=1): Lair is not in the mmengine::layers registry."),
+    ],
+)
+def test_what_cannot_be_built(settings: dict, line: str) -> None:
+    registry = Registry("layers", scope="mmengine")
+    registry.register_module(module=Layer)
+    with pytest.raises(Exception) as caught:  # noqa: PT011, of any kind
+        registry.build(settings)
+    assert construction_fault(caught.value) == line.format("integers or slices, not str")
+
+
+def test_errors_from_elsewhere_are_bugs() -> None:
+    with pytest.raises(KeyError) as caught:
+        Layer(1, {})
+    assert construction_fault(caught.value) is None

@@ -232,9 +232,18 @@ def _first(content: dict, **values: object) -> None:
         (lambda c: c["categories"][1].update(name="green"), "for 1 of the 2 classes of the configuration (blue)"),
         (lambda c: _first(c, id=0), "id must be a positive integer"),
         (lambda c: c["annotations"][0].pop("iscrowd"), "annotation 1 of image 0 has no iscrowd: {"),
-        (lambda c: c["annotations"][0].pop("segmentation"), "segmentation must be polygons or run lengths, got None"),
-        (lambda c: c["annotations"].clear(), "holds 7 images and no annotation: nothing to measure"),
-        (lambda c: c.pop("annotations"), "holds 7 images and no annotation: nothing to measure"),
+        (
+            lambda c: c["annotations"][0].pop("segmentation"),
+            "segmentation must be polygons of at least three points, or run lengths, got None",
+        ),
+        (
+            lambda c: c["annotations"].clear(),
+            "holds 7 images and 0 annotations, none of the classes of the configuration: nothing to measure",
+        ),
+        (
+            lambda c: c.pop("annotations"),
+            "holds 7 images and 0 annotations, none of the classes of the configuration: nothing to measure",
+        ),
         (lambda c: c.pop("images"), "is not an annotation file in COCO's format: it has no list of images"),
         (
             lambda c: c["images"][3].update(file_name="gone.png"),
