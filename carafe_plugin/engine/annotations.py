@@ -416,7 +416,7 @@ def check_panoptic(
         found = [
             categories[segment["category_id"]]["isthing"]
             for entry in _by_id(entries, "annotation of image", id=known, segments_info=segments).values()
-            for segment in _by_id(entry["segments_info"], f"image {entry['id']}: segment", **checks).values()
+            for segment in _by_id(entry["segments_info"], f"image {entry['id']}: segment", (), **checks).values()
         ]
         if measured and not {0, 1} <= set(found):
             kind = "thing" if 0 in found else "stuff" if found else "thing or stuff"
