@@ -11,7 +11,7 @@ It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +23,7 @@ from carafe_plugin import modules
 from carafe_plugin.modules import peers
 from carafe_plugin.openmmlab import require
 from carafe_plugin.ops._tracing import as_one_node
-from carafe_plugin.ops.reference import output_size
+from carafe_plugin.ops.reference import crop, output_size
 
 require("mmengine", __name__)
 
@@ -103,8 +103,6 @@ _UPSAMPLERS = (modules.CARAFEUpsample, peers.Upsampler)
 _DOWNSAMPLERS = (modules.CARAFEDownsample, peers.Downsampler)
 
 INTERPOLATIONS = ("nearest", "bilinear")
-
-_is_compiling = getattr(torch.compiler, "is_compiling", torch._utils.is_compiling)  # the first came after torch 2.1
 
 
 class Interpolation(nn.Upsample):
@@ -218,9 +216,7 @@ def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> 
 @as_one_node
 def _computed(features: Tensor, size: Sequence[int], up: int, down: int) -> list[int]:
     """The part of ``size`` that features scaled by ``up / down`` have."""
-    whole = (output_size(length, up, down) for length in features.shape[2:])
-    # Not min(): a compiler with symbolic sizes would not see that it is the map's.
-    return [length if length <= most else most for length, most in zip(size, whole, strict=True)]
+    return _within(size, (output_size(length, up, down) for length in features.shape[2:]))
 
 
 @as_one_node
@@ -235,11 +231,12 @@ def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
         >>> fit_to_size(torch.arange(4.).reshape(1, 1, 2, 2), (1, 3))
         tensor([[[[0., 1., 1.]]]])
     """
-    features = features[..., : size[0], : size[1]]
-    if _is_compiling():
-        # A copy: whether a view is contiguous depends on the sizes, which then would have to be fixed.
-        features = features.clone(memory_format=torch.contiguous_format)
-    return _complete(features, size)
+    return _complete(crop(features, _within(size, features.shape[2:])), size)
+
+
+def _within(size: Sequence[int], whole: Iterable[int]) -> list[int]:
+    # Not min(): a compiler with symbolic sizes would not see which of the two it is.
+    return [length if length <= most else most for length, most in zip(size, whole, strict=True)]
 
 
 @as_one_node

@@ -31,6 +31,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: The kernel normalisers (Sec. 3.2; the alternatives to the softmax are those of Table 14).
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized")
 
+is_compiling = getattr(torch.compiler, "is_compiling", torch._utils.is_compiling)  # the first came after torch 2.1
+
 
 def output_size(size: int, up: int, down: int) -> int:
     """Length of an axis of ``size`` elements after scaling by ``up / down``: ``ceil(size * up / down)``."""
@@ -119,8 +121,11 @@ def crop(maps: Tensor, size: Sequence[int] | None) -> Tensor:
     """The first rows and columns of maps, ``size`` of them; all for None."""
     if size is None:
         return maps
-    # A copy: whether a view is contiguous depends on the size, which then a compiler would have to fix.
-    return maps[..., : size[0], : size[1]].clone(memory_format=torch.contiguous_format)
+    if not is_compiling():
+        return maps[..., : size[0], : size[1]]
+    # Whether a view is contiguous depends on the size, which then a compiler would have to fix.
+    rows, columns = (torch.arange(length, device=maps.device) for length in size)
+    return maps.index_select(-2, rows).index_select(-1, columns)
 
 
 def shuffle_logits(logits: Tensor, up: int, down: int) -> Tensor:

@@ -45,13 +45,14 @@ SITES = {
 }
 
 
+@pytest.mark.parametrize("options", [{}, {"output_size": None}, {"output_size": (4, 3)}, {"output_size": 3}], ids=str)
 @pytest.mark.parametrize("name", SITES)
-def test_recorded_kernels_are_those_that_ran(name: str) -> None:
+def test_recorded_kernels_are_those_that_ran(name: str, options: dict) -> None:
     make, size = SITES[name]
     site, features = trained(make()), torch.rand(2, 8, *size, dtype=torch.float64)
     model = nn.Sequential(nn.Identity(), site)
     with record_reassemblies(model) as found:
-        output = model(features)
+        output = model[1](features, **options)
     (reassembly,) = found
     assert (reassembly.name, reassembly.source_size) == ("1", size)
     assert reassembly.output_size == tuple(output.shape[2:])

@@ -12,10 +12,9 @@ from torch.export import Dim
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
 
-from mmdet.models.layers import MSDeformAttnPixelDecoder, PixelDecoder
+from mmdet.models.layers import PixelDecoder
 from mmdet.models.necks import FPN, PAFPN
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-from mmengine.config import ConfigDict
 from mmseg.models.decode_heads import FPNHead, UPerHead
 
 from carafe_plugin.openmmlab import mmdet, mmseg
@@ -24,13 +23,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MOST_COMPILATIONS = 3  # one for each axis that a first size has in a special form; beyond 8 there is no compilation
 CHANNELS = (4, 6, 8, 10)
-FFN = dict(embed_dims=8, feedforward_channels=16, num_fcs=2, ffn_drop=0.0, act_cfg=dict(type="ReLU", inplace=True))
-ATTENTION = dict(embed_dims=8, num_heads=2, dropout=0.0, batch_first=True)
-POSITIONS = dict(num_feats=4, normalize=True)
 NECK = dict(in_channels=list(CHANNELS), out_channels=8, num_outs=4)
 HEAD = dict(in_channels=list(CHANNELS), in_index=[0, 1, 2, 3], channels=8, num_classes=3)
 DECODER = dict(in_channels=list(CHANNELS), feat_channels=8, out_channels=12, norm_cfg=dict(type="GN", num_groups=4))
-DEFORMABLE = dict(num_layers=1, layer_cfg=dict(self_attn_cfg=dict(ATTENTION, num_levels=3, num_points=2), ffn_cfg=FFN))
 MASK_HEAD = dict(num_convs=1, in_channels=4, conv_out_channels=4, num_classes=3)
 PLACES = {
     "FPN": (mmdet.CARAFEFPN, FPN, NECK),
@@ -39,11 +34,6 @@ PLACES = {
     "FPNHead": (mmseg.CARAFEFPNHead, FPNHead, dict(HEAD, feature_strides=[4, 8, 16, 32])),
     "FCNMaskHead": (mmdet.CARAFEFCNMaskHead, FCNMaskHead, MASK_HEAD),
     "PixelDecoder": (mmdet.CARAFEPixelDecoder, PixelDecoder, DECODER),
-    "MSDeformAttnPixelDecoder": (
-        mmdet.CARAFEMSDeformAttnPixelDecoder,
-        MSDeformAttnPixelDecoder,
-        ConfigDict(DECODER, encoder=DEFORMABLE, positional_encoding=POSITIONS, num_outs=3),
-    ),
 }
 
 

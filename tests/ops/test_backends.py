@@ -291,6 +291,24 @@ def test_mmcv_kernel_is_wrapped_safely(dtype, normalizer, layout, monkeypatch):
         assert_close(found, expected)
 
 
+@pytest.mark.parametrize("normalizer", [0, 1])
+def test_mmcv_kernel_computes_whole_outputs_of_which_fewer_are_wanted(normalizer, monkeypatch):
+    fake = FakeExtension()
+    monkeypatch.setattr(_mmcv, "extension", lambda: fake)
+    features, masks, grad = random_case((4, 5), 4, 3, 2, 2)
+    kernels = torch.nn.functional.pixel_unshuffle(masks, 2) if normalizer else masks[..., :7, :8]
+    geometry = (3, 2, 2, 1, normalizer)
+    for computes, arguments in (
+        ("grad_output", (features, kernels, *geometry, 7, 8)),
+        ("features", (grad[..., :7, :8], kernels, 4, 5, *geometry)),
+        ("kernels", (grad[..., :7, :8], features, kernels, *geometry)),
+    ):
+        found = OPERATORS[computes].by_mmcv(*arguments)
+        assert found.is_contiguous()
+        assert_close(found, OPERATORS[computes].by_reference(*arguments))
+    assert fake.calls == 3
+
+
 @pytest.mark.parametrize(
     "change", [{"scale": 0.5}, {"kernel_size": 7, "group_size": 8}, {"dtype": torch.float64}, {"batch": 0}], ids=str
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.ops import carafe
@@ -67,3 +68,43 @@ def test_compiled_under_autocast(dtype, device):
     assert torch.equal(output, function(features, masks))
     output.float().sum().backward()
     assert features.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [2, 1.5], ids=str)
+def test_output_size_fixes_no_size(scale, device):
+    """A finer map's size of any parity: one compilation, forward and backward."""
+    module = CARAFEUpsample(4, scale, up_kernel=3, compressed_channels=2).to(device)
+
+    def function(fine, coarse):
+        return fine + module(coarse, fine.shape[2:])
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for height, width in ((9, 14), (12, 11), (15, 7), (8, 9), (10, 22), (23, 16)):
+        size = [-(-length // scale) for length in (height, width)]
+        fine, coarse = (torch.randn(2, 4, *map(int, s), device=device) for s in ((height, width), size))
+        inputs = (fine, coarse.requires_grad_())
+        output, expected = compiled(*inputs), function(*inputs)
+        assert torch.equal(output, expected)
+        found, right = (torch.autograd.grad(result.sin().sum(), coarse)[0] for result in (output, expected))
+        assert torch.equal(found, right)
+    assert counter.frame_count == 1
+
+
+def test_exported_output_size_is_that_of_the_other_map(device):
+    class Merge(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.upsample = CARAFEUpsample(4)
+
+        def forward(self, fine, coarse):
+            return fine + self.upsample(coarse, fine.shape[2:])
+
+    module, dynamic = Merge().to(device).eval(), {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    inputs = [torch.randn(1, 4, *size, device=device) for size in ((9, 13), (5, 7))]
+    program = torch.export.export(module, tuple(inputs), dynamic_shapes=(dynamic, dynamic))
+    for size in ((9, 13), (8, 12), (9, 12), (16, 31)):
+        inputs = [torch.randn(1, 4, *s, device=device) for s in (size, [(length + 1) // 2 for length in size])]
+        assert torch.equal(program.module()(*inputs), module(*inputs))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program.module()(torch.randn(1, 4, 11, 12, device=device), inputs[1][..., :5, :6])
