@@ -23,10 +23,10 @@ from ._operators import NONE, NORMALIZERS, OPERATORS, Call, Operator
 def _evaluate(computes: str, at: Call) -> Tensor:
     """By the operator that computes a tensor of the form from the others."""
     operator = OPERATORS[computes]
-    tensors, features, outputs, *geometry = at
+    tensors, features, _, *geometry = at
     sizes = features[2:] if operator.sizes else ()
     if computes == "grad_output":
-        geometry += outputs
+        geometry += at.outputs
     return operator(*(tensors[name] for name in operator.tensors), *sizes, *geometry)
 
 

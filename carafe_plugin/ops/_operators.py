@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
     tensors: dict[str, Tensor]
     features: Sequence[int]
-    outputs: Sequence[int]  # (H', W'): as many as are wanted, the first ones
+    wanted: Sequence[int | None]  # (H', W') of the output, the first rows and columns; None is all of them
     k: int
     g: int
     up: int
@@ -41,9 +41,14 @@ class Call(NamedTuple):
         return height, width
 
     @property
+    def outputs(self) -> tuple[int, ...]:
+        """The size of what is wanted."""
+        return tuple(most if length is None else length for length, most in zip(self.wanted, self.whole, strict=True))
+
+    @property
     def cropped(self) -> Sequence[int] | None:
         """The output's size, where it is not all that is wanted."""
-        return None if tuple(self.outputs) == self.whole else self.outputs
+        return None if self.outputs == self.whole else self.outputs
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Those that the form's three tensors have to have."""
@@ -93,10 +98,7 @@ class Operator:
         features = tensors["features"].shape
         if self.computes == "kernels":
             return Call(tensors, features, tensors["grad_output"].shape[2:], *rest)
-        geometry, wanted = rest[:5], (*rest[5:], None, None)[:2]
-        call = Call(tensors, features, (), *geometry)
-        outputs = (most if length is None else length for length, most in zip(wanted, call.whole, strict=True))
-        return call._replace(outputs=tuple(outputs))
+        return Call(tensors, features, (*rest[5:], None, None)[:2], *rest[:5])
 
     def tensors_of(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
         """The tensors of a call by their names; a RuntimeError where one is missing."""
@@ -113,7 +115,8 @@ class Operator:
     def by_mmcv(self, *arguments: Any) -> Tensor:
         """The same by mmcv's kernel where that serves."""
         call = self.parse(arguments)
-        masks = call._replace(outputs=call.whole, normalizer=NONE).shapes()["kernels"]
+        _check(call)
+        masks = call._replace(wanted=call.whole, normalizer=NONE).shapes()["kernels"]
         serves = _mmcv.serves(arguments[0], prod(masks), call.k, call.g, call.down)
         return self._compute(call, _mmcv if serves else reference)
 
@@ -160,14 +163,14 @@ OPERATORS = {operator.computes: operator for operator in _TABLE}  #: by the tens
 def _check(call: Call) -> None:
     """What callers of torch.ops are told, as csrc/arguments.h does for the compiled kernels."""
     _check_numbers(call)
-    tensors, features, outputs, k, _, up, down, _ = call
+    tensors, features, _, k, _, up, down, _ = call
     if k >= 2**15 or max(up, down, *features[2:]) >= 2**31:  # beyond it, products of two do not fit into 64 bits
         raise RuntimeError(
             "kernel_size must be at most 32767, up, down, height and width at most 2147483647, "
             f"got {', '.join(map(str, (k, up, down, *features[2:])))}"
         )
-    if not all(0 <= length <= most for length, most in zip(outputs, call.whole, strict=True)):
-        sizes = (" x ".join(map(str, size)) for size in (call.whole, outputs))
+    if not all(0 <= length <= most for length, most in zip(call.outputs, call.whole, strict=True)):
+        sizes = (" x ".join(map(str, size)) for size in (call.whole, call.outputs))
         raise RuntimeError("the output must be of at most {}, got {}".format(*sizes))
     expected = call.shapes()
     for name, tensor in tensors.items():
