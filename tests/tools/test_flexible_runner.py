@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,7 +195,7 @@ def test_two_processes(toy: Callable, tmp_path: Path) -> None:
     parts = folder / "epoch_3.pth"
     assert {part.name for part in parts.iterdir()} == {"rank0.pth", "rank1.pth"}
     (parts / "rank1.pth").unlink()
-    shutil.rmtree(folder / "best_toy_error_epoch_3.pth")
-    done = run("dist_test.sh", config, parts, 2, "--work-dir", tmp_path / "test", PYTHONPATH=path, PORT=free_port())
+    command = ("dist_test.sh", folder / config.name, parts, 2, "--work-dir", tmp_path / "test")
+    done = run(*command, PYTHONPATH=path, PORT=free_port())
     assert done.returncode != 0
     assert f"error: checkpoint {parts} holds the parts of 1 processes, and this run has 2" in done.stderr
