@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
 
 
 def list_images(folder: str | Path, suffix: str | None = None) -> list[str]:
@@ -66,14 +65,6 @@ def shorten(names: Iterable[object], most: int = 10) -> str:
     """The first of several names, and how many there are: ``a, b, ... (12)``."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:most]) + (f", ... ({len(listed)})" if len(listed) > most else "") or "none"
-
-
-def size_and_mode(path: str | Path) -> tuple[tuple[int, int], str]:
-    """Height and width of an image as its readers turn it, and its Pillow mode, from its header. Raises OSError."""
-    with Image.open(path) as image:
-        width, height = image.size
-        size = (width, height) if image.getexif().get(_ORIENTATION) in _TRANSPOSED else (height, width)
-        return size, image.mode
 
 
 def decode(path: str | Path) -> Image.Image:

@@ -21,8 +21,9 @@ from carafe_plugin.engine.config import ADAPTERS, dataset_configs, leaves, requi
 from carafe_plugin.engine.errors import UsageError, note, reading_named_files
 from carafe_plugin.engine.panoptic import check_panoptic_dataset
 from carafe_plugin.engine.processes import process_rank
-from carafe_plugin.images import file_faults, list_images, shorten, size_and_mode
+from carafe_plugin.images import file_faults, list_images, shorten
 
+_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
 _ONE_BAND = ("1", "L", "P", "I", "I;16", "I;16B", "F")  # Pillow's modes that mmseg reads as one label per pixel
 
 
@@ -108,15 +109,15 @@ def _check_listed_files(dataset: Any, place: str, scope: str | None) -> None:
         return
     if not getattr(dataset, "ann_file", None) or not hasattr(dataset, "get_data_info"):
         return  # its files are those that it has just found in a folder, or no images
-    infos = map(dataset.get_data_info, range(len(dataset)))
+    infos = [info for info in map(dataset.get_data_info, range(len(dataset))) if isinstance(info, Mapping)]
     paths = [info[key] for info in infos for key in ("img_path", "seg_map_path") if isinstance(info.get(key), str)]
-    paths = [path for path in paths if "://" not in path]
-    if paths and not getattr(dataset, "backend_args", None):
-        root = Path(getattr(dataset, "data_root", None) or "").absolute()
-        names = [os.path.relpath(path, root) for path in paths]
-        if faults := file_faults(root, names, "files that it lists", sizes=False):
-            raise UsageError(f"{place}: {'; '.join(faults)}")
-    note(f"{place}: annotations are of a kind that is not checked before the run; {len(paths)} files are there")
+    paths = [] if getattr(dataset, "backend_args", None) else [path for path in paths if "://" not in path]
+    root = Path(getattr(dataset, "data_root", None) or "").absolute()
+    names = [os.path.relpath(path, root) for path in paths]
+    if faults := file_faults(root, names, "files that it lists", sizes=False):
+        raise UsageError(f"{place}: {'; '.join(faults)}")
+    there = f"; {len(paths)} files that it lists are there" if paths else ""
+    note(f"{place}: annotations are of a kind that is not checked before the run{there}")
 
 
 def label_map_fault(dataset: Mapping[str, Any]) -> str | None:
@@ -173,11 +174,11 @@ def pair_faults(
 
 def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None:
     try:
-        expected, _ = size_and_mode(image)
+        expected, _ = _size_and_mode(image)
     except (OSError, Image.DecompressionBombError):  # missing, or of a format that another reader may know
         return None
     try:
-        found, mode = size_and_mode(label_map)
+        found, mode = _size_and_mode(label_map)
     except FileNotFoundError:
         return None
     except UnidentifiedImageError:
@@ -188,3 +189,11 @@ def _compare(image: Path, label_map: Path, modes: Collection[str]) -> str | None
     if modes and mode not in modes:
         return f"annotation {label_map} must hold one label per pixel (Pillow's mode {' or '.join(modes)}), got {mode}"
     return None
+
+
+def _size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
+    with Image.open(path) as image:
+        width, height = image.size
+        # Readers turn the image as the camera was held.
+        size = (width, height) if image.getexif().get(_ORIENTATION) in _TRANSPOSED else (height, width)
+        return size, image.mode

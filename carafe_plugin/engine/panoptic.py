@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from carafe_plugin.engine.annotations import (
     check_coco,
     check_listed,
@@ -23,7 +25,7 @@ from carafe_plugin.engine.annotations import (
 )
 from carafe_plugin.engine.config import type_name
 from carafe_plugin.engine.errors import UsageError, note
-from carafe_plugin.images import decode, file_faults, shorten, size_and_mode
+from carafe_plugin.images import decode, file_faults, shorten
 
 #: How many PNG files of a dataset are read before a run: it takes seconds, and for all of them it would be minutes.
 SAMPLE = 200
@@ -194,7 +196,7 @@ def _read_segments(png: Path, picture: Path, size: tuple[int, int], segments: li
         raise UsageError(f"it cannot be read: {error}") from error
     sizes = {"it": (pixels.height, pixels.width), "the annotations": size}
     with suppress(OSError):  # of a format that another reader may know
-        sizes[f"its image {picture}"] = size_and_mode(picture)[0]
+        sizes[f"its image {picture}"] = _upright_size(picture)
     if len(set(sizes.values())) > 1:
         got = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
         raise UsageError(f"sizes differ (height x width): {got}")
@@ -209,3 +211,9 @@ def _read_segments(png: Path, picture: Path, size: tuple[int, int], segments: li
     if empty := [segment["id"] for segment in segments if segment["id"] not in found]:
         raise UsageError(f"no pixel of it has the ids {shorten(empty)} of segments{kind}")
     return found
+
+
+def _upright_size(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:  # the header alone
+        lying = image.getexif().get(0x0112) in (5, 6, 7, 8)  # the orientations that its readers turn upright
+        return image.size if lying else (image.height, image.width)
