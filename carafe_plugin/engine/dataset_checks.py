@@ -119,15 +119,15 @@ def _check_listed_files(dataset: Any, place: str, scope: str | None) -> None:
         return
     if not getattr(dataset, "ann_file", None) or not hasattr(dataset, "get_data_info"):
         return  # its files are those that it has just found in a folder, or no images
-    infos = map(dataset.get_data_info, range(len(dataset)))
+    infos = [info for info in map(dataset.get_data_info, range(len(dataset))) if isinstance(info, Mapping)]
     paths = [info[key] for info in infos for key in ("img_path", "seg_map_path") if isinstance(info.get(key), str)]
-    paths = [path for path in paths if "://" not in path]
-    if paths and not getattr(dataset, "backend_args", None):
-        root = Path(getattr(dataset, "data_root", None) or "").absolute()
-        names = [os.path.relpath(path, root) for path in paths]
-        if faults := file_faults(root, names, "files that it lists", sizes=False):
-            raise UsageError(f"{place}: {'; '.join(faults)}")
-    note(f"{place}: annotations are of a kind that is not checked before the run; {len(paths)} files are there")
+    paths = [] if getattr(dataset, "backend_args", None) else [path for path in paths if "://" not in path]
+    root = Path(getattr(dataset, "data_root", None) or "").absolute()
+    names = [os.path.relpath(path, root) for path in paths]
+    if faults := file_faults(root, names, "files that it lists", sizes=False):
+        raise UsageError(f"{place}: {'; '.join(faults)}")
+    there = f"; {len(paths)} files that it lists are there" if paths else ""
+    note(f"{place}: annotations are of a kind that is not checked before the run{there}")
 
 
 def _sources(cfg: Config, split: str) -> str:
