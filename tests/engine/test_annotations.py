@@ -365,7 +365,8 @@ def test_the_metrics_own_file_is_checked(tmp_path):
 )
 def test_files_that_pycocotools_cannot_read(text, reason, tmp_path):
     (tmp_path / "a.json").write_bytes(text)
-    with pytest.raises(UsageError, match=rf"cannot read .*a.json \({len(text)} bytes; truncated, or not JSON\): {reason}"):
+    expected = rf"cannot read .*a.json \({len(text)} bytes; truncated, or not JSON\): {reason}"
+    with pytest.raises(UsageError, match=expected):
         read_coco(tmp_path / "a.json")
 
 
