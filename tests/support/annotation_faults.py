@@ -1,8 +1,8 @@
 """A campaign against annotation files: a sound file in COCO's format with one random mutation, and what it means.
 
 Each case has a number, from which everything in it follows. Its outcome must be the right result, or one line that
-names the file and the fault. ``python tests/support/annotation_faults.py annotations 17`` repeats case 17
-and says what it does.
+names the file and the fault. ``python tests/support/annotation_faults.py annotations 17`` repeats a case and says what
+comes of it; of label maps with ``label_maps 17``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ from carafe_plugin.engine.errors import UsageError
 CLASSES = ("red", "blue")
 SIZES = {"a.png": (48, 60), "b.png": (56, 50), "below/c.png": (40, 64)}  # height and width
 NUMBERS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
-
-
 #: Every image of a file: its id, its file's name, and its objects of ``CLASSES``.
 Truth = list[tuple[Any, str, list[dict[str, Any]]]]
 
