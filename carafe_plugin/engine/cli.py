@@ -52,6 +52,8 @@ def _in_a_line(error: Exception, args: argparse.Namespace) -> str | None:
         return str(error)
     if isinstance(error, ImportError) and error.name == mmcv_ops.EXTENSION:
         return ""  # mmcv_ops has said it
+    if isinstance(error, ImportError) and error.name is None:
+        return str(error)  # no import has failed: a toolbox says which package it wants
     if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
         return f"cannot use {Path(error.filename).absolute()}: {error.strerror}"
     if fault := construction_fault(error):
