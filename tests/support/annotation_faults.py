@@ -475,6 +475,7 @@ class Campaign:
 
     def _run(self, path: Path, mode: str, found: dict[str, list[tuple]]) -> str:
         """What is wrong with the result, or nothing."""
+        init_default_scope("mmdet")  # a case may follow one of another toolbox
         split = "train" if mode == "train" else "test"
         steps = [dict(type="LoadAnnotations", with_bbox=True, with_mask=True)] if mode == "train" else []
         dataset = dict(
@@ -489,8 +490,6 @@ class Campaign:
         cfg = Config(dict(default_scope="mmdet", **settings))
         check_dataset_files(cfg, split)
         from mmdet.registry import DATASETS, METRICS
-
-        init_default_scope("mmdet")
 
         loader = Loader(lambda: DATASETS.build(copy.deepcopy(dataset)))
         check_not_empty(SimpleNamespace(cfg=cfg, **{f"{split}_dataloader": loader}), split)

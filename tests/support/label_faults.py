@@ -112,6 +112,7 @@ class LabelCampaign:
         return outcome, change, details
 
     def _run(self, found: list[np.ndarray]) -> str:
+        init_default_scope("mmseg")  # a case may follow one of another toolbox
         dataset = dict(
             type="BaseSegDataset", data_root=str(self.folder), img_suffix=".png", seg_map_suffix=".png",
             data_prefix=dict(img_path="images", seg_map_path="labels"), metainfo=dict(classes=CLASSES),
@@ -122,7 +123,6 @@ class LabelCampaign:
         check_dataset_files(cfg, "test")
         from mmseg.registry import DATASETS, METRICS
 
-        init_default_scope("mmseg")
         loader = Loader(lambda: DATASETS.build(dict(dataset)))
         check_not_empty(SimpleNamespace(cfg=cfg, test_dataloader=loader), "test")
         try:
