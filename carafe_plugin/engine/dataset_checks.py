@@ -269,8 +269,9 @@ def _compare(image: Path, label_map: Path, modes: Collection[str], turned: bool)
         found, mode, kind = read_header(label_map, turned=False)
     except FileNotFoundError:
         return None
-    except UnidentifiedImageError:
-        return f"annotation {label_map} is not an image"
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be read: {error}"
+        return f"annotation {label_map} {reason}"
     if modes and kind in ("JPEG", "MPO"):
         return f"annotation {label_map} is a JPEG, whose compression changes labels: write label maps as PNG"
     if modes and mode not in modes:

@@ -1,24 +1,28 @@
-"""Annotation files with one random mutation: the right numbers, or one line that names the file and the fault."""
+"""Annotations and label maps with one random mutation: the right numbers, or one line that names file and fault."""
 
 import pytest
 
 pytest.importorskip("mmdet", reason="mmdet is not installed")
+pytest.importorskip("mmseg", reason="mmseg is not installed")
 
 from annotation_faults import Campaign, quiet
 from campaign import SEED, count
+from label_faults import LabelCampaign
 
 PARTS = 10
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_mutations(part, tmp_path, campaign, one_thread):
-    tally, cases = campaign("annotations"), Campaign(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "kind", "short"), [("annotations", Campaign, 500), ("label_maps", LabelCampaign, 100)]
+)
+def test_mutations(name, kind, short, part, tmp_path, campaign, one_thread):
+    tally, cases = campaign(name), kind(tmp_path)
     quiet()
     wrong = []
-    for number in range(part, count("annotations", short=500, long=5000), PARTS):
-        seed = SEED * 10**6 + number
-        outcome, mutation, details = cases.case(seed)
+    for number in range(part, count(name, short=short, long=10 * short), PARTS):
+        outcome, mutation, details = cases.case(SEED * 10**6 + number)
         tally(mutations=1, **{outcome.lower(): 1})
         if outcome == "WRONG":
-            wrong.append(f"{seed}: {mutation}: {details}")
-    assert not wrong, "python tests/support/annotation_faults.py NUMBER repeats:\n" + "\n".join(wrong)
+            wrong.append(f"{SEED * 10**6 + number}: {mutation}: {details}")
+    assert not wrong, f"repeated by python tests/support/annotation_faults.py {name} NUMBER:\n" + "\n".join(wrong)

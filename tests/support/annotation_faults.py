@@ -1,7 +1,8 @@
 """A campaign against annotation files: a sound file in COCO's format with one random mutation, and what it means.
 
 Each case has a number, from which everything in it follows. Its outcome must be the right result, or one line that
-names the file and the fault. ``python tests/support/annotation_faults.py 17`` repeats case 17 and says what it does.
+names the file and the fault. ``python tests/support/annotation_faults.py annotations 17`` repeats a case and says what
+comes of it; of label maps with ``label_maps 17``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ import logging
 import random
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from functools import cached_property, partial
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -40,8 +38,6 @@ from carafe_plugin.engine.errors import UsageError
 CLASSES = ("red", "blue")
 SIZES = {"a.png": (48, 60), "b.png": (56, 50), "below/c.png": (40, 64)}  # height and width
 NUMBERS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
-
-
 #: Every image of a file: its id, its file's name, and its objects of ``CLASSES``.
 Truth = list[tuple[Any, str, list[dict[str, Any]]]]
 
@@ -431,7 +427,7 @@ def is_trained_on(thing: dict[str, Any], name: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ what becomes of it
-class _Loader:
+class Loader:
     """A data loader whose dataset is built when it is asked for, as the runner's."""
 
     def __init__(self, build: Callable[[], Any]) -> None:
@@ -440,6 +436,21 @@ class _Loader:
     @cached_property
     def dataset(self) -> Any:
         return self.build()
+
+
+def judge(run: Callable[[], str], path: Path, *words: str) -> tuple[str, str]:
+    """What comes of a faulty file at ``path`` in ``run``, which returns what is wrong with a result: 'right', 'refused'
+    by a line that names the file and one of ``words``, or 'WRONG'; and the details.
+    """
+    try:
+        details = run()
+        return ("WRONG" if details else "right"), details
+    except UsageError as error:
+        details = " ".join(str(error).split())  # as a command prints it
+        named = str(path) in details and (not words or any(word in details for word in words))
+        return ("refused" if named and len(details) < 900 else "WRONG"), details
+    except Exception as error:
+        return "WRONG", "".join(traceback.format_exception(error)[-3:])
 
 
 class Campaign:
@@ -458,21 +469,13 @@ class Campaign:
         mode = draw.choice(["measured", "measured", "converted", "train"])
         path = self.folder / f"case_{number}.json"
         path.write_bytes(text)
-        try:
-            details = self._run(path, mode, found)
-            outcome = "WRONG" if details else "right"
-        except UsageError as error:
-            details = " ".join(str(error).split())  # as a command prints it
-            named = str(path) in details and any(word in details for word in [key, *ALSO.get(key, [])])
-            outcome = "refused" if named and len(details) < 900 and key != HARMLESS else "WRONG"
-        except Exception as error:
-            outcome, details = "WRONG", "".join(traceback.format_exception(error)[-3:])
-        finally:
-            path.unlink()
-        return outcome, f"{mode}, {mutation}", details
+        outcome, details = judge(lambda: self._run(path, mode, found), path, key, *ALSO.get(key, []))
+        path.unlink()
+        return ("WRONG" if key == HARMLESS and outcome == "refused" else outcome), f"{mode}, {mutation}", details
 
     def _run(self, path: Path, mode: str, found: dict[str, list[tuple]]) -> str:
         """What is wrong with the result, or nothing."""
+        init_default_scope("mmdet")  # a case may follow one of another toolbox
         split = "train" if mode == "train" else "test"
         steps = [dict(type="LoadAnnotations", with_bbox=True, with_mask=True)] if mode == "train" else []
         dataset = dict(
@@ -488,9 +491,7 @@ class Campaign:
         check_dataset_files(cfg, split)
         from mmdet.registry import DATASETS, METRICS
 
-        init_default_scope("mmdet")
-
-        loader = _Loader(lambda: DATASETS.build(copy.deepcopy(dataset)))
+        loader = Loader(lambda: DATASETS.build(copy.deepcopy(dataset)))
         check_not_empty(SimpleNamespace(cfg=cfg, **{f"{split}_dataloader": loader}), split)
         built = loader.dataset
         try:
@@ -553,20 +554,14 @@ def quiet() -> None:
 
 
 def main() -> None:
-    numbers = [int(argument) for argument in sys.argv[1:] if argument.lstrip("-").isdigit()]
-    if len(numbers) == 2:
-        numbers = list(range(*numbers))
+    from label_faults import LabelCampaign
+
+    kinds = dict(annotations=Campaign, label_maps=LabelCampaign)
+    if len(sys.argv) != 3 or sys.argv[1] not in kinds or not sys.argv[2].isdigit():
+        sys.exit(__doc__)
     quiet()
-    outcomes: Counter[str] = Counter()
     with TemporaryDirectory() as folder:
-        campaign = Campaign(Path(folder))
-        for number in numbers:
-            with redirect_stdout(StringIO()):
-                outcome, mutation, details = campaign.case(number)
-            outcomes[outcome] += 1
-            if outcome == "WRONG" or len(numbers) == 1 or "-a" in sys.argv:
-                print(f"{number}: {mutation}: {outcome}: {details}"[:700])
-    print(dict(outcomes))
+        print(*kinds[sys.argv[1]](Path(folder)).case(int(sys.argv[2])), sep="\n")
 
 
 if __name__ == "__main__":
