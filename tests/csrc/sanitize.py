@@ -46,7 +46,12 @@ OPTIONS = dict(
 #: A fault planted in cpu/carafe.cpp by replacing a text, and what the sanitizer has to say.
 MUTANTS = {
     "a row that is one column too long": ("address", "j < width", "j <= width", "heap-buffer-overflow"),
-    "a shift out of the number": ("address", "shape.up > kMaxPhases", "(shape.up << 62) > kMaxPhases", "left shift of"),
+    "a shift out of the number": (
+        "address",
+        "index / height / channels",
+        "index / height / channels + 0 * (height << 62)",
+        "left shift of",
+    ),
     "rows in each other's place": ("thread", "call.result.at(n, c, i, j)", "call.result.at(n, c, 0, j)", "data race"),
 }
 
