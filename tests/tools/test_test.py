@@ -221,7 +221,7 @@ def _first(content: dict, **values: object) -> None:
         (lambda c: _first(c, image_id=70), "image_id must be an image that the file lists, got 70"),
         (
             lambda c: _first(c, bbox=[1, 2, float("nan"), 4]),
-            "image 0: bbox must be four finite numbers (x, y, width, height)",
+            "image 0: bbox must be four finite numbers of at most 1000000 (x, y, width, height)",
         ),
         (lambda c: _first(c, bbox=[1, 2, 3, 0]), "the last two positive, got [1, 2, 3, 0]"),
         (
