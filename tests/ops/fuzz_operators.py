@@ -98,20 +98,29 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         threads=draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
         seed=draw(st.integers(0, 2**31)),
     )
+    whole = output_size(case)
+    if min(whole) > 0 and draw(st.booleans()):
+        case["wanted"] = tuple(draw(st.one_of(st.just(most), st.integers(1, most))) for most in whole)
     return case
+
+
+def output_size(case: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the whole output."""
+    up, down = scale_ratio(case["scale"])
+    return reference.output_size(case["h"], up, down), reference.output_size(case["w"], up, down)
 
 
 def make_tensors(case: dict[str, Any]) -> list[Tensor]:
     """Features, kernels, the gradient of the output, and two directions: gradients of the first two's gradients."""
     n, c, h, w, k, g, dtype = (case[key] for key in ("n", "channels", "h", "w", "k", "g", "dtype"))
-    up, down = scale_ratio(case["scale"])
-    out = [reference.output_size(length, up, down) for length in (h, w)]
-    raw = case["normalizer"] != "none" and up > 1
-    kernels = (n, g * k * k * (up * up if raw else 1), *((h, w) if raw else out))
+    up = scale_ratio(case["scale"])[0]
+    whole, masks = output_size(case), case["normalizer"] == "none"
+    out = case.get("wanted", whole)
+    phases, coarse = (1, out) if masks else (1, whole) if up == 1 else (up, (h, w))
+    kernels = (n, g * k * k * phases**2, *coarse)
     generator = torch.Generator().manual_seed(case["seed"])
     shapes = ((n, c, h, w), kernels, (n, c, *out), (n, c, h, w), kernels)
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    masks = case["normalizer"] == "none"
     info = torch.finfo(dtype)
     if case["values"] == "tiny":  # subnormal, most of them
         tensors[0] *= info.smallest_normal / 8
@@ -132,10 +141,11 @@ def make_tensors(case: dict[str, Any]) -> list[Tensor]:
 
 
 def by_operators(case: dict[str, Any], features: Tensor, kernels: Tensor) -> Tensor:
+    wanted = case.get("wanted")
     if case["normalizer"] == "none":
-        return carafe(features, kernels, case["k"], case["g"], case["scale"])
+        return carafe(features, kernels, case["k"], case["g"], case["scale"], wanted)
     up, down = scale_ratio(case["scale"])
-    return reassemble_logits(features, kernels, case["k"], case["g"], up, down, case["normalizer"])
+    return reassemble_logits(features, kernels, case["k"], case["g"], up, down, case["normalizer"], wanted)
 
 
 def in_one_pass(case: dict[str, Any]) -> bool:
@@ -147,7 +157,7 @@ def in_one_pass(case: dict[str, Any]) -> bool:
 def by_definition(case: dict[str, Any], features: Tensor, kernels: Tensor) -> Tensor:
     args = (case["k"], case["g"], *scale_ratio(case["scale"]))
     if case["normalizer"] != "none":
-        kernels = reference.masks_from_logits(kernels, *args, case["normalizer"])
+        kernels = reference.crop(reference.masks_from_logits(kernels, *args, case["normalizer"]), case.get("wanted"))
     return reference.reassemble(features, kernels, *args)
 
 
@@ -174,7 +184,8 @@ def magnitudes(case: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
     features, logits, grad, direction, logits_direction = (tensor.abs() for tensor in tensors)
     args = (case["k"], case["g"], *scale_ratio(case["scale"]))
     size = features.shape[2:]
-    masks = reference.masks_from_logits(tensors[1], *args, case["normalizer"])
+    wanted = case.get("wanted")
+    masks = reference.crop(reference.masks_from_logits(tensors[1], *args, case["normalizer"]), wanted)
 
     def mean(maps: Tensor) -> Tensor:
         if case["normalizer"] == "sigmoid":
@@ -184,12 +195,12 @@ def magnitudes(case: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
 
     def unshuffle(maps: Tensor) -> Tensor:
         leaf = torch.zeros_like(logits, requires_grad=True)
-        return torch.autograd.grad(reference.shuffle_logits(leaf, *args[2:]), leaf, maps)[0]
+        return torch.autograd.grad(reference.crop(reference.shuffle_logits(leaf, *args[2:]), wanted), leaf, maps)[0]
 
     def slope(maps: Tensor) -> Tensor:  # of the normaliser, whose own slope is at most 1
         return masks * (maps + mean(maps))
 
-    along = reference.shuffle_logits(logits_direction, *args[2:])
+    along = reference.crop(reference.shuffle_logits(logits_direction, *args[2:]), wanted)
     tangent = slope(along)
     grad_masks = reference.grad_masks(grad, features, *args)
     bend = slope(grad_masks * (along + mean(along)) + along * mean(grad_masks)) + masks * along * (
@@ -269,6 +280,7 @@ def check_call(case: dict[str, Any]) -> None:
             same = [run[index].contiguous().view(-1).view(torch.uint8) for run in runs]
             assert torch.equal(*same), f"{name}: other bits for {case['threads']} threads"
     counts["calls"] += 1
+    counts["cropped"] += "wanted" in case and case["wanted"] != output_size(case)
 
 
 # ----------------------------------------------------------------------------------------------------------- faults
