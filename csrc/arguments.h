@@ -69,8 +69,8 @@ inline Shape make_shape(
   STD_TORCH_CHECK(
       0 <= shape.out_height && shape.out_height <= shape.output_height() && 0 <= shape.out_width &&
           shape.out_width <= shape.output_width(),
-      "the output must be of at most ", shape.output_height(), " x ", shape.output_width(), ", got ", shape.out_height,
-      " x ", shape.out_width);
+      "the output (out_height x out_width, or grad_output) must be of at most ", shape.output_height(), " x ",
+      shape.output_width(), ", got ", shape.out_height, " x ", shape.out_width);
   return shape;
 }
 

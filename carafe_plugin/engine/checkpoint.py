@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import datetime
+import functools
 import logging
 import os
 import pickle
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,13 +40,19 @@ COUNTER = "num_batches_tracked"
 _CARAFE_PART = re.compile(r"\b(channel_compressor|compressor_norm|content_encoder)\.")
 
 
-def _statistic(owner: Any, name: str) -> Any:
-    """Stands for ``getattr``, by which a HistoryBuffer pickles its methods: of other objects it reached everything."""
-    if owner is not HistoryBuffer or name.startswith("_"):
+def _attribute(owner: Any, name: str) -> Any:
+    """Stands for ``getattr``, by which pickle reaches a HistoryBuffer's methods, an Enum's members and classes inside
+    classes: of other objects it reached everything.
+    """
+    known = _allowed()
+    inside = isinstance(owner, type) and f"{owner.__module__}.{owner.__qualname__}.{name}" in known
+    member = isinstance(owner, EnumMeta) and owner in known.values() and name in owner.__members__
+    if not (inside or member or (owner is HistoryBuffer and not name.startswith("_"))):
         raise pickle.UnpicklingError(f"Unsupported GLOBAL builtins.getattr of {owner!r}, {name}")
     return getattr(owner, name)
 
 
+@functools.cache
 def _allowed() -> dict[str, Any]:
     """What a checkpoint may name beside torch's own: mmengine's log history, NumPy's arrays and plain values."""
     multiarray: Any = (np._core if hasattr(np, "_core") else np.core).multiarray
@@ -52,8 +60,18 @@ def _allowed() -> dict[str, Any]:
     kinds = (Counter, Namespace, ConfigDict, HistoryBuffer, torch.device, torch.Size)
     times = (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone)
     arrays = (np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"]})
-    types: dict[str, Any] = {"_codecs.encode": codecs.encode, "builtins.getattr": _statistic}  # the first makes bytes
-    types |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (*plain, *kinds, *times, *arrays)}
+    sharded: tuple[type, ...] = ()
+    if torch.distributed.is_available():  # what FSDP writes, each process its part
+        from torch.distributed._shard import metadata, sharded_tensor, sharding_spec
+        from torch.distributed._shard.sharded_tensor.metadata import MEM_FORMAT_ENCODING
+        from torch.distributed.remote_device import _remote_device
+
+        tensor = sharded_tensor.ShardedTensor
+        sharded = (tensor, tensor.ProcessGroupState, sharded_tensor.Shard, sharded_tensor.ShardedTensorMetadata)
+        sharded += (sharded_tensor.TensorProperties, metadata.ShardMetadata, MEM_FORMAT_ENCODING, _remote_device)
+        sharded += (sharding_spec.ChunkShardingSpec, sharding_spec.EnumerableShardingSpec)
+    types: dict[str, Any] = {"_codecs.encode": codecs.encode, "builtins.getattr": _attribute}  # the first makes bytes
+    types |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (*plain, *kinds, *times, *arrays, *sharded)}
     for package in ("numpy.core", "numpy._core"):  # NumPy's before 2.0 and since, whichever is here
         types |= {f"{package}.multiarray.{name}": getattr(multiarray, name) for name in ("_reconstruct", "scalar")}
     return types

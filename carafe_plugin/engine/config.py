@@ -85,7 +85,7 @@ def _restore_classes(part: Any) -> None:
     for value in part.values() if isinstance(part, Mapping) else part if isinstance(part, (list, tuple)) else ():
         _restore_classes(value)
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(kind, str) and kind.count(".") > 1:
+    if isinstance(kind, str) and kind.count(".") > 1 and not kind.startswith("carafe_plugin."):  # ours are found
         module, _, name = kind.rpartition(".")
         with suppress(Exception):  # what cannot be imported has its own message later
             (found := LazyObject(module, name)).build()

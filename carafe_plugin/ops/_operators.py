@@ -171,7 +171,9 @@ def _check(call: Call) -> None:
         )
     if not all(0 <= length <= most for length, most in zip(call.outputs, call.whole, strict=True)):
         sizes = (" x ".join(map(str, size)) for size in (call.whole, call.outputs))
-        raise RuntimeError("the output must be of at most {}, got {}".format(*sizes))
+        raise RuntimeError(
+            "the output (out_height x out_width, or grad_output) must be of at most {}, got {}".format(*sizes)
+        )
     expected = call.shapes()
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:

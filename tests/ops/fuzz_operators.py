@@ -232,6 +232,7 @@ def check_values(case: dict[str, Any], name: str, got: Tensor, exact: Tensor, si
     # Several results of the dtype behind one another.
     intermediate = "''" in name or (case["normalizer"] != "none" and not in_one_pass(case))
     bound = (2 * terms * sums.eps + (32 if intermediate else 1) * own.eps) * size
+    overflow = exact.abs() + bound >= own.max  # rounded to the largest number or to infinity
     # What is smaller than any normal number is lost; of an intermediate result too, with what it is multiplied by, and
     # the smallest weight is e^-87 in float32 (cpu/normalize.h).
     floor = own.smallest_normal * own.eps + terms * sums.smallest_normal * sums.eps
@@ -240,7 +241,6 @@ def check_values(case: dict[str, Any], name: str, got: Tensor, exact: Tensor, si
     floor += times * own.smallest_normal * own.eps if intermediate else 0
     bound = bound + floor
     got = got.double()
-    overflow = exact.abs() + bound >= own.max  # rounded to the largest number or to infinity
     usual = exact.isfinite() & ~overflow & size.isfinite()
     wrong = (got - exact).abs() > bound
     assert not (wrong & usual).any(), _describe(name, wrong & usual, got, exact, bound)

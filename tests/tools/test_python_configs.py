@@ -165,7 +165,6 @@ def test_bases_of_a_toolbox(scenes: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 UNREADABLE = {
-    "cut.json": (b'{"a": ', "JSONDecodeError: Expecting value"),
     "cut.yaml": (b"a: [1, 2\nb: }", "ParserError: while parsing"),
     "latin.py": (b'a = "\xe9"', "UnicodeDecodeError: "),
     "unknown.py": (b"model = dict(type=undefined)", "NameError: name 'undefined' is not defined"),
