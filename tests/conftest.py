@@ -16,7 +16,7 @@ if importlib.util.find_spec("mmcv") is not None:
 
     mmcv_ops.install()  # where it has no compiled operators, torchvision's, in the processes that tests start too
 
-sys.path.append(str(Path(__file__).parent / "support" / "absent"))  # last: a package that is installed comes first
+sys.path.append(str(Path(__file__).parent / "support" / "stand_ins"))  # last: a package that is installed comes first
 
 # Tests are many and small: two threads are enough, and where several processes run them, they share the cores.
 _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -171,6 +171,7 @@ CASES: dict[str, list[tuple]] = {
         ("not Python", "tools/train.py photo.png"),
         ("another ending", "tools/train.py bad.txt", text("bad.txt", "")),
         ("JSON that is cut off", "tools/train.py bad.json", text("bad.json", '{"model": ')),
+        ("JSON that is a list", "tools/train.py bad.json", text("bad.json", "[1]")),
         ("a base that is missing", "tools/train.py bad.py", text("bad.py", "_base_ = 'absent.py'\n")),
         (
             "a module that is missing",
@@ -202,6 +203,10 @@ CASES: dict[str, list[tuple]] = {
             "tools/train.py bad.py",
             text("bad.py", "_base_ = 'det.py'\ncustom_hooks = [dict(type='Absent')]\n"),
         ),
+        ("an unknown runner", f"{TRAIN} runner_type=Walker"),
+        ("an unknown strategy", f"{TRAIN} runner_type=FlexibleRunner strategy.type=Plan"),
+        ("a strategy of several processes in one", f"{TRAIN} runner_type=FlexibleRunner strategy.type=DDPStrategy"),
+        ("boxes for a panoptic dataset", f"{TRAIN} train_dataloader.dataset.type=CocoPanopticDataset"),
         ("an option without a value", f"{TRAIN} model.neck"),
         ("an option below a text", f"{TRAIN} model.neck.type.name=x"),
         ("an index beyond a list", f"{TRAIN} train_dataloader.dataset.pipeline.9.type=Resize"),
@@ -336,6 +341,16 @@ CASES: dict[str, list[tuple]] = {
         ("a segmenter of fewer classes", "tools/train.py seg.py --cfg-options model.decode_head.num_classes=2"),
         ("a classifier of fewer classes", "tools/train.py cls.py --cfg-options model.head.num_classes=1"),
         ("no such picture", f"tools/infer.py absent.png {INFER}"),
+        ("a picture that is none", f"tools/infer.py page.png {INFER}", text("page.png", "<html>404</html>")),
+        (
+            "pictures of which none can be read",
+            f"tools/infer.py pages {INFER}",
+            several(
+                lambda folder: (folder / "pages").mkdir(exist_ok=True),
+                text("pages/a.png", "<html>"),
+                text("pages/b.pgm", ""),
+            ),
+        ),
         (
             "a folder without pictures",
             f"tools/infer.py empty {INFER}",
