@@ -358,9 +358,11 @@ def draw_mask(shape: Any, image: dict[str, Any], training: bool = False) -> np.n
     alone; without any, it ignores the object: None.
     """
     size = SIZES[image["file_name"]]
-    if training and isinstance(shape, dict) and shape:
-        if shape.get("size") is None or not isinstance(shape.get("counts"), (str, list)):
-            return None
+    ignored = isinstance(shape, dict) and (
+        shape.get("size") is None or not isinstance(shape.get("counts"), (str, list))
+    )
+    if training and shape and ignored:
+        return None
     if isinstance(shape, list) and shape and all(isinstance(polygon, list) for polygon in shape):
         polygons = [[_number(value) for value in polygon] for polygon in shape]
         sound = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
