@@ -115,8 +115,15 @@ def checkpoint_types() -> Iterator[None]:
 
 def use_safe_loading() -> None:
     """Let mmengine load local checkpoints, and those of URLs, by :func:`read_checkpoint`, in this process."""
-    CheckpointLoader.register_scheme("", read_checkpoint, force=True)
-    CheckpointLoader.register_scheme(["http://", "https://"], read_url, force=True)
+
+    def load_from_local(filename: str, map_location: Any = None) -> dict:  # mmengine logs the end of the name
+        return read_checkpoint(filename, map_location)
+
+    def load_from_http(filename: str, map_location: Any = None) -> dict:
+        return read_url(filename, map_location)
+
+    CheckpointLoader.register_scheme("", load_from_local, force=True)
+    CheckpointLoader.register_scheme(["http://", "https://"], load_from_http, force=True)
 
 
 def check_checkpoint_exists(path: str) -> Path:

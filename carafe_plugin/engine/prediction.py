@@ -275,8 +275,8 @@ def load_detector(cfg: Config, checkpoint: str, device: str, drop_in: bool = Fal
     use_safe_loading()
     from mmdet.apis import init_detector
 
-    with reading_named_files(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of COCO's classes, which it takes without a checkpoint
+    # Of COCO's classes, which it takes without a checkpoint, it warns whatever filters say: recorded, not shown.
+    with reading_named_files(), warnings.catch_warnings(record=True):
         detector = init_detector(cfg, None, device=device)
     # MMDetection warns where weights are missing, and detects with random ones.
     recorded, configured = checkpoint_meta(load_weights(detector, checkpoint)), config_meta(cfg, "test")
