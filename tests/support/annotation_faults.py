@@ -450,7 +450,8 @@ def judge(run: Callable[[], str], path: Path, *words: str) -> tuple[str, str]:
         return ("WRONG" if details else "right"), details
     except UsageError as error:
         details = " ".join(str(error).split())  # as a command prints it
-        named = str(path) in details and (not words or any(word in details for word in words))
+        whole = str(path) in details or all(part in details for part in (f"{path.parent}: ", path.name))
+        named = whole and (not words or any(word in details for word in words))
         return ("refused" if named and len(details) < 900 else "WRONG"), details
     except Exception as error:
         return "WRONG", "".join(traceback.format_exception(error)[-3:])
