@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule, kaiming_init, normal_init, xavier_init
+from mmengine.model import BaseModule, kaiming_init, xavier_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -192,6 +192,11 @@ def _switches(carafe_cfg: Mapping[str, Any] | None) -> tuple[dict | None, dict |
 
 
 @MODELS.register_module()
+def _normal_(conv: nn.Conv2d) -> None:
+    nn.Conv2d.reset_parameters(conv)  # for the bias
+    nn.init.normal_(conv.weight, std=0.02)
+
+
 class PatchDiscriminator(BaseModule):
     """Judges of every patch of an image whether it looks real.
 
@@ -222,10 +227,9 @@ class PatchDiscriminator(BaseModule):
             layers.append(nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False))
             layers.extend([nn.BatchNorm2d(after), nn.LeakyReLU(0.2)])
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
-        start = functools.partial(normal_init, std=0.02)  # as [20], biases as in its authors' code
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
-                starting(layer, start).reset_parameters()
+                nn.init.normal_(starting(layer, _normal_).weight, std=0.02)  # as [20]
 
     def forward(self, images: Tensor, holes: Tensor) -> Tensor:
         """Judge completed images, (N, 3, H, W) in [-1, 1] with holes (N, 1, H, W) -> logits (N, 1, H', W')."""
