@@ -191,12 +191,12 @@ def _switches(carafe_cfg: Mapping[str, Any] | None) -> tuple[dict | None, dict |
     return found[0], found[1]
 
 
-@MODELS.register_module()
 def _normal_(conv: nn.Conv2d) -> None:
     nn.Conv2d.reset_parameters(conv)  # for the bias
     nn.init.normal_(conv.weight, std=0.02)
 
 
+@MODELS.register_module()
 class PatchDiscriminator(BaseModule):
     """Judges of every patch of an image whether it looks real.
 
