@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from carafe_plugin.engine.config import pipeline_steps, type_name
-from carafe_plugin.engine.errors import UsageError, read_json
+from carafe_plugin.engine.errors import UsageError, note, read_json
 from carafe_plugin.images import file_faults, read_header, sample, shorten
 
 
@@ -51,7 +51,8 @@ def check_coco(
     ``training``, mmdet leaves unsound ones out.
     """
     try:
-        images = _by_id(content["images"], "image", id=_ID, file_name=_TEXT, width=_PIXELS, height=_PIXELS)
+        side = _PIXELS if masks else _WHOLE
+        images = _by_id(content["images"], "image", id=_ID, file_name=_TEXT, width=side, height=side)
         categories = _by_id(content["categories"], "category", id=_ID, name=_TEXT)
         for kind, ids in (("images", images), ("categories", categories)):
             if len({type(number) for number in ids}) > 1:  # to numpy's sorting in pycocotools, 1 would be '1'
@@ -74,13 +75,17 @@ def check_coco(
             ignore=_FLAG,
         )
         optional = ("ignore",) if measured else ("iscrowd", "ignore")
+        beside = 0
         for annotation in _by_id(content["annotations"], "annotation", optional, **checks).values():
             image = images[annotation["image_id"]]
             _check_box(annotation, image, measured)
-            if masks and (measured or _is_trained_on(annotation)):
+            beside += not _lies_on(annotation, image)
+            if masks and (measured or _is_trained_on(annotation, image)):
                 _check_mask(annotation, image, training)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+    if beside:
+        note(f"mmdet leaves out {beside} objects of {path}: their boxes lie beside their images")
 
 
 #: The longest way in pixels: pycocotools walks along the edges of a polygon, and its memory is soon at an end.
@@ -117,6 +122,10 @@ def _is_text(value: Any) -> bool:
 _Check = tuple[str, Callable[[Any], bool]]
 _ID: _Check = ("an integer of 64 bits or a text", _is_id)
 _TEXT: _Check = ("a text, not empty and without NUL or half characters", _is_text)
+_WHOLE: _Check = (
+    "a positive whole number of pixels",
+    lambda value: _is_number(value) and value > 0 and value == int(value),  # 640.0, as pandas writes it
+)
 _PIXELS: _Check = ("a positive integer number of pixels", lambda value: _is_integer(value) and value > 0)
 _AREA: _Check = (
     "a finite number, at least 0 and below 1e10 (pycocotools leaves out what is larger)",
@@ -169,19 +178,27 @@ def _check_classes(names: Sequence[str], classes: Sequence[str]) -> None:
         )
 
 
-def _is_trained_on(annotation: Mapping[str, Any]) -> bool:
+def _is_trained_on(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
     """Whether mmdet keeps an object; one that it leaves out needs no mask."""
-    return min(annotation["bbox"][2:]) >= 1 and annotation["area"] > 0 and not annotation.get("ignore")
+    sound = min(annotation["bbox"][2:]) >= 1 and annotation["area"] > 0 and not annotation.get("ignore")
+    return sound and _lies_on(annotation, image)
+
+
+def _lies_on(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
+    x, y, width, height = annotation["bbox"]
+    return min(width, height) <= 0 or _on(image, [x, y, x + width, y + height])
 
 
 def _check_box(annotation: Mapping[str, Any], image: Mapping[str, Any], measured: bool) -> None:
-    """A box must lie on its image, at least in part, and an object's area, by which its size is called small, medium or
-    large, in its box (with a pixel of rounding on each side).
+    """A box that is measured must lie on its image, at least in part, and an object's area, by which its size is called
+    small, medium or large, in its box (with a pixel of rounding on each side); mmdet leaves others out of a training.
     """
-    x, y, width, height = annotation["bbox"]
-    if min(width, height) > 0 and not _on(image, [x, y, x + width, y + height]):
+    if not measured:
+        return
+    width, height = annotation["bbox"][2:]
+    if not _lies_on(annotation, image):
         _refuse(annotation, "bbox", f"on its image, {_size(image)}")
-    if measured and annotation["area"] > (width + 2) * (height + 2):
+    if annotation["area"] > (width + 2) * (height + 2):
         _refuse(annotation, "area", f"at most that of its bbox, {width} x {height}")
 
 

@@ -22,8 +22,9 @@ from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.images import sample, shorten
 
 #: Parts of mmdet's and mmseg's models whose outputs are not the dataset's classes: region proposals, stuff of another
-#: dataset, boundaries, depth, people to be followed and recognised again.
-_OTHER_OUTPUTS = {"RPN", "FusedSemanticHead", "STDCHead", "VPDDepthHead", "DeepSORT", "LinearReIDHead"}
+#: dataset, boundaries, depth, people to be followed and recognised again, words of a text.
+_OTHER_OUTPUTS = {"RPN", "FusedSemanticHead", "STDCHead", "VPDDepthHead", "BaseMOTModel", "LinearReIDHead"}
+_OTHER_OUTPUTS |= {"GroundingDINOHead"}
 
 
 def config_meta(cfg: Config, split: str) -> dict[str, Any]:
@@ -50,6 +51,16 @@ def checkpoint_meta(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     known = known if isinstance(known, Mapping) else {key: meta[key] for key in ("CLASSES", "PALETTE") if key in meta}
     known = {str(key).lower(): value for key, value in known.items()}
     return known if isinstance(known.get("classes"), (list, tuple)) else {}
+
+
+def dataset_meta(dataset: Any) -> Mapping[str, Any]:
+    """The ``metainfo`` of a dataset that is built; of mmdet's ConcatDataset, which has a list where parts differ in
+    anything, that of the first part, unless they differ in their classes.
+    """
+    meta = getattr(dataset, "metainfo", None) or {}
+    if isinstance(meta, Mapping):
+        return meta
+    return meta[0] if len({tuple(part.get("classes") or ()) for part in meta}) == 1 else {}
 
 
 def compare_classes(first: tuple[str, Any], second: tuple[str, Any]) -> tuple[str, bool] | None:
@@ -154,12 +165,14 @@ class CheckClassesHook(Hook):
             if not runner.cfg.get(f"{split}_dataloader"):
                 continue
             dataset = getattr(runner, f"{split}_dataloader").dataset
-            meta = getattr(dataset, "metainfo", None) or {}
+            meta = dataset_meta(dataset)
             source = f"{split}_dataloader ({type(dataset).__name__})"
             classes = meta.get("classes")
             fault = head_fault(runner.model, source, meta)
             numbers = [part.num_classes for _, part in _heads(runner.model)]
-            if number := len(classes or ()) or min(numbers, default=0):
+            # A retriever's "labels" of a test are places in a gallery.
+            gallery = split != "train" and hasattr(getattr(runner.model, "module", runner.model), "prototype")
+            if (number := len(classes or ()) or min(numbers, default=0)) and not gallery:
                 fault = fault or label_fault(dataset, source, classes, number)
             if fault:
                 raise UsageError(fault)

@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 
 from carafe_plugin.engine.checkpoint import find_mismatch
-from carafe_plugin.engine.classes import checkpoint_meta, compare_classes, config_meta
+from carafe_plugin.engine.classes import checkpoint_meta, compare_classes, config_meta, dataset_meta
 from carafe_plugin.engine.config import dataset_configs, find_type, leaves, toolbox
 from carafe_plugin.engine.errors import CheckpointError, UsageError
 
@@ -85,9 +85,9 @@ def draw_into(runner: Any, folder: Path) -> None:
     setattr(runner.visualizer, method, draw_file)
 
 
-def drawable(sample: Any, metainfo: Mapping[str, Any] | None) -> Any:
+def drawable(sample: Any, metainfo: Any) -> Any:
     """A prediction as mmdet's visualizer takes it: it fails on a panoptic segmentation without any segment."""
-    void = len((metainfo or {}).get("classes") or ())
+    void = len(metainfo.get("classes") or ()) if isinstance(metainfo, Mapping) else 0
     if "pred_panoptic_seg" in sample and bool((sample.pred_panoptic_seg.sem_seg == void).all()):
         sample = sample.new()
         del sample.pred_panoptic_seg
@@ -195,7 +195,7 @@ class CheckWeightsHook(Hook):
             hint = "; --allow-mismatch tests it all the same" if "holds no param" not in mismatch else ""
             raise CheckpointError(f"checkpoint {self.path} {mismatch}{hint}")
         classes = (checkpoint_meta(checkpoint) or config_meta(runner.cfg, "train")).get("classes")
-        tested = getattr(runner.test_dataloader.dataset, "metainfo", {}).get("classes")
+        tested = dataset_meta(runner.test_dataloader.dataset).get("classes")
         if difference := compare_classes((f"checkpoint {self.path}", classes), ("the test's dataset", tested)):
             message, reordered = difference
             if reordered and not self.allow_mismatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytest.importorskip("mmpretrain", reason="tools: mmpretrain is not installed")
 from mmengine.registry import MODELS, init_default_scope
 
 from carafe_plugin.engine import bare_models
-from carafe_plugin.engine.classes import checkpoint_meta, compare_classes, config_meta, head_fault
+from carafe_plugin.engine.classes import checkpoint_meta, compare_classes, config_meta, dataset_meta, head_fault
 from carafe_plugin.engine.config import toolbox
 
 ROI = "model.roi_head"
@@ -159,3 +160,12 @@ def test_differences_are_named() -> None:
 )
 def test_classes_of_checkpoints_old_and_new(meta: dict | None, expected: dict) -> None:
     assert checkpoint_meta(dict(meta=meta, state_dict={})) == expected
+
+
+def test_datasets_that_differ_in_more_than_classes() -> None:
+    """mmdet's ConcatDataset has a list of what its parts say, where they differ."""
+    first, second = dict(classes=("cat", "dog"), palette=[1]), dict(classes=("cat", "dog"), palette=[2])
+    assert dataset_meta(SimpleNamespace(metainfo=[first, second]))["classes"] == ("cat", "dog")
+    assert dataset_meta(SimpleNamespace(metainfo=[first, dict(classes=("cat",))])) == {}
+    assert dataset_meta(SimpleNamespace(metainfo=first)) == first
+    assert dataset_meta([1, 2]) == {}

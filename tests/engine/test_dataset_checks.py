@@ -21,7 +21,7 @@ pytest.importorskip("mmseg", reason="label maps are mmseg's: it is not installed
 
 from carafe_plugin.engine.dataset_checks import check_not_empty, ignored_labels, label_map_fault
 from carafe_plugin.engine.errors import UsageError
-from carafe_plugin.images import list_images, sample
+from carafe_plugin.images import list_images, read_header, sample
 
 FOLDERS = {"img_path": "images/training", "seg_map_path": "annotations/training"}
 
@@ -163,6 +163,13 @@ def test_photograph_that_was_turned_fits(data: Path) -> None:
     assert "is 64 x 40, its image" in (label_map_fault(dataset) or "")
     Image.fromarray(np.ones((40, 64), np.uint8)).save(label_map.with_suffix(".png"), exif=exif)
     assert label_map_fault(dataset) is None
+
+
+def test_broken_exif_data_are_passed_over(tmp_path: Path) -> None:
+    """As OpenCV does, which loads the image."""
+    for number, data in enumerate((b"Exif\0\0MMxx", b"Exif\0\0nothing of the kind", b"Exif\0\0II*\0")):
+        Image.new("RGB", (6, 4)).save(tmp_path / f"{number}.jpg", exif=data)
+        assert read_header(tmp_path / f"{number}.jpg") == ((4, 6), "RGB", "JPEG")
 
 
 def test_lists_of_images_in_another_encoding(data: Path) -> None:
