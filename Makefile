@@ -38,7 +38,7 @@ fuzz: env
 	CARAFE_FUZZ=long CARAFE_FUZZ_SEED=$(or $(SEED),0) $(PYTHON) -m pytest -n $(TEST_JOBS) $(FUZZ)
 	$(PYTHON) tests/support/reliability.py --write
 
-# The CPU library under ASan, UBSan and TSan: seven minutes on two cores.
+# The CPU library under ASan, UBSan and TSan: ten minutes on two cores.
 sanitize: env
 	$(PYTHON) tests/csrc/sanitize.py $(SANITIZE_FLAGS)
 

@@ -2,8 +2,8 @@
 
 AddressSanitizer and UndefinedBehaviorSanitizer watch one build, with torch's own threads; ThreadSanitizer another, with
 those of threads.cpp. Mutants of the library show that each would report what it is there for. The host tests of the
-kernels, CUDA's among them, run under the first two as well. Everything is built below build/sanitize. Seven minutes on
-two cores; --calls makes it more or less.
+kernels, CUDA's among them, run under the first two as well. Everything is built below build/sanitize. Ten minutes on
+two cores, six of them to build; --calls makes it more or less.
 """
 
 from __future__ import annotations

@@ -318,7 +318,6 @@ CASES: dict[str, list[tuple]] = {
             several(label_map("void"), text("void/images/00.png", "")),
         ),
         ("no folder of classes", f"{CLS} --cfg-options test_dataloader.dataset.data_root=absent"),
-        ("a folder without classes", f"{CLS} --cfg-options test_dataloader.dataset.data_prefix=labels"),
         ("a list of labels that is missing", f"{CLS} --cfg-options test_dataloader.dataset.ann_file=absent.txt"),
         (
             "a list of labels that are no numbers",
