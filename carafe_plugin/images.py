@@ -96,9 +96,10 @@ def read_header(path: str | Path, turned: bool = True) -> tuple[tuple[int, int],
     with Image.open(path) as image:
         size = image.height, image.width
         orientation = None
-        with suppress(Exception):  # the reader of EXIF data raises anything; OpenCV passes over what is broken
-            orientation = image.getexif().get(_ORIENTATION)
-        if turned and orientation in _TRANSPOSED:
+        if turned:
+            with suppress(Exception):  # the reader of EXIF data raises anything; OpenCV passes over what is broken
+                orientation = image.getexif().get(_ORIENTATION)
+        if orientation in _TRANSPOSED:
             pixels = cv2.imread(str(path))  # whether it turns depends on the format: not WebP and AVIF
             if pixels is None:
                 raise OSError(f"OpenCV cannot read {path}")

@@ -78,9 +78,11 @@ def check_coco(
         beside = 0
         for annotation in _by_id(content["annotations"], "annotation", optional, **checks).values():
             image = images[annotation["image_id"]]
-            _check_box(annotation, image, measured)
-            beside += not _lies_on(annotation, image)
-            if masks and (measured or _is_trained_on(annotation, image)):
+            on_image = _lies_on(annotation, image)
+            beside += not on_image
+            if measured:
+                _check_box(annotation, image, on_image)
+            if masks and (measured or (on_image and _is_trained_on(annotation))):
                 _check_mask(annotation, image, training)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
@@ -178,10 +180,9 @@ def _check_classes(names: Sequence[str], classes: Sequence[str]) -> None:
         )
 
 
-def _is_trained_on(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
-    """Whether mmdet keeps an object; one that it leaves out needs no mask."""
-    sound = min(annotation["bbox"][2:]) >= 1 and annotation["area"] > 0 and not annotation.get("ignore")
-    return sound and _lies_on(annotation, image)
+def _is_trained_on(annotation: Mapping[str, Any]) -> bool:
+    """Whether mmdet keeps an object that is on its image; one that it leaves out needs no mask."""
+    return min(annotation["bbox"][2:]) >= 1 and annotation["area"] > 0 and not annotation.get("ignore")
 
 
 def _lies_on(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
@@ -189,14 +190,12 @@ def _lies_on(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
     return min(width, height) <= 0 or _on(image, [x, y, x + width, y + height])
 
 
-def _check_box(annotation: Mapping[str, Any], image: Mapping[str, Any], measured: bool) -> None:
+def _check_box(annotation: Mapping[str, Any], image: Mapping[str, Any], on_image: bool) -> None:
     """A box that is measured must lie on its image, at least in part, and an object's area, by which its size is called
-    small, medium or large, in its box (with a pixel of rounding on each side); mmdet leaves others out of a training.
+    small, medium or large, in its box (with a pixel of rounding on each side).
     """
-    if not measured:
-        return
     width, height = annotation["bbox"][2:]
-    if not _lies_on(annotation, image):
+    if not on_image:
         _refuse(annotation, "bbox", f"on its image, {_size(image)}")
     if annotation["area"] > (width + 2) * (height + 2):
         _refuse(annotation, "area", f"at most that of its bbox, {width} x {height}")
@@ -293,7 +292,7 @@ def check_annotations(dataset: Mapping[str, Any], evaluators: Any = None, traini
     check_coco(content, path, classes, measured=path in others, masks=masks, training=training)
     wanted = {category["id"] for category in content["categories"] if category["name"] in set(classes or ())}
     objects = {annotation["image_id"] for annotation in content["annotations"] if annotation["category_id"] in wanted}
-    alone = training and _is_filtered(dataset)  # mmdet opens no other image
+    alone = training and is_filtered(dataset)  # mmdet opens no other image
     if (alone or metrics) and content["images"] and not objects:
         raise UsageError(
             f"{path} holds {len(content['images'])} images and {len(content['annotations'])} annotations, none of the "
@@ -386,7 +385,8 @@ def unread_dataset(dataset: Mapping[str, Any], registry: Any, base: type) -> Any
     return None
 
 
-def _is_filtered(dataset: Mapping[str, Any]) -> bool:
+def is_filtered(dataset: Mapping[str, Any]) -> bool:
+    """Whether mmdet leaves images without objects out of a training."""
     return bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt") and not dataset.get("test_mode"))
 
 

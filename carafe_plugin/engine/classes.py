@@ -169,10 +169,10 @@ class CheckClassesHook(Hook):
             source = f"{split}_dataloader ({type(dataset).__name__})"
             classes = meta.get("classes")
             fault = head_fault(runner.model, source, meta)
-            numbers = [part.num_classes for _, part in _heads(runner.model)]
             # A retriever's "labels" of a test are places in a gallery.
             gallery = split != "train" and hasattr(getattr(runner.model, "module", runner.model), "prototype")
-            if (number := len(classes or ()) or min(numbers, default=0)) and not gallery:
+            number = len(classes or ()) or min((part.num_classes for _, part in _heads(runner.model)), default=0)
+            if number and not gallery:
                 fault = fault or label_fault(dataset, source, classes, number)
             if fault:
                 raise UsageError(fault)

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 
-from carafe_plugin.engine.annotations import check_annotations, is_turned, unread_dataset
+from carafe_plugin.engine.annotations import check_annotations, find_metrics, is_turned, unread_dataset
 from carafe_plugin.engine.config import (
     ADAPTERS,
     dataset_configs,
@@ -140,10 +140,12 @@ def ignored_labels(cfg: Config, split: str) -> set[int]:
     """The labels that all heads of an mmseg model leave out of their losses ('train'), or all metrics out of theirs
     ('val', 'test'); every label, where no metric reads them, and 255, where the heads are elsewhere.
     """
-    model, evaluators = cfg.get("model") or {}, cfg.get(f"{split}_evaluator")
-    parts = [model.get("decode_head"), model.get("auxiliary_head")] if split == "train" else [evaluators]
-    listed = [part for entry in parts for part in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    readers = [part for part in listed if isinstance(part, Mapping) and not part.get("format_only")]
+    if split == "train":
+        heads = [(cfg.get("model") or {}).get(name) for name in ("decode_head", "auxiliary_head")]
+        listed = [part for entry in heads for part in (entry if isinstance(entry, (list, tuple)) else [entry])]
+        readers = [part for part in listed if isinstance(part, Mapping)]
+    else:
+        readers = find_metrics(cfg.get(f"{split}_evaluator"), "")  # of any kind
     labels = set(range(256)) if readers or split != "train" else {255}
     for part in readers:
         ignored = part.get("ignore_index", 255)

@@ -17,11 +17,12 @@ from carafe_plugin.engine.annotations import (
     check_listed,
     check_panoptic,
     find_metrics,
+    is_filtered,
     read_coco,
     truth_files,
     unread_dataset,
 )
-from carafe_plugin.engine.config import type_name
+from carafe_plugin.engine.config import pipeline_steps, type_name
 from carafe_plugin.engine.errors import UsageError, note
 from carafe_plugin.images import decode, file_faults, read_header, shorten
 
@@ -48,7 +49,7 @@ def check_panoptic_dataset(
     built = unread_dataset({**dataset, "data_prefix": prefix}, DATASETS, CocoDataset)
     if not isinstance(built, CocoPanopticDataset):
         return
-    steps = [step for step in dataset.get("pipeline") or () if isinstance(step, Mapping)]
+    steps = list(pipeline_steps(dataset.get("pipeline")))
     readers = [step for step in steps if type_name(step) == "LoadPanopticAnnotations"]
     metrics = [] if training else find_metrics(evaluators, "CocoPanopticMetric")
     if (readers or metrics) and _is_missing("panopticapi"):
@@ -142,7 +143,7 @@ def _used_images(content: Mapping[str, Any], dataset: Mapping[str, Any], trainin
     """The images that mmdet will open, as far as the configuration says."""
     if dataset.get("indices") is not None:  # some of them, counted after mmdet's own filters
         return []
-    if not (training and (dataset.get("filter_cfg") or {}).get("filter_empty_gt") and not dataset.get("test_mode")):
+    if not (training and is_filtered(dataset)):
         return content["images"]
     things = {category["id"] for category in content["categories"] if category["isthing"]}
     used = {

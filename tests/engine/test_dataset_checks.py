@@ -313,6 +313,8 @@ def test_labels_that_nobody_reads() -> None:
     assert ignored_labels(cfg, "val") == {0}
     assert ignored_labels(cfg, "test") == set(range(256))
     assert ignored_labels(Config(dict(model=dict(type="Distiller"))), "train") == {255}
+    wrapped = dict(type="Evaluator", metrics=[dict(type="IoUMetric", ignore_index=0)])
+    assert ignored_labels(Config(dict(test_evaluator=wrapped)), "test") == {0}
     assert ignored_labels(Config(dict(model=dict(decode_head=dict(ignore_index=None)))), "train") == {255}
 
 
