@@ -412,10 +412,9 @@ def pip_reason(log: str, free_gb: float) -> str:
     """Why pip has failed, in a few words (tools/setup_env.sh says the same)."""
     if "No space left on device" in log or free_gb < 0.01:
         return f"the disk is full ({NEEDED_GB} GB are needed in build/matrix and in TMPDIR)"
-    network = (
-        r"from versions: none|Max retries|NewConnectionError|NameResolutionError|ProxyError|ConnectTimeout|SSLError"
-    )
-    network += r"|Connection (broken|reset|aborted|refused)|RemoteDisconnected|IncompleteRead|[Tt]imed out"
+    network = r"from versions: none|Max retries|Retry\(total=0|Could not fetch|NewConnectionError|NameResolutionError"
+    network += r"|ProxyError|ConnectTimeout|SSLError|Connection (broken|reset|aborted|refused)|RemoteDisconnected"
+    network += r"|IncompleteRead|[Tt]imed out"
     if re.search(network, log):
         return "the package index cannot be reached, or a download broke off"
     errors = re.findall(r"^.*\berror\b.*$", log, re.IGNORECASE | re.MULTILINE)
