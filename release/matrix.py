@@ -237,7 +237,7 @@ def run_row(setup: Setup) -> Record:
     folder.mkdir(parents=True)
     log = setup.folder / f"{re.sub('[^0-9a-z.]+', '-', setup.row.name.lower())}.log"
     log.unlink(missing_ok=True)
-    commit = _first_line("git", "rev-parse", "--short", "HEAD") or "unknown"
+    commit = _first_line("git", "describe", "--always", "--dirty") or "unknown"
     record: Record = dict(status="failed", failures=[], commit=commit, processor=_processor(), build=setup.row.build)
     try:
         environment = Environment(folder, log)
