@@ -237,7 +237,8 @@ def run_row(setup: Setup) -> Record:
     folder.mkdir(parents=True)
     log = setup.folder / f"{re.sub('[^0-9a-z.]+', '-', setup.row.name.lower())}.log"
     log.unlink(missing_ok=True)
-    commit = _first_line("git", "describe", "--always", "--dirty") or "unknown"
+    edited = _first_line("git", "status", "--porcelain", "--", *SOURCES)
+    commit = (_first_line("git", "rev-parse", "--short", "HEAD") or "unknown") + (", edited" if edited else "")
     record: Record = dict(status="failed", failures=[], commit=commit, processor=_processor(), build=setup.row.build)
     try:
         environment = Environment(folder, log)
