@@ -443,10 +443,10 @@ def _copy(names: Iterable[str], target: Path) -> None:
 
 
 def _test_tools() -> list[str]:
-    """What the tests need, in the versions that pyproject.toml names."""
-    return re.findall(
-        r'"((?:hypothesis|ninja|pytest|pytest-xdist)(?:==[^"]*)?)"', (ROOT / "pyproject.toml").read_text()
-    )
+    """What the tests need, in the versions that pyproject.toml names, or the last before that an older Python has."""
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.findall(r'"((?:hypothesis|ninja|pytest|pytest-xdist)(?:==[^"]*)?)"', text)
+    return [requirement.replace("==", "<=") for requirement in found]
 
 
 # ------------------------------------------------------------------------------------------------- what there is
