@@ -201,7 +201,7 @@ class Matrix:
             self._put(row, record)
             good &= record["status"] == "passed"
             console.print(f"matrix: {row.name}: {in_words(record)}, {duration(time.monotonic() - start)}")
-            print_errors(record["failures"])
+            print_errors(first_failures(record))
         return good
 
     def _stable_wheel(self) -> Path | None:
@@ -545,6 +545,12 @@ def in_words(record: Record) -> str:
     return f"{record['passed']} passed{failed}, {sum(record['skipped'].values())} skipped"
 
 
+def first_failures(record: Record) -> list[str]:
+    """The first of many."""
+    failures, more = record["failures"][:20], len(record["failures"]) - 20
+    return [*failures, f"and {more} more"] if more > 0 else failures
+
+
 def table_rows(records: Mapping[str, Record]) -> list[list[str]]:
     """A line for each row."""
     lines = []
@@ -577,7 +583,7 @@ def page(records: Mapping[str, Record]) -> str:
         f"{BUILDER.torch}, is installed unchanged in all later rows. `docs/support.json` has the records.",
         markdown_table(HEADINGS, table_rows(records)),
     ]
-    if failed := [[row.name, _cell(line)] for row, record in ran.items() for line in record["failures"]]:
+    if failed := [[row.name, _cell(line)] for row, record in ran.items() for line in first_failures(record)]:
         parts += ["## What failed", markdown_table(["row", "failure"], failed)]
     skips: dict[str, list[str]] = {}
     for row, record in ran.items():

@@ -234,6 +234,12 @@ def test_why_pip_failed(log, free, reason):
     assert matrix.pip_reason(log, free).startswith(reason)
 
 
+def test_many_failures_are_counted():
+    failures = [f"test_{number}: no" for number in range(23)]
+    assert matrix.first_failures(dict(failures=failures)) == [*failures[:20], "and 3 more"]
+    assert matrix.first_failures(dict(failures=failures[:20])) == failures[:20]
+
+
 def test_a_full_disk_is_a_line_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "_free_gb", lambda folder: 2.5)
     setup = Setup(ROWS[0], "2.1.2", "3.10", Path(sys.executable), tmp_path)
