@@ -11,6 +11,7 @@
 #include <array>
 #include <optional>
 
+#include "common/glibc.h"
 #include "common/operators.h"
 
 namespace carafe {
