@@ -37,7 +37,10 @@ def reason_for_no_extension() -> str | None:
         import torch
     except ImportError:
         return "needs torch >= 2.10, found none"
-    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < (2, 1):  # pip would replace it
+        sys.exit(f"carafe_plugin needs torch >= 2.1, found {torch.__version__}; install a newer torch first")
+    if version < OLDEST_TORCH:
         return f"needs torch >= 2.10, found {torch.__version__}"
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
