@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
+from .._version import __version__
 from ._derivatives import autograd_kernel
 from ._operators import OPERATORS, Operator
 
@@ -75,11 +76,23 @@ def _load(required: bool) -> None:
             if device_type == "cpu" and required:
                 raise ImportError(f"CARAFE_BACKEND=compiled, but {reason}") from error
             if device_type == "cpu" or torch.cuda.is_available():
-                hint = ". CARAFE_BACKEND=reference says that this is intended." if device_type == "cpu" else ""
-                message = f"carafe_plugin: the slower PyTorch reference serves{where}, because {reason}{hint}"
+                message = f"carafe_plugin: the slower PyTorch reference serves{where}, because {reason}"
+                if device_type == "cpu":
+                    message += f". {_remedy(error)}; CARAFE_BACKEND=reference says that the reference is intended."
                 warnings.warn(message, stacklevel=4)
             return
         _serving.add(device_type)
+
+
+def _remedy(error: ImportError) -> str:
+    """What to do about ``_C``, which does not load."""
+    options = "--no-build-isolation --no-deps --force-reinstall"
+    sdist = f"pip install {options} carafe_plugin-{__version__}.tar.gz"
+    if isinstance(error, ModuleNotFoundError):
+        return f"It was not built; where there is a C++ compiler, {sdist} builds it"
+    if "undefined symbol" in str(error):
+        return f"It was built for another torch than {torch.__version__}; {sdist} builds it for this one"
+    return f"{sdist} builds it anew"
 
 
 # ---------------------------------------------------------------------------------------------------------- autocast
