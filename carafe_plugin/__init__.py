@@ -4,7 +4,13 @@ Importing this package needs torch alone. The adapters for mmdet, mmseg and mmpr
 ``carafe_plugin.openmmlab`` and are imported only on request.
 """
 
+import torch
+
 from ._version import __version__
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 1):
+    raise ImportError(f"carafe_plugin needs torch >= 2.1, found {torch.__version__}")
+
 from .modules import CARAFEDownsample, CARAFEUpsample
 from .ops import carafe, is_compiled
 
