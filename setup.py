@@ -128,4 +128,4 @@ def extensions() -> dict:
     }
 
 
-setup(**extensions())
+setup(license="Apache-2.0", **extensions())

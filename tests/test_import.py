@@ -39,6 +39,31 @@ print("loaded", loaded)
     assert result.stdout.strip() == "loaded []"
 
 
+@pytest.mark.parametrize(
+    ("torch", "numpy", "fits"),
+    [
+        ("2.1.2+cu121", "2.2.6", False),
+        ("2.2.0a0+git1", "2.0.0rc1", False),
+        ("2.1.2", "1.26.4", True),
+        ("2.3.0", "2.0.0", True),
+        ("2.11.0", "2.4.1", True),
+        ("2.1.2", None, True),
+        (None, "2.2.6", True),
+    ],
+)
+def test_numpy_2_beside_a_torch_that_knows_numpy_1_is_one_line(torch, numpy, fits):
+    """Before torch is imported, whose page of warnings would come first."""
+    code = "import importlib.metadata as m, sys\n"
+    code += "class Torch:\n    def find_spec(name, *_):\n        if name == 'torch': sys.exit('torch is imported')\n"
+    code += "sys.meta_path.insert(0, Torch)\n"
+    code += "def version(name):\n    if found := VERSIONS[name]: return found\n    raise m.PackageNotFoundError(name)\n"
+    code += f"VERSIONS = {dict(torch=torch, numpy=numpy)}\nm.version = version\nimport carafe_plugin"
+    result = run(code)
+    assert result.returncode == 1
+    expected = f"ImportError: torch {torch} was compiled for numpy 1, and numpy {numpy} is installed: install 'numpy<2'"
+    assert result.stderr.splitlines()[-1] == ("torch is imported" if fits else expected)
+
+
 def test_import_brings_no_toolbox_along():
     result = run("import sys, carafe_plugin; print([n for n in sys.modules if n.startswith('mm')])")
     assert result.returncode == 0, result.stderr

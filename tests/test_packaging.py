@@ -44,7 +44,7 @@ def dist(tmp_path_factory):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     if not names:  # an unpacked sdist has no git
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", "build", "work_dirs", "*.so"))
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv*", "build", "work_dirs", "*.so"))
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source], cwd=folder)
     return folder
 
