@@ -1,9 +1,12 @@
 """Builds the extension; everything else about the package is in pyproject.toml.
 
-``carafe_plugin._C`` (CPU, schemas) and ``carafe_plugin._C_cuda`` use LibTorch's stable ABI: one CPU binary serves every
-torch from 2.10 on and every Python from 3.10 on. Environment:
+``carafe_plugin._C`` (CPU, schemas) and ``carafe_plugin._C_cuda`` use LibTorch's stable ABI beside torch 2.10 and later:
+one CPU binary serves every torch from 2.10 on and every Python from 3.10 on. Beside torch 2.1 to 2.9 the same sources
+use ATen (csrc/torch_api.h), and the files are named after the torch that alone they serve, ``_C_torch2_1.abi3.so``.
+Environment:
 
 CXX                   the C++ compiler, by default c++; several words are allowed, such as "ccache g++".
+CARAFE_ABI            aten builds for the installed torch alone where the stable ABI is to be had too.
 CARAFE_CUDA           1 requires the CUDA half, 0 leaves it out; by default it is built where a CUDA toolkit of torch's
                       major version is found (CUDA_HOME), GPU or not.
 TORCH_CUDA_ARCH_LIST  the GPU architectures, by default Ampere and Hopper, and Blackwell where the toolkit knows it.
@@ -19,14 +22,56 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from types import ModuleType
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-OLDEST_TORCH = (2, 10)
-BLACKWELL_TOOLKIT = (12, 8)  # the first that compiles for it
+OLDEST_SETUPTOOLS = 64  # the first that installs a folder as it is (pip install -e) by pyproject.toml
+OLDEST_TORCH = (2, 1)
+STABLE_TORCH = (2, 10)  # the first whose stable ABI has all that is used
+BLACKWELL_TOOLKIT, BLACKWELL_TORCH = (12, 8), (2, 7)  # the first that compile for it
 # The binary interface of torch 2.10; that of Python 3.10 comes with py_limited_api.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def torch_version() -> tuple[int, int]:
+    import torch
+
+    major, minor = (int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    return major, minor
+
+
+def uses_aten() -> bool:
+    """Whether the extension is built for the installed torch alone."""
+    choice = os.environ.get("CARAFE_ABI", "")
+    if choice not in ("", "aten"):
+        sys.exit(f"CARAFE_ABI must be aten or not set, got {choice!r}")
+    return choice == "aten" or torch_version() < STABLE_TORCH
+
+
+def import_builder():
+    """torch's builder. Torch 2.1's takes packaging from pkg_resources, where not every setuptools has it."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        import packaging.version
+
+        sys.modules.setdefault("pkg_resources", ModuleType("pkg_resources")).packaging = packaging
+        from torch.utils import cpp_extension
+    return cpp_extension
+
+
+def openmp_flags() -> tuple[list[str], list[str]]:
+    """To compile and to link with. ATen's loops run on OpenMP's threads from within the including code.
+
+    What GCC compiles finds torch's own OpenMP library in the process; a second one would have threads of its own. Clang
+    calls another library by other names.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    return ["-fopenmp"], ["-fopenmp"] if "clang" in version else []
 
 
 def reason_for_no_extension() -> str | None:
@@ -34,9 +79,9 @@ def reason_for_no_extension() -> str | None:
     try:
         import torch
     except ImportError:
-        return "needs torch >= 2.10, found none"
-    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
-        return f"needs torch >= 2.10, found {torch.__version__}"
+        return "needs torch, found none"
+    if torch_version() < OLDEST_TORCH:
+        sys.exit(f"carafe_plugin needs torch >= 2.1, found {torch.__version__}")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
         if os.environ.get("CXX"):
@@ -79,11 +124,13 @@ def wants_cuda() -> bool:
     wanted = int(torch.version.cuda.split(".")[0]) if torch.version.cuda else None
     if version and version[0] == wanted:
         os.environ["CUDA_HOME"] = root  # torch's own guess would be the folder above nvcc's link
-        architectures = "8.0;9.0;10.0+PTX" if version >= BLACKWELL_TOOLKIT else "8.0;9.0+PTX"
+        blackwell = version >= BLACKWELL_TOOLKIT and torch_version() >= BLACKWELL_TORCH
+        architectures = "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX"
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
         return True
-    toolkit = f"{version[0]} ({root})" if version else "not found"
-    reason = f"CUDA toolkit {toolkit}, torch built for CUDA {wanted}"
+    found = f"found CUDA {version[0]}.{version[1]} in {root}" if version else "found none"
+    wants = f"a CUDA {wanted} toolkit" if wanted else "no CUDA toolkit, being built for a CPU"
+    reason = f"torch {torch.__version__} wants {wants}; {found}"
     if choice == "1":
         sys.exit(f"CARAFE_CUDA=1, but the CUDA half cannot be built: {reason}")
     if version:
@@ -106,26 +153,35 @@ def extensions() -> dict:
         return {"cmdclass": {"build_py": BuildPackage}}
     with_cuda = wants_cuda()  # before the import: torch reads CUDA_HOME there
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    builder = import_builder()
     # Messages name files as they are called here, not where they lay on the building machine.
     folders = {os.path.dirname(os.path.abspath(__file__)): "", os.path.dirname(torch.__file__): "torch/"}
     prefixes = [f"-ffile-prefix-map={folder}/={name}" for folder, name in folders.items()]
-    common = ["-O3", "-std=c++17", STABLE_ABI]
+    aten = uses_aten()
+    suffix = "_torch{}_{}".format(*torch_version()) if aten else ""
+    common = ["-O3", "-std=c++17", "-DCARAFE_ATEN" if aten else STABLE_ABI]
+    compile_openmp, link_openmp = openmp_flags() if aten else ([], [])
     # -std=c++17 alone would forbid fused multiply-adds, half of the arithmetic rate.
     cxx = [*common, *prefixes, "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     nvcc = [*common, "-DUSE_CUDA", "--threads=0", *(f"-Xcompiler={prefix}" for prefix in prefixes)]
     nvcc.append(f"-DCARAFE_PTX={int('+PTX' in os.environ.get('TORCH_CUDA_ARCH_LIST', ''))}")
     sources = ["csrc/registration.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("carafe", "baseline", "avx2", "avx512"))]
-    options = {"extra_compile_args": {"cxx": cxx, "nvcc": nvcc}, "py_limited_api": True}
-    modules = [CppExtension("carafe_plugin._C", sources, **options)]
+    options = {"py_limited_api": True, "define_macros": [("Py_LIMITED_API", "0x030a0000")] if aten else []}
+    options["extra_compile_args"] = {"cxx": [*cxx, *compile_openmp], "nvcc": nvcc}
+    options["extra_link_args"] = link_openmp
+    modules = [builder.CppExtension(f"carafe_plugin._C{suffix}", sources, **options)]
     if with_cuda:
-        modules.append(CUDAExtension("carafe_plugin._C_cuda", ["csrc/cuda/carafe.cu"], **options))
+        sources = ["csrc/cuda/carafe.cu"]
+        modules.append(builder.CUDAExtension(f"carafe_plugin._C_cuda{suffix}", sources, **options))
     return {
         "ext_modules": modules,
-        "cmdclass": {"build_ext": BuildExtension, "build_py": BuildPackage},
+        "cmdclass": {"build_ext": builder.BuildExtension, "build_py": BuildPackage},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(f"carafe_plugin is built by setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}")
+# Here and not in pyproject.toml, where setuptools takes an SPDX name from 77 on, and torch 2.1's users have older ones.
 setup(license="Apache-2.0", **extensions())

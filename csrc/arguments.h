@@ -2,34 +2,26 @@
 // share it; Python has checked the same with friendlier words, but torch.ops callers come here directly.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <array>
-#include <optional>
 
 #include "common/operators.h"
+#include "torch_api.h"
 
 namespace carafe {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 inline void check_pair(const Tensor& first, const char* first_name, const Tensor& second, const char* second_name) {
   const ScalarType dtype = first.scalar_type();
-  STD_TORCH_CHECK(
+  CARAFE_CHECK(
       dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
           dtype == ScalarType::BFloat16,
       first_name, ": the dtype must be float64, float32, float16 or bfloat16");
-  STD_TORCH_CHECK(first.dim() == 4, first_name, " must have 4 dimensions, got ", first.dim());
-  STD_TORCH_CHECK(second.dim() == 4, second_name, " must have 4 dimensions, got ", second.dim());
-  STD_TORCH_CHECK(
+  CARAFE_CHECK(first.dim() == 4, first_name, " must have 4 dimensions, got ", first.dim());
+  CARAFE_CHECK(second.dim() == 4, second_name, " must have 4 dimensions, got ", second.dim());
+  CARAFE_CHECK(
       first.scalar_type() == second.scalar_type(), first_name, " and ", second_name, " must have the same dtype");
-  STD_TORCH_CHECK(
-      first.is_cuda() == second.is_cuda() && first.get_device_index() == second.get_device_index(), first_name, " and ",
+  CARAFE_CHECK(
+      first.is_cuda() == second.is_cuda() && device_index(first) == device_index(second), first_name, " and ",
       second_name, " must be on the same device");
 }
 
@@ -39,7 +31,7 @@ inline Size size_of(const Tensor& tensor) { return {tensor.size(0), tensor.size(
 
 inline void check_size(const Tensor& tensor, const char* name, const Size& expected) {
   const Size size = size_of(tensor);
-  STD_TORCH_CHECK(
+  CARAFE_CHECK(
       size == expected, name, " must have shape (", expected[0], ", ", expected[1], ", ", expected[2], ", ",
       expected[3], "), got (", size[0], ", ", size[1], ", ", size[2], ", ", size[3], ")");
 }
@@ -49,24 +41,24 @@ constexpr int64_t kMaxLength = (int64_t(1) << 31) - 1;
 
 // `out_height` and `out_width`: the first rows and columns of the output that are wanted; all by default.
 inline Shape make_shape(
-    const Size& features, int64_t kernel, int64_t groups, int64_t up, int64_t down, std::optional<int64_t> out_height,
-    std::optional<int64_t> out_width) {
+    const Size& features, int64_t kernel, int64_t groups, int64_t up, int64_t down, Optional<int64_t> out_height,
+    Optional<int64_t> out_width) {
   const auto [batch, channels, height, width] = features;
-  STD_TORCH_CHECK(kernel >= 1 && kernel % 2 == 1, "kernel_size must be odd and at least 1, got ", kernel);
-  STD_TORCH_CHECK(up >= 1 && down >= 1, "up and down must be at least 1, got ", up, " and ", down);
-  STD_TORCH_CHECK(
+  CARAFE_CHECK(kernel >= 1 && kernel % 2 == 1, "kernel_size must be odd and at least 1, got ", kernel);
+  CARAFE_CHECK(up >= 1 && down >= 1, "up and down must be at least 1, got ", up, " and ", down);
+  CARAFE_CHECK(
       groups >= 1 && channels % groups == 0, "group_size must be at least 1 and divide the channels, got ", groups,
       " for ", channels, " channels");
-  STD_TORCH_CHECK(height >= 0 && width >= 0, "height and width must not be negative, got ", height, " x ", width);
+  CARAFE_CHECK(height >= 0 && width >= 0, "height and width must not be negative, got ", height, " x ", width);
   // Products of two of these fit into an int64_t; what a tensor of such a size would take does not fit into any memory.
-  STD_TORCH_CHECK(
+  CARAFE_CHECK(
       kernel <= kMaxKernel && std::max({up, down, height, width}) <= kMaxLength, "kernel_size must be at most ",
       kMaxKernel, ", up, down, height and width at most ", kMaxLength, ", got ", kernel, ", ", up, ", ", down, ", ",
       height, ", ", width);
   Shape shape{batch, channels, height, width, 0, 0, kernel, groups, up, down};
   shape.out_height = out_height.value_or(shape.output_height());
   shape.out_width = out_width.value_or(shape.output_width());
-  STD_TORCH_CHECK(
+  CARAFE_CHECK(
       0 <= shape.out_height && shape.out_height <= shape.output_height() && 0 <= shape.out_width &&
           shape.out_width <= shape.output_width(),
       "the output (out_height x out_width, or grad_output) must be of at most ", shape.output_height(), " x ",
@@ -93,9 +85,9 @@ inline bool is_channels_last(const Tensor& tensor) {
 }
 
 inline Normalizer check_kernels(const Shape& shape, const Tensor& kernels, int64_t normalizer) {
-  STD_TORCH_CHECK(normalizer >= 0 && normalizer <= 3, "normalizer must be 0, 1, 2 or 3, got ", normalizer);
+  CARAFE_CHECK(normalizer >= 0 && normalizer <= 3, "normalizer must be 0, 1, 2 or 3, got ", normalizer);
   const bool by_output = normalizer == 0 || shape.up == 1;
-  STD_TORCH_CHECK(
+  CARAFE_CHECK(
       normalizer == 0 || ((by_output || shape.down == 1) && std::max(shape.up, shape.down) <= 64),
       "with a normalizer, up or down must be 1 and neither more than 64, got ", shape.up, " and ", shape.down);
   const int64_t channels = shape.mask_channels();
@@ -108,10 +100,7 @@ inline Normalizer check_kernels(const Shape& shape, const Tensor& kernels, int64
 
 // A new map with the dtype, device and memory format of `source` (the rule of the fake kernels).
 inline Tensor new_map(const Tensor& source, const Size& size) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(
-      {size.data(), size.size()}, source.scalar_type(), std::nullopt, source.device(), std::nullopt,
-      is_channels_last(source) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return empty_like(source, size, is_channels_last(source));
 }
 
 // Calls `function` with a null pointer of the element type. A template function, because THO_DISPATCH_V2 splits its
@@ -128,7 +117,7 @@ void dispatch(ScalarType dtype, const Function& function) {
     case ScalarType::BFloat16:
       return function(static_cast<BFloat16*>(nullptr));
     default:
-      STD_TORCH_CHECK(false, "a dtype that check_pair admits has no kernel");
+      CARAFE_CHECK(false, "a dtype that check_pair admits has no kernel");
   }
 }
 
@@ -154,7 +143,7 @@ Tensor run(
 template <class Device>
 Tensor reassemble(
     const Tensor& features, const Tensor& kernels, int64_t kernel_size, int64_t group_size, int64_t up, int64_t down,
-    int64_t normalizer, std::optional<int64_t> out_height, std::optional<int64_t> out_width) {
+    int64_t normalizer, Optional<int64_t> out_height, Optional<int64_t> out_width) {
   check_pair(features, "features", kernels, "kernels");
   const Shape shape = make_shape(size_of(features), kernel_size, group_size, up, down, out_height, out_width);
   return run<Device, Reassemble>(shape, kernels, normalizer, features, output_size(shape), features);

@@ -2,9 +2,10 @@
 // cuda/carafe.cu; fake, autograd and autocast are Python (carafe_plugin/ops; _operators.py has these schemas too,
 // for installations without this library).
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(carafe_plugin, m) {
+#include "torch_api.h"
+
+CARAFE_LIBRARY(carafe_plugin, m) {
   m.def(
       "carafe(Tensor features, Tensor kernels, int kernel_size, int group_size, int up, int down, int normalizer=0, "
       "SymInt? out_height=None, SymInt? out_width=None) -> Tensor");

@@ -14,12 +14,17 @@ fail() {
   exit 1
 }
 
-# newest: the last Python 3 that this torch is made for. torch 2.1 builds extensions with parts of setuptools that 70
-# left out, and so does mmcv 2.1. The toolboxes' versions are in pyproject.toml, under the family's name.
+# newest: the last Python 3 that this torch is made for; library: what is compiled for it (setup.py). mmcv 2.1 is compiled
+# with what setuptools left out in 70. The toolboxes' versions are in pyproject.toml, under the family's name.
 family=${FAMILY:-onedl}
 case $family in
-  onedl) venv=.venv other=openmmlab newest=13 setuptools='80 82' torch='torch==2.11.0 torchvision==0.26.0' ;;
-  openmmlab) venv=.venv-openmmlab other=onedl newest=11 setuptools='64 70' torch='torch==2.1.2 torchvision==0.16.2' ;;
+  onedl)
+    venv=.venv other=openmmlab newest=13 setuptools='80 82' torch='torch==2.11.0 torchvision==0.26.0' library=_C
+    ;;
+  openmmlab)
+    venv=.venv-openmmlab other=onedl newest=11 setuptools='64 70' torch='torch==2.1.2 torchvision==0.16.2'
+    library=_C_torch2_1
+    ;;
   *) fail "FAMILY must be 'onedl' or 'openmmlab', got '$family'" ;;
 esac
 log=build/env${venv#.venv}.log
@@ -205,11 +210,11 @@ assert json.loads(package.read_text("direct_url.json"))["url"] == pathlib.Path.c
 print(next(path.locate() for path in package.files if path.name == "RECORD"))
 PYTHON
   ) && [ -z "$(find setup.py pyproject.toml csrc -newer "$record" -type f)" ] &&
-    { [ -e carafe_plugin/_C.abi3.so ] || ! compiles >/dev/null; }
+    { [ -e "carafe_plugin/$library.abi3.so" ] || ! compiles >/dev/null; }
 }
 
 built || install "carafe_plugin (about 2 minutes)" --no-deps --no-build-isolation -e .
-if [ ! -e carafe_plugin/_C.abi3.so ]; then
+if [ ! -e "carafe_plugin/$library.abi3.so" ]; then
   echo "env: carafe_plugin is not compiled and runs on its slower PyTorch reference: $(compiles)"
 fi
 echo "env: ready ($("$python" --version), $("$python" -c 'import sys; print(sys.prefix)'))"

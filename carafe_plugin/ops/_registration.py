@@ -1,17 +1,20 @@
 """Registration of the operators, and what serves them: the compiled libraries, mmcv's kernel or the reference.
 
 The dispatcher chooses what computes them. Python registers the reference for every device; where the libraries
-``_C`` (CPU, schemas) and ``_C_cuda`` load, their kernels take precedence on these devices.
+``_C`` (CPU, schemas) and ``_C_cuda`` load, their kernels take precedence on these devices. ``_C.abi3.so`` serves every
+torch from 2.10 on; a file such as ``_C_torch2_1.abi3.so``, compiled for one torch, that torch alone.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from ._derivatives import autograd_kernel
 from ._operators import OPERATORS, Operator
 
 _serving: set[str] = set()  # device types that the compiled operators serve
+_KEEPS_REPLACED = hasattr(torch.library, "get_kernel")  # a kernel that another replaces can still be called
 _library = torch.library.Library("carafe_plugin", "FRAGMENT")  # registrations last as long as it does
 
 
@@ -69,7 +73,7 @@ def _register() -> None:
 def _load(required: bool) -> None:
     for device_type, library, where in (("cpu", "_C", ""), ("cuda", "_C_cuda", " on CUDA")):
         try:
-            importlib.import_module(f"carafe_plugin.{library}")
+            _import_library(library)
         except ImportError as error:
             reason = f"carafe_plugin.{library} does not load: {error}"
             if device_type == "cpu" and required:
@@ -80,6 +84,31 @@ def _load(required: bool) -> None:
                 warnings.warn(message, stacklevel=4)
             return
         _serving.add(device_type)
+
+
+def _import_library(library: str) -> None:
+    """As a module of this package, whatever its file is called."""
+    name, folder = f"carafe_plugin.{library}", Path(__file__).parents[1]
+    major, minor = (int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    own = folder / f"{library}_torch{major}_{minor}.abi3.so"
+    if name in sys.modules:
+        importlib.import_module(name)  # raises where None keeps it out
+    elif own.exists():
+        spec = importlib.util.spec_from_file_location(name, own)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+        setattr(sys.modules["carafe_plugin"], library, module)
+    else:
+        found = [path.name for path in folder.glob("*.so") if re.match(rf"{library}(_torch\d+_\d+)?\.", path.name)]
+        if found and ((major, minor) < (2, 10) or f"{library}.abi3.so" not in found):
+            raise ImportError(
+                f"{' and '.join(sorted(found))} was compiled for another torch than {torch.__version__}; installed "
+                "from its sources beside this one (pip install --no-build-isolation), the package is compiled for it"
+            )
+        importlib.import_module(name)
 
 
 # ---------------------------------------------------------------------------------------------------------- autocast
@@ -155,6 +184,8 @@ def _check_gpus() -> None:
     lacking = [index for index, capability in gpus.items() if not has_code_for(capability, compiled, ptx)]
     if not lacking:
         return
+    if not _KEEPS_REPLACED:
+        lacking = list(gpus)
     named = ", ".join(f"{torch.cuda.get_device_name(index)} ({versions[index]})" for index in lacking)
     warnings.warn(
         f"carafe_plugin: the CUDA operators were compiled for sm_{', sm_'.join(map(str, compiled))}, so the slower "
@@ -172,13 +203,17 @@ def serve_by_reference(device_type: str, indices: set[int] | None = None) -> Non
 
     Args:
         device_type (str): 'cpu' or 'cuda'.
-        indices (set[int], optional): of the devices; None means all.
+        indices (set[int], optional): of the devices; None means all, and before torch 2.9 nothing else is possible.
     """
     key = device_type.upper()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*(Warning only once|Overriding a previously)")
         for operator in OPERATORS.values():
-            _library.impl(operator.name, _by_device(operator, key, indices), key, with_keyset=True, allow_override=True)
+            if _KEEPS_REPLACED:
+                kernel = _by_device(operator, key, indices)
+                _library.impl(operator.name, kernel, key, with_keyset=True, allow_override=True)
+            else:
+                _library.impl(operator.name, operator.by_reference, key)
 
 
 def _by_device(operator: Operator, key: str, indices: set[int] | None) -> Callable[..., Tensor]:

@@ -1,7 +1,5 @@
 // The CPU operators: the row kernels of an instruction set chosen at run time (cpu/tiles.h), and the element loop
 // (common/operators.h), through torch's own thread pool.
-#include <torch/csrc/stable/library.h>
-
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -45,7 +43,7 @@ const Path& choose_path() {
     if (wanted != nullptr && std::strcmp(wanted, path.name) == 0) return path;
     best = &path;
   }
-  STD_TORCH_CHECK(
+  CARAFE_CHECK(
       wanted == nullptr || *wanted == 0 || std::strcmp(wanted, "auto") == 0,
       "CARAFE_CPU_PATH must be auto or a path of this machine (plain to ", best->name, "), got ", wanted);
   return *best;
@@ -71,7 +69,7 @@ struct Cpu {
   static void run(const Operator& call, const Tensor& result) {
     if (by_element(call.shape, call.kernels.normalizer)) {
       const int64_t channels = result.size(1), height = result.size(2), width = result.size(3);
-      torch::stable::parallel_for(0, result.size(0) * channels * height, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, result.size(0) * channels * height, 1, [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {
           const int64_t n = index / height / channels, c = index / height % channels, i = index % height;
           for (int64_t j = 0; j < width; ++j) call.result.at(n, c, i, j) = call.element(n, c, i, j);
@@ -80,8 +78,8 @@ struct Cpu {
       return;
     }
     const auto run = current_path().run == nullptr ? &run_baseline : current_path().run;
-    const Plan plan = plan_tiles<accumulator_t<typename Operator::type>>(call.shape, torch::stable::get_num_threads());
-    torch::stable::parallel_for(0, plan.tiles, 1, [&](int64_t begin, int64_t end) { run(plan, call, begin, end); });
+    const Plan plan = plan_tiles<accumulator_t<typename Operator::type>>(call.shape, get_num_threads());
+    parallel_for(0, plan.tiles, 1, [&](int64_t begin, int64_t end) { run(plan, call, begin, end); });
   }
 };
 
@@ -98,8 +96,8 @@ extern "C" __attribute__((visibility("default"))) const char* carafe_cpu_path() 
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(carafe_plugin, CPU, m) {
-  m.impl("carafe", TORCH_BOX(&carafe::reassemble<carafe::Cpu>));
-  m.impl("_carafe_grad_features", TORCH_BOX(&carafe::grad_features<carafe::Cpu>));
-  m.impl("_carafe_grad_kernels", TORCH_BOX(&carafe::grad_kernels<carafe::Cpu>));
+CARAFE_LIBRARY_IMPL(carafe_plugin, CPU, m) {
+  m.impl("carafe", CARAFE_BOXED(carafe::reassemble<carafe::Cpu>));
+  m.impl("_carafe_grad_features", CARAFE_BOXED(carafe::grad_features<carafe::Cpu>));
+  m.impl("_carafe_grad_kernels", CARAFE_BOXED(carafe::grad_kernels<carafe::Cpu>));
 }

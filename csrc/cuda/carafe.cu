@@ -2,10 +2,6 @@
 // the call, otherwise a thread computes one output element (common/operators.h).
 #include <Python.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 
 #include "../arguments.h"
 #include "calls.h"
@@ -19,14 +15,8 @@ constexpr int64_t kSharedJob = 64;  // bytes that a block's job takes, and the a
 
 int current_device() {
   int device = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
+  CARAFE_CUDA_CHECK(cudaGetDevice(&device));
   return device;
-}
-
-cudaStream_t current_stream() {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(current_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 // The CUDA side of a block kernel (sites.h): its steps, and a barrier after each.
@@ -53,11 +43,11 @@ struct LaunchBlock {
   void operator()(const Block& block) const {
     const auto bytes = static_cast<int>(block.grid.shared * sizeof(typename Block::A));
     if (bytes > gpu::kSharedDefault - kSharedJob) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(run_block<Block>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      CARAFE_CUDA_CHECK(cudaFuncSetAttribute(run_block<Block>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     }
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(block.grid.blocks, kMaxBlocks));
-    run_block<<<blocks, block.grid.threads, bytes, current_stream()>>>(block);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    run_block<<<blocks, block.grid.threads, bytes, current_stream(current_device())>>>(block);
+    CARAFE_CUDA_LAUNCH_CHECK();
   }
 };
 
@@ -67,7 +57,7 @@ template <class Launch>
 bool launch_block(const Launch& launch) {
   if (launch(gpu::kSharedDefault - kSharedJob)) return true;
   int most = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()));
+  CARAFE_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()));
   return launch(most - kSharedJob);
 }
 
@@ -98,25 +88,25 @@ __global__ void __launch_bounds__(kThreads, 2)
 struct Cuda {
   template <class Operator>
   static void run(const Operator& call, const Tensor& result) {
-    const torch::stable::accelerator::DeviceGuard guard(result.get_device_index());
+    const auto guard = use_device(device_index(result));
     if (launch_block([&](int64_t bytes) { return gpu::run_block(call, bytes, LaunchBlock{}); })) return;
-    STD_TORCH_CHECK(
+    CARAFE_CHECK(
         call.kernels.normalizer == Normalizer::none,
         "with a normalizer on CUDA, the kernels of a pixel must fit into a block's shared memory");
     const int64_t blocks = std::min(ceil_div(result.numel(), kThreads), kMaxBlocks);
-    run_elements<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream()>>>(
+    run_elements<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(current_device())>>>(
         call, result.size(0), result.size(1), result.size(2), result.size(3));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    CARAFE_CUDA_LAUNCH_CHECK();
   }
 };
 
 }  // namespace
 }  // namespace carafe
 
-STABLE_TORCH_LIBRARY_IMPL(carafe_plugin, CUDA, m) {
-  m.impl("carafe", TORCH_BOX(&carafe::reassemble<carafe::Cuda>));
-  m.impl("_carafe_grad_features", TORCH_BOX(&carafe::grad_features<carafe::Cuda>));
-  m.impl("_carafe_grad_kernels", TORCH_BOX(&carafe::grad_kernels<carafe::Cuda>));
+CARAFE_LIBRARY_IMPL(carafe_plugin, CUDA, m) {
+  m.impl("carafe", CARAFE_BOXED(carafe::reassemble<carafe::Cuda>));
+  m.impl("_carafe_grad_features", CARAFE_BOXED(carafe::grad_features<carafe::Cuda>));
+  m.impl("_carafe_grad_kernels", CARAFE_BOXED(carafe::grad_kernels<carafe::Cuda>));
 }
 
 // The GPU architectures that this library was compiled for, ascending, as nvcc counts them (800 for sm_80); 0 after the

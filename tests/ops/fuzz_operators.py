@@ -37,6 +37,13 @@ from carafe_plugin.testing import LAYOUTS, assert_close
 
 counts: Counter[str] = Counter()
 
+try:
+    torch.zeros(1, dtype=torch.float16).softmax(0)
+    DTYPES = reference.DTYPES
+except RuntimeError:  # before torch 2.3 it has none on a CPU
+    DTYPES = tuple(dtype for dtype in reference.DTYPES if dtype != torch.float16)
+    print(f"without float16, which torch {torch.__version__} does not normalise on a CPU", file=sys.stderr)
+
 MOST_WORK = 250_000  # multiply-adds of a call, but for a few larger ones
 
 
@@ -91,7 +98,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     case = draw(geometries())
     way = st.sampled_from(sorted(WAYS_TO_LIE))
     case |= dict(
-        dtype=draw(st.sampled_from(reference.DTYPES)),
+        dtype=draw(st.sampled_from(DTYPES)),
         normalizer=draw(st.sampled_from(("none", *reference.NORMALIZERS))),
         values=draw(st.sampled_from(("normal", "normal", "normal", "tiny", "large", "not finite", "far apart"))),
         layouts=draw(st.tuples(way, way, way)),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from toolkit import skip_without_half_on_cpu
 
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.ops import carafe, reference
@@ -14,6 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masks_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_mixed_dtypes(dtype, features_dtype, masks_dtype, device):
+    skip_without_half_on_cpu(dtype, device=device)
     features, masks, _ = random_case((4, 5), 4, 3, 2, 2, device=device)
     x = features.to(features_dtype).requires_grad_()
     m = masks.to(masks_dtype).requires_grad_()
@@ -37,6 +39,7 @@ def test_float64_stays(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_module_trains_under_autocast(dtype, device):
+    skip_without_half_on_cpu(dtype, device=device)
     module = CARAFEUpsample(8).to(device)
     features = torch.randn(2, 8, 5, 6, device=device, requires_grad=True)
     with torch.autocast(device, dtype=dtype):

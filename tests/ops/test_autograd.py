@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from toolkit import needs_opcheck
 
 from carafe_plugin.ops import carafe, reference
 from carafe_plugin.ops.functional import scale_ratio
@@ -88,6 +89,7 @@ def test_checkpointing(device):
     assert torch.equal(masks.grad, expected[1])
 
 
+@needs_opcheck
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("scale", [2, Fraction(1, 2), Fraction(3, 2)], ids=str)
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
@@ -103,6 +105,7 @@ def test_opcheck(scale, channels_last, requires_grad, device):
     torch.library.opcheck(ops._carafe_grad_kernels.default, (grad, features, masks, *args))
 
 
+@needs_opcheck
 def test_opcheck_of_an_empty_batch(device):
     features, masks, _ = random_case((5, 6), 4, 3, 2, 2, batch=0, device=device)
     torch.library.opcheck(torch.ops.carafe_plugin.carafe.default, (features, masks, 3, 2, 2, 1))

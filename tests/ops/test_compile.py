@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from toolkit import needs_compile, skip_without_half_on_cpu
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.ops import carafe
 from carafe_plugin.testing import relative_error
+
+pytestmark = needs_compile
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,8 @@ def test_export_with_dynamic_size(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_compiled_under_autocast(dtype, device):
+    skip_without_half_on_cpu(dtype, device=device)
+
     def function(x, m):
         with torch.autocast(device, dtype=dtype):
             return carafe(x, m, 3, 2)

@@ -10,8 +10,6 @@ import pytest
 import torch
 from campaign import FORM, SEED, count
 
-from carafe_plugin.ops import reference
-
 from . import fuzz_operators
 from .test_backends import supported_paths
 
@@ -46,7 +44,7 @@ CALL = dict(n=1, channels=5, h=3, w=7, k=3, g=1, scale=2, normalizer="softmax", 
 CALL |= dict(layouts=("channels_last", "sliced", "contiguous"), threads=(1, 2))
 
 
-@pytest.mark.parametrize("dtype", reference.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", fuzz_operators.DTYPES, ids=str)
 def test_one_wrong_element_is_found(dtype, monkeypatch):
     """The control of the above: by eight units in the last place, or a ten-thousandth where sums add up to more."""
     fuzz_operators.check_call(case := dict(CALL, dtype=dtype))

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from covering import pairwise
+from toolkit import needs_opcheck
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.ops import reference
@@ -92,6 +93,7 @@ def test_second_derivative_through_a_common_origin(device):
     assert torch.autograd.gradgradcheck(module, (features,), fast_mode=True)
 
 
+@needs_opcheck
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("ratio", [(2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("normalizer", range(1, 4), ids=NORMALIZERS)

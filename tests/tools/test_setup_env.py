@@ -25,6 +25,7 @@ class Family:
     steps: tuple[str, ...]  # the first package of each
     mmcv: str
     compiled_mmcv: str
+    library: str
 
 
 ONEDL = Family(
@@ -35,6 +36,7 @@ ONEDL = Family(
     ("setuptools>=80,<82", "torch==2.11.0", "onedl-mmcv==2.3.6", "onedl-mmengine==0.10.12", "rich", "-e"),
     "onedl-mmcv==2.3.6",
     "onedl-mmcv==2.3.6",
+    "_C.abi3.so",
 )
 OPENMMLAB = Family(
     "openmmlab",
@@ -44,6 +46,7 @@ OPENMMLAB = Family(
     ("setuptools>=64,<70", "torch==2.1.2", "mmcv-lite==2.1.0", "mmengine==0.10.7", "rich", "-e"),
     "mmcv-lite==2.1.0",
     "mmcv==2.1.0",
+    "_C_torch2_1.abi3.so",
 )
 
 
@@ -317,7 +320,8 @@ def test_a_package_built_from_here_is_not_built_again(checkout: Checkout) -> Non
     information = installed(packages, "carafe_plugin==0.1", "INSTALLER")
     (information / "RECORD").write_text("carafe_plugin-0.1.dist-info/RECORD,,\n")
     (checkout.folder / "carafe_plugin").mkdir()
-    (checkout.folder / "carafe_plugin" / "_C.abi3.so").touch()
+    library = checkout.folder / "carafe_plugin" / checkout.family.library
+    library.touch()
     url = information / "direct_url.json"
 
     def builds() -> bool:
@@ -329,6 +333,9 @@ def test_a_package_built_from_here_is_not_built_again(checkout: Checkout) -> Non
     assert builds()
     url.write_text(f'{{"url": "{checkout.folder.resolve().as_uri()}"}}')
     assert not builds()
+    library.rename(library.with_name("_C_torch2_0.abi3.so"))  # another environment's, of the same checkout
+    assert builds()
+    library.touch()
     source = checkout.folder / "csrc" / "new.h"
     source.touch()
     os.utime(source, (information.stat().st_mtime + 9,) * 2)
