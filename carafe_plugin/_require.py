@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 _DISTRIBUTIONS = {
     "mmengine": "onedl-mmengine (or mmengine)",
-    "mmcv": "onedl-mmcv (or mmcv)",
+    "mmcv": "onedl-mmcv (or mmcv-lite)",
     "mmdet": "onedl-mmdetection (or mmdet)",
     "mmseg": "onedl-mmsegmentation (or mmsegmentation)",
     "mmpretrain": "onedl-mmpretrain (or mmpretrain)",
