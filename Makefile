@@ -1,5 +1,7 @@
-# CARAFE_ENV=current uses the active Python environment instead of .venv.
-BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv/bin/)
+# FAMILY=openmmlab uses an environment of its own, with the upstream packages of OpenMMLab; CARAFE_ENV=current uses the
+# active one instead (tools/setup_env.sh).
+export FAMILY
+BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv$(patsubst %,-%,$(filter-out onedl,$(FAMILY)))/bin/)
 PYTHON := $(if $(BIN),$(BIN)python,python3)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp benchmarks/*.cpp)
 BENCH_FLAGS ?= --device cpu

@@ -28,7 +28,7 @@ import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-OLDEST_SETUPTOOLS = 77  # the first that reads the licence in pyproject.toml
+OLDEST_SETUPTOOLS = 64  # the first that installs a folder as it is (pip install -e) by pyproject.toml
 OLDEST_TORCH = (2, 1)
 STABLE_TORCH = (2, 10)  # the first whose stable ABI has all that is used
 BLACKWELL_TOOLKIT, BLACKWELL_TORCH = (12, 8), (2, 7)  # the first that compile for it
@@ -200,4 +200,5 @@ def extensions() -> dict:
 
 if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     sys.exit(f"carafe_plugin is built by setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}")
-setup(**extensions())
+# Here and not in pyproject.toml, where setuptools takes an SPDX name from 77 on, and torch 2.1's users have older ones.
+setup(license="Apache-2.0", **extensions())

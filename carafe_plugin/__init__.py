@@ -4,14 +4,12 @@ Importing this package needs torch alone. The adapters for mmdet, mmseg and mmpr
 ``carafe_plugin.openmmlab`` and are imported only on request.
 """
 
-import torch
-
+from ._require import check_versions
 from ._version import __version__
 
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 1):
-    raise ImportError(f"carafe_plugin needs torch >= 2.1, found {torch.__version__}")
+check_versions()  # before torch is imported
 
-from .modules import CARAFEDownsample, CARAFEUpsample
-from .ops import carafe, is_compiled
+from .modules import CARAFEDownsample, CARAFEUpsample  # noqa: E402
+from .ops import carafe, is_compiled  # noqa: E402
 
 __all__ = ["CARAFEDownsample", "CARAFEUpsample", "__version__", "carafe", "is_compiled"]

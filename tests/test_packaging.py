@@ -43,7 +43,7 @@ def dist(tmp_path_factory):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     if not names:  # an unpacked sdist has no git
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", "build", "work_dirs", "*.so"))
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv*", "build", "work_dirs", "*.so"))
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source], cwd=folder)
     return folder
 
@@ -330,13 +330,6 @@ print(carafe_plugin.is_compiled(), carafe_plugin.CARAFEUpsample(8)(torch.rand(1,
     assert len(said) == 1
     assert re.search(rf"the slower PyTorch reference serves, because .* does not load: .*\. {line}", said[0]), said
     assert f"carafe_plugin-{_version.__version__}.tar.gz" in said[0]
-
-
-def test_the_package_names_the_torch_that_it_needs(installed, tmp_path):
-    code = "import torch; torch.__version__ = '2.0.1'; import carafe_plugin"
-    done = call([sys.executable, "-c", code], installed, tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "ImportError: carafe_plugin needs torch >= 2.1, found 2.0.1"
 
 
 def test_wrong_cuda_wish_is_an_error(tmp_path):
