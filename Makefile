@@ -1,12 +1,14 @@
-# CARAFE_ENV=current uses the active Python environment instead of .venv.
-BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv/bin/)
+# FAMILY=openmmlab uses an environment of its own, with the upstream packages of OpenMMLab; CARAFE_ENV=current uses the
+# active one instead (tools/setup_env.sh).
+export FAMILY
+BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv$(patsubst %,-%,$(filter-out onedl,$(FAMILY)))/bin/)
 PYTHON := $(if $(BIN),$(BIN)python,python3)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.cpp benchmarks/*.cpp)
 BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2
 
-.PHONY: env demo demo-all demo-seg demo-inpaint ablation test fuzz sanitize lint format bench gpu-check matrix clean
+.PHONY: env demo demo-all demo-seg demo-inpaint ablation test fuzz sanitize lint format bench gpu-check wheel wheel-check matrix clean
 
 # MMCV=compiled also compiles mmcv's own operators, which takes 10 to 25 minutes on two cores.
 env:
@@ -56,6 +58,14 @@ bench: env
 # On a machine with a GPU; needs no OpenMMLab package (benchmarks/gpu_check.py lists what it needs).
 gpu-check:
 	$(or $(wildcard $(PYTHON)),python3) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
+
+# An sdist and a CPU wheel for every Python and torch, audited, in dist/; then that wheel installed beside the oldest and the
+# newest of these torches without a compiler (10 GB of downloads, 6 GB of disk).
+wheel: env
+	$(PYTHON) -m release.wheel
+
+wheel-check:
+	$(PYTHON) -m release.wheel --check $(WHEEL_CHECK_FLAGS)
 
 # Operators and modules beside one torch and Python after another, into docs/support.md: ten minutes, 2 to 4 GB of downloads and
 # 7 GB of disk for a row; MATRIX_FLAGS="--only 2.1.2" runs some, --list says which are to run.

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import importlib
+import inspect
 import itertools
 import os
 import platform
@@ -95,10 +96,14 @@ def peak_bytes(work: Work, device: str) -> int:
         work()
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+    # Without a word torch 2.4 and later warn of events that are lost; torch 2.1 has no such word, and microseconds.
+    keeping: dict[str, Any] = (
+        {"acc_events": True} if "acc_events" in inspect.signature(torch.profiler.profile).parameters else {}
+    )
+    with torch.profiler.profile(activities=activities, profile_memory=True, **keeping) as profile:
         work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
+    events.sort(key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 

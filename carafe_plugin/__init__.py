@@ -4,8 +4,12 @@ Importing this package needs torch alone. The adapters for mmdet, mmseg and mmpr
 ``carafe_plugin.openmmlab`` and are imported only on request.
 """
 
+from ._require import check_versions
 from ._version import __version__
-from .modules import CARAFEDownsample, CARAFEUpsample
-from .ops import carafe, is_compiled
+
+check_versions()  # before torch is imported
+
+from .modules import CARAFEDownsample, CARAFEUpsample  # noqa: E402
+from .ops import carafe, is_compiled  # noqa: E402
 
 __all__ = ["CARAFEDownsample", "CARAFEUpsample", "__version__", "carafe", "is_compiled"]

@@ -1,1 +1,1 @@
-"""What a release is made of and tried with: `matrix`."""
+"""What a release is made of (`wheel`) and tried beside (`matrix`)."""

@@ -39,6 +39,35 @@ print("loaded", loaded)
     assert result.stdout.strip() == "loaded []"
 
 
+NUMPY_2 = "torch {} was compiled for numpy 1, and numpy {} is installed: install 'numpy<2'"
+
+
+@pytest.mark.parametrize(
+    ("torch", "numpy", "expected"),
+    [
+        ("2.1.2+cu121", "2.2.6", NUMPY_2),
+        ("2.2.0a0+git1", "2.0.0rc1", NUMPY_2),
+        ("2.1.2", "1.26.4", None),
+        ("2.3.0", "2.0.0", None),
+        ("2.11.0", "2.4.1", None),
+        ("2.1.2", None, None),
+        (None, "2.2.6", None),
+        ("2.0.1+cu118", "1.26.4", "carafe_plugin needs torch >= 2.1, found 2.0.1+cu118"),
+    ],
+)
+def test_versions_that_do_not_go_together_are_one_line(torch, numpy, expected):
+    """Before torch is imported, whose page of warnings would come first."""
+    code = "import importlib.metadata as m, sys\n"
+    code += "class Torch:\n    def find_spec(name, *_):\n        if name == 'torch': sys.exit('torch is imported')\n"
+    code += "sys.meta_path.insert(0, Torch)\n"
+    code += "def version(name):\n    if found := VERSIONS[name]: return found\n    raise m.PackageNotFoundError(name)\n"
+    code += f"VERSIONS = {dict(torch=torch, numpy=numpy)}\nm.version = version\nimport carafe_plugin"
+    result = run(code)
+    assert result.returncode == 1
+    line = f"ImportError: {expected.format(torch, numpy)}" if expected else "torch is imported"
+    assert result.stderr.splitlines()[-1] == line
+
+
 def test_import_brings_no_toolbox_along():
     result = run("import sys, carafe_plugin; print([n for n in sys.modules if n.startswith('mm')])")
     assert result.returncode == 0, result.stderr

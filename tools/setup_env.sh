@@ -1,18 +1,34 @@
 #!/usr/bin/env bash
-# Builds the environment in .venv, or completes the active one with CARAFE_ENV=current. Steps that are done are skipped,
-# so it can be run again at any time: it resumes where it was interrupted.
-#   MMCV=compiled   compiles mmcv's own operators; without, torchvision's stand in for them (carafe_plugin's mmcv_ops)
+# Builds an environment, or completes the active one with CARAFE_ENV=current. Steps that are done are skipped, so it can
+# be run again at any time: it resumes where it was interrupted.
+#   FAMILY=openmmlab   in .venv-openmmlab, the upstream packages of OpenMMLab on the torch that they were made for;
+#                      without (or FAMILY=onedl), in .venv, their maintained successors on a current one
+#   MMCV=compiled      compiles mmcv's own operators; without, torchvision's stand in for them (carafe_plugin's mmcv_ops)
 set -euo pipefail
 unset PYTHONOPTIMIZE  # what is asked of Python below, it answers by assertions
 cd "$(dirname "$0")/.."
-log=build/env.log
-mkdir -p build
 
 # fail MESSAGE: one line, and the end.
 fail() {
   echo "env: error: $1" >&2
   exit 1
 }
+
+# newest: the last Python 3 that this torch is made for; library: what is compiled for it (setup.py). mmcv 2.1 is compiled
+# with what setuptools left out in 70. The toolboxes' versions are in pyproject.toml, under the family's name.
+family=${FAMILY:-onedl}
+case $family in
+  onedl)
+    venv=.venv other=openmmlab newest=13 setuptools='80 82' torch='torch==2.11.0 torchvision==0.26.0' library=_C
+    ;;
+  openmmlab)
+    venv=.venv-openmmlab other=onedl newest=11 setuptools='64 70' torch='torch==2.1.2 torchvision==0.16.2'
+    library=_C_torch2_1
+    ;;
+  *) fail "FAMILY must be 'onedl' or 'openmmlab', got '$family'" ;;
+esac
+log=build/env${venv#.venv}.log
+mkdir -p build
 
 [ -z "${MMCV:-}" ] || [ "$MMCV" = compiled ] || fail "MMCV must be 'compiled' or unset, got '$MMCV'"
 if command -v ldconfig >/dev/null && ! ldconfig -p | grep -q 'libGL\.so\.1'; then
@@ -21,14 +37,14 @@ fi
 
 # supported PYTHON: whether its version is one that all packages are made for.
 supported() {
-  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, '"$newest"'))' 2>/dev/null
 }
 
 if [ "${CARAFE_ENV:-}" = current ]; then
   python=python3
   command -v "$python" >/dev/null || fail "CARAFE_ENV=current: no python3 on the PATH"
 else
-  python=.venv/bin/python
+  python=$venv/bin/python
   # None yet, or one that was interrupted before it had pip, or was made without.
   if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip >/dev/null 2>&1; then
     base=python3
@@ -38,19 +54,19 @@ else
         break
       fi
     done
-    command -v "$base" >/dev/null || fail "Python 3.10 to 3.13 is needed, and no python3 was found"
-    supported "$base" || fail "Python 3.10 to 3.13 is needed, found $("$base" --version 2>&1) as $base"
-    echo "env: creating .venv (about 5 s)"
-    "$base" -m venv --clear .venv >"$log" 2>&1 ||
+    command -v "$base" >/dev/null || fail "Python 3.10 to 3.$newest is needed, and no python3 was found"
+    supported "$base" || fail "Python 3.10 to 3.$newest is needed, found $("$base" --version 2>&1) as $base"
+    echo "env: creating $venv (about 5 s)"
+    "$base" -m venv --clear "$venv" >"$log" 2>&1 ||
       fail "$base -m venv does not work (Debian: python3-venv): $(tail -n 1 "$log")"
   fi
 fi
-supported "$python" || fail "Python 3.10 to 3.13 is needed, found $("$python" --version 2>&1) as $python"
+supported "$python" || fail "Python 3.10 to 3.$newest is needed, found $("$python" --version 2>&1) as $python"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 # What an interrupted pip has left of a package looks like the package. pip writes INSTALLER when all files are there.
 if [ "${CARAFE_ENV:-}" != current ]; then
-  for information in .venv/lib/python3.*/site-packages/*.dist-info; do
+  for information in "$venv"/lib/python3.*/site-packages/*.dist-info; do
     if [ -d "$information" ] && [ ! -e "$information/INSTALLER" ]; then
       echo "env: installing again what was interrupted: $(basename "$information" .dist-info)"
       rm -rf "$information"
@@ -92,12 +108,28 @@ reason() {
   fi
 }
 
+# The families' packages import under the same names: pip would write one over the other.
+for package in $(extra "$other"); do
+  case ${package%%=*} in
+    mm* | onedl-*)
+      if have "${package%%=*}"; then
+        fail "${package%%=*} is of the other family than FAMILY=$family: use another environment, or FAMILY=$other"
+      fi
+      ;;
+  esac
+done
+
+# The family's packages, in the versions that everything else has to keep to (numpy, which torchvision asks for, say).
+packages=$(extra "$family")
+tools=$(extra tools)
+dev=$(extra dev)
+
 # install DESCRIPTION PIP-ARGUMENT ...
 install() {
   local description=$1 start=$SECONDS
   shift
   echo "env: installing $description"
-  "$python" -m pip install --progress-bar off "$@" >"$log" 2>&1 ||
+  "$python" -m pip install --progress-bar off --constraint <(printf '%s\n' $packages) "$@" >"$log" 2>&1 ||
     fail "installing ${description%% (*} failed: $(reason); pip's output is in $log; make env resumes from here"
   echo "env: done in $((SECONDS - start)) s"
 }
@@ -122,11 +154,12 @@ compiles() {
   fi
 }
 
-if ! "$python" -c 'import setuptools; v = int(setuptools.__version__.split(".")[0]); raise SystemExit(not 80 <= v < 82)' \
-  2>/dev/null || ! have wheel ninja packaging; then
-  install "the build tools (about 10 s)" 'setuptools>=80,<82' wheel ninja packaging
+read -r lowest below <<<"$setuptools"
+in_range="import setuptools; exit(not $lowest <= int(setuptools.__version__.split('.')[0]) < $below)"
+if ! "$python" -c "$in_range" 2>/dev/null || ! have wheel ninja packaging; then
+  install "the build tools (about 10 s)" "setuptools>=$lowest,<$below" wheel ninja packaging
 fi
-step "torch (about 2 minutes, 5 GB)" torch==2.11.0 torchvision==0.26.0
+step "torch (about 2 minutes, 5 GB)" $torch  # not quoted: a word for each package, here and below
 
 # ninja and the compiler of this environment must be found although it need not be activated.
 bin=$(cd "$(dirname "$(command -v "$python")")" && pwd)
@@ -134,10 +167,8 @@ export PATH="$bin:$PATH"
 
 # mmcv compiles its operators wherever its build sees torch. pip builds a package apart from what is installed, so it
 # sees none there; and what pip has kept of an earlier build may be either, so it is not asked.
-onedl=$(extra onedl)
-tools=$(extra tools)
-dev=$(extra dev)
-read -r mmcv toolboxes <<<"$onedl"
+read -r mmcv toolboxes <<<"$packages"
+compiled_mmcv=${mmcv/-lite/}  # upstream's has another name when it is compiled
 # Whether there are compiled operators, and whether they load; -E: without what stands in for them.
 is_compiled() {
   "$python" -E - 2>/dev/null <<'PYTHON'
@@ -149,7 +180,7 @@ PYTHON
 has_operators() {
   is_compiled && "$python" -E -c 'import torch, mmcv._ext' >"$log" 2>&1
 }
-if ! have "$mmcv"; then
+if ! have "$mmcv" && ! have "$compiled_mmcv"; then
   if is_compiled && [ "${MMCV:-}" != compiled ]; then
     fail "another mmcv is installed here, with its operators, and $mmcv would replace it: MMCV=compiled compiles that one"
   fi
@@ -159,13 +190,13 @@ fi
 if [ "${MMCV:-}" = compiled ] && ! has_operators; then
   missing=$(compiles) || fail "mmcv cannot be compiled: $missing"
   "$python" -E -c 'import mmcv' >"$log" 2>&1 || fail "mmcv does not import: $(tail -n 1 "$log")"
-  again=(--no-deps --no-build-isolation --force-reinstall "$mmcv")
+  [ "$mmcv" = "$compiled_mmcv" ] || "$python" -m pip uninstall --yes "${mmcv%%=*}" >"$log" 2>&1  # these files, in its name
+  again=(--no-deps --no-build-isolation --force-reinstall "$compiled_mmcv")
   install "mmcv with its compiled operators (10 to 25 minutes on 2 cores, once)" "${again[@]}"
   has_operators ||  # pip had kept one that was not compiled, or for another torch
     install "mmcv with its compiled operators, again (10 to 25 minutes on 2 cores, once)" --no-cache-dir "${again[@]}"
   has_operators || fail "mmcv was compiled, and its operators do not load: $(tail -n 1 "$log")"
 fi
-# Not quoted: a word for each package.
 step "mmengine, mmdet, mmsegmentation, mmpretrain (about 30 s)" $toolboxes
 step "the tools for demos, tests and style (about 20 s)" $tools $dev
 
@@ -179,11 +210,11 @@ assert json.loads(package.read_text("direct_url.json"))["url"] == pathlib.Path.c
 print(next(path.locate() for path in package.files if path.name == "RECORD"))
 PYTHON
   ) && [ -z "$(find setup.py pyproject.toml csrc -newer "$record" -type f)" ] &&
-    { [ -e carafe_plugin/_C.abi3.so ] || ! compiles >/dev/null; }
+    { [ -e "carafe_plugin/$library.abi3.so" ] || ! compiles >/dev/null; }
 }
 
 built || install "carafe_plugin (about 2 minutes)" --no-deps --no-build-isolation -e .
-if [ ! -e carafe_plugin/_C.abi3.so ]; then
+if [ ! -e "carafe_plugin/$library.abi3.so" ]; then
   echo "env: carafe_plugin is not compiled and runs on its slower PyTorch reference: $(compiles)"
 fi
 echo "env: ready ($("$python" --version), $("$python" -c 'import sys; print(sys.prefix)'))"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import datetime
 import functools
+import itertools
 import logging
 import os
 import pickle
@@ -55,7 +56,6 @@ def _attribute(owner: Any, name: str) -> Any:
 @functools.cache
 def _allowed() -> dict[str, Any]:
     """What a checkpoint may name beside torch's own: mmengine's log history, NumPy's arrays and plain values."""
-    multiarray: Any = (np._core if hasattr(np, "_core") else np.core).multiarray
     plain = (bytearray, complex, dict, frozenset, list, range, set, slice, tuple)
     kinds = (Counter, Namespace, ConfigDict, HistoryBuffer, torch.device, torch.Size)
     times = (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone)
@@ -72,8 +72,10 @@ def _allowed() -> dict[str, Any]:
         sharded += (sharding_spec.ChunkShardingSpec, sharding_spec.EnumerableShardingSpec)
     types: dict[str, Any] = {"_codecs.encode": codecs.encode, "builtins.getattr": _attribute}  # the first makes bytes
     types |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (*plain, *kinds, *times, *arrays, *sharded)}
-    for package in ("numpy.core", "numpy._core"):  # NumPy's before 2.0 and since, whichever is here
-        types |= {f"{package}.multiarray.{name}": getattr(multiarray, name) for name in ("_reconstruct", "scalar")}
+    # What makes an array or a number of NumPy's again lies in numpy.core before NumPy 2.0, and in numpy._core since.
+    for package, value in itertools.product(("numpy.core", "numpy._core"), (np.zeros(1), np.float64(0))):
+        remake: Any = value.__reduce__()[0]
+        types[f"{package}.multiarray.{remake.__name__}"] = remake
     return types
 
 

@@ -42,7 +42,7 @@ def test_starts_from_the_checkpoint(built):
     """Every key of the file is the backbone's; what the file lacks starts as CARAFE++ should."""
     loaded = {}
     if built.path:
-        loaded = torch.load(built.path, mmap=True)["state_dict"]
+        loaded = torch.load(str(built.path), mmap=True)["state_dict"]
         loaded = {key: value for key, value in loaded.items() if not key.startswith("fc.")}  # torchvision's classifier
     state = built.model.backbone.state_dict()
     assert loaded.keys() <= state.keys()

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A launcher of compilers, which here has an empty file compiled (and notes the command) to be quick.
 LAUNCHER = """#!/bin/sh
 echo "$@" >> "{log}"
+case "$*" in *-fsyntax-only*) exec "$@" ;; esac
 compiler=$1
 while [ $# -gt 0 ]; do
   case "$1" in -o) output=$2 ;; -MF) touch "$2" ;; -shared) shared=-shared ;; esac
@@ -58,6 +59,30 @@ def test_a_compiler_of_several_words(source):
     commands = log.read_text().splitlines()
     assert all(command.startswith("g++ ") for command in commands)
     assert any("csrc/cpu/carafe.cpp" in command for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("named", "complaint"),
+    [
+        (True, "g++: error: unrecognized command line option '-std=c++17'"),  # GCC 4
+        (False, "<stdin>:1:10: fatal error: optional: No such file or directory"),  # an older C++ library
+    ],
+    ids=["CXX", "by default"],
+)
+def test_a_compiler_without_cxx17_is_told_in_one_line(named, complaint, source):
+    compiler = source.parent / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\nprintf "In file included from x:\n{complaint}\nnote\n" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    result = build(source, CXX=str(compiler) if named else "")
+    if named:
+        assert result.returncode != 0
+        assert result.stderr.splitlines()[-1] == f"CXX={compiler} does not compile C++17: {complaint}"
+    else:
+        assert result.returncode == 0, result.stderr
+        line = f"the PyTorch reference serves (c++ does not compile C++17: {complaint})"
+        assert line in result.stdout
+    assert not list(source.rglob("*.so"))
 
 
 @pytest.mark.parametrize("compiler", ["no-such-g++", "no-such-ccache g++"])

@@ -124,6 +124,9 @@ OWN_WAY: dict[str, tuple[bytes, np.ndarray]] = {
     "over-black.tif": (saved(CLEAR, "TIFF"), PIXELS * (np.asarray(ALPHA)[..., None] / 255)),
     "range.pgm": (b"P5\n48 32\n1023\n" + (DEEP >> 6).astype(">u2").tobytes(), DEEP >> 14),
 }
+if not cv2.haveImageWriter("a.avif"):  # OpenCV before 4.12 reads neither AVIF nor GIF
+    FILES["lying.avif"] = (OWN_WAY.pop("lying.avif")[0], PIXELS, 4)
+    BY_PILLOW |= {name for name in FILES if name.endswith((".avif", ".gif"))}
 FAULTY: dict[str, tuple[bytes, str]] = {
     "empty.png": (b"", "the file is empty"),
     "words.jpg": (b"no image", "Pillow does not know its format, and the test pipeline cannot read it: "),

@@ -141,6 +141,10 @@ def test_a_toolbox_that_does_not_import_is_a_warning(drop_in, monkeypatch):
 WITHOUT_OPERATORS = """
 import sys
 sys.modules[sys.argv[1]] = None
+try:
+    import mmseg.models
+except ImportError as error:
+    sys.exit(print("mmseg does not import:", error))
 import torch
 from mmcv.cnn import build_upsample_layer
 from mmengine.registry import init_default_scope
@@ -155,11 +159,13 @@ print("ran without MMCV's operators")
 
 @pytest.mark.parametrize("missing", ["mmcv._ext", "mmcv.ops"])
 def test_mmcv_without_compiled_operators(missing):
-    """MMSegmentation runs on such an MMCV; MMDetection does not import."""
+    """MMSegmentation, since onedl's, runs on such an MMCV; MMDetection does not import."""
     pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
     command = [sys.executable, "-c", WITHOUT_OPERATORS, missing]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    if result.stdout.startswith("mmseg does not import:"):
+        pytest.skip(f"this version of MMSegmentation needs MMCV's operators as well: {result.stdout}")
     assert "ran without MMCV's operators" in result.stdout
 
 

@@ -192,7 +192,7 @@ def test_fx_traces_where_it_traces_the_parent(place):
     traced = torch.fx.symbolic_trace(model)
     for size in ((24, 40), (25, 35)):
         images = torch.randn(1, 3, *size)
-        flat = [torch.utils._pytree.tree_leaves(each(images)) for each in (traced, model)]
+        flat = [torch.utils._pytree.tree_flatten(each(images))[0] for each in (traced, model)]
         assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
 
 
