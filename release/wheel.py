@@ -195,7 +195,7 @@ def check_all(outdir: Path, torches: Sequence[str], keep: bool) -> None:
     if not wheel.exists():
         raise ReleaseError(f"there is no {wheel}; make wheel makes it")
     for torch in torches:
-        folder = ROOT / "build" / "wheel-check" / re.sub(r"[^\w.]+", "-", torch)
+        folder = ROOT / "build" / "wheel-check" / re.sub(r"\W+", "-", torch).strip("-")
         print(check(wheel, torch, folder), flush=True)
         if not keep:  # 5 GB each
             shutil.rmtree(folder)
