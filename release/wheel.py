@@ -147,7 +147,7 @@ def check(wheel: Path, torch: str, folder: Path) -> str:
     """
     python = folder / "bin" / "python"
     development = (ROOT / "pyproject.toml").read_text()
-    testers = [re.search(rf'"({name}==[^"]+)"', development)[1] for name in ("pytest", "hypothesis")]  # type: ignore[index]
+    testers = re.findall(r'"((?:pytest|hypothesis)==[^"]+)"', development)
     if not python.exists():
         module("venv", folder)
     run([python, "-m", "pip", "install", "-q", torch, "numpy", *testers])
@@ -195,7 +195,7 @@ def check_all(outdir: Path, torches: Sequence[str], keep: bool) -> None:
     if not wheel.exists():
         raise ReleaseError(f"there is no {wheel}; make wheel makes it")
     for torch in torches:
-        folder = ROOT / "build" / "wheel-check" / re.sub(r"[^\w.]+", "-", torch)
+        folder = ROOT / "build" / "wheel-check" / re.sub(r"\W+", "-", torch).strip("-")
         print(check(wheel, torch, folder), flush=True)
         if not keep:  # 5 GB each
             shutil.rmtree(folder)

@@ -106,7 +106,7 @@ def _import_library(library: str) -> None:
     else:
         found = [path.name for path in folder.glob("*.so") if re.match(rf"{library}(_torch\d+_\d+)?\.", path.name)]
         if found and ((major, minor) < (2, 10) or f"{library}.abi3.so" not in found):
-            raise ImportError(f"{' and '.join(sorted(found))} was built for another torch than {torch.__version__}")
+            raise ImportError(f"built for another torch than {torch.__version__}: {', '.join(sorted(found))}")
         importlib.import_module(name)
 
 

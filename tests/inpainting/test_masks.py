@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from toolkit import skip_without_half_on_cpu
 
 pytest.importorskip("mmengine", reason="mmengine is not installed")
 
@@ -253,6 +254,7 @@ def test_bfloat16_knows_the_same_locations():
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_float16_knows_the_same_locations(direction):
     """Under autocast as in float32: what is valid by little weight stays valid, and its value right."""
+    skip_without_half_on_cpu(torch.float16)
     torch.manual_seed(0)
     module = trained_looking(PAIRS[direction][1](16)).float()
     plain = PAIRS[direction][0](16)

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from toolkit import TORCH
 from torch import Tensor, nn
-from torch.export import Dim
 
+if TORCH < (2, 4):
+    reason = f"torch.compile and torch.export of these operators: from torch 2.4 on, this is {torch.__version__}"
+    pytest.skip(reason, allow_module_level=True)
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
 
@@ -16,6 +19,7 @@ from mmdet.models.layers import PixelDecoder
 from mmdet.models.necks import FPN, PAFPN
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmseg.models.decode_heads import FPNHead, UPerHead
+from torch.export import Dim
 
 from carafe_plugin.openmmlab import mmdet, mmseg
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from toolkit import needs_compile
 from torch import nn
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
@@ -103,6 +104,7 @@ def test_interpolating_it_is_the_parent_bit_for_bit(decoder_type, pyramid, dtype
         assert (a is None and b is None) or torch.equal(a, b)
 
 
+@needs_compile
 def test_it_compiles_without_a_graph_break():
     decoder, _ = pairs(CARAFEPixelDecoder, None)
     inputs = [x.detach() for x in maps(next(iter(PYRAMIDS.values())))]
