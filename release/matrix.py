@@ -2,7 +2,7 @@
 
     $ make matrix                                     # the rows that never ran, failed, or are of other sources
     $ python -m release.matrix --list                 # the rows, and why one is to run
-    $ python -m release.matrix --only 2.1.2 2.11      # these, whatever their records say
+    $ python -m release.matrix --only 2.1.2 3.10      # those with this torch or this Python, whatever their records say
     $ python -m release.matrix --python ~/python3.15/bin/python3.15
 
 Each row is a fresh virtual environment in build/matrix, 3 to 7 GB, which is deleted after it: torch, what the tests
@@ -609,12 +609,12 @@ def _cell(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ command
 def select(words: Sequence[str]) -> list[Row]:
-    """The rows whose torch or Python is one of the words."""
-    known = {word for row in ROWS for word in (row.torch, row.python)}
-    if unknown := [word for word in words if word not in known]:
-        there = ", ".join(sorted(known, key=_numbers))
-        raise ValueError(f"expected versions among {there}, got {', '.join(unknown)}")
-    return [row for row in ROWS if {row.torch, row.python} & set(words)]
+    """The rows whose torch, Python or both ('2.11/3.12') are one of the words."""
+    names = [{row.torch, row.python, f"{row.torch}/{row.python}"} for row in ROWS]
+    if unknown := [word for word in words if not any(word in each for each in names)]:
+        there = ", ".join(f"{row.torch}/{row.python}" for row in ROWS)
+        raise ValueError(f"expected versions of torch, of Python, or both, among {there}, got {', '.join(unknown)}")
+    return [row for row, each in zip(ROWS, names, strict=True) if each & set(words)]
 
 
 def show(matrix: Matrix, rows: Iterable[Row]) -> None:
@@ -640,7 +640,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="say what is done and what is to do, and stop")
-    text = "run the rows of these versions of torch or Python ('newest' is one), also where their records stand"
+    text = "run the rows of these versions of torch, of Python, or both (2.11/3.12), also where their records stand"
     parser.add_argument("--only", nargs="+", metavar="VERSION", help=text)
     parser.add_argument("--again", action="store_true", help="run all rows, also where their records stand")
     text = "an interpreter; may be repeated (default: python3.x on the PATH, and pyenv's)"

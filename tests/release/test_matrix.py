@@ -310,12 +310,19 @@ def test_an_environment_without_the_operators_is_a_failure(tmp_path):
         environment.ask("raise ImportError('undefined symbol')")
 
 
-@pytest.mark.parametrize("words", [["3.9"], ["2.1.2", "2.12"]])
+def test_rows_by_torch_python_or_both():
+    assert matrix.select(["2.1.2", "2.11/3.12"]) == [ROWS[0], ROWS[5]]
+    assert matrix.select(["3.10"]) == [row for row in ROWS if row.python == "3.10"]
+    assert matrix.select(["newest/newest"]) == [ROWS[-1]]
+
+
+@pytest.mark.parametrize("words", [["3.9"], ["2.1.2", "2.11/3.11"]])
 def test_versions_that_no_row_has(words, capsys):
     with pytest.raises(SystemExit) as end:
         matrix.main(["--list", "--only", *words])
     assert end.value.code == 2
-    assert "error: argument --only: expected versions among newest, 2.1.2, 2.4" in capsys.readouterr().err
+    expected = "error: argument --only: expected versions of torch, of Python, or both, among 2.1.2/3.10, 2.4/3.11, "
+    assert expected in capsys.readouterr().err
 
 
 def test_list_asks_nobody(capsys, monkeypatch):
