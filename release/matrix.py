@@ -373,14 +373,17 @@ class Environment:
         return found
 
     def _lines(self) -> list[str]:
-        return [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        """What the last command has printed."""
+        output = self.log.read_text(errors="replace").rpartition("\n$ ")[2]
+        return [line.strip() for line in output.splitlines() if line.strip()]
 
     def _last_line(self) -> str:
         return self._lines()[-1]
 
     def _error_line(self) -> str:
-        errors = [line for line in self._lines() if re.search(r"(^|[^a-z])(fatal )?error\b[^a-z]", line, re.IGNORECASE)]
-        return (errors or self._lines()[-1:])[0]
+        """The first error, which led to the others."""
+        errors = [line for line in self._lines()[1:] if re.search(r"(^|[^a-z])error\b", line, re.IGNORECASE)]
+        return errors[0] if errors else self._last_line()
 
 
 def read_report(report: Path) -> Record:

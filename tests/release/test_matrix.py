@@ -300,14 +300,39 @@ def test_the_hash_is_of_all_that_a_row_runs(tmp_path):
     assert matrix.hash_sources(tmp_path) == last
 
 
-def test_an_environment_without_the_operators_is_a_failure(tmp_path):
-    """What a process prints last is the row's failure."""
-    environment = matrix.Environment(tmp_path, tmp_path / "log")
-    environment.log.touch()
-    environment.python = Path(sys.executable)
+@pytest.fixture
+def environment(tmp_path):
+    """One whose interpreter is this one."""
+    made = matrix.Environment(tmp_path, tmp_path / "log")
+    made.log.touch()
+    made.python = Path(sys.executable)
+    return made
+
+
+def test_what_a_process_prints_last_is_the_answer_or_the_failure(environment):
     assert environment.ask("import json; print('noise'); print(json.dumps([1]))") == [1]
-    with pytest.raises(RowFailure, match="ImportError: undefined symbol"):
+    with pytest.raises(RowFailure, match=r"^ImportError: undefined symbol$"):
         environment.ask("raise ImportError('undefined symbol')")
+
+
+def test_the_first_error_of_the_last_command_is_the_failure(environment, tmp_path, monkeypatch):
+    environment.run(sys.executable, "-c", "print('error: of another command')")
+    code = "print('a.cpp:3: error: no member named b'); print('error: failed building wheel'); raise SystemExit(1)"
+    run = environment.run
+    monkeypatch.setattr(environment, "run", lambda *_, **__: run(sys.executable, "-c", code))
+    with pytest.raises(RowFailure, match=r"^the package does not build: a\.cpp:3: error: no member named b$"):
+        environment.build(Setup(ROWS[0], "2.1.2", "3.10", Path(sys.executable), tmp_path))
+    with pytest.raises(RowFailure, match=r"^a\.whl does not install: a\.cpp:3: error: no member named b$"):
+        environment.install(Path("a.whl"))
+
+
+def test_a_row_sees_nothing_of_the_calling_environment(environment, monkeypatch):
+    """Neither a backend that is asked for, nor packages of another environment, nor a machine's choice of versions."""
+    for name in ("CARAFE_BACKEND", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST", "PIP_CONSTRAINT"):
+        monkeypatch.setenv(name, "/elsewhere")
+    names = '"CARAFE_BACKEND", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST", "PIP_CONSTRAINT", "CARAFE_CUDA"'
+    found = environment.ask(f"import json, os; print(json.dumps([os.environ.get(n) for n in ({names})]))")
+    assert found == [None, None, None, str(environment.folder / "no-constraints.txt"), "0"]
 
 
 def test_rows_by_torch_python_or_both():
