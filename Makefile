@@ -8,7 +8,7 @@ BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2
 
-.PHONY: env demo demo-all demo-seg demo-inpaint ablation test fuzz sanitize lint format bench gpu-check clean
+.PHONY: env demo demo-all demo-seg demo-inpaint ablation test fuzz sanitize lint format bench gpu-check wheel wheel-check clean
 
 # MMCV=compiled also compiles mmcv's own operators, which takes 10 to 25 minutes on two cores.
 env:
@@ -58,6 +58,14 @@ bench: env
 # On a machine with a GPU; needs no OpenMMLab package (benchmarks/gpu_check.py lists what it needs).
 gpu-check:
 	$(or $(wildcard $(PYTHON)),python3) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
+
+# An sdist and a CPU wheel for every Python and torch, audited, in dist/; then that wheel installed beside the oldest and the
+# newest of these torches without a compiler (10 GB of downloads, 6 GB of disk).
+wheel: env
+	$(PYTHON) -m release.wheel
+
+wheel-check:
+	$(PYTHON) -m release.wheel --check $(WHEEL_CHECK_FLAGS)
 
 # What can be made again; work_dirs/ and data/ may hold somebody's training.
 clean:

@@ -34,6 +34,8 @@ STABLE_TORCH = (2, 10)  # the first whose stable ABI has all that is used
 BLACKWELL_TOOLKIT, BLACKWELL_TORCH = (12, 8), (2, 7)  # the first that compile for it
 # The binary interface of torch 2.10; that of Python 3.10 comes with py_limited_api.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# What a compiler or a C++ library without C++17 refuses; some take -std=c++17 and have only the one or the other.
+CXX17 = "#include <optional>\nint main() { if constexpr (sizeof(int) > 1) return std::optional<int>(0).value(); }\n"
 
 
 def torch_version() -> tuple[int, int]:
@@ -80,8 +82,8 @@ def reason_for_no_extension() -> str | None:
         import torch
     except ImportError:
         return "needs torch, found none"
-    if torch_version() < OLDEST_TORCH:
-        sys.exit(f"carafe_plugin needs torch >= 2.1, found {torch.__version__}")
+    if torch_version() < OLDEST_TORCH:  # pip would replace it
+        sys.exit(f"carafe_plugin needs torch >= 2.1, found {torch.__version__}; install a newer torch first")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
         if os.environ.get("CXX"):
@@ -89,8 +91,23 @@ def reason_for_no_extension() -> str | None:
         return "no C++ compiler found; set CXX to name one"
     if len(compiler) > 1 and not compiler[1].startswith("-"):
         os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")  # torch would ask ccache for g++'s version
+    if complaint := complaint_about_cxx17(compiler):
+        if os.environ.get("CXX"):
+            sys.exit(f"CXX={os.environ['CXX']} does not compile C++17: {complaint}")
+        return f"{compiler[0]} does not compile C++17: {complaint}"
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
     return None if os.path.exists(header) else f"no {header}"
+
+
+def complaint_about_cxx17(compiler: list[str]) -> str | None:
+    """What a compiler says first where it does not compile C++17, instead of pages about torch's headers."""
+    command = [*compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        result = subprocess.run(command, input=CXX17, capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    lines = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()
+    return next((line for line in lines if "error" in line), lines[0]) if result.returncode else None
 
 
 def find_toolkit() -> tuple[str, tuple[int, int]] | None:

@@ -171,7 +171,7 @@ def all_steps(mmcv_source: Path | None) -> list[list[Step]]:
         [probe("environment", 60)],
         [probe("compiled", 60)],
         [Step("tests", python(tests), 150)],
-        [bench("op", "float32", 180, *SLOW_PEERS)],
+        [bench("op", "float32", 270, *SLOW_PEERS)],
         [bench("op", "float16", 120, *SLOW_PEERS, "shifted-madd-compiled")],
         [probe("small", 120, *memcheck, missing=None if checker else "compute-sanitizer is not installed")],
         [probe("counters", 90, *counted, missing=None if profiler else "ncu is not installed")],

@@ -4,10 +4,10 @@ Importing this package needs torch alone. The adapters for mmdet, mmseg and mmpr
 ``carafe_plugin.openmmlab`` and are imported only on request.
 """
 
-from ._require import check_numpy
+from ._require import check_versions
 from ._version import __version__
 
-check_numpy()  # before torch is imported
+check_versions()  # before torch is imported
 
 from .modules import CARAFEDownsample, CARAFEUpsample  # noqa: E402
 from .ops import carafe, is_compiled  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -32,20 +33,21 @@ def require(package: str, purpose: str) -> None:
         ) from error
 
 
-def check_numpy() -> None:
-    """Raise an ImportError: numpy 2 is installed beside a torch that was compiled for numpy 1.
+def check_versions() -> None:
+    """Raise an ImportError: torch is older than 2.1, or numpy 2 is installed beside a torch made for numpy 1.
 
     Such a torch prints a page of warnings when it is imported, and no tensor becomes an array or the other way round.
     Only the versions are asked for, so that this can come before that import.
     """
-    try:
-        versions = {name: version(name) for name in ("torch", "numpy")}
-    except PackageNotFoundError:
-        return
-    torch, numpy = (tuple(map(int, re.findall(r"\d+", str(text))[:2])) for text in versions.values())
-    if numpy >= (2,) and torch < (2, 3):
+    found = {}
+    for name in ("torch", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    torch, numpy = (tuple(map(int, re.findall(r"\d+", found.get(name, ""))[:2])) for name in ("torch", "numpy"))
+    if torch and torch < (2, 1):
+        raise ImportError(f"carafe_plugin needs torch >= 2.1, found {found['torch']}")
+    if torch and torch < (2, 3) and numpy >= (2,):
         raise ImportError(
-            "torch {torch} was compiled for numpy 1, and numpy {numpy} is installed: install 'numpy<2'".format(
-                **versions
-            )
+            f"torch {found['torch']} was compiled for numpy 1, and numpy {found['numpy']} is installed: "
+            "install 'numpy<2'"
         )

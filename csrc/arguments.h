@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 
+#include "common/glibc.h"
 #include "common/operators.h"
 #include "torch_api.h"
 

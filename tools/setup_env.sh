@@ -84,12 +84,16 @@ for requirement in sys.argv[1:]:
 PYTHON
 }
 
-# extra NAME: the packages of one of the extras in pyproject.toml, on a line.
+# extra NAME: the packages of one of the extras in pyproject.toml for this Python, on a line.
 extra() {
   "$python" - "$1" <<'PYTHON'
 import pathlib, re, sys
 (packages,) = re.findall(rf"^{sys.argv[1]} = \[(.*?)\]", pathlib.Path("pyproject.toml").read_text(), re.M | re.S)
-print(*re.findall('"(.+?)"', packages))
+for requirement in re.findall('"(.+?)"', packages):
+    package, _, marker = requirement.partition("; python_version ")
+    comparison, minor = re.fullmatch(r"(<|>=) '3\.(\d+)'", marker or ">= '3.0'").groups()
+    if (sys.version_info >= (3, int(minor))) == (comparison == ">="):
+        print(package, end=" ")
 PYTHON
 }
 

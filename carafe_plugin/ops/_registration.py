@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
+from .._version import __version__
 from ._derivatives import autograd_kernel
 from ._operators import OPERATORS, Operator
 
@@ -79,8 +80,9 @@ def _load(required: bool) -> None:
             if device_type == "cpu" and required:
                 raise ImportError(f"CARAFE_BACKEND=compiled, but {reason}") from error
             if device_type == "cpu" or torch.cuda.is_available():
-                hint = ". CARAFE_BACKEND=reference says that this is intended." if device_type == "cpu" else ""
-                message = f"carafe_plugin: the slower PyTorch reference serves{where}, because {reason}{hint}"
+                message = f"carafe_plugin: the slower PyTorch reference serves{where}, because {reason}"
+                if device_type == "cpu":
+                    message += f". {_remedy(error)}; CARAFE_BACKEND=reference says that the reference is intended."
                 warnings.warn(message, stacklevel=4)
             return
         _serving.add(device_type)
@@ -104,11 +106,19 @@ def _import_library(library: str) -> None:
     else:
         found = [path.name for path in folder.glob("*.so") if re.match(rf"{library}(_torch\d+_\d+)?\.", path.name)]
         if found and ((major, minor) < (2, 10) or f"{library}.abi3.so" not in found):
-            raise ImportError(
-                f"{' and '.join(sorted(found))} was compiled for another torch than {torch.__version__}; installed "
-                "from its sources beside this one (pip install --no-build-isolation), the package is compiled for it"
-            )
+            raise ImportError(f"built for another torch than {torch.__version__}: {', '.join(sorted(found))}")
         importlib.import_module(name)
+
+
+def _remedy(error: ImportError) -> str:
+    """What to do about ``_C``, which does not load."""
+    options = "--no-build-isolation --no-deps --force-reinstall"
+    sdist = f"pip install {options} carafe_plugin-{__version__}.tar.gz"
+    if isinstance(error, ModuleNotFoundError):
+        return f"It was not built; where there is a C++ compiler, {sdist} builds it"
+    if "undefined symbol" in str(error):
+        return f"It was built for another torch than {torch.__version__}; {sdist} builds it for this one"
+    return f"{sdist} builds it {'for this one' if 'another torch' in str(error) else 'anew'}"
 
 
 # ---------------------------------------------------------------------------------------------------------- autocast

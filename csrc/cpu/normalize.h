@@ -1,8 +1,7 @@
 // The kernel normaliser on staged buffers: it needs no normalised copy in memory.
 #pragma once
 
-#include <cmath>
-
+#include "../common/glibc.h"
 #include "buffer.h"
 
 namespace carafe {

@@ -12,6 +12,7 @@ import torch
 
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "g++")
+WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the order of the C functions
 # How the axes lie in memory for each layout of the C functions, and the way back.
@@ -26,7 +27,7 @@ def compile_host(source: str, folder: Path, *flags: str) -> Path:
     if shutil.which(CXX) is None:
         pytest.skip(f"no C++ compiler: {CXX} is not on the PATH")
     library = folder / f"{Path(source).stem}.so"
-    command = [CXX, "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags]
+    command = [CXX, *WARNINGS, "-shared", "-fPIC", *flags]
     result = subprocess.run([*command, str(HERE / source), "-o", str(library)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return library
@@ -45,6 +46,41 @@ def run_under_sanitizers(script: str, source: str, folder: Path, *flags: str) ->
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout.strip()
+
+
+ARM_CXX, ARM_EMULATOR = "aarch64-linux-gnu-g++", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
+
+
+def require_arm(*commands):
+    if missing := [name for name in commands if shutil.which(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not on the PATH (Debian: g++-aarch64-linux-gnu, qemu-user)")
+
+
+class Emulated:
+    """The kernels of host.cpp on 64-bit Arm, which QEMU emulates: emulated.cpp, compiled for it in ``folder``."""
+
+    def __init__(self, folder: Path):
+        require_arm(ARM_CXX, ARM_EMULATOR[0])
+        program = folder / "emulated"
+        command = [ARM_CXX, *WARNINGS, "-O1", HERE / "emulated.cpp", "-o", program]
+        result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        self.process = subprocess.Popen([*ARM_EMULATOR, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, op, path, normalizer, dtype, geometry, layout, held):
+        """As ``carafe_run``; ``held`` are the result, which is written into, and up to three tensors."""
+        maps = [ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in held]
+        sizes = [len(each) for each in maps] + [0] * (4 - len(maps))
+        request = (ctypes.c_int64 * 19)(op, path, normalizer, dtype, layout, *geometry, *sizes)
+        self.process.stdin.write(b"".join([request, *maps]))
+        self.process.stdin.flush()
+        result = self.process.stdout.read(sizes[0])
+        assert len(result) == sizes[0], f"the program ended: {self.process.poll()}"
+        ctypes.memmove(held[0].data_ptr(), result, sizes[0])
+
+    def close(self):
+        self.process.stdin.close()
+        assert self.process.wait(timeout=60) == 0
 
 
 def outputs_of(size, up, down, crop=(0, 0)):

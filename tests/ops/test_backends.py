@@ -109,6 +109,29 @@ def test_the_operators_behave_on_the_reference():
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+@pytest.mark.parametrize(
+    ("version", "names", "expected"),
+    [
+        ("2.6.0+cu124", ["_C.abi3.so"], "built for another torch than 2.6.0+cu124: _C.abi3.so"),
+        ("2.6.0", ["_C_torch2_5.abi3.so", "_C.abi3.so"], "another torch than 2.6.0: _C.abi3.so, _C_torch2_5.abi3.so"),
+        ("2.11.0", ["_C_torch2_6.abi3.so", "_C_cuda.abi3.so"], "another torch than 2.11.0: _C_torch2_6.abi3.so"),
+        ("2.6.1", ["_C_torch2_6.abi3.so", "_C.abi3.so"], "_C_torch2_6.abi3.so: file too short"),
+        ("2.11.0", ["_C_torch2_6.abi3.so", "_C.abi3.so"], "_C.abi3.so: file too short"),
+    ],
+)
+def test_no_torch_loads_the_library_of_another(version, names, expected, tmp_path, monkeypatch):
+    from carafe_plugin.ops import _registration
+
+    for name in names:
+        (tmp_path / name).touch()  # not a library: who loads it fails
+    monkeypatch.delitem(sys.modules, "carafe_plugin._C")
+    monkeypatch.setattr(sys.modules["carafe_plugin"], "__path__", [str(tmp_path)])
+    monkeypatch.setattr(_registration, "__file__", str(tmp_path / "ops" / "_registration.py"))
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ImportError, match=re.escape(expected)):
+        _registration._import_library("_C")
+
+
 def test_reference_backend_on_request():
     code = """
 import torch
