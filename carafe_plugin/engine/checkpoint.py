@@ -88,7 +88,8 @@ class _RestrictedPickle:
 
             # torch.save writes Python 2's names.
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            known = {**_get_allowed_globals(), **_allowed()}
+            dtypes = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+            known = {**_get_allowed_globals(), **dtypes, **_allowed()}
             if f"{module}.{name}" not in known:
                 raise pickle.UnpicklingError(f"Unsupported GLOBAL {module}.{name}")
             return known[f"{module}.{name}"]

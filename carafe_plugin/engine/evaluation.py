@@ -58,7 +58,12 @@ def use_drawing(cfg: Config, show: bool, folder: str | None, wait_time: float, i
     if folder and Path(folder).is_file():
         raise UsageError(f"--show-dir is a folder for pictures; {folder} is a file")
     hook.update(show=show, wait_time=wait_time)
-    hook.update(dict(enable=True, interval=interval) if toolbox(cfg) == "mmpretrain" else dict(draw=True))
+    if toolbox(cfg) == "mmpretrain":
+        hook.update(enable=True, interval=interval)
+    else:
+        hook.update(draw=True)
+        if toolbox(cfg) == "mmseg":  # before onedl's, it skips images in tests too, 49 of 50 by default
+            hook.update(interval=1)
 
 
 def draw_into(runner: Any, folder: Path) -> None:

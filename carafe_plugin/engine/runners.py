@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine._strategy import DDPStrategy, SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -174,6 +175,8 @@ def prepare_strategy(cfg: Config) -> None:
         _check_sharded(cfg, name)
     if issubclass(found, fsdp):
         _complete_fsdp(strategy)
+        if torch.__version__ < "2.4" and get_device() == "cpu":
+            raise UsageError(f"strategy {name} runs on a CPU from torch 2.4 on, this is torch {torch.__version__}")
         strategy["type"] = "carafe_plugin.engine.fsdp.CurrentFSDPStrategy" if found is fsdp else strategy["type"]
     elif issubclass(found, DDPStrategy):
         given = strategy.get("model_wrapper") or cfg.get("model_wrapper_cfg")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import ROOT, call_tool, free_port, last_metrics, one_line, run, weights, write_toy
+from toolkit import TORCH
 
 from carafe_plugin.engine.atomic import move_into_place, restore_superseded
 
@@ -179,6 +180,11 @@ def test_two_processes(toy: Callable, tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     for name, strategy in STRATEGIES.items():
         config, folder = toy(clipped + strategy, f"{name}.py", batch=4), tmp_path / name
+        if name != "DDP" and TORCH < (2, 4):
+            done = run("dist_train.sh", config, 2, "--work-dir", folder, PYTHONPATH=path, PORT=free_port())
+            assert done.returncode != 0
+            assert "error: strategy FSDPStrategy runs on a CPU from torch 2.4 on, this is torch 2." in done.stderr
+            continue
         for epochs in (1, 3):
             options = ("--resume", "--cfg-options", *SCHEDULE, f"train_cfg.max_epochs={epochs}")
             done = run("dist_train.sh", config, 2, "--work-dir", folder, *options, PYTHONPATH=path, PORT=free_port())
@@ -192,6 +198,9 @@ def test_two_processes(toy: Callable, tmp_path: Path) -> None:
             for key, value in weights(tmp_path / "single/epoch_3.pth").items():
                 got = averaged.get(f"module.{key}", checkpoint["state_dict"][key])  # EMAHook swaps the two
                 torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
+    if TORCH < (2, 4):
+        print(f"no parts of a sharded checkpoint: torch {torch.__version__} makes none on a CPU")
+        return
     parts = folder / "epoch_3.pth"
     assert {part.name for part in parts.iterdir()} == {"rank0.pth", "rank1.pth"}
     (parts / "rank1.pth").unlink()
