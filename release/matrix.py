@@ -579,16 +579,13 @@ def page(records: Mapping[str, Record]) -> str:
     ran = {row: records[row.name] for row in ROWS if records.get(row.name, {}).get("status") in ("passed", "failed")}
     versions = sorted({record["package"] for record in records.values()})
     tests = " and ".join(f"`{name}`" for name in TESTS)
-    about = f"""carafe_plugin {", ".join(versions) or __version__} on the CPU. `make matrix` writes this page: each row is
-    a fresh virtual environment with torch as the package index has it, this package installed as a wheel, and the tests
-    of operators and modules ({tests}), which need no OpenMMLab package. Beside torch 2.1 to 2.9 the wheel is compiled
-    against that torch; one wheel, compiled beside torch {BUILDER.torch}, is installed unchanged in all later rows.
-    `docs/support.json` has the records."""
-    parts = [
-        "# Support matrix",
-        textwrap.fill(" ".join(about.split()), 120),
-        markdown_table(HEADINGS, table_rows(records)),
-    ]
+    about = f"""carafe_plugin {", ".join(versions) or __version__} on the CPU. `make matrix` writes this page: each row
+    is a fresh virtual environment with torch as the package index has it, this package installed as a wheel, and the
+    tests of operators and modules ({tests}), which need no OpenMMLab package. Beside torch 2.1 to 2.9 the wheel is
+    compiled against that torch; one wheel, compiled beside torch {BUILDER.torch}, is installed unchanged in all later
+    rows. `docs/support.json` has the records."""
+    about = textwrap.fill(" ".join(about.split()), 120)
+    parts = ["# Support matrix", about, markdown_table(HEADINGS, table_rows(records))]
     if failed := [[row.name, _cell(line)] for row, record in ran.items() for line in first_failures(record)]:
         parts += ["## What failed", markdown_table(["row", "failure"], failed)]
     skips: dict[str, list[str]] = {}
