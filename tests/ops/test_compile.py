@@ -119,5 +119,6 @@ def test_exported_output_size_is_that_of_the_other_map(device):
     for size in ((9, 13), (8, 12), (9, 12), (16, 31)):
         inputs = [torch.randn(1, 4, *s, device=device) for s in (size, [(length + 1) // 2 for length in size])]
         assert torch.equal(program.module()(*inputs), module(*inputs))
-    with pytest.raises(AssertionError, match="Guard failed"):
+    # Older programs come without guards, and the operator itself refuses what lies beyond its output.
+    with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|must be of at most 10 x 12, got 11 x 12"):
         program.module()(torch.randn(1, 4, 11, 12, device=device), inputs[1][..., :5, :6])
