@@ -8,7 +8,7 @@ BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2
 
-.PHONY: env demo demo-all demo-seg demo-inpaint ablation test fuzz sanitize lint format bench gpu-check wheel wheel-check clean
+.PHONY: env demo demo-all demo-seg demo-inpaint ablation test fuzz sanitize lint format bench gpu-check wheel wheel-check matrix clean
 
 # MMCV=compiled also compiles mmcv's own operators, which takes 10 to 25 minutes on two cores.
 env:
@@ -66,6 +66,11 @@ wheel: env
 
 wheel-check:
 	$(PYTHON) -m release.wheel --check $(WHEEL_CHECK_FLAGS)
+
+# Operators and modules beside one torch and Python after another, into docs/support.md: ten minutes, 2 to 4 GB of downloads and
+# 7 GB of disk for a row; MATRIX_FLAGS="--only 2.1.2" runs some, --list says which are to run.
+matrix: env
+	$(PYTHON) -m release.matrix $(MATRIX_FLAGS)
 
 # What can be made again; work_dirs/ and data/ may hold somebody's training.
 clean:

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 
-#include "common/glibc.h"
 #include "common/operators.h"
 #include "torch_api.h"
 

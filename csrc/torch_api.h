@@ -6,6 +6,8 @@
 #include <array>
 #include <cstdint>
 
+#include "common/glibc.h"
+
 #ifdef CARAFE_ATEN
 
 #include <ATen/Parallel.h>

@@ -169,7 +169,7 @@ def test_wheel_serves_glibc_2_28_every_python_and_every_torch(repaired):
     assert repaired.name.endswith(f"-cp310-abi3-{PLATFORM}.whl")
     audits = "\n".join(audit(repaired))
     assert re.search(r"0 ABI version mismatches\s+and\s+0\s+ABI\s+violations", audits), audits
-    assert "libtorch_cpu.so, which are torch's and stay outside" in audits
+    assert re.search(r"libtorch_cpu\.so.* which are torch's and stay outside", audits)
 
 
 def repacked(wheel, folder, **changes):
@@ -237,7 +237,7 @@ def test_installing_the_wheel_leaves_torch_alone(version, wheel, tmp_path):
 def test_a_torch_that_is_too_old_would_have_to_go(wheel, tmp_path):
     result = pip_beside("2.0.1", wheel, tmp_path)
     assert result.returncode != 0
-    assert "No matching distribution found for torch>=2.1" in result.stderr
+    assert re.search(r"conflicting dependencies|No matching distribution found for torch>=2\.1", result.stderr)
 
 
 def test_building_with_isolation_fetches_no_torch():
@@ -322,7 +322,10 @@ def test_a_library_that_does_not_load_leaves_the_reference_and_says_what_to_do(l
     shutil.copytree(installed / "carafe_plugin", package, ignore=shutil.ignore_patterns("*.so"))
     if library:
         (package / "_C.py").write_text(f"raise ImportError({library!r})")
-    code = """
+    hide = "" if library else "sys.modules['carafe_plugin._C'] = None"  # an editable installation would lend its own
+    code = f"""
+import sys
+{hide}
 import torch, carafe_plugin
 print(carafe_plugin.is_compiled(), carafe_plugin.CARAFEUpsample(8)(torch.rand(1, 8, 3, 3)).shape)
 """

@@ -62,6 +62,8 @@ def _register() -> None:
         packet = getattr(torch.ops.carafe_plugin, operator.name)
         if hasattr(flop_counter, "register_flop_formula"):
             flop_counter.register_flop_formula(packet)(operator.flops)
+            registry: dict = flop_counter.flop_registry
+            registry.setdefault(packet, registry.get(packet.default))  # torch 2.4 files it under the overload, in vain
         else:  # torch 2.1 has the table alone
             vars(flop_counter)["flop_mapping"][packet] = operator.flops
         if (torch.version.cuda or torch.version.hip) and not is_compiled("cuda") and backend != "reference":

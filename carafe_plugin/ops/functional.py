@@ -121,8 +121,13 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
         raise ValueError(f"scale_factor must be finite and greater than 0, got {scale_factor}")
     if isinstance(scale_factor, int):
         return scale_factor, 1
-    up, down = scale_factor.as_integer_ratio()
-    if isinstance(scale_factor, float) and down > _MAX_FLOAT_DENOMINATOR:
+    if isinstance(scale_factor, Fraction):
+        return scale_factor.numerator, scale_factor.denominator
+    down = 1  # not scale_factor.as_integer_ratio(): the compiler of torch 2.4 cannot trace it
+    while down < _MAX_FLOAT_DENOMINATOR and scale_factor * down != int(scale_factor * down):
+        down *= 2
+    if scale_factor * down != int(scale_factor * down):
+        up, down = scale_factor.as_integer_ratio()
         scale_factor = float(scale_factor)  # NumPy's has another repr()
         guess = Fraction(scale_factor).limit_denominator(1000)
         if float(guess) != scale_factor:  # neither a rounded third nor another short fraction: as it is written
@@ -131,7 +136,7 @@ def scale_ratio(scale_factor: int | float | Fraction) -> tuple[int, int]:
             f"scale_factor must be a rational number that is written exactly, got the float {scale_factor!r}, which is "
             f"{up}/{down}; did you mean fractions.Fraction({guess.numerator}, {guess.denominator})?"
         )
-    return up, down
+    return int(scale_factor * down), down
 
 
 def _check(

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from toolkit import needs_compile, skip_without_half_on_cpu
+from toolkit import TORCH, needs_compile, needs_torch, skip_without_half_on_cpu
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
@@ -83,6 +83,8 @@ def test_compiled_under_autocast(dtype, device):
 @pytest.mark.parametrize("scale", [2, 1.5], ids=str)
 def test_output_size_fixes_no_size(scale, device):
     """A finer map's size of any parity: one compilation, forward and backward."""
+    if scale == 1.5 and TORCH < (2, 5):
+        pytest.skip(f"slices with a step in a module whose numbers torch {torch.__version__} takes for dynamic")
     module = CARAFEUpsample(4, scale, up_kernel=3, compressed_channels=2).to(device)
 
     def function(fine, coarse):
@@ -101,6 +103,7 @@ def test_output_size_fixes_no_size(scale, device):
     assert counter.frame_count == 1
 
 
+@needs_torch(2, 6, "torch.export.Dim.DYNAMIC")
 def test_exported_output_size_is_that_of_the_other_map(device):
     class Merge(torch.nn.Module):
         def __init__(self):
@@ -116,5 +119,6 @@ def test_exported_output_size_is_that_of_the_other_map(device):
     for size in ((9, 13), (8, 12), (9, 12), (16, 31)):
         inputs = [torch.randn(1, 4, *s, device=device) for s in (size, [(length + 1) // 2 for length in size])]
         assert torch.equal(program.module()(*inputs), module(*inputs))
-    with pytest.raises(AssertionError, match="Guard failed"):
+    # Older programs come without guards, and the operator itself refuses what lies beyond its output.
+    with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|must be of at most 10 x 12, got 11 x 12"):
         program.module()(torch.randn(1, 4, 11, 12, device=device), inputs[1][..., :5, :6])

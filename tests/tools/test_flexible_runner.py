@@ -199,6 +199,7 @@ def test_two_processes(toy: Callable, tmp_path: Path) -> None:
                 got = averaged.get(f"module.{key}", checkpoint["state_dict"][key])  # EMAHook swaps the two
                 torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
     if TORCH < (2, 4):
+        print(f"no parts of a sharded checkpoint: torch {torch.__version__} makes none on a CPU")
         return
     parts = folder / "epoch_3.pth"
     assert {part.name for part in parts.iterdir()} == {"rank0.pth", "rank1.pth"}
