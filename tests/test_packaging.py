@@ -178,7 +178,7 @@ def repacked(wheel, folder, **changes):
     copy = folder / wheel.name
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(copy, "w") as target:
         for name in source.namelist():
-            if name not in names and not name.startswith("carafe_plugin/_C"):
+            if name not in names:
                 target.writestr(name, source.read(name))
         for name, content in names.items():
             target.writestr(name, content)

@@ -91,7 +91,7 @@ class _RestrictedPickle:
             dtypes = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
             known = {**_get_allowed_globals(), **dtypes, **_allowed()}
             if f"{module}.{name}" not in known:
-                raise pickle.UnpicklingError(f"Unsupported GLOBAL {module}.{name}")
+                raise pickle.UnpicklingError(f"Unsupported GLOBAL {module}.{name}".replace(" builtins.", " "))
             return known[f"{module}.{name}"]
 
     @classmethod

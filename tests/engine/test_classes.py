@@ -92,12 +92,15 @@ def test_stock_models_fit_their_datasets_and_no_other(name: str) -> None:
 def test_models_of_other_outputs_than_classes(name: str) -> None:
     """Proposals; one kind of object to be followed, in a dataset that knows thirteen."""
     cfg = bare_models.read_config(f"mmdet::{name}")
-    if cfg.model.get("tracker"):
-        pytest.importorskip("motmetrics", reason="motmetrics, which MMDetection's trackers need, is not installed")
     __import__("mmdet.models")
     init_default_scope("mmdet")
-    with torch.device("meta"):
-        model = MODELS.build(cfg.model)
+    try:
+        with torch.device("meta"):
+            model = MODELS.build(cfg.model)
+    except RuntimeError as error:  # of trackers, before onedl's
+        if "motmetrics is not installed" not in str(error):
+            raise
+        pytest.skip("motmetrics, which this MMDetection's trackers need, is not installed")
     numbers = {part.num_classes for part in model.modules() if hasattr(part, "num_classes")}
     assert numbers == {1}
     assert head_fault(model, "it", dict(classes=("a", "b"))) is None
