@@ -203,6 +203,7 @@ class Matrix:
             good &= record["status"] == "passed"
             console.print(f"matrix: {row.name}: {in_words(record)}, {duration(time.monotonic() - start)}")
             print_errors(first_failures(record))
+        self.page_file.write_text(page(self.records))  # also where no row has run: its words may be new
         return good
 
     def _stable_wheel(self) -> Path | None:

@@ -100,7 +100,10 @@ def test_all_rows_run_once_with_the_versions_that_there_are(world):
     assert versions["torch newest, Python 3.10"] == ("2.14.1", "3.10")
     assert versions["torch newest, Python 3.11"] == ("2.15.0", "3.11")
     assert versions["torch newest, Python newest"] == ("2.15.0", "3.14")
+    written = world.page.read_text()
+    world.page.write_text("of an earlier form")
     assert world.run() == (True, [])
+    assert world.page.read_text() == written
     assert world.run(again=True) == (True, NAMES)
 
 
