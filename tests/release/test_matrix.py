@@ -30,7 +30,7 @@ by_name = {row.name: row for row in ROWS}
 
 # ------------------------------------------------------------------------------------------------ what is committed
 def test_the_committed_table_is_of_this_version():
-    assert {row.name for row in ROWS} == set(RECORDS), "run make matrix"
+    assert BUILDER.name in RECORDS, "run make matrix"  # the page says of the others which have not run yet
     versions = {name: record["package"] for name, record in RECORDS.items()}
     assert set(versions.values()) == {__version__}, f"run make matrix: {versions}"
     assert matrix.PAGE.read_text().split("\n")[2].startswith(f"carafe_plugin {__version__} ")
