@@ -104,6 +104,7 @@ class Training:
         if refused:
             for path in [*self.place.folder.glob("best_*"), *Path(self.work_dir).glob("best_*")]:
                 path.unlink()
+            assert self.place.newest() is None, "there was a state to resume from"
         return refused
 
     def files(self) -> set[str]:
