@@ -6,15 +6,13 @@ import argparse
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.errors import UsageError
@@ -34,29 +32,6 @@ class Metric:
     digits: int = 3
 
 
-def text_table(
-    title: str,
-    headings: Sequence[str],
-    lines: Iterable[Sequence[str]],
-    left: Collection[str],
-    caption: str = "",
-    frame: box.Box = box.SIMPLE_HEAD,
-) -> Table:
-    """A table for a console; the columns ``left`` are left-justified and may be wrapped."""
-    table = Table(title=title, title_justify="left", caption_justify="left", box=frame)
-    table.caption = caption or None
-    for name in headings:
-        table.add_column(name, justify="left" if name in left else "right", overflow="fold", no_wrap=name not in left)
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def markdown_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """The same in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *lines])
-
-
 def print_errors(lines: Iterable[str]) -> None:
     """Print each line as an error."""
     for line in lines:
@@ -66,12 +41,6 @@ def print_errors(lines: Iterable[str]) -> None:
 def shown(path: Path) -> str:
     """The path relative to the root if it is inside; the tools run there."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def duration(seconds: float) -> str:
-    """A time for people: ``3 min 05 s``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def digest(text: str, files: Iterable[Path] = ()) -> str:

@@ -28,10 +28,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from carafe_plugin.engine.cli import run_tool
-from carafe_plugin.engine.console import table_console
+from carafe_plugin.engine.console import duration, table_console, text_table
 from studies.ablation import report as ablation_report
 from studies.ablation.runs import RECIPES, REQUEST, RESULTS, Run, Setup, complete, find_result, plan
-from studies.common import console, duration, integer, print_errors, shown, text_table
+from studies.common import console, integer, print_errors, shown
 from studies.demo.generate_scenes import generate, request_from
 from studies.demo.run import StepError, add_run_options, alone_in, guarded
 from studies.paper_tables.rows import read_tables

@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure  # without pyplot: no display, no state
 
+from carafe_plugin.engine.console import markdown_table
 from studies.ablation.runs import Run, Setup, find_result
-from studies.common import markdown_table
 from studies.demo.comparison import Comparison
 from studies.paper_tables.rows import Row, Table
 

@@ -12,7 +12,8 @@ from rich import box
 from rich.table import Table
 
 from carafe_plugin.engine.config import load_config
-from studies.common import ROOT, Metric, text_table
+from carafe_plugin.engine.console import text_table
+from studies.common import ROOT, Metric
 from studies.demo.generate_scenes import Request
 
 Summary = dict[str, dict[str, float]]  # what summary.json holds: each model's results

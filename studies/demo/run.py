@@ -28,11 +28,11 @@ from rich.table import Table
 from torch import nn
 
 from carafe_plugin.engine import bare_models
-from carafe_plugin.engine.console import progress_bar
+from carafe_plugin.engine.console import duration, progress_bar, text_table
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.openmmlab import mmcv_ops
 from studies import common
-from studies.common import ROOT, console, duration, print_errors, shown, write_json
+from studies.common import ROOT, console, print_errors, shown, write_json
 from studies.demo.comparison import Comparison, Demo, Model, Summary
 from studies.demo.generate_scenes import (
     Request,
@@ -213,7 +213,7 @@ def plan(demo: Demo) -> Table:
     steps.append((f"table, summary.json and pictures in {shown(demo.work_dir)}", 20, False))
     lines = [[step, duration(seconds), "done" if done else "to do"] for step, seconds, done in steps]
     headings = ["step", "about", "state"]
-    return common.text_table("The demo on two CPU cores", headings, lines, left=headings, frame=box.HEAVY_HEAD)
+    return text_table("The demo on two CPU cores", headings, lines, left=headings, frame=box.HEAVY_HEAD)
 
 
 def compared(demo: Demo) -> list[Model]:

@@ -27,9 +27,9 @@ from typing import Any
 
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.cli import run_tool
-from carafe_plugin.engine.console import progress_bar, table_console
+from carafe_plugin.engine.console import progress_bar, table_console, text_table
 from carafe_plugin.engine.errors import UsageError, read_json
-from studies.common import shown, text_table, write_json
+from studies.common import shown, write_json
 from studies.paper_tables import rows as paper_rows
 from studies.paper_tables.pages import PAGE, cells, headings, markdown, pages, title
 from studies.paper_tables.rows import Row, Table

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from carafe_plugin.engine.console import markdown_table
 from carafe_plugin.engine.errors import UsageError, read_json
-from studies.common import ROOT, markdown_table, shown
+from studies.common import ROOT, shown
 from studies.paper_tables.rows import COLUMNS, CONFIGS, RESULTS, TABLES, Row, Table, figure, known_cost, result_file
 
 PAGE = ROOT / "docs" / "paper_tables.md"

@@ -14,8 +14,10 @@ pytest.importorskip("rich", reason="the command runs on what make env installs: 
 
 from carafe_plugin._version import __version__
 from carafe_plugin.engine.errors import UsageError
-from release import matrix
-from release.matrix import BUILDER, ROWS, Matrix, RowFailure, Setup
+from release import environment, matrix, rows
+from release.environment import Environment, RowFailure, Setup
+from release.matrix import Matrix
+from release.rows import BUILDER, ROWS, Row
 
 PUBLISHED = {
     "3.10": ["2.14.1", "2.11.0", "2.10.0", "2.4.1", "2.1.2"],
@@ -37,7 +39,7 @@ def test_the_committed_table_is_of_this_version():
 
 
 def test_the_committed_page_is_that_of_the_records():
-    assert matrix.page(RECORDS) == matrix.PAGE.read_text(), "run make matrix"
+    assert rows.page(RECORDS) == matrix.PAGE.read_text(), "run make matrix"
 
 
 def test_the_later_rows_are_of_one_wheel():
@@ -64,8 +66,10 @@ def world(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             wheel.write_bytes(state.wheel)
         found = dict(torch=f"{setup.torch}+cu130", python=f"{setup.python}.7", numpy="2.1.0", build=setup.row.build)
-        found |= dict(wheel=wheel.name, wheel_sha256=matrix._sha256(wheel), commit="abc", processor="fast", passed=5)
-        found |= dict(skipped={"no GPU": 2}, is_compiled=True, torch_compile=True, opcheck=True)
+        found |= dict(
+            wheel=wheel.name, wheel_sha256=environment.sha256(wheel), commit="abc", processor="fast", passed=5
+        )
+        found |= dict(passed=5, skipped={"no GPU": 2}, is_compiled=True, torch_compile=True, opcheck=True)
         return found | dict(status="failed" if fault else "passed", failures=[fault] if fault else [])
 
     def make():
@@ -110,8 +114,8 @@ def test_all_rows_run_once_with_the_versions_that_there_are(world):
 def test_2_1_is_not_2_10(world):
     """The beginning of a version ends at a dot."""
     world.published["3.11"] = ["2.10.0", "2.1.2"]
-    assert world.make().resolve(matrix.Row("2.1", "3.11", "ATen")) == ("2.1.2", "3.11")
-    assert world.make().resolve(matrix.Row("newest", "3.11", "ATen")) == ("2.10.0", "3.11")
+    assert world.make().resolve(Row("2.1", "3.11", "ATen")) == ("2.1.2", "3.11")
+    assert world.make().resolve(Row("newest", "3.11", "ATen")) == ("2.10.0", "3.11")
 
 
 def test_a_version_that_there_is_not(world):
@@ -163,7 +167,7 @@ def test_one_wheel_serves_all_later_rows(world):
     assert world.run(rows=[by_name["torch 2.11, Python 3.12"]]) == (True, [BUILDER.name, "torch 2.11, Python 3.12"])
     world.run()
     (found,) = (world.make().folder / "wheel").iterdir()
-    assert matrix._sha256(found) == world.make().records["torch 2.11, Python 3.12"]["wheel_sha256"]
+    assert environment.sha256(found) == world.make().records["torch 2.11, Python 3.12"]["wheel_sha256"]
     found.unlink()
     assert world.run() == (True, [])  # nothing needs it
     world.wheel = b"wheel 2"
@@ -206,7 +210,7 @@ REPORT = """<testsuites><testsuite name="pytest">
 def test_what_a_report_says(opcheck, tmp_path):
     file = tmp_path / "report.xml"
     file.write_text(REPORT.format(opcheck="" if opcheck else '<skipped message="from torch 2.4 on"/>'))
-    found = matrix.read_report(file)
+    found = environment.read_report(file)
     assert found["passed"] == 1 + opcheck
     assert found["failures"] == ["tests.ops.test_carafe::test_b: assert 1 == 2", "::tests.ops.test_c: ImportError: no"]
     assert found["skipped"] == {"no mmcv": 2} | ({} if opcheck else {"from torch 2.4 on": 1})
@@ -217,7 +221,7 @@ def test_what_a_report_says(opcheck, tmp_path):
 def test_a_report_of_nothing_is_a_failure(tmp_path):
     file = tmp_path / "report.xml"
     file.write_text("<testsuites><testsuite/></testsuites>")
-    assert matrix.read_report(file)["failures"] == ["no test has passed"]
+    assert environment.read_report(file)["failures"] == ["no test has passed"]
 
 
 @pytest.mark.parametrize(
@@ -234,20 +238,20 @@ def test_a_report_of_nothing_is_a_failure(tmp_path):
     ],
 )
 def test_why_pip_failed(log, free, reason):
-    assert matrix.pip_reason(log, free).startswith(reason)
+    assert environment.pip_reason(log, free).startswith(reason)
 
 
 def test_many_failures_are_counted():
     failures = [f"test_{number}: no" for number in range(23)]
-    assert matrix.first_failures(dict(failures=failures)) == [*failures[:20], "and 3 more"]
-    assert matrix.first_failures(dict(failures=failures[:20])) == failures[:20]
+    assert rows.first_failures(dict(failures=failures)) == [*failures[:20], "and 3 more"]
+    assert rows.first_failures(dict(failures=failures[:20])) == failures[:20]
 
 
 def test_a_full_disk_is_a_line_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(matrix, "_free_gb", lambda folder: 2.5)
+    monkeypatch.setattr(environment, "free_gb", lambda folder: 2.5)
     setup = Setup(ROWS[0], "2.1.2", "3.10", Path(sys.executable), tmp_path)
     with pytest.raises(UsageError, match=r"^the disk is full: 2\.5 GB are free in .*, 9 GB are needed$"):
-        matrix.run_row(setup)
+        environment.run_row(setup)
     assert not list(tmp_path.iterdir())
 
 
@@ -292,50 +296,50 @@ def test_the_hash_is_of_all_that_a_row_runs(tmp_path):
     for name in (*names, "carafe_plugin/openmmlab/d.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    first = matrix.hash_sources(tmp_path)
+    first = environment.hash_sources(tmp_path)
     seen = {first}
     for name in names:
         (tmp_path / name).write_text("changed")
-        seen.add(matrix.hash_sources(tmp_path))
+        seen.add(environment.hash_sources(tmp_path))
     assert len(seen) == 5
-    last = matrix.hash_sources(tmp_path)
+    last = environment.hash_sources(tmp_path)
     (tmp_path / "carafe_plugin/openmmlab/d.py").write_text("changed")
-    assert matrix.hash_sources(tmp_path) == last
+    assert environment.hash_sources(tmp_path) == last
 
 
 @pytest.fixture
-def environment(tmp_path):
-    """One whose interpreter is this one."""
-    made = matrix.Environment(tmp_path, tmp_path / "log")
+def this_python(tmp_path):
+    """An environment whose interpreter is this one."""
+    made = Environment(tmp_path, tmp_path / "log")
     made.log.touch()
     made.python = Path(sys.executable)
     return made
 
 
-def test_what_a_process_prints_last_is_the_answer_or_the_failure(environment):
-    assert environment.ask("import json; print('noise'); print(json.dumps([1]))") == [1]
+def test_what_a_process_prints_last_is_the_answer_or_the_failure(this_python):
+    assert this_python.ask("import json; print('noise'); print(json.dumps([1]))") == [1]
     with pytest.raises(RowFailure, match=r"^ImportError: undefined symbol$"):
-        environment.ask("raise ImportError('undefined symbol')")
+        this_python.ask("raise ImportError('undefined symbol')")
 
 
-def test_the_first_error_of_the_last_command_is_the_failure(environment, tmp_path, monkeypatch):
-    environment.run(sys.executable, "-c", "print('error: of another command')")
+def test_the_first_error_of_the_last_command_is_the_failure(this_python, tmp_path, monkeypatch):
+    this_python.run(sys.executable, "-c", "print('error: of another command')")
     code = "print('a.cpp:3: error: no member named b'); print('error: failed building wheel'); raise SystemExit(1)"
-    run = environment.run
-    monkeypatch.setattr(environment, "run", lambda *_, **__: run(sys.executable, "-c", code))
+    run = this_python.run
+    monkeypatch.setattr(this_python, "run", lambda *_, **__: run(sys.executable, "-c", code))
     with pytest.raises(RowFailure, match=r"^the package does not build: a\.cpp:3: error: no member named b$"):
-        environment.build(Setup(ROWS[0], "2.1.2", "3.10", Path(sys.executable), tmp_path))
+        this_python.build(Setup(ROWS[0], "2.1.2", "3.10", Path(sys.executable), tmp_path))
     with pytest.raises(RowFailure, match=r"^a\.whl does not install: a\.cpp:3: error: no member named b$"):
-        environment.install(Path("a.whl"))
+        this_python.install(Path("a.whl"))
 
 
-def test_a_row_sees_nothing_of_the_calling_environment(environment, monkeypatch):
+def test_a_row_sees_nothing_of_the_calling_environment(this_python, monkeypatch):
     """Neither a backend that is asked for, nor packages of another environment, nor a machine's choice of versions."""
     for name in ("CARAFE_BACKEND", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST", "PIP_CONSTRAINT"):
         monkeypatch.setenv(name, "/elsewhere")
     names = '"CARAFE_BACKEND", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST", "PIP_CONSTRAINT", "CARAFE_CUDA"'
-    found = environment.ask(f"import json, os; print(json.dumps([os.environ.get(n) for n in ({names})]))")
-    assert found == [None, None, None, str(environment.folder / "no-constraints.txt"), "0"]
+    found = this_python.ask(f"import json, os; print(json.dumps([os.environ.get(n) for n in ({names})]))")
+    assert found == [None, None, None, str(this_python.folder / "no-constraints.txt"), "0"]
 
 
 def test_rows_by_torch_python_or_both():
@@ -346,10 +350,8 @@ def test_rows_by_torch_python_or_both():
 
 @pytest.mark.parametrize("words", [["3.9"], ["2.1.2", "2.11/3.11"]])
 def test_versions_that_no_row_has(words, capsys):
-    with pytest.raises(SystemExit) as end:
-        matrix.main(["--list", "--only", *words])
-    assert end.value.code == 2
-    expected = "error: argument --only: expected versions of torch, of Python, or both, among 2.1.2/3.10, 2.4/3.11, "
+    assert matrix.main(["--list", "--only", *words]) == 2
+    expected = "error: --only: expected versions of torch, of Python, or both, among 2.1.2/3.10, 2.4/3.11, "
     assert expected in capsys.readouterr().err
 
 
@@ -360,3 +362,17 @@ def test_list_asks_nobody(capsys, monkeypatch):
     assert "2.1.2" in output
     assert "2.11" in output
     assert "2.6" not in output
+
+
+def test_one_at_a_time_and_an_interrupt_is_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+
+    def meanwhile(*_, **__):
+        assert matrix.main([]) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Matrix, "run", meanwhile)
+    assert matrix.main([]) == 130
+    output = capsys.readouterr()
+    assert output.err == f"error: another matrix is running in {tmp_path}\n"
+    assert "Interrupted. The same command resumes from here." in output.out

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from bad_inputs import CASES, BadInput, line_of, run_case, write_playground  # noqa: E402
 
-from studies.common import markdown_table  # noqa: E402
+from carafe_plugin.engine.console import markdown_table  # noqa: E402
 
 PAGE, FIGURES = ROOT / "docs" / "reliability.md", ROOT / "docs" / "reliability.json"
 Line = tuple[str, BadInput, str]
