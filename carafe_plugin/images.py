@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -100,6 +99,8 @@ def read_header(path: str | Path, turned: bool = True) -> tuple[tuple[int, int],
             with suppress(Exception):  # the reader of EXIF data raises anything; OpenCV passes over what is broken
                 orientation = image.getexif().get(_ORIENTATION)
         if orientation in _TRANSPOSED:
+            import cv2  # here alone: the benchmarks import this module where there is no OpenCV
+
             pixels = cv2.imread(str(path))  # whether it turns depends on the format: not WebP and AVIF
             if pixels is None:
                 raise OSError(f"OpenCV cannot read {path}")

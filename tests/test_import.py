@@ -39,6 +39,13 @@ print("loaded", loaded)
     assert result.stdout.strip() == "loaded []"
 
 
+def test_benchmarks_measure_where_only_what_they_name_is_installed():
+    """On a machine with a GPU there is neither an OpenMMLab package nor the OpenCV that these bring."""
+    code = HIDE + "sys.modules['cv2'] = None\nfrom benchmarks import gpu_check, gpu_probes, mmcv_operator, module, op\n"
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
 NUMPY_2 = "torch {} was compiled for numpy 1, and numpy {} is installed: install 'numpy<2'"
 
 
