@@ -16,13 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from toolkit import reason_for_no_cuda_half
+from toolkit import TORCH, reason_for_no_cuda_half
 
+import release.wheel
 from carafe_plugin import _version
 from release.wheel import PLATFORM, ReleaseError, audit, repair, run_tests
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
+STABLE = TORCH >= (2, 10)  # else built for this torch alone
+LIBRARY = "_C{}.abi3.so" if STABLE else f"_C{{}}_torch{TORCH[0]}_{TORCH[1]}.abi3.so"
 
 
 def run(command, **options):
@@ -89,7 +92,7 @@ def test_wheel_contents(wheel):
     assert code == sources | beside
     launchers = {f"carafe_plugin/tools/{kind}_{tool}.sh" for kind in ("dist", "slurm") for tool in ("train", "test")}
     assert {name for name in names if name.endswith(".sh")} == {*launchers, "carafe_plugin/tools/launch.sh"}
-    assert {"carafe_plugin/py.typed", "carafe_plugin/_C.abi3.so"} <= set(names)
+    assert {"carafe_plugin/py.typed", f"carafe_plugin/{LIBRARY.format('')}"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "tools", "csrc"))]
 
 
@@ -151,13 +154,13 @@ def test_every_command_of_the_wheel_has_help(name, installed, tmp_path):
 def test_wheel_has_the_cuda_half_where_there_is_a_toolkit(wheel):
     if reason := reason_for_no_cuda_half():
         pytest.skip(reason)
-    assert "carafe_plugin/_C_cuda.abi3.so" in zipfile.ZipFile(wheel).namelist()
+    assert f"carafe_plugin/{LIBRARY.format('_cuda')}" in zipfile.ZipFile(wheel).namelist()
 
 
 @pytest.fixture(scope="module")
 def repaired(wheel, tmp_path_factory):
     """The wheel as ``make wheel`` gives it to people, with the CUDA half where there is one."""
-    if "-abi3-" not in wheel.name:
+    if not STABLE:
         pytest.skip(f"torch {torch.__version__}: the wheel that serves every torch is built with 2.10 or later")
     missing = [name for name in ("nm", "strip") if shutil.which(name) is None]
     if missing or platform.libc_ver()[0] != "glibc":
@@ -170,6 +173,20 @@ def test_wheel_serves_glibc_2_28_every_python_and_every_torch(repaired):
     audits = "\n".join(audit(repaired))
     assert re.search(r"0 ABI version mismatches\s+and\s+0\s+ABI\s+violations", audits), audits
     assert re.search(r"libtorch_cpu\.so.* which are torch's and stay outside", audits)
+
+
+def test_a_wheel_for_one_torch_is_not_released(tmp_path, monkeypatch):
+    """What a build beside torch 2.1 to 2.9 makes has the same name."""
+
+    def build_beside_old_torch(*_, **__):
+        (tmp_path / "carafe_plugin-1.tar.gz").touch()
+        with zipfile.ZipFile(tmp_path / "carafe_plugin-1-cp310-abi3-linux_x86_64.whl", "w") as archive:
+            archive.writestr("carafe_plugin/_C_torch2_1.abi3.so", "")
+        return ""
+
+    monkeypatch.setattr(release.wheel, "module", build_beside_old_torch)
+    with pytest.raises(ReleaseError, match=r"the wheel for everybody is built beside torch 2\.10 or later"):
+        release.wheel.build(tmp_path)
 
 
 def repacked(wheel, folder, **changes):
@@ -230,7 +247,7 @@ def pip_beside(torch_version, wheel, folder):
 def test_installing_the_wheel_leaves_torch_alone(version, wheel, tmp_path):
     result = pip_beside(version, wheel, tmp_path)
     assert result.returncode == 0, result.stderr
-    planned = [each["metadata"]["name"] for each in json.loads(result.stdout)["install"]]
+    planned = [each["metadata"]["name"].replace("-", "_") for each in json.loads(result.stdout)["install"]]
     assert set(planned) <= {"carafe_plugin"}  # none where it is installed from this very wheel
 
 

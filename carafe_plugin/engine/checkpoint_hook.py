@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from carafe_plugin.engine.atomic import UNFINISHED, AtomicLocalBackend, use_atomic_writes
 from carafe_plugin.engine.checkpoint import POINTER, read_checkpoint
 from carafe_plugin.engine.config import find_type
 
 OUTDATED = "outdated_best_ckpts"  # in the message hub: best checkpoints about to be deleted
+VALIDATED = "last_validated"  # a file beside the pointer: the newest checkpoint whose validation has been done
 
 
 class _LateRemoval:
@@ -62,6 +64,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     The new checkpoint is written under a temporary name, renamed, named in ``last_checkpoint`` (itself renamed into
     place), and only then are outdated checkpoints deleted. This holds for ``save_best`` and ``published_keys`` too.
+
+    A checkpoint is written before it is validated. Where a run was killed in between, resuming begins with that
+    validation: else a best checkpoint and, at the end, the final metrics would be lost.
     """
 
     file_backend: Any
@@ -74,8 +79,46 @@ class AtomicCheckpointHook(CheckpointHook):
             for folder in {str(self.out_dir), runner.work_dir}:
                 for leftover in Path(folder).glob(f"*.*{UNFINISHED}"):
                     _remove(LocalBackend(), str(leftover))
-        if self.save_best and runner._resume and runner._load_from:
+        if not (runner._resume and runner._load_from):
+            if is_main_process():
+                Path(runner.work_dir, VALIDATED).unlink(missing_ok=True)
+            return
+        if Path(runner._load_from).parent.absolute() == Path(str(self.out_dir)).absolute():
+            self.last_ckpt = runner._load_from  # the parent knows of none until one is written
+        if self.save_best:
             self._complete_best(runner)
+        if self._awaits_validation(runner):
+            name = Path(runner._load_from).name
+            runner.logger.info(f"The validation of {name}, which the last run did not end, comes first.")
+            runner.val_loop.run()
+
+    def after_val_epoch(self, runner: Any, metrics: dict) -> None:
+        """Keep a best checkpoint, and that the newest one has been validated."""
+        super().after_val_epoch(runner, metrics)
+        newest = runner.message_hub.runtime_info.get("last_ckpt")
+        if newest and is_main_process():
+            AtomicLocalBackend().put_text(str(newest), Path(runner.work_dir, VALIDATED))
+
+    def _awaits_validation(self, runner: Any) -> bool:
+        """Whether the state that was resumed from is one which the loop would have validated next, and did not."""
+        loop, due = runner.train_loop, False
+        if isinstance(loop, EpochBasedTrainLoop):
+            # What was written in the middle of an epoch repeats it.
+            done, last, counts = loop.epoch, loop.max_epochs, self.by_epoch
+        elif isinstance(loop, IterBasedTrainLoop):
+            done, last, counts = loop.iter, loop.max_iters, True
+        else:  # somebody's own knows when
+            return False
+        if counts and runner.val_loop is not None and done > 0:
+            loop._decide_current_val_interval()
+            due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
+        if due and is_main_process():
+            record = Path(runner.work_dir, VALIDATED)
+            validated = record.read_text(encoding="utf-8") if record.exists() else ""
+            due = Path(validated).name != Path(runner._load_from).name
+        answer = [due]
+        broadcast_object_list(answer)  # not every machine need see the folder
+        return answer[0]
 
     def _complete_best(self, runner: Any) -> None:
         """Do what a run was about to do that was killed between writing a best checkpoint and deleting the last one."""

@@ -36,11 +36,16 @@ def compile_host(source: str, folder: Path, *flags: str) -> Path:
 def run_under_sanitizers(script: str, source: str, folder: Path, *flags: str) -> str:
     """What ``script`` prints, given the library of ``source`` compiled with the sanitizers."""
     compiled = compile_host(source, folder, *SANITIZERS, *flags)
-    runtime = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(runtime).is_absolute():
+    # The second, or the first finds nothing to throw exceptions with, and torch 2.1's import throws one.
+    runtimes = [
+        subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not Path(runtimes[0]).is_absolute():
         pytest.skip(f"{CXX} has no address sanitizer runtime")
-    # The runtime must be loaded before Python; leaks of the interpreter are none of our business.
-    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    # They must be loaded before Python; leaks of the interpreter are none of our business.
+    variables = dict(LD_PRELOAD=" ".join(runtimes), ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
+    environment = {**os.environ, **variables}
     result = subprocess.run(
         [sys.executable, script, str(compiled)], env=environment, capture_output=True, text=True, timeout=600
     )

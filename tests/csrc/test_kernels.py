@@ -161,7 +161,7 @@ def convert(library, name, source, target):
 
 
 def test_conversions_of_half_precision(library):
-    bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     for dtype, suffix in ((torch.float16, "half"), (torch.bfloat16, "bfloat16")):
         wide = torch.empty(65536)
         assert convert(library, f"widen_{suffix}", bits, wide) == 0
@@ -178,7 +178,7 @@ def test_conversions_of_half_precision(library):
         special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.9, 65520.0, 3.4e38, 1e-45])
         near = (torch.nextafter(middle, torch.tensor(9e9)), torch.nextafter(middle, torch.tensor(-9e9)))
         wide = torch.cat([finite.float(), middle, *near, anything, special])
-        narrow = torch.empty(len(wide), dtype=torch.uint16)
+        narrow = torch.empty(len(wide), dtype=torch.int16)
         assert convert(library, f"narrow_{suffix}", wide, narrow) == 0
         got, expected = narrow.view(dtype), wide.to(dtype)
         assert torch.equal(got.isnan(), expected.isnan())

@@ -60,7 +60,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_uninterrupted_run_keeps_the_last_and_the_best(uninterrupted: Path) -> None:
     names = sorted(path.name for path in uninterrupted.iterdir() if path.is_file() and path.suffix != ".py")
-    assert names == ["best_toy_error_epoch_5.pth", "epoch_5.pth", "last_checkpoint"]
+    assert names == ["best_toy_error_epoch_5.pth", "epoch_5.pth", "last_checkpoint", "last_validated"]
     best = torch.load(uninterrupted / "best_toy_error_epoch_5.pth", weights_only=False)
     assert "optimizer" not in best
     assert best["meta"]["epoch"] == 5

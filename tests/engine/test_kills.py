@@ -143,7 +143,7 @@ def test_nothing_is_lost(form, tmp_path, uninterrupted, campaign):
         training, trainings = Training(form, tmp_path / str(trainings)), trainings + 1
         done, bests = 0, {}
         for _ in range(draw.choice((1, 1, 2, 3))):
-            moment = f"event {draw.randint(1, 24)}" if draw.random() < 0.5 else ""
+            moment = f"event {draw.randint(1, 64)}" if draw.random() < 0.5 else ""
             delay = draw.uniform(0, seconds)
             print(f"{form}, training {trainings}: kill at {moment or f'{delay:.2f} s'}")
             process = training.start(kill_at=moment)
@@ -187,6 +187,25 @@ def test_a_kill_beside_the_best_leaves_one_best(point, tmp_path):
     assert sorted(training.bests()) == ["best_toy_error_epoch_3.pth"]
     left = read_checkpoint(training.place.newest())["message_hub"]["runtime_info"]
     assert Path(left["best_ckpt"]).name == "best_toy_error_epoch_3.pth"
+
+
+@pytest.mark.parametrize("validation", [3, 5])
+@pytest.mark.parametrize("form", ["as the tools have it", "a loop of iterations", "published, none of the bests"])
+def test_a_validation_that_was_killed_comes_first(form, validation, tmp_path, uninterrupted):
+    """The last one too, after which there is nothing to train; one that was done does not come again."""
+    whole, _ = uninterrupted(form)
+    training = Training(form, tmp_path / "training")
+    process = training.start(kill_at=f"validation {validation}")
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, training.log.read_text()[-3000:]
+    assert training.reached() == 2 * validation
+    training.finish()
+    log = training.log.read_text()
+    assert len(re.findall("which the last run did not end, comes first", log)) == 1
+    assert len(re.findall(r"toy/error: ", log)) == 6 - validation
+    check_same(form, training, whole)
+    training.finish()
+    assert "toy/error: " not in training.log.read_text()
 
 
 def check_resumed(log: str, done: int) -> None:

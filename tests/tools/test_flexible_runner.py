@@ -40,8 +40,9 @@ def test_trains_tests_and_resumes_as_runner_does(toy: Callable, tmp_path: Path) 
         assert call_tool("train", config, *command, f"train_cfg.max_epochs={epochs}") == 0
     folders = [tmp_path / "runner", tmp_path / "flexible"]
     names, again = ({path.name for path in folder.iterdir() if path.is_file()} for folder in folders)
-    assert names == again == {"epoch_5.pth", "best_toy_error_epoch_5.pth", "last_checkpoint", "flexible.py"}
-    for name in ("epoch_5.pth", "best_toy_error_epoch_5.pth"):
+    kept = {"epoch_5.pth", "best_toy_error_epoch_5.pth"}
+    assert names == again == {*kept, "last_checkpoint", "last_validated", "flexible.py"}
+    for name in kept:
         expected, got = (torch.load(folder / name, weights_only=False) for folder in folders)
         torch.testing.assert_close(got["state_dict"], expected["state_dict"], rtol=0, atol=0)
         assert [got["meta"][key] for key in ("epoch", "iter")] == [expected["meta"][key] for key in ("epoch", "iter")]
