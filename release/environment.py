@@ -61,7 +61,7 @@ def run_row(setup: Setup) -> Record:
     folder.mkdir(parents=True)
     log = setup.folder / f"{re.sub('[^0-9a-z.]+', '-', setup.row.name.lower())}.log"
     log.unlink(missing_ok=True)
-    edited = _first_line("git", "status", "--porcelain", "--", *SOURCES)
+    edited = _first_line("git", "status", "--porcelain", "--", *(f":(glob){source}" for source in SOURCES))
     commit = (_first_line("git", "rev-parse", "--short", "HEAD") or "unknown") + (", edited" if edited else "")
     record: Record = dict(status="failed", failures=[], commit=commit, processor=_processor(), build=setup.row.build)
     try:
