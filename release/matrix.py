@@ -8,9 +8,10 @@
 Each row is a fresh virtual environment in build/matrix, 3 to 7 GB, which is deleted after it: torch, what the tests
 need, and this package as a wheel. Before torch 2.10 the wheel is compiled there, against ATen; beside torch 2.10 the
 one for all later versions is compiled, against LibTorch's stable ABI, and later rows install that very file. Results go
-into docs/support.json after every row, from which docs/support.md is written; the same command continues where an
-earlier one stopped. Interpreters are found on the PATH (python3.10 and so on), among pyenv's, and by --python; a row
-without one is not run. What torch and which Python are the newest, the package index tells.
+into docs/support.json after every row, from which docs/support.md and a table in README.md are written; the same
+command continues where an earlier one stopped. Interpreters are found on the PATH (python3.10 and so on), among
+pyenv's, and by --python; a row without one is not run. What torch and which Python are the newest, the package index
+tells.
 
 Exit code: 0; 1 where a row has failed; 2 where an argument is invalid, or the network or the disk does not allow to go
 on; 130 when interrupted.
@@ -47,6 +48,7 @@ from release.rows import (
     Record,
     Row,
     first_failures,
+    in_readme,
     in_words,
     numbers,
     page,
@@ -55,7 +57,7 @@ from release.rows import (
 
 console = table_console()
 FOLDER = ROOT / "build" / "matrix"
-RECORDS, PAGE = ROOT / "docs" / "support.json", ROOT / "docs" / "support.md"
+RECORDS, PAGE, README = ROOT / "docs" / "support.json", ROOT / "docs" / "support.md", ROOT / "README.md"
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Matrix:
     folder: Path = FOLDER
     records_file: Path = RECORDS
     page_file: Path = PAGE
+    readme_file: Path = README
     records: dict[str, Record] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -156,7 +159,7 @@ class Matrix:
             console.print(f"matrix: {row.name}: {in_words(record)}, {duration(time.monotonic() - start)}")
             for failure in first_failures(record):
                 _print_error(failure)
-        self.page_file.write_text(page(self.records))  # also where no row has run: its words may be new
+        self._write_pages()  # also where no row has run: their words may be new
         return good
 
     def _stable_wheel(self) -> Path | None:
@@ -169,14 +172,18 @@ class Matrix:
             self._put(row, dict(status="not run", reason=f"no Python {python} here", package=__version__))
 
     def _put(self, row: Row, record: Record) -> None:
-        """Record a row, and write the page anew."""
+        """Record a row, and write the pages anew."""
         self.records = {
             each.name: record if each == row else self.records[each.name]
             for each in ROWS
             if each == row or each.name in self.records
         }
         AtomicLocalBackend().put_text(json.dumps(self.records, indent=2) + "\n", self.records_file)
+        self._write_pages()
+
+    def _write_pages(self) -> None:
         self.page_file.write_text(page(self.records))
+        self.readme_file.write_text(in_readme(self.readme_file.read_text(), self.records))
 
 
 # ------------------------------------------------------------------------------------------------- what there is

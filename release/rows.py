@@ -1,4 +1,4 @@
-"""The rows of the support matrix, and docs/support.md, the page of what is recorded of them."""
+"""The rows of the support matrix, and what docs/support.md and README.md show of their records."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ BUILDS = {
     "stable": "compiled there, stable ABI",
     "wheel": f"the wheel of torch {BUILDER.torch}, as it is",
 }
+START, END = "<!-- Support matrix: written by `make matrix` -->\n", "<!-- End of the support matrix -->\n"
 HEADINGS = ("torch", "Python", "numpy", "operators", "compiled", "torch.compile", "opcheck", "tests", "date")
 
 
@@ -117,6 +118,14 @@ def page(records: Mapping[str, Record]) -> str:
         headings = ["row", "commit", "sources", "compiler", "wheel", "its SHA-256 begins", "processor"]
         parts += ["## What ran where", markdown_table(headings, lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def in_readme(text: str, records: Mapping[str, Record]) -> str:
+    """README.md with the main columns of the table between its two marks."""
+    chosen = [HEADINGS.index(name) for name in ("torch", "Python", "operators", "torch.compile", "tests")]
+    lines = [[line[place] for place in chosen] for line in (HEADINGS, *table_rows(records))]
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n{markdown_table(lines[0], lines[1:])}\n\n{END}{rest.partition(END)[2]}"
 
 
 def _cell(text: str) -> str:

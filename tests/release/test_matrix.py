@@ -32,14 +32,15 @@ by_name = {row.name: row for row in ROWS}
 
 # ------------------------------------------------------------------------------------------------ what is committed
 def test_the_committed_table_is_of_this_version():
-    assert BUILDER.name in RECORDS, "run make matrix"  # the page says of the others which have not run yet
+    assert [*RECORDS] == [row.name for row in ROWS], "run make matrix"
     versions = {name: record["package"] for name, record in RECORDS.items()}
     assert set(versions.values()) == {__version__}, f"run make matrix: {versions}"
     assert matrix.PAGE.read_text().split("\n")[2].startswith(f"carafe_plugin {__version__} ")
 
 
-def test_the_committed_page_is_that_of_the_records():
+def test_the_committed_pages_are_those_of_the_records():
     assert rows.page(RECORDS) == matrix.PAGE.read_text(), "run make matrix"
+    assert rows.in_readme(matrix.README.read_text(), RECORDS) == matrix.README.read_text(), "run make matrix"
 
 
 def test_the_later_rows_are_of_one_wheel():
@@ -81,6 +82,7 @@ def world(tmp_path):
             tmp_path / "build",
             tmp_path / "support.json",
             tmp_path / "support.md",
+            tmp_path / "README.md",
         )
 
     def run(rows=ROWS, again=False):
@@ -88,6 +90,8 @@ def world(tmp_path):
         good = make().run(rows, again, keep=False)
         return good, [name for name, *_ in state.ran]
 
+    (tmp_path / "README.md").write_text(f"# Read\n\n{rows.START}of an earlier form\n{rows.END}\n## More\n")
+    state.readme = tmp_path / "README.md"
     state.make, state.run, state.page = make, run, tmp_path / "support.md"
     return state
 
@@ -105,9 +109,16 @@ def test_all_rows_run_once_with_the_versions_that_there_are(world):
     assert versions["torch newest, Python 3.11"] == ("2.15.0", "3.11")
     assert versions["torch newest, Python newest"] == ("2.15.0", "3.14")
     written = world.page.read_text()
+    shown = world.readme.read_text()
+    assert shown.startswith(f"# Read\n\n{rows.START}\n| torch | Python | operators | torch.compile | tests |\n| --- |")
+    assert (
+        "| 2.15.0 (newest) | 3.14.7 (newest) | the wheel of torch 2.10, as it is | yes | 5 passed, 2 skipped |" in shown
+    )
+    assert shown.endswith(f"|\n\n{rows.END}\n## More\n")
     world.page.write_text("of an earlier form")
+    world.readme.write_text(shown.replace("2.15.0", "2.14.0"))
     assert world.run() == (True, [])
-    assert world.page.read_text() == written
+    assert (world.page.read_text(), world.readme.read_text()) == (written, shown)
     assert world.run(again=True) == (True, NAMES)
 
 
