@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from carafe_plugin.engine.console import duration
 from carafe_plugin.engine.errors import UsageError
-from release.rows import ROOT, TESTS, Record, Row, numbers
+from release.rows import ROOT, TESTS, Record, Row, in_readme, numbers
 
 # What the tests import or read beside them. Not the package itself: they shall find the installed one.
 BESIDE_TESTS = ("tests", "csrc", "pyproject.toml")
@@ -67,6 +67,8 @@ def run_row(setup: Setup) -> Record:
     try:
         environment = Environment(folder, log)
         _copy(PACKAGED, environment.source)  # now: while pip is at work, somebody may edit them
+        readme = environment.source / "README.md"
+        readme.write_text(in_readme(readme.read_text(), {}))  # it is in the wheel, which no earlier result may change
         _copy(BESIDE_TESTS, environment.checkout)
         environment.create(setup)
         try:
@@ -236,9 +238,9 @@ def read_report(report: Path) -> Record:
     )
 
 
-def pip_reason(log: str, free_gb: float) -> str:
+def pip_reason(log: str, free: float) -> str:
     """Why pip has failed, in a few words (tools/setup_env.sh says the same)."""
-    if "No space left on device" in log or free_gb < 0.01:
+    if "No space left on device" in log or free < 0.01:
         return f"the disk is full ({NEEDED_GB} GB are needed in build/matrix and in TMPDIR)"
     network = r"from versions: none|Max retries|Retry\(total=0|Could not fetch|NewConnectionError|NameResolutionError"
     network += r"|ProxyError|ConnectTimeout|SSLError|Connection (broken|reset|aborted|refused)|RemoteDisconnected"
@@ -255,6 +257,7 @@ def _check_disk(folder: Path) -> None:
 
 
 def free_gb(folder: Path) -> float:
+    """The room that is left on a folder's disk."""
     return shutil.disk_usage(folder).free / 1e9
 
 
@@ -306,4 +309,5 @@ def hash_sources(root: Path = ROOT) -> str:
 
 
 def sha256(path: Path) -> str:
+    """A file's digest."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

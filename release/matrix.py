@@ -20,11 +20,13 @@ on; 130 when interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -182,8 +184,9 @@ class Matrix:
         self._write_pages()
 
     def _write_pages(self) -> None:
-        self.page_file.write_text(page(self.records))
-        self.readme_file.write_text(in_readme(self.readme_file.read_text(), self.records))
+        readme = in_readme(self.readme_file.read_text(), self.records)
+        for text, path in ((page(self.records), self.page_file), (readme, self.readme_file)):
+            AtomicLocalBackend().put_text(text, path)
 
 
 # ------------------------------------------------------------------------------------------------- what there is
@@ -274,24 +277,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show the rows, or run those that are to run."""
-    rows = select(args.only) if args.only else list(ROWS)
-    matrix = Matrix(run_row, published_versions, find_interpreters(args.python), hash_sources)
-    if args.list:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        rows = select(args.only) if args.only else list(ROWS)
+        matrix = Matrix(run_row, published_versions, find_interpreters(args.python), hash_sources)
+        good = True
+        if not args.list:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            with (FOLDER / ".lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UsageError(f"another matrix is running in {FOLDER}") from None
+                good = matrix.run(rows, again=args.again or bool(args.only), keep=args.keep)
         show(matrix, rows)
-        return 0
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another matrix is running in {FOLDER}") from None
-        try:
-            good = matrix.run(rows, again=args.again or bool(args.only), keep=args.keep)
-        except KeyboardInterrupt:
-            console.print("Interrupted. The same command resumes from here.", style="yellow")
-            return 130
-    show(matrix, rows)
-    return 0 if good else 1
+        return 0 if good else 1
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command resumes from here.", style="yellow")
+        return 130
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"the disk is full: {error}") from error
+        raise
 
 
 main = command(run, add_options, __doc__)

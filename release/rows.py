@@ -11,6 +11,7 @@ from typing import Any
 
 from carafe_plugin._version import __version__
 from carafe_plugin.engine.console import markdown_table
+from carafe_plugin.engine.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 NEWEST = "newest"
@@ -78,9 +79,9 @@ def table_rows(records: Mapping[str, Record]) -> list[list[str]]:
         for name, asked in (("torch", row.torch), ("python", row.python)):
             newest = f" ({NEWEST})" if asked == NEWEST and name in record else ""
             versions.append(record.get(name, asked).partition("+")[0] + newest)
-        numbers = [record.get("numpy", "-"), BUILDS[row.build]]
+        middle = [record.get("numpy", "-"), BUILDS[row.build]]
         answers = [_answer(record, name) for name in ("is_compiled", "torch_compile", "opcheck")]
-        lines.append([*versions, *numbers, *answers, in_words(record), record.get("date", "-")])
+        lines.append([*versions, *middle, *answers, in_words(record), record.get("date", "-")])
     return lines
 
 
@@ -124,8 +125,10 @@ def in_readme(text: str, records: Mapping[str, Record]) -> str:
     """README.md with the main columns of the table between its two marks."""
     chosen = [HEADINGS.index(name) for name in ("torch", "Python", "operators", "torch.compile", "tests")]
     lines = [[line[place] for place in chosen] for line in (HEADINGS, *table_rows(records))]
-    before, _, rest = text.partition(START)
-    return f"{before}{START}\n{markdown_table(lines[0], lines[1:])}\n\n{END}{rest.partition(END)[2]}"
+    parts = re.fullmatch(f"(.*{re.escape(START)}).*({re.escape(END)}.*)", text, re.DOTALL)
+    if parts is None or text.count(START) != 1 or text.count(END) != 1:
+        raise UsageError(f"README.md must have the lines {START.strip()} and {END.strip()}, once each, in this order")
+    return f"{parts[1]}\n{markdown_table(lines[0], lines[1:])}\n\n{parts[2]}"
 
 
 def _cell(text: str) -> str:
@@ -133,4 +136,5 @@ def _cell(text: str) -> str:
 
 
 def numbers(version: str) -> tuple[int, ...]:
+    """A version as it is compared."""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0]))

@@ -23,7 +23,7 @@ from carafe_plugin.engine.checkpoint import POINTER, read_checkpoint
 from carafe_plugin.engine.config import find_type
 
 OUTDATED = "outdated_best_ckpts"  # in the message hub: best checkpoints about to be deleted
-VALIDATED = "last_validated"  # a file beside the pointer: the newest checkpoint whose validation has been done
+VALIDATED = "last_validated"  # in the message hub, and a file: the name of the newest checkpoint that was validated
 
 
 class _LateRemoval:
@@ -79,46 +79,55 @@ class AtomicCheckpointHook(CheckpointHook):
             for folder in {str(self.out_dir), runner.work_dir}:
                 for leftover in Path(folder).glob(f"*.*{UNFINISHED}"):
                     _remove(LocalBackend(), str(leftover))
-        if not (runner._resume and runner._load_from):
-            if is_main_process():
-                Path(runner.work_dir, VALIDATED).unlink(missing_ok=True)
-            return
-        if Path(runner._load_from).parent.absolute() == Path(str(self.out_dir)).absolute():
-            self.last_ckpt = runner._load_from  # the parent knows of none until one is written
-        if self.save_best:
+        resumed = self._resumed_from(runner)
+        if self.save_best and runner._resume and runner._load_from:
             self._complete_best(runner)
-        if self._awaits_validation(runner):
-            name = Path(runner._load_from).name
-            runner.logger.info(f"The validation of {name}, which the last run did not end, comes first.")
+        validated = self._was_validated(runner, resumed)
+        if resumed and not validated and self._is_validation_due(runner):
+            runner.logger.info(f"There is no record of a validation of {resumed}: it comes first.")
             runner.val_loop.run()
 
     def after_val_epoch(self, runner: Any, metrics: dict) -> None:
         """Keep a best checkpoint, and that the newest one has been validated."""
+        newest = Path(str(runner.message_hub.runtime_info.get("last_ckpt", ""))).name
+        runner.message_hub.update_info(VALIDATED, newest)  # in what the parent may write
         super().after_val_epoch(runner, metrics)
-        newest = runner.message_hub.runtime_info.get("last_ckpt")
         if newest and is_main_process():
-            AtomicLocalBackend().put_text(str(newest), Path(runner.work_dir, VALIDATED))
+            AtomicLocalBackend().put_text(newest, Path(runner.work_dir, VALIDATED))
 
-    def _awaits_validation(self, runner: Any) -> bool:
-        """Whether the state that was resumed from is one which the loop would have validated next, and did not."""
-        loop, due = runner.train_loop, False
-        if isinstance(loop, EpochBasedTrainLoop):
-            # What was written in the middle of an epoch repeats it.
-            done, last, counts = loop.epoch, loop.max_epochs, self.by_epoch
-        elif isinstance(loop, IterBasedTrainLoop):
-            done, last, counts = loop.iter, loop.max_iters, True
-        else:  # somebody's own knows when
-            return False
-        if counts and runner.val_loop is not None and done > 0:
-            loop._decide_current_val_interval()
-            due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
-        if due and is_main_process():
-            record = Path(runner.work_dir, VALIDATED)
-            validated = record.read_text(encoding="utf-8") if record.exists() else ""
-            due = Path(validated).name != Path(runner._load_from).name
-        answer = [due]
+    def _resumed_from(self, runner: Any) -> str:
+        """The name of the checkpoint with the state that the run goes on from; "" where it begins anew."""
+        if not runner._resume or runner.iter == 0:
+            return ""
+        path = Path(str(runner._load_from or runner.message_hub.runtime_info.get("last_ckpt", "")))
+        if path.parent.resolve() == Path(str(self.out_dir)).resolve():
+            self.last_ckpt = str(path)  # the parent knows of none until one is written
+        return path.name
+
+    def _was_validated(self, runner: Any, name: str) -> bool:
+        """Whether a checkpoint's validation is recorded, in itself or beside it, where no other record is left."""
+        answer = [bool(name) and runner.message_hub.runtime_info.get(VALIDATED) == name]
+        record = Path(runner.work_dir, VALIDATED)
+        if is_main_process() and record.exists():
+            if record.read_text(encoding="utf-8") == name:
+                answer = [True]
+            else:  # of a later state, or another run
+                record.unlink()
         broadcast_object_list(answer)  # not every machine need see the folder
         return answer[0]
+
+    def _is_validation_due(self, runner: Any) -> bool:
+        """Whether the loop would have validated next the state that was resumed from."""
+        loop = runner.train_loop
+        if isinstance(loop, EpochBasedTrainLoop) and self.by_epoch:
+            done, last = loop.epoch, loop.max_epochs
+        elif isinstance(loop, IterBasedTrainLoop) and not self.by_epoch:
+            done, last = loop.iter, loop.max_iters
+        else:  # written in the middle of an epoch, which is repeated; after the last validation; by a loop of its own
+            return False
+        loop._decide_current_val_interval()
+        has_reached = done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
+        return runner.val_loop is not None and has_reached
 
     def _complete_best(self, runner: Any) -> None:
         """Do what a run was about to do that was killed between writing a best checkpoint and deleting the last one."""

@@ -72,25 +72,21 @@ class ExactResumeHook(Hook):
 
     MMEngine's checkpoints lack the random numbers' state (torch, CUDA, NumPy, Python; with several processes the first
     one's) and the seed of the order of the images, which this hook adds; with :class:`DrawSampler` and
-    :class:`InpaintingFolder`, the data resumes at the next draw. It also takes distributed modules within the
-    model out of the names of weights, which MMEngine would not find again.
+    :class:`InpaintingFolder`, the data resumes at the next draw. What a validation draws is no part of it: the training
+    goes on as without one. It also takes distributed modules within the model out of the names of weights, which
+    MMEngine would not find again.
     """
 
     def __init__(self) -> None:
-        self._state: dict[str, Any] | None = None
+        self._state: dict[str, Any] | None = None  # of a checkpoint, until the first step
+        self._before_validation: dict[str, Any] = {}
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Put the state of all random numbers into the checkpoint; name the weights as without several processes."""
         if is_model_wrapper(runner.model):
             checkpoint["state_dict"] = _without_wrappers(runner.model.module, checkpoint["state_dict"])
-        name, keys, *rest = np.random.get_state()
-        checkpoint["random_state"] = dict(
-            torch=torch.get_rng_state(),
-            cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            numpy=[name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-            python=random.getstate(),
-            sampler_seed=getattr(runner.train_dataloader.sampler, "seed", None),
-        )
+        seed = getattr(runner.train_dataloader.sampler, "seed", None)
+        checkpoint["random_state"] = self._state or dict(_random_state(), sampler_seed=seed)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Keep the state for the first step: what comes before it (the data loader's start) draws numbers too."""
@@ -108,13 +104,35 @@ class ExactResumeHook(Hook):
         if self._state is None:
             return
         state, self._state = self._state, None
-        torch.set_rng_state(state["torch"].cpu().to(torch.uint8))
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([value.cpu().to(torch.uint8) for value in state["cuda"]])
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-        version, numbers, gauss = state["python"]
-        random.setstate((version, tuple(numbers), gauss))
+        _set_random_state(state)
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Keep the random numbers' state."""
+        self._before_validation = _random_state()
+
+    def after_val_epoch(self, runner: Any, metrics: dict | None = None) -> None:
+        """Restore it, before a best checkpoint is written."""
+        _set_random_state(self._before_validation)
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return dict(
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        numpy=[name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        python=random.getstate(),
+    )
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu().to(torch.uint8))
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([value.cpu().to(torch.uint8) for value in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
 
 
 def _without_wrappers(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:

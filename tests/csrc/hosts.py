@@ -36,7 +36,7 @@ def compile_host(source: str, folder: Path, *flags: str) -> Path:
 def run_under_sanitizers(script: str, source: str, folder: Path, *flags: str) -> str:
     """What ``script`` prints, given the library of ``source`` compiled with the sanitizers."""
     compiled = compile_host(source, folder, *SANITIZERS, *flags)
-    # The second, or the first finds nothing to throw exceptions with, and torch 2.1's import throws one.
+    # libstdc++ too: without it AddressSanitizer finds no function that throws, and importing torch 2.1 throws.
     runtimes = [
         subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so.6")

@@ -68,10 +68,11 @@ class Training:
         assert place is not None
         self.place, self.runs = place, 0
 
-    def start(self, kill_at: str = "") -> multiprocessing.process.BaseProcess:
+    def start(self, kill_at: str = "", resume: str = "") -> multiprocessing.process.BaseProcess:
         self.runs += 1
         options = ["--cfg-options", *self.options] if self.options else []
-        arguments = [self.config, "--work-dir", self.work_dir, *(["--resume"] if self.runs > 1 else []), *options]
+        resumes = ["--resume", *filter(None, [resume])] if self.runs > 1 else []
+        arguments = [self.config, "--work-dir", self.work_dir, *resumes, *options]
         return run_in_process("train", *arguments, path=self.folder, log=self.log, KILL_AT=kill_at)
 
     @property
@@ -201,11 +202,22 @@ def test_a_validation_that_was_killed_comes_first(form, validation, tmp_path, un
     assert training.reached() == 2 * validation
     training.finish()
     log = training.log.read_text()
-    assert len(re.findall("which the last run did not end, comes first", log)) == 1
+    assert len(re.findall("There is no record of a validation of .*: it comes first", log)) == 1
     assert len(re.findall(r"toy/error: ", log)) == 6 - validation
     check_same(form, training, whole)
     training.finish()
     assert "toy/error: " not in training.log.read_text()
+
+
+def test_the_record_of_a_validation_goes_with_its_checkpoint(tmp_path):
+    """Where an earlier state is resumed from, the later one is written anew, and has to be validated anew."""
+    training = Training("all of them kept", tmp_path / "training")
+    for kill_at, resume, validations in (("validation 4", "", 3), ("validation 1", "epoch_2", 0), ("", "epoch_3", 3)):
+        process = training.start(kill_at, str(training.place.folder / f"{resume}.pth"))
+        process.join(120)
+        log = training.log.read_text()
+        assert process.exitcode == (-signal.SIGKILL if kill_at else 0), log[-3000:]
+        assert len(re.findall("toy/error: ", log)) == validations
 
 
 def check_resumed(log: str, done: int) -> None:

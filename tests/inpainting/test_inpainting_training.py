@@ -22,6 +22,7 @@ from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from PIL import Image
 
 from carafe_plugin.engine.checkpoint import use_safe_loading
+from carafe_plugin.engine.checkpoint_hook import AtomicCheckpointHook
 from carafe_plugin.inpainting import ExactResumeHook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,13 +37,18 @@ class Interruption(Exception):
 class Numbers(Hook):
     """Draws numbers of every kind in each step, as a network with dropout would, and stops where it is told to."""
 
-    def __init__(self, stop=None):
-        self.stop, self.drawn = stop, []
+    def __init__(self, stop=None, stop_validation=None):
+        self.stop, self.stop_validation, self.drawn = stop, stop_validation, []
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         paths = tuple(data_batch["paths"])
         self.drawn.append((torch.rand(()).item(), np.random.rand(), random.random(), paths))
         if batch_idx + 1 == self.stop:
+            raise Interruption
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        torch.rand(()), np.random.rand(), random.random()
+        if runner.iter == self.stop_validation:
             raise Interruption
 
 
@@ -56,7 +62,7 @@ def images(tmp_path_factory):
     return folder
 
 
-def train(images, work_dir, workers, stop=None, resume=False, load_from=None):
+def train(images, work_dir, workers, stop=None, resume=False, load_from=None, validated=False, stop_validation=None):
     cfg = Config.fromfile(CONFIG)
     cfg.model.generator.base_channels = cfg.model.discriminator.base_channels = 4
     loader = dict(num_workers=workers, persistent_workers=workers > 0, batch_size=2)
@@ -64,13 +70,19 @@ def train(images, work_dir, workers, stop=None, resume=False, load_from=None):
     cfg.merge_from_dict(dict(train_dataloader=loader, work_dir=str(work_dir), resume=resume, load_from=load_from))
     cfg.train_cfg.max_iters = 6
     cfg.default_hooks.checkpoint.interval = 2
-    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    if validated:
+        cfg.train_cfg.val_interval = 2
+        cfg.default_hooks.checkpoint.update(type=AtomicCheckpointHook, save_best="inpainting/psnr", rule="greater")
+        dataset = dict(data_root=str(images), data_prefix="", size=32)
+        cfg.merge_from_dict(dict(val_dataloader=dict(num_workers=0, dataset=dataset)))
+    else:
+        cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
     cfg.experiment_name = f"{work_dir.name}-{resume}"
     runner = Runner.from_cfg(cfg)
-    numbers = Numbers(stop)
+    numbers = Numbers(stop, stop_validation)
     runner.register_hook(numbers)
-    if stop:
+    if stop or stop_validation:
         with pytest.raises(Interruption):
             runner.train()
     else:
@@ -121,6 +133,19 @@ def test_resumed_run_is_the_uninterrupted_one(workers, whole, images, tmp_path):
     names = set(runner.model.state_dict())
     assert {name.partition(".")[0] for name in names} == {"generator", "discriminator"}
     assert any(name.startswith("discriminator") and name.endswith("running_mean") for name in names)
+
+
+@pytest.mark.parametrize("stops", [dict(stop=5), dict(stop_validation=4)], ids=str)
+def test_validations_have_no_part_in_what_is_drawn(stops, whole, images, tmp_path):
+    """Where they are made up for on resuming too: with the numbers and weights of the run that has none."""
+    runner, expected = whole
+    _, before = train(images, tmp_path, 0, validated=True, **stops)
+    assert before == expected[: len(before)]
+    resumed, after = train(images, tmp_path, 0, resume=True, validated=True)
+    assert after == expected[4:]
+    assert_same(resumed.model.state_dict(), runner.model.state_dict(), "model")
+    again, none = train(images, tmp_path, 0, resume=True, validated=True)
+    assert (again.iter, none) == (6, [])
 
 
 def test_weights_for_a_new_run_bring_no_state(whole, images, tmp_path):

@@ -1,7 +1,10 @@
 """The support matrix: what is committed is of this version, and which rows the command runs; no environment is made."""
 
+import errno
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +38,7 @@ def test_the_committed_table_is_of_this_version():
     assert [*RECORDS] == [row.name for row in ROWS], "run make matrix"
     versions = {name: record["package"] for name, record in RECORDS.items()}
     assert set(versions.values()) == {__version__}, f"run make matrix: {versions}"
+    assert {record["status"] for record in RECORDS.values()} == {"passed"}
     assert matrix.PAGE.read_text().split("\n")[2].startswith(f"carafe_plugin {__version__} ")
 
 
@@ -67,9 +71,7 @@ def world(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             wheel.write_bytes(state.wheel)
         found = dict(torch=f"{setup.torch}+cu130", python=f"{setup.python}.7", numpy="2.1.0", build=setup.row.build)
-        found |= dict(
-            wheel=wheel.name, wheel_sha256=environment.sha256(wheel), commit="abc", processor="fast", passed=5
-        )
+        found |= dict(wheel=wheel.name, wheel_sha256=environment.sha256(wheel), commit="abc", processor="fast")
         found |= dict(passed=5, skipped={"no GPU": 2}, is_compiled=True, torch_compile=True, opcheck=True)
         return found | dict(status="failed" if fault else "passed", failures=[fault] if fault else [])
 
@@ -120,6 +122,14 @@ def test_all_rows_run_once_with_the_versions_that_there_are(world):
     assert world.run() == (True, [])
     assert (world.page.read_text(), world.readme.read_text()) == (written, shown)
     assert world.run(again=True) == (True, NAMES)
+
+
+@pytest.mark.parametrize("text", ["", rows.START, rows.END + rows.START, (rows.START + rows.END) * 2])
+def test_a_readme_without_a_place_for_the_table_is_left_alone(text):
+    with pytest.raises(
+        UsageError, match=r"^README\.md must have the lines <!-- Support matrix.*, once each, in this order$"
+    ):
+        rows.in_readme(text, {})
 
 
 def test_2_1_is_not_2_10(world):
@@ -382,8 +392,20 @@ def test_one_at_a_time_and_an_interrupt_is_a_line(tmp_path, capsys, monkeypatch)
         assert matrix.main([]) == 2
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(Matrix, "run", meanwhile)
     assert matrix.main([]) == 130
     output = capsys.readouterr()
     assert output.err == f"error: another matrix is running in {tmp_path}\n"
     assert "Interrupted. The same command resumes from here." in output.out
+
+
+def test_a_full_disk_in_the_middle_is_a_line(tmp_path, capsys, monkeypatch):
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(Matrix, "run", write)
+    assert matrix.main([]) == 2
+    assert capsys.readouterr().err == "error: the disk is full: [Errno 28] No space left on device\n"
