@@ -135,14 +135,16 @@ def test_resumed_run_is_the_uninterrupted_one(workers, whole, images, tmp_path):
     assert any(name.startswith("discriminator") and name.endswith("running_mean") for name in names)
 
 
-@pytest.mark.parametrize("stops", [dict(stop=5), dict(stop_validation=4)], ids=str)
-def test_validations_have_no_part_in_what_is_drawn(stops, whole, images, tmp_path):
+@pytest.mark.parametrize(("kept", "stops"), [(4, dict(stop=5)), (2, dict(stop_validation=2))])
+def test_validations_have_no_part_in_what_is_drawn(kept, stops, whole, images, tmp_path):
     """Where they are made up for on resuming too: with the numbers and weights of the run that has none."""
     runner, expected = whole
     _, before = train(images, tmp_path, 0, validated=True, **stops)
     assert before == expected[: len(before)]
+    _, between = train(images, tmp_path, 0, resume=True, validated=True, stop=kept + 1)  # after a best one is written
+    assert between == expected[kept : kept + 1]
     resumed, after = train(images, tmp_path, 0, resume=True, validated=True)
-    assert after == expected[4:]
+    assert after == expected[kept:]
     assert_same(resumed.model.state_dict(), runner.model.state_dict(), "model")
     again, none = train(images, tmp_path, 0, resume=True, validated=True)
     assert (again.iter, none) == (6, [])
