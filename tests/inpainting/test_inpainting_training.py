@@ -22,7 +22,6 @@ from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from PIL import Image
 
 from carafe_plugin.engine.checkpoint import use_safe_loading
-from carafe_plugin.engine.checkpoint_hook import AtomicCheckpointHook
 from carafe_plugin.inpainting import ExactResumeHook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +71,11 @@ def train(images, work_dir, workers, stop=None, resume=False, load_from=None, va
     cfg.default_hooks.checkpoint.interval = 2
     if validated:
         cfg.train_cfg.val_interval = 2
-        cfg.default_hooks.checkpoint.update(type=AtomicCheckpointHook, save_best="inpainting/psnr", rule="greater")
+        cfg.default_hooks.checkpoint.update(
+            type="carafe_plugin.engine.checkpoint_hook.AtomicCheckpointHook",
+            save_best="inpainting/psnr",
+            rule="greater",
+        )
         dataset = dict(data_root=str(images), data_prefix="", size=32)
         cfg.merge_from_dict(dict(val_dataloader=dict(num_workers=0, dataset=dataset)))
     else:
