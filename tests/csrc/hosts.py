@@ -13,7 +13,7 @@ import torch
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "g++")
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
-SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the order of the C functions
 # How the axes lie in memory for each layout of the C functions, and the way back.
 ORDERS = (((0, 1, 2, 3),) * 2, ((0, 1, 3, 2),) * 2, ((0, 2, 3, 1), (0, 3, 1, 2)))
