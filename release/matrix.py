@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import json
 import os
 import re
@@ -56,6 +55,7 @@ from release.rows import (
     page,
     table_rows,
 )
+from studies.common import alone_in
 
 console = table_console()
 FOLDER = ROOT / "build" / "matrix"
@@ -283,12 +283,7 @@ def run(args: argparse.Namespace) -> int:
         matrix = Matrix(run_row, published_versions, find_interpreters(args.python), hash_sources)
         good = True
         if not args.list:
-            FOLDER.mkdir(parents=True, exist_ok=True)
-            with (FOLDER / ".lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UsageError(f"another matrix is running in {FOLDER}") from None
+            with alone_in(FOLDER, "matrix"):
                 good = matrix.run(rows, again=args.again or bool(args.only), keep=args.keep)
         show(matrix, rows)
         return 0 if good else 1

@@ -1,9 +1,10 @@
-"""What all studies share: the project's root, and how they print and write."""
+"""What all studies share: the project's root, how they print and write, and a folder to themselves."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -67,6 +68,18 @@ def writing_into(*folders: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.filename and blamed):
             raise UsageError(str(error)) from error
         raise
+
+
+@contextmanager
+def alone_in(work_dir: Path, name: str = "demo") -> Iterator[None]:
+    """Be the only process that works in a folder; UsageError where another one does."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with (work_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another {name} is running in {work_dir}") from None
+        yield
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -31,9 +31,9 @@ from carafe_plugin.engine.cli import run_tool
 from carafe_plugin.engine.console import duration, table_console, text_table
 from studies.ablation import report as ablation_report
 from studies.ablation.runs import RECIPES, REQUEST, RESULTS, Run, Setup, complete, find_result, plan
-from studies.common import console, integer, print_errors, shown
+from studies.common import alone_in, console, integer, print_errors, shown
 from studies.demo.generate_scenes import generate, request_from
-from studies.demo.run import StepError, add_run_options, alone_in, guarded
+from studies.demo.run import StepError, add_run_options, guarded
 from studies.paper_tables.rows import read_tables
 
 DEFAULT_TABLES = (4, 6)

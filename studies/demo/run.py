@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import json
 import re
 import shutil
@@ -18,8 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -32,7 +30,7 @@ from carafe_plugin.engine.console import duration, progress_bar, text_table
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.openmmlab import mmcv_ops
 from studies import common
-from studies.common import ROOT, console, print_errors, shown, write_json
+from studies.common import ROOT, alone_in, console, print_errors, shown, write_json
 from studies.demo.comparison import Comparison, Demo, Model, Summary
 from studies.demo.generate_scenes import (
     Request,
@@ -290,18 +288,6 @@ def guarded(work: Callable[[], int], *folders: Path) -> int:
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
-def alone_in(work_dir: Path, name: str = "demo") -> Iterator[None]:
-    """Be the only process that works in a folder; StepError where another one does."""
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with (work_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StepError(f"another {name} is running in {work_dir}") from None
-        yield
 
 
 def main(comparison: Comparison, description: str | None, argv: Sequence[str] | None = None) -> int:
