@@ -23,8 +23,6 @@ __device__ __forceinline__ int64_t packed_row(const int rows, const int columns,
   return (int64_t(item) * rows + row) * G::kTaps * columns * G::kPhases;
 }
 
-constexpr int kPackThreads = 128;
-
 template <class T>
 struct PackCall {
   float* packed;
@@ -35,44 +33,36 @@ struct PackCall {
 };
 
 template <class T, class G>
-__global__ void __launch_bounds__(kPackThreads) pack_weights(const __grid_constant__ PackCall<T> call) {
+__global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackCall<T> call) {
+  using Transfer = KernelTransfer<G, kThreads / G::kPhases, kThreads>;
+  __shared__ T exchange[Transfer::kCount * G::kTaps];
   const int columns = call.kernels.columns, rows = call.kernels.rows;
   const unsigned strip = blockIdx.x % call.blocks_of_row, above = blockIdx.x / call.blocks_of_row;
   const int row = static_cast<int>(above % rows), item = static_cast<int>(above / rows);
-  const int n = item / call.groups, group = item % call.groups;
-  const int first = static_cast<int>(strip) * kPackThreads;
-  float* const to = call.packed + packed_row<G>(rows, columns, item, row);
-  const auto pointer = [&](int kernel) {
-    const int column = (first + kernel) / G::kPhases, phase = (first + kernel) % G::kPhases;
-    return column < columns ? call.kernels.template kernel<G>(n, group, row, column, phase) : nullptr;
-  };
-  const auto keep = [&](const auto& own, int kernel, int lane) {
-    if (first + kernel >= columns * G::kPhases) return;
-    own.each(lane, [&](int i, int tap) { to[tap * columns * G::kPhases + first + kernel] = own.values[i]; });
-  };
-  if (call.kernels.image.channels_last) {
-    for_each_kernel<G, kTapLanes, kPackThreads, kPackThreads>(
-        threadIdx.x, call.kernels.tap_stride, call.normalizer, pointer, keep);
-  } else {
-    for_each_kernel<G, 1, kPackThreads, kPackThreads>(
-        threadIdx.x, call.kernels.tap_stride, call.normalizer, pointer, keep);
-  }
+  const int first = static_cast<int>(strip * (kThreads / G::kPhases));
+  auto own = Transfer::load(
+      call.kernels, item / call.groups, item % call.groups, [&](int site) { return Site{row, first + site}; },
+      threadIdx.x, exchange);
+  const int at = first * G::kPhases + static_cast<int>(threadIdx.x), pitch = columns * G::kPhases;
+  if (at >= pitch) return;
+  own.normalize(call.normalizer);
+  float* const to = call.packed + packed_row<G>(rows, columns, item, row) + at;
+  own.each([&](int tap) { to[tap * pitch] = own.values[tap]; });
 }
 
 template <class T, class G>
 struct GradFeaturesStrip {
-  static constexpr int kColumns = 16, kStripLanes = 16;
-  static constexpr int kThreads = kColumns / kStrip * kStripLanes;
+  static constexpr int kColumns = 16, kStripLanes = kThreads * kStrip / kColumns;
   static constexpr int kChunk = kStripLanes * kQuad;
   static constexpr int kSites = kColumns + G::kSide - 1;  // of a row, that lead to the strip
-  using Patch = Window<G::kUp, kSites * G::kUp, kStripLanes>;
+  using Patch = Window<G::kUp, kSites * G::kUp, kStripLanes, kQuad>;
   static constexpr int kTap = kSites * G::kPhases + kQuad;
   static constexpr int kWeights = G::kTaps * kTap;
   static constexpr int kBytes = kWeights * int(sizeof(float)) + Patch::kSize * int(sizeof(T));
 };
 
 template <class T, class G>
-__global__ void __launch_bounds__(GradFeaturesStrip<T, G>::kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 4)
     grad_features_strip(const __grid_constant__ GradFeaturesCall<T> call, int rows_of_block) {
   using Strip = GradFeaturesStrip<T, G>;
   using Patch = typename Strip::Patch;
@@ -100,7 +90,7 @@ __global__ void __launch_bounds__(GradFeaturesStrip<T, G>::kThreads, 4)
                                   packed_row<G>(rows, columns, job.n * call.tiling.groups + job.group, row) +
                                   first_site * kPhases;
       CARAFE_ROLLED
-      for (unsigned item = renew(thread); item < G::kTaps * Strip::kSites; item += Strip::kThreads) {
+      for (unsigned item = renew(thread); item < G::kTaps * Strip::kSites; item += kThreads) {
         const int tap = item / Strip::kSites, site = item % Strip::kSites;
         Vector<float, kPhases> own = {};
         if (first_site + site >= 0 && first_site + site < columns) {
@@ -108,8 +98,8 @@ __global__ void __launch_bounds__(GradFeaturesStrip<T, G>::kThreads, 4)
         }
         store(weights + tap * Strip::kTap + site * kPhases, own);
       }
-      stage<Patch, Strip::kThreads>(
-          call.grad_output, grad_output, row * kUp, first_site * kUp, job.channels, renew(thread), patch);
+      stage<Patch>(
+          call.grad_output, grad_output, row * kUp, first_site * kUp, job.channels, renew(thread), kThreads, patch);
       __syncthreads();
 
       bool leads[kSide];  // to a row of the block's
@@ -121,9 +111,10 @@ __global__ void __launch_bounds__(GradFeaturesStrip<T, G>::kThreads, 4)
       const T* const pixels = patch + Patch::at(0, strip * kUp) + channel;
       CARAFE_UNROLL
       for (int x = 0; x < kStrip + kSide - 1; ++x) {  // sites, from radius before the strip on
-        Quad<float> gradient[kPhases];
+        Vector<float, kQuad> gradient[kPhases];
         CARAFE_UNROLL
-        for (int p = 0; p < kPhases; ++p) gradient[p] = load_wide(pixels + Patch::at(p / kUp, x * kUp + p % kUp));
+        for (int p = 0; p < kPhases; ++p)
+          gradient[p] = load_wide<kQuad>(pixels + Patch::at(p / kUp, x * kUp + p % kUp));
         CARAFE_UNROLL
         for (int u = 0; u < kSide; ++u) {
           if (!leads[u]) continue;
@@ -143,17 +134,13 @@ __global__ void __launch_bounds__(GradFeaturesStrip<T, G>::kThreads, 4)
     }
     // No later row leads to the first of the rows.
     if (row - G::kRadius >= job.row && row - G::kRadius < end && channel < job.channels) {
-      const int left = call.grad.width - column;
-      if (call.grad.channels_last) {
+      float first[kQuad][1][kStrip];
+      CARAFE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
         CARAFE_UNROLL
-        for (int s = 0; s < kStrip; ++s) {
-          const float values[kQuad] = {sums[0][0][s], sums[0][1][s], sums[0][2][s], sums[0][3][s]};
-          if (s < left) write_channels(call.grad, to + s * call.grad.column_stride, values);
-        }
-      } else {
-        CARAFE_UNROLL
-        for (int c = 0; c < kQuad; ++c) write_run(call.grad, to + c * call.grad.channel_stride, sums[0][c], left);
+        for (int s = 0; s < kStrip; ++s) first[c][0][s] = sums[0][c][s];
       }
+      write_pixels<1>(call.grad, to, first, job.channels - channel, 1, call.grad.width - column);
     }
     to += call.grad.row_stride;
     CARAFE_UNROLL
@@ -170,90 +157,72 @@ __global__ void __launch_bounds__(GradFeaturesStrip<T, G>::kThreads, 4)
 // Down: the sites that lead to a phase of a site lie kBefore before it to kAfter after it.
 template <class T, class G>
 struct GradFeaturesTile {
-  static constexpr int kThreads = kTileSites / kStrip * kLanes<T>;
-  static constexpr int kChunk = kLanes<T> * kQuad;
+  static constexpr int kChunk = kLanes * kUnit<T>;
   static constexpr int kBefore = (G::kSide - 1 - G::kRadius) / G::kDown;
   static constexpr int kAfter = (G::kRadius + G::kDown - 1) / G::kDown;
   static constexpr int kRows = kTileRows + kBefore + kAfter, kColumns = kTileColumns + kBefore + kAfter;
-  using Patch = Window<kRows, kColumns, kLanes<T>>;
+  using Patch = Window<kRows, kColumns, kLanes, kUnit<T>>;
   using Weights = StagedWeights<G, kRows, kColumns>;
   static constexpr int kBytes = Weights::kSize * int(sizeof(float)) + Patch::kSize * int(sizeof(T));
 };
 
 template <class T, class G>
-__global__ void __launch_bounds__(GradFeaturesTile<T, G>::kThreads, 640 / GradFeaturesTile<T, G>::kThreads)
-    grad_features_tile(const __grid_constant__ GradFeaturesCall<T> call) {
+__global__ void __launch_bounds__(kThreads, 4) grad_features_tile(const __grid_constant__ GradFeaturesCall<T> call) {
   using Tile = GradFeaturesTile<T, G>;
   using Patch = typename Tile::Patch;
   using Weights = typename Tile::Weights;
-  constexpr int kDown = G::kDown, kReach = Tile::kBefore + Tile::kAfter;
+  constexpr int kDown = G::kDown, kReach = Tile::kBefore + Tile::kAfter, kChannels = kUnit<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   float* const weights = reinterpret_cast<float*>(shared);
   T* const patch = reinterpret_cast<T*>(weights + Weights::kSize);
 
   const unsigned thread = threadIdx.x;
   const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
-  const int lane = thread % kLanes<T>, strip = thread / kLanes<T>;
+  const int lane = thread % kLanes, strip = thread / kLanes;
   const int row = strip / (kTileColumns / kStrip), column = strip % (kTileColumns / kStrip) * kStrip;
   const T* const grad_output = call.grad_output.item(job.n);
   T* const grad = call.grad.item(job.n);
   const int first_row = job.row - Tile::kBefore, first_column = job.column - Tile::kBefore;
 
-  Weights::template stage<Tile::kThreads>(
-      call.kernels, call.normalizer, job.n, job.group, first_row, first_column, thread, weights);
+  Weights::stage(call.kernels, call.normalizer, job.n, job.group, first_row, first_column, thread, weights);
   CARAFE_ROLLED
   for (int done = 0; done < job.channels; done += Tile::kChunk) {
     if (done > 0) __syncthreads();  // the patch has been read
-    stage<Patch, Tile::kThreads>(
+    stage<Patch>(
         call.grad_output, grad_output + (job.first_channel + done) * call.grad_output.channel_stride, first_row,
-        first_column, job.channels - done, renew(thread), patch);
+        first_column, job.channels - done, renew(thread), kThreads, patch);
     __syncthreads();
-    const int channel = done + lane * kQuad;
+    const int channel = done + lane * kChannels;
     const int i = (job.row + row) * kDown, j = (job.column + column) * kDown;
-    if (i >= call.grad.height || j >= call.grad.width || channel >= job.channels) continue;
+    if (i < call.grad.height && j < call.grad.width && channel < job.channels) {  // every thread comes to the barriers
 
-    float sums[kQuad][kDown][kStrip * kDown] = {};
-    const float* const own_weights = weights + row * Tile::kColumns + column;
-    const T* const pixels = patch + Patch::at(row, column) + lane * kQuad;
-    CARAFE_UNROLL
-    for (int y = 0; y <= kReach; ++y) {
+      float sums[kChannels][kDown][kStrip * kDown] = {};
+      const float* const own_weights = weights + row * Tile::kColumns + column;
+      const T* const pixels = patch + Patch::at(row, column) + lane * kChannels;
       CARAFE_UNROLL
-      for (int x = 0; x < kReach + kStrip; ++x) {
-        const Quad<float> gradient = load_wide(pixels + Patch::at(y, x));
+      for (int y = 0; y <= kReach; ++y) {
         CARAFE_UNROLL
-        for (int p = 0; p < kDown; ++p) {
-          // Feature p of a site is tap u of the output that lies `y - before` sites further on.
-          const int u = p - (y - Tile::kBefore) * kDown + G::kRadius;
-          if (u < 0 || u >= G::kSide) continue;
+        for (int x = 0; x < kReach + kStrip; ++x) {
+          const auto gradient = load_wide<kChannels>(pixels + Patch::at(y, x));
           CARAFE_UNROLL
-          for (int q = 0; q < kStrip * kDown; ++q) {
-            const int v = q - (x - Tile::kBefore) * kDown + G::kRadius;
-            if (v < 0 || v >= G::kSide) continue;
-            const float w = own_weights[(u * G::kSide + v) * Weights::kTap + y * Tile::kColumns + x];
+          for (int p = 0; p < kDown; ++p) {
+            // Feature p of a site is tap u of the output that lies `y - before` sites further on.
+            const int u = p - (y - Tile::kBefore) * kDown + G::kRadius;
+            if (u < 0 || u >= G::kSide) continue;
             CARAFE_UNROLL
-            for (int c = 0; c < kQuad; ++c) sums[c][p][q] += w * gradient.values[c];
+            for (int q = 0; q < kStrip * kDown; ++q) {
+              const int v = q - (x - Tile::kBefore) * kDown + G::kRadius;
+              if (v < 0 || v >= G::kSide) continue;
+              const float w = own_weights[(u * G::kSide + v) * Weights::kTap + y * Tile::kColumns + x];
+              CARAFE_UNROLL
+              for (int c = 0; c < kChannels; ++c) sums[c][p][q] += w * gradient.values[c];
+            }
           }
         }
       }
-    }
-
-    T* const to = grad + call.grad.offset(job.first_channel + channel, i, j);
-    const int left = call.grad.width - j;
-    CARAFE_UNROLL
-    for (int y = 0; y < kDown; ++y) {
-      if (i + y >= call.grad.height) continue;
-      if (call.grad.channels_last) {
-        CARAFE_UNROLL
-        for (int x = 0; x < kStrip * kDown; ++x) {
-          const float values[kQuad] = {sums[0][y][x], sums[1][y][x], sums[2][y][x], sums[3][y][x]};
-          if (x < left) write_channels(call.grad, to + y * call.grad.row_stride + x * call.grad.column_stride, values);
-        }
-      } else {
-        CARAFE_UNROLL
-        for (int c = 0; c < kQuad; ++c) {
-          write_run(call.grad, to + c * call.grad.channel_stride + y * call.grad.row_stride, sums[c][y], left);
-        }
-      }
+      write_pixels<kDown>(
+          call.grad, grad + call.grad.offset(job.first_channel + channel, i, j), sums, job.channels - channel,
+          call.grad.height - i, call.grad.width - j);
     }
   }
 }

@@ -20,73 +20,55 @@ struct GradKernelsCall {
 template <class T, class G>
 struct GradKernelsTile {
   static constexpr int kParts = 2;  // threads that share the channels of a strip of sites
-  static constexpr int kThreads = kTileSites / kStrip * kParts * G::kSide;
+  static constexpr int kRowThreads = kTileSites / kStrip * kParts;  // of a row of taps: a warp
+  // At the end a thread has a kernel.
+  static constexpr int kThreads = std::max(kRowThreads * G::kSide, kTileSites* G::kPhases);
   static constexpr int kResident = 640 / kThreads;  // blocks of a multiprocessor
-  static constexpr int kChunk = kLanes<T> * kQuad;
-  // Rows apart so that the quads that a warp reads at once lie in different banks: float32 reads eight at once, which
-  // belong to four strips of a row; half precision sixteen, of two rows.
-  static constexpr int row_padding(int columns) {
-    const int row = columns * (kLanes<T> + 1);
-    return sizeof(T) == 2 ? (24 - row % 16) % 16 : 0;
-  }
-  static constexpr int kRows = G::kDown * (kTileRows - 1) + G::kSide;
-  static constexpr int kColumns = G::kDown * (kTileColumns - 1) + G::kSide;
-  using Patch = Window<kRows, kColumns, kLanes<T>, G::kDown, row_padding((kColumns + G::kDown - 1) / G::kDown)>;
-  using GradPatch = Window<kTileRows * G::kUp, kTileColumns * G::kUp, kLanes<T>, G::kUp, row_padding(kTileColumns)>;
+  static constexpr int kQuads = 128 / (kQuad * sizeof(T)), kChunk = kQuads * kQuad;
+  // The quads that a warp reads at once lie in different banks: they belong to neighbouring strips, two sites apart,
+  // and to both parts.
+  using Patch =
+      Window<G::kDown*(kTileRows - 1) + G::kSide, G::kDown*(kTileColumns - 1) + G::kSide, kQuads, kQuad, G::kDown>;
+  using GradPatch = Window<kTileRows * G::kUp, kTileColumns * G::kUp, kQuads, kQuad, G::kUp>;
   using Sums = StagedWeights<G, kTileRows, kTileColumns>;
   static constexpr int kStaged = (Patch::kSize + GradPatch::kSize) * int(sizeof(T));
-  static constexpr int kBytes = kStaged > Sums::kSize* int(sizeof(float)) ? kStaged : Sums::kSize* int(sizeof(float));
+  static constexpr int kMeeting = Sums::kSize * int(sizeof(float));
+  static constexpr int kExchanged = kTileSites * G::kPhases * G::kTaps * int(sizeof(T));
+  static constexpr int kBytes = kStaged > kMeeting + kExchanged ? kStaged : kMeeting + kExchanged;
 };
 
-// From the gradient to a kernel's weights, sum(tap), to the result, which `to` points at: to its logits, or to itself.
-template <class G, int Lanes, class T, class Sum>
-__device__ __forceinline__ void finish_kernel(
-    const OwnKernel<G, Lanes>& weights, const T* logits, int logit_stride, Normalizer normalizer, int lane,
-    const Sum& sum, T* to, int tap_stride) {
-  float dot = 0;  // d logit = w (d w - sum of w d w), times what the normaliser's other factors give
-  if (normalizer == Normalizer::softmax || normalizer == Normalizer::sigmoid_normalized) {
-    weights.each(lane, [&](int i, int tap) { dot += weights.values[i] * sum(tap); });
-    dot = weights.combine(dot, [](float a, float b) { return a + b; });
-  }
-  if (to == nullptr) return;
-  if (normalizer == Normalizer::none) {
-    weights.each(lane, [&](int, int tap) { to[tap * tap_stride] = narrow<T>(sum(tap)); });
-  } else if (normalizer == Normalizer::softmax) {
-    weights.each(lane, [&](int i, int tap) { to[tap * tap_stride] = narrow<T>(weights.values[i] * (sum(tap) - dot)); });
-  } else {
-    weights.each(lane, [&](int i, int tap) {
-      const float slope = sigmoid(-widen(logits[tap * logit_stride]), 0.0f);  // d sigmoid(x) = sigmoid(x) sigmoid(-x)
-      to[tap * tap_stride] = narrow<T>(weights.values[i] * (sum(tap) - dot) * slope);
-    });
-  }
+// From the gradient to a kernel's weights to that of its logits, in place; logits of no kernel are null.
+template <class G, class T>
+__device__ __forceinline__ void differentiate(
+    Normalizer normalizer, const OwnKernel<G>& weights, const T* logits, int tap_stride, OwnKernel<G>& grad) {
+  float dot = 0;  // d logit = w (d w - sum of w d w), times what the sigmoid's factor gives
+  grad.each([&](int tap) { dot += weights.values[tap] * grad.values[tap]; });
+  if (normalizer == Normalizer::sigmoid) dot = 0;
+  grad.each([&](int tap) { grad.values[tap] = weights.values[tap] * (grad.values[tap] - dot); });
+  if (normalizer == Normalizer::softmax || logits == nullptr) return;
+  grad.each([&](int tap) {  // d log(sigmoid(x)) = sigmoid(-x)
+    grad.values[tap] *= exponential(log_sigmoid(-widen(logits[tap * tap_stride])));
+  });
 }
 
-// For `Count` kernels: kernel(i, &row, &column, &phase) says which, sum(i, tap) what the gradient to its weights is.
-template <class G, int Count, int Threads, class T, class Kernel, class Sum>
+// Writes a kernel's gradient, which add(kernel, grad) adds to zeros; `exchange` has room for all kernels.
+template <class G, int Sites, int Threads, class T, class Where, class Add>
 __device__ __forceinline__ void finish_kernels(
-    const GradKernelsCall<T>& call, int n, int group, unsigned thread, const Kernel& which, const Sum& sum) {
-  const auto finish = [&](auto lanes) {
-    constexpr int kTapsLanes = decltype(lanes)::value;
-    const auto pointer = [&](const auto& map, int kernel) {
-      int row, column, phase;
-      which(kernel, &row, &column, &phase);
-      return map.template kernel<G>(n, group, row, column, phase);
-    };
-    const auto logits = [&](int kernel) -> const T* {
-      return call.normalizer == Normalizer::none ? nullptr : pointer(call.kernels, kernel);
-    };
-    for_each_kernel<G, kTapsLanes, Count, Threads>(
-        thread, call.kernels.tap_stride, call.normalizer, logits, [&](const auto& own, int kernel, int lane) {
-          finish_kernel<G, kTapsLanes, T>(
-              own, logits(kernel), call.kernels.tap_stride, call.normalizer, lane,
-              [&](int tap) { return sum(kernel, tap); }, pointer(call.grad, kernel), call.grad.tap_stride);
-        });
-  };
-  if (call.grad.image.channels_last) {
-    finish(std::integral_constant<int, kTapLanes>{});
-  } else {
-    finish(std::integral_constant<int, 1>{});
+    const GradKernelsCall<T>& call, int n, int group, const Where& site, unsigned thread, T* exchange, const Add& add) {
+  using Transfer = KernelTransfer<G, Sites, Threads>;
+  OwnKernel<G> weights = {}, grad = {};
+  if (call.normalizer != Normalizer::none) {
+    weights = Transfer::load(call.kernels, n, group, site, thread, exchange);
+    weights.normalize(call.normalizer);
   }
+  if (thread < Transfer::kCount) {
+    add(static_cast<int>(thread), grad);
+    if (call.normalizer != Normalizer::none) {
+      const T* const logits = Transfer::pointer(call.kernels, n, group, site, static_cast<int>(thread));
+      differentiate(call.normalizer, weights, logits, call.kernels.tap_stride, grad);
+    }
+  }
+  Transfer::store(call.grad, n, group, site, thread, exchange, grad);
 }
 
 template <class T, class G>
@@ -104,7 +86,8 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
   const unsigned thread = threadIdx.x;
   const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
   const int part = thread % Tile::kParts, strip = thread / Tile::kParts % (kTileSites / kStrip);
-  const int u = thread / 32;
+  const int u = thread / Tile::kRowThreads;
+  const bool has_row = u < kSide;
   const int row = strip / (kTileColumns / kStrip), column = strip % (kTileColumns / kStrip) * kStrip;
   const T* const features = call.features.item(job.n);
   const T* const grad_output = call.grad_output.item(job.n);
@@ -116,24 +99,24 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
   for (int done = 0; done < job.channels; done += Tile::kChunk) {
     if (done > 0) __syncthreads();  // what was staged has been read
     const int channel = job.first_channel + done, left = job.channels - done;
-    stage<Patch, Tile::kThreads>(
+    stage<Patch>(
         call.features, features + channel * call.features.channel_stride, job.row * kDown - G::kRadius,
-        job.column * kDown - G::kRadius, left, renew(thread), patch);
-    stage<GradPatch, Tile::kThreads>(
+        job.column * kDown - G::kRadius, left, renew(thread), Tile::kThreads, patch);
+    stage<GradPatch>(
         call.grad_output, grad_output + channel * call.grad_output.channel_stride, job.row * kUp, job.column * kUp,
-        left, renew(thread), grad_patch);
+        left, renew(thread), Tile::kThreads, grad_patch);
     __syncthreads();
     CARAFE_ROLLED
-    for (int quad = 0; quad < kLanes<T> * kQuad; quad += Tile::kParts * kQuad) {
+    for (int quad = 0; quad < (has_row ? Tile::kChunk : 0); quad += Tile::kParts * kQuad) {
       constexpr int kFeatures = kDown * (kStrip - 1) + kSide;
-      Quad<float> feature[kFeatures];
+      Vector<float, kQuad> feature[kFeatures];
       CARAFE_UNROLL
-      for (int x = 0; x < kFeatures; ++x) feature[x] = load_wide(pixels + quad + Patch::at(0, x));
+      for (int x = 0; x < kFeatures; ++x) feature[x] = load_wide<kQuad>(pixels + quad + Patch::at(0, x));
       CARAFE_UNROLL
       for (int s = 0; s < kStrip; ++s) {
         CARAFE_UNROLL
         for (int p = 0; p < kPhases; ++p) {
-          const Quad<float> gradient = load_wide(gradients + quad + GradPatch::at(p / kUp, s * kUp + p % kUp));
+          const auto gradient = load_wide<kQuad>(gradients + quad + GradPatch::at(p / kUp, s * kUp + p % kUp));
           CARAFE_UNROLL
           for (int v = 0; v < kSide; ++v) {
             CARAFE_UNROLL
@@ -159,7 +142,7 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
     const int64_t item = int64_t(job.split) * call.tiling.items + job.n * call.tiling.groups + job.group;
     const int i = job.row + row, j = job.column + column;
     float* const to = call.partial + ((item * rows + i) * G::kTaps + u * kSide) * columns * kPhases + j * kPhases;
-    if (part != 0 || i >= rows) return;
+    if (part != 0 || !has_row || i >= rows) return;
     CARAFE_UNROLL
     for (int v = 0; v < kSide; ++v) {
       CARAFE_UNROLL
@@ -175,7 +158,7 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
 
   __syncthreads();  // what was staged has been read
   float* const meeting = reinterpret_cast<float*>(shared);
-  if (part == 0) {
+  if (part == 0 && has_row) {
     CARAFE_UNROLL
     for (int v = 0; v < kSide; ++v) {
       CARAFE_UNROLL
@@ -188,39 +171,36 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
     }
   }
   __syncthreads();
-  finish_kernels<G, kTileSites * kPhases, Tile::kThreads>(
-      call, job.n, job.group, renew(thread),
-      [&](int kernel, int* i, int* j, int* phase) {
-        const int site = kernel / kPhases;
-        *i = job.row + site / kTileColumns, *j = job.column + site % kTileColumns, *phase = kernel % kPhases;
-      },
-      [&](int kernel, int tap) { return meeting[tap * Sums::kTap + kernel]; });
+  finish_kernels<G, kTileSites, Tile::kThreads>(
+      call, job.n, job.group,
+      [&](int site) { return Site{job.row + site / kTileColumns, job.column + site % kTileColumns}; }, renew(thread),
+      reinterpret_cast<T*>(meeting + Sums::kSize),
+      [&](int kernel, OwnKernel<G>& grad) {
+        grad.each([&](int tap) { grad.values[tap] += meeting[tap * Sums::kTap + kernel]; });
+      });
 }
-
-constexpr int kFinishThreads = 128;
 
 // The second pass: a thread adds the splits' sums of a kernel.
 template <class T, class G>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kThreads)
     finish_splits(const __grid_constant__ GradKernelsCall<T> call, unsigned blocks_of_row) {
-  const int rows = call.tiling.rows, columns = call.tiling.columns;
+  constexpr int kSites = kThreads / G::kPhases;
+  __shared__ T exchange[kSites * G::kPhases * G::kTaps];
+  const int rows = call.tiling.rows, pitch = call.tiling.columns * G::kPhases;
   const unsigned strip = blockIdx.x % blocks_of_row, above = blockIdx.x / blocks_of_row;
   const int row = static_cast<int>(above % rows), item = static_cast<int>(above / rows);
-  const int first = static_cast<int>(strip) * kFinishThreads;
-  const int64_t split = int64_t(call.tiling.items) * rows * G::kTaps * columns * G::kPhases;
-  const float* const from = call.partial + (int64_t(item) * rows + row) * G::kTaps * columns * G::kPhases + first;
-  finish_kernels<G, kFinishThreads, kFinishThreads>(
-      call, item / call.tiling.groups, item % call.tiling.groups, threadIdx.x,
-      [&](int kernel, int* i, int* j, int* phase) {
-        *i = row, *j = (first + kernel) / G::kPhases, *phase = (first + kernel) % G::kPhases;
-      },
-      [&](int kernel, int tap) {
-        float sum = 0;
-        if (first + kernel >= columns * G::kPhases) return sum;
-        const float* at = from + tap * columns * G::kPhases + kernel;
+  const int first = static_cast<int>(strip) * kSites;
+  finish_kernels<G, kSites, kThreads>(
+      call, item / call.tiling.groups, item % call.tiling.groups, [&](int site) { return Site{row, first + site}; },
+      threadIdx.x, exchange,
+      [&](int kernel, OwnKernel<G>& grad) {
+        if (first * G::kPhases + kernel >= pitch) return;
+        const float* at = call.partial + (int64_t(item) * rows + row) * G::kTaps * pitch + first * G::kPhases + kernel;
         CARAFE_ROLLED
-        for (int s = 0; s < call.tiling.splits; ++s, at += split) sum += *at;
-        return sum;
+        for (int s = 0; s < call.tiling.splits; ++s) {
+          grad.each([&](int tap) { grad.values[tap] += at[tap * pitch]; });
+          at += int64_t(call.tiling.items) * rows * G::kTaps * pitch;
+        }
       });
 }
 

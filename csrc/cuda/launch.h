@@ -21,7 +21,6 @@ struct Queue {
 };
 
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;  // along the first axis of CUDA's grid
-constexpr int kBlocksOfMultiprocessor = 4;               // that are wanted, for some to compute while others load
 
 template <class Kernel, class... Arguments>
 cudaError_t launch_kernel(
@@ -35,11 +34,8 @@ cudaError_t launch_kernel(
   return cudaGetLastError();
 }
 
-inline cudaError_t wanted_blocks(const Queue& queue, int64_t* wanted) {
-  int multiprocessors = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
-  *wanted = int64_t(multiprocessors) * kBlocksOfMultiprocessor;
-  return error;
+inline cudaError_t count_multiprocessors(const Queue& queue, int* multiprocessors) {
+  return cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
 }
 
 // Each sets `found` to whether the call is one of its cases, and returns what the launch did.
@@ -57,13 +53,13 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, bool* f
       make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
       make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
   if (!*found) return cudaSuccess;
-  int64_t wanted = 0;
-  if (const cudaError_t error = wanted_blocks(queue, &wanted)) return error;
+  int multiprocessors = 0;
+  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
   arguments.tiling = Tiling::of(
-      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk, wanted);
+      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors);
   *found = arguments.tiling.blocks <= kMostBlocks;
   if (!*found) return cudaSuccess;
-  return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
+  return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
 }
 
 // How many rows a block of the gradient to the features goes down. It stages K - 1 more than that, at about four tenths
@@ -93,26 +89,24 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
           call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
       make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
   if (!*found) return cudaSuccess;
-  int64_t wanted = 0;
-  if (const cudaError_t error = wanted_blocks(queue, &wanted)) return error;
+  int multiprocessors = 0;
+  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
   if constexpr (G::kUp == 1) {
     using Tile = GradFeaturesTile<T, G>;
     arguments.tiling = Tiling::of(
         shape, ceil_div(shape.height, G::kDown), ceil_div(shape.width, G::kDown), kTileRows, kTileColumns, Tile::kChunk,
-        wanted);
+        multiprocessors);
     *found = arguments.tiling.blocks <= kMostBlocks;
     if (!*found) return cudaSuccess;
-    return launch_kernel(
-        queue, grad_features_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
+    return launch_kernel(queue, grad_features_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
   } else {
     using Strip = GradFeaturesStrip<T, G>;
     const int64_t strips =
         ceil_div(shape.width, Strip::kColumns) * ceil_div(group, Strip::kChunk) * shape.groups * shape.batch;
-    const int64_t rows =
-        rows_of_strip(shape.height, G::kSide, strips, std::max<int64_t>(1, wanted / kBlocksOfMultiprocessor));
+    const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, multiprocessors);
     arguments.tiling = Tiling::of(shape, shape.height, shape.width, rows, Strip::kColumns, Strip::kChunk, kMostBlocks);
     PackCall<T> pack = {nullptr, arguments.kernels, arguments.normalizer, arguments.tiling.groups, 0};
-    pack.blocks_of_row = static_cast<unsigned>(ceil_div(int64_t(arguments.kernels.columns) * G::kPhases, kPackThreads));
+    pack.blocks_of_row = static_cast<unsigned>(ceil_div(int64_t(arguments.kernels.columns) * G::kPhases, kThreads));
     const int64_t row_blocks = int64_t(pack.blocks_of_row) * arguments.kernels.rows * arguments.tiling.items;
     *found = arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks;
     if (!*found) return cudaSuccess;
@@ -121,11 +115,11 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
         static_cast<float*>(queue.allocate(queue.context, sites * G::kTaps * G::kPhases * int64_t(sizeof(float))));
     if (pack.packed == nullptr) return cudaErrorMemoryAllocation;
     arguments.packed = pack.packed;
-    if (const cudaError_t error = launch_kernel(queue, pack_weights<T, G>, row_blocks, kPackThreads, 0, pack)) {
+    if (const cudaError_t error = launch_kernel(queue, pack_weights<T, G>, row_blocks, kThreads, 0, pack)) {
       return error;
     }
     return launch_kernel(
-        queue, grad_features_strip<T, G>, arguments.tiling.blocks, Strip::kThreads, Strip::kBytes, arguments,
+        queue, grad_features_strip<T, G>, arguments.tiling.blocks, kThreads, Strip::kBytes, arguments,
         static_cast<int>(rows));
   }
 }
@@ -144,11 +138,11 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* 
            (arguments.normalizer == Normalizer::none ||
             make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels));
   if (!*found) return cudaSuccess;
-  int64_t wanted = 0;
-  if (const cudaError_t error = wanted_blocks(queue, &wanted)) return error;
+  int multiprocessors = 0;
+  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
   const int rows = arguments.grad.rows, columns = arguments.grad.columns;
-  arguments.tiling = Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, wanted);
-  const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kFinishThreads);
+  arguments.tiling = Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors);
+  const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
   const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
   *found = arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks;
   if (!*found) return cudaSuccess;
@@ -162,16 +156,15 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* 
       launch_kernel(queue, grad_kernels_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
   if (error != cudaSuccess || arguments.partial == nullptr) return error;
   return launch_kernel(
-      queue, finish_splits<T, G>, row_blocks, kFinishThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
+      queue, finish_splits<T, G>, row_blocks, kThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
 }
 
-// The common cases: up or down by 2, k = 3, 5 or 7, whole quads of channels, not float64.
+// The common cases: up or down by 2, k = 3, 5 or 7, not float64.
 template <class Call>
 cudaError_t launch_common(const Call& call, const Queue& queue, bool* found) {
   *found = false;
   if constexpr (!std::is_same_v<typename Call::type, double>) {
     const Shape& shape = call.shape;
-    if (shape.group_channels() % kQuad != 0) return cudaSuccess;
     const auto is = [&](int side, int up, int down) {
       return shape.kernel == side && shape.up == up && shape.down == down;
     };

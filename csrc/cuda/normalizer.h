@@ -35,6 +35,15 @@ CARAFE_HOST_DEVICE float exponential(float x) {
 #endif
 }
 
+// log(sigmoid(x)), which neither overflows nor vanishes.
+CARAFE_HOST_DEVICE float log_sigmoid(float x) {
+#ifdef __CUDA_ARCH__
+  return fminf(x, 0.0f) - __logf(1 + exponential(-fabsf(x)));
+#else
+  return std::fmin(x, 0.0f) - std::log1p(std::exp(-std::fabs(x)));
+#endif
+}
+
 // sigmoid(x) e^-shift, which never overflows for shift = min(largest x, 0).
 template <class A>
 CARAFE_HOST_DEVICE A sigmoid(A x, A shift) {

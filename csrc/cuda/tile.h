@@ -12,14 +12,16 @@
 
 namespace carafe::gpu {
 
-constexpr int kQuad = 4;                        // channels that a thread keeps at once
-constexpr int kStrip = 2;                       // neighbouring sites that it keeps
-constexpr int kTileRows = 4, kTileColumns = 8;  // of a block, in sites
+constexpr int kQuad = 4;                         // floats that one instruction loads
+constexpr int kStrip = 2;                        // neighbouring sites that a thread keeps
+constexpr int kTileRows = 2, kTileColumns = 16;  // of a block, in sites
 constexpr int kTileSites = kTileRows * kTileColumns;
+constexpr int kThreads = 128;                           // of a block
+constexpr int kLanes = kThreads * kStrip / kTileSites;  // that share a strip, each with channels of its own
 
-// Threads that take the channels of a strip of sites, a quad each: 128 bytes of a pixel, all banks of shared memory.
+// Channels that one instruction loads.
 template <class T>
-constexpr int kLanes = 128 / (kQuad * sizeof(T));
+constexpr int kUnit = 16 / sizeof(T);
 
 // A common case: kernels of K x K taps, and a scale Up / Down, one of which is 1.
 template <int K, int Up, int Down>
@@ -37,7 +39,7 @@ struct Image {
   int channel_stride, row_stride, column_stride;
   int height, width;
   bool channels_last;  // neighbours in memory are channels, not columns
-  bool quads;          // four channels at a multiple of four are one aligned access
+  bool units;          // kUnit channels at a multiple of kUnit are one aligned access, and there are no others
   bool runs;           // and so are the columns that a thread writes
 
   __device__ T* item(int n) const { return data + n * batch_stride; }
@@ -78,7 +80,8 @@ bool make_image(
       static_cast<int>(height),
       static_cast<int>(width),
       map.has_adjacent_channels(),
-      group_channels % kQuad == 0 && is_aligned(map, map.channel_stride, map.row_stride, map.column_stride, kQuad),
+      group_channels % kUnit<std::remove_const_t<T>> == 0 &&
+          is_aligned(map, map.channel_stride, map.row_stride, map.column_stride, kUnit<std::remove_const_t<T>>),
       is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, run)};
   return true;
 }
@@ -106,26 +109,28 @@ __device__ __forceinline__ void store(T* to, const Vector<T, Count>& vector) {
   *reinterpret_cast<Vector<T, Count>*>(to) = vector;
 }
 
-template <class T>
-__device__ __forceinline__ Quad<float> load_wide(const T* from) {
-  const Quad<T> quad = load<kQuad>(from);
-  Quad<float> wide;
+template <int Count, class T>
+__device__ __forceinline__ Vector<float, Count> load_wide(const T* from) {
+  const Vector<T, Count> vector = load<Count>(from);
+  Vector<float, Count> wide;
   CARAFE_UNROLL
-  for (int c = 0; c < kQuad; ++c) wide.values[c] = widen(quad.values[c]);
+  for (int c = 0; c < Count; ++c) wide.values[c] = widen(vector.values[c]);
   return wide;
 }
 
-// Writes neighbouring channels of a pixel.
-template <class T>
-__device__ __forceinline__ void write_channels(const Image<T>& image, T* to, const float (&values)[kQuad]) {
-  if (image.quads) {
-    Quad<T> packed;
+// Writes the first `left` of neighbouring channels of a pixel.
+template <int Count, class T>
+__device__ __forceinline__ void write_channels(const Image<T>& image, T* to, const float (&values)[Count], int left) {
+  if (image.units && left >= Count) {
+    Vector<T, Count> packed;
     CARAFE_UNROLL
-    for (int c = 0; c < kQuad; ++c) packed.values[c] = narrow<T>(values[c]);
+    for (int c = 0; c < Count; ++c) packed.values[c] = narrow<T>(values[c]);
     store(to, packed);
   } else {
     CARAFE_UNROLL
-    for (int c = 0; c < kQuad; ++c) to[c * image.channel_stride] = narrow<T>(values[c]);
+    for (int c = 0; c < Count; ++c) {
+      if (c < left) to[c * image.channel_stride] = narrow<T>(values[c]);
+    }
   }
 }
 
@@ -145,16 +150,44 @@ __device__ __forceinline__ void write_run(const Image<T>& image, T* to, const fl
   }
 }
 
+// Writes what a thread has of the finer map: Scale rows and kStrip * Scale columns of several channels. `channels`,
+// `rows` and `columns` are left.
+template <int Scale, int Channels, class T>
+__device__ __forceinline__ void write_pixels(
+    const Image<T>& image, T* to, const float (&sums)[Channels][Scale][kStrip * Scale], int channels, int rows,
+    int columns) {
+  CARAFE_UNROLL
+  for (int y = 0; y < Scale; ++y) {
+    if (y >= rows) continue;
+    if (image.channels_last) {
+      CARAFE_UNROLL
+      for (int x = 0; x < kStrip * Scale; ++x) {
+        float values[Channels];
+        CARAFE_UNROLL
+        for (int c = 0; c < Channels; ++c) values[c] = sums[c][y][x];
+        if (x < columns) write_channels(image, to + y * image.row_stride + x * image.column_stride, values, channels);
+      }
+    } else {
+      CARAFE_UNROLL
+      for (int c = 0; c < Channels; ++c) {
+        if (c < channels) write_run(image, to + c * image.channel_stride + y * image.row_stride, sums[c][y], columns);
+      }
+    }
+  }
+}
+
 // How a window lies in shared memory, in elements: planes of phases (one where the window is not split), rows, pixels,
-// the channels of a pixel. A pixel takes one quad more than it needs, an odd number of them, so that neighbouring
-// threads that write neighbouring pixels use different banks.
-template <int Rows, int Columns, int Quads, int Scale = 1, int RowPadding = 0>
+// the channels of a pixel in units of `Unit`. A pixel takes one unit more than it needs, or an even number of them
+// two, so that neighbouring threads that write neighbouring pixels use different banks.
+template <int Rows, int Columns, int Units, int Unit, int Scale = 1>
 struct Window {
-  static constexpr int kRows = Rows, kColumns = Columns, kQuads = Quads;
-  static constexpr int kPixel = (Quads | 1) == Quads ? Quads * kQuad : (Quads + 1) * kQuad;
-  static constexpr int kRow = (Columns + Scale - 1) / Scale * kPixel + RowPadding * kQuad;
+  static constexpr int kRows = Rows, kColumns = Columns, kUnits = Units, kUnitChannels = Unit;
+  static constexpr int kChannels = Units * Unit;
+  static constexpr int kPixel = (Units / 2 * 2 + 1) * Unit;
+  static constexpr int kRow = (Columns + Scale - 1) / Scale * kPixel;
   static constexpr int kPlane = (Rows + Scale - 1) / Scale * kRow;
   static constexpr int kSize = Scale * Scale * kPlane;
+  static_assert(Units % 2 == 0, "a pixel's last unit would be another's first");
 
   static __device__ __forceinline__ constexpr int at(int row, int column) {
     return (row % Scale * Scale + column % Scale) * kPlane + row / Scale * kRow + column / Scale * kPixel;
@@ -163,60 +196,75 @@ struct Window {
 
 // Stages the window whose first pixel is (row, column); `channels` are left, from the one that `item` points at. Zeros
 // where there is nothing. A thread has a place along one axis and walks along another, several loads at a time.
-template <class Window, int Threads, class T>
+template <class Window, class T>
 __device__ __forceinline__ void stage(
-    const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, T* to) {
-  constexpr int kAtOnce = 4;
-  if (image.channels_last) {  // neighbouring threads have neighbouring quads, and go down the rows
-    constexpr int kPlaces = Window::kColumns * Window::kQuads;
+    const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, unsigned threads,
+    T* to) {
+  constexpr int kAtOnce = sizeof(T) == 4 ? 4 : 2, kChannels = Window::kUnitChannels;
+  using Unit = Vector<T, kChannels>;
+  if (image.channels_last) {  // neighbouring threads have neighbouring units, and go down the rows
+    constexpr unsigned kPlaces = Window::kColumns * Window::kUnits;
     CARAFE_ROLLED
-    for (unsigned place = thread; place < kPlaces; place += Threads) {
-      const int quad = place % Window::kQuads, j = place / Window::kQuads;
-      const bool inside = quad * kQuad < channels && image.inside(0, column + j);
-      const T* const from = item + image.offset(quad * kQuad, row, column + j);
+    for (unsigned place = thread; place < kPlaces; place += threads) {
+      const int first = static_cast<int>(place % Window::kUnits) * kChannels;
+      const int j = static_cast<int>(place / Window::kUnits);
+      const bool inside = first < channels && image.inside(0, column + j);
+      const T* const from = item + image.offset(first, row, column + j);
       CARAFE_ROLLED
-      for (int first = 0; first < Window::kRows; first += kAtOnce) {
-        Quad<T> quads[kAtOnce] = {};
+      for (int i = 0; i < Window::kRows; i += kAtOnce) {
+        Unit units[kAtOnce] = {};
         CARAFE_UNROLL
         for (int b = 0; b < kAtOnce; ++b) {
-          const int i = first + b;
-          if (!inside || i >= Window::kRows || !image.inside(row + i, 0)) continue;
-          const T* const at = from + i * image.row_stride;
-          if (image.quads) {
-            quads[b] = load<kQuad>(at);
+          if (!inside || i + b >= Window::kRows || !image.inside(row + i + b, 0)) continue;
+          const T* const at = from + (i + b) * image.row_stride;
+          if (image.units) {
+            units[b] = load<kChannels>(at);
           } else {
             CARAFE_UNROLL
-            for (int c = 0; c < kQuad; ++c) quads[b].values[c] = at[c];
+            for (int c = 0; c < kChannels; ++c) {
+              if (first + c < channels) units[b].values[c] = at[c];
+            }
           }
         }
         CARAFE_UNROLL
         for (int b = 0; b < kAtOnce; ++b) {
-          if (first + b < Window::kRows) store(to + Window::at(first + b, j) + quad * kQuad, quads[b]);
+          if (i + b < Window::kRows) store(to + Window::at(i + b, j) + first, units[b]);
         }
       }
     }
   } else {  // neighbouring threads have neighbouring pixels, and go through the channels
-    constexpr int kPixels = Window::kRows * Window::kColumns;
-    constexpr int kTeams = Threads >= 2 * kPixels ? 2 : 1, kSteps = Window::kQuads / kTeams;
+    constexpr unsigned kPixels = Window::kRows * Window::kColumns;
     CARAFE_ROLLED
-    for (unsigned place = thread; place < kTeams * kPixels; place += Threads) {
-      const int team = place / kPixels, pixel = place % kPixels, i = pixel / Window::kColumns;
-      const int j = pixel % Window::kColumns, first_quad = team * kSteps;
-      const bool inside = image.inside(row + i, column + j);
-      const T* from = item + image.offset(first_quad * kQuad, row + i, column + j);
-      T* const target = to + Window::at(i, j) + first_quad * kQuad;
+    for (unsigned pixel = thread; pixel < kPixels; pixel += threads) {
+      const int i = static_cast<int>(pixel / Window::kColumns), j = static_cast<int>(pixel % Window::kColumns);
+      const int left = image.inside(row + i, column + j) ? channels : 0;
+      const T* from = item + image.offset(0, row + i, column + j);
+      T* target = to + Window::at(i, j);
       CARAFE_ROLLED
-      for (int first = 0; first < kSteps; first += kAtOnce) {
-        Quad<T> quads[kAtOnce] = {};
-        CARAFE_UNROLL
-        for (int b = 0; b < kAtOnce; ++b) {
-          if (!inside || (first_quad + first + b) * kQuad >= channels) continue;
+      for (int first = 0; first < Window::kChannels; first += kAtOnce * kChannels) {
+        Unit units[kAtOnce] = {};
+        if (first + kAtOnce * kChannels <= left) {
           CARAFE_UNROLL
-          for (int c = 0; c < kQuad; ++c) quads[b].values[c] = from[(b * kQuad + c) * image.channel_stride];
+          for (int b = 0; b < kAtOnce; ++b) {
+            CARAFE_UNROLL
+            for (int c = 0; c < kChannels; ++c) {
+              units[b].values[c] = *from;
+              from += image.channel_stride;
+            }
+          }
+        } else {
+          CARAFE_UNROLL
+          for (int b = 0; b < kAtOnce; ++b) {
+            CARAFE_UNROLL
+            for (int c = 0; c < kChannels; ++c) {
+              if (first + b * kChannels + c < left)
+                units[b].values[c] = from[(b * kChannels + c) * image.channel_stride];
+            }
+          }
         }
-        from += kAtOnce * kQuad * image.channel_stride;
         CARAFE_UNROLL
-        for (int b = 0; b < kAtOnce; ++b) store(target + (first + b) * kQuad, quads[b]);
+        for (int b = 0; b < kAtOnce; ++b) store(target + b * kChannels, units[b]);
+        target += kAtOnce * kChannels;
       }
     }
   }
@@ -249,16 +297,23 @@ struct Tiling {
     return job;
   }
 
-  // About `wanted` blocks where there are as many chunks of channels: every split has the tile's weights to prepare.
+  // Splits the channels where that leaves less to do for the busiest multiprocessor, by a tenth at least: every split
+  // prepares the tile's weights, for a seventh of what a chunk of channels takes.
   static Tiling of(
       const Shape& shape, int64_t rows, int64_t columns, int64_t tile_row, int64_t tile_column, int64_t chunk,
-      int64_t wanted) {
+      int64_t multiprocessors) {
     const int64_t tile_rows = ceil_div(rows, tile_row), tile_columns = ceil_div(columns, tile_column);
     const int64_t tiles = tile_rows * tile_columns * shape.groups * shape.batch;
     const int64_t chunks = ceil_div(shape.group_channels(), chunk);
-    const int64_t most = std::max<int64_t>(1, std::min(chunks, wanted / tiles));
-    const int64_t share = ceil_div(chunks, most), splits = ceil_div(chunks, share);
+    const auto busy = [&](int64_t share) {
+      return double(ceil_div(tiles * ceil_div(chunks, share), multiprocessors)) * (double(share) + 1 / 7.0);
+    };
+    int64_t best = chunks;
+    for (int64_t share = chunks - 1; share >= 1; --share) {
+      if (busy(share) < 0.9 * busy(best)) best = share;
+    }
     const auto number = [](int64_t value) { return static_cast<int>(value); };
+    const int64_t splits = ceil_div(chunks, best);
     return {
         number(rows),
         number(columns),
@@ -268,7 +323,7 @@ struct Tiling {
         number(shape.groups),
         number(shape.group_channels()),
         number(splits),
-        number(share * chunk),
+        number(best * chunk),
         tiles * splits};
   }
 };

@@ -1,5 +1,4 @@
-// Reassembly kernels in registers: a thread, or eight of them that share a kernel's taps, loads its logits once and
-// normalises them.
+// Reassembly kernels: a thread has the logits of one in registers, and normalises them there.
 #pragma once
 
 #include "normalizer.h"
@@ -46,90 +45,133 @@ bool make_kernel_map(const Map<T>& map, const Shape& shape, Normalizer normalize
   return true;
 }
 
-// Threads that share a kernel: where channels are neighbours in memory, so are the taps.
-constexpr int kTapLanes = 8;
-
-// A kernel that `Lanes` neighbouring threads share, tap i x Lanes + lane being one of the thread's.
-template <class G, int Lanes>
+// A kernel in registers.
+template <class G>
 struct OwnKernel {
-  static constexpr int kOwn = (G::kTaps + Lanes - 1) / Lanes;
-  float values[kOwn];
-
-  __device__ __forceinline__ static int tap(int i, int lane) { return i * Lanes + lane; }
-  __device__ __forceinline__ static bool has(int i, int lane) {
-    return (i + 1) * Lanes <= G::kTaps || tap(i, lane) < G::kTaps;
-  }
+  float values[G::kTaps];
 
   template <class Function>
-  __device__ __forceinline__ static void each(int lane, const Function& function) {
+  __device__ __forceinline__ static void each(const Function& function) {
     CARAFE_UNROLL
-    for (int i = 0; i < kOwn; ++i) {
-      if (has(i, lane)) function(i, tap(i, lane));
-    }
+    for (int tap = 0; tap < G::kTaps; ++tap) function(tap);
   }
 
-  template <class Combine>
-  __device__ __forceinline__ static float combine(float value, const Combine& function) {
-    CARAFE_UNROLL
-    for (int step = 1; step < Lanes; step *= 2) value = function(value, __shfl_xor_sync(~0u, value, step));
-    return value;
-  }
-
-  // Zeros where `from` is null.
-  template <class T>
-  __device__ __forceinline__ void load(const T* from, int tap_stride, int lane) {
-    CARAFE_UNROLL
-    for (int i = 0; i < kOwn; ++i) values[i] = 0;
-    if (from == nullptr) return;
-    const T* at = from + lane * tap_stride;
-    each(lane, [&](int i, int) {
-      values[i] = widen(*at);
-      at += Lanes * tap_stride;
-    });
-  }
-
-  // From logits to weights.
-  __device__ __forceinline__ void normalize(Normalizer normalizer, int lane) {
+  // From logits to weights: sigmoid is exp(log sigmoid), and sigmoid over its sum the softmax of that.
+  __device__ __forceinline__ void normalize(Normalizer normalizer) {
     if (normalizer == Normalizer::none) return;
-    if (normalizer == Normalizer::sigmoid) {
-      each(lane, [&](int i, int) { values[i] = sigmoid(values[i], 0.0f); });
-      return;
-    }
-    float largest = values[0];  // every thread has at least one
-    each(lane, [&](int i, int) { largest = fmaxf(largest, values[i]); });
-    largest = combine(largest, [](float a, float b) { return fmaxf(a, b); });
-    // The common factor e^-min(largest, 0) keeps a quotient of vanishing sigmoids from becoming 0 / 0.
-    const float shift = normalizer == Normalizer::softmax ? largest : fminf(largest, 0.0f);
-    if (normalizer == Normalizer::softmax) {
-      each(lane, [&](int i, int) { values[i] = exponential(values[i] - shift); });
-    } else {
-      each(lane, [&](int i, int) { values[i] = sigmoid(values[i], shift); });
-    }
+    if (normalizer != Normalizer::softmax) each([&](int tap) { values[tap] = log_sigmoid(values[tap]); });
+    float largest = values[0];
+    each([&](int tap) { largest = fmaxf(largest, values[tap]); });
+    const float shift = normalizer == Normalizer::sigmoid ? 0 : largest;
     float sum = 0;
-    each(lane, [&](int i, int) { sum += values[i]; });
-    const float factor = quotient(1.0f, combine(sum, [](float a, float b) { return a + b; }));
-    each(lane, [&](int i, int) { values[i] *= factor; });
+    each([&](int tap) { sum += values[tap] = exponential(values[tap] - shift); });
+    const float factor = normalizer == Normalizer::sigmoid ? 1 : quotient(1.0f, sum);
+    each([&](int tap) { values[tap] *= factor; });
   }
 };
 
-// Calls function(own, kernel, lane) for each of `Count` kernels, with what own_kernel(kernel) points at loaded and
-// normalised.
-template <class G, int Lanes, int Count, int Threads, class Pointer, class Function>
-__device__ __forceinline__ void for_each_kernel(
-    unsigned thread, int tap_stride, Normalizer normalizer, const Pointer& pointer, const Function& function) {
-  constexpr int kRounds = (Count * Lanes + Threads - 1) / Threads;
-  CARAFE_ROLLED
-  for (int round = 0; round < kRounds; ++round) {
-    const unsigned item = round * Threads + thread;
-    const int kernel = static_cast<int>(item / Lanes), lane = static_cast<int>(item % Lanes);
-    const bool exists = kernel < Count;
-    if (Lanes == 1 && !exists) return;  // where threads exchange sums, all of a warp stay
-    OwnKernel<G, Lanes> own;
-    own.load(exists ? pointer(kernel) : nullptr, tap_stride, lane);
-    own.normalize(normalizer, lane);
-    if (exists) function(own, kernel, lane);
+struct Site {
+  int row, column;
+};
+
+// Moves the kernels of `Sites` sites, a thread of `Threads` having one of them, between registers and global memory.
+// site(i) says where a site lies; kernel i is phase i % phases of site i / phases.
+template <class G, int Sites, int Threads>
+struct KernelTransfer {
+  static constexpr int kCount = Sites * G::kPhases;
+  static constexpr int kEach = (kCount * G::kTaps + Threads - 1) / Threads;
+  static_assert(kCount <= Threads, "a thread has one kernel");
+
+  template <class T, class Where>
+  static __device__ __forceinline__ T* pointer(
+      const KernelMap<T>& kernels, int n, int group, const Where& site, int kernel) {
+    const Site at = site(kernel / G::kPhases);
+    return kernels.template kernel<G>(n, group, at.row, at.column, kernel % G::kPhases);
   }
-}
+
+  // Where channels are neighbours in memory, so are a kernel's taps: neighbouring threads move these, and exchange them
+  // through shared memory, of kCount x taps elements. Calls function(i, element of shared memory, pointer) for the
+  // thread's elements; the pointer is null where there is no kernel.
+  template <class T, class Where, class Function>
+  static __device__ __forceinline__ void each_element(
+      const KernelMap<T>& kernels, int n, int group, const Where& site, unsigned thread, const Function& function) {
+    CARAFE_UNROLL
+    for (int i = 0; i < kEach; ++i) {
+      const unsigned element = i * Threads + thread;
+      if ((i + 1) * Threads > kCount * G::kTaps && element >= kCount * G::kTaps) continue;
+      // A pixel of the masks has a kernel; one of the logits, those of all phases of a site, phase by phase for each
+      // tap.
+      if (G::kPhases > 1 && kernels.from_logits) {
+        constexpr unsigned kChannels = G::kTaps * G::kPhases;
+        T* const first = pointer(kernels, n, group, site, static_cast<int>(element / kChannels) * G::kPhases);
+        function(i, element, first == nullptr ? nullptr : first + element % kChannels);
+      } else {
+        T* const first = pointer(kernels, n, group, site, static_cast<int>(element / G::kTaps));
+        function(i, element, first == nullptr ? nullptr : first + element % G::kTaps);
+      }
+    }
+  }
+  // A tap of a kernel there.
+  static __device__ __forceinline__ int element(bool from_logits, int kernel, int tap) {
+    return G::kPhases > 1 && from_logits
+               ? kernel / G::kPhases * G::kTaps * G::kPhases + tap * G::kPhases + kernel % G::kPhases
+               : kernel * G::kTaps + tap;
+  }
+
+  // Zeros where there is no kernel. `exchange` may be written to again once every thread has come back.
+  template <class T, class Where>
+  static __device__ __forceinline__ OwnKernel<G> load(
+      const KernelMap<const T>& kernels, int n, int group, const Where& site, unsigned thread, T* exchange) {
+    OwnKernel<G> own = {};
+    const int kernel = static_cast<int>(thread);
+    if (kernels.image.channels_last) {
+      T values[kEach];
+      each_element(kernels, n, group, site, thread, [&](int i, unsigned, const T* from) {
+        values[i] = from == nullptr ? T{} : *from;
+      });
+      each_element(
+          kernels, n, group, site, thread, [&](int i, unsigned element, const T*) { exchange[element] = values[i]; });
+      __syncthreads();
+      if (kernel < kCount) {
+        own.each([&](int tap) { own.values[tap] = widen(exchange[element(kernels.from_logits, kernel, tap)]); });
+      }
+      __syncthreads();
+    } else if (kernel < kCount) {
+      const T* from = pointer(kernels, n, group, site, kernel);
+      if (from != nullptr) {
+        own.each([&](int tap) {
+          own.values[tap] = widen(*from);
+          from += kernels.tap_stride;
+        });
+      }
+    }
+    return own;
+  }
+
+  // `exchange` must not be read or written by others.
+  template <class T, class Where>
+  static __device__ __forceinline__ void store(
+      const KernelMap<T>& kernels, int n, int group, const Where& site, unsigned thread, T* exchange,
+      const OwnKernel<G>& own) {
+    const int kernel = static_cast<int>(thread);
+    if (kernels.image.channels_last) {
+      if (kernel < kCount) {
+        own.each([&](int tap) { exchange[element(kernels.from_logits, kernel, tap)] = narrow<T>(own.values[tap]); });
+      }
+      __syncthreads();
+      each_element(kernels, n, group, site, thread, [&](int, unsigned element, T* to) {
+        if (to != nullptr) *to = exchange[element];
+      });
+    } else if (kernel < kCount) {
+      T* to = pointer(kernels, n, group, site, kernel);
+      if (to == nullptr) return;
+      own.each([&](int tap) {
+        *to = narrow<T>(own.values[tap]);
+        to += kernels.tap_stride;
+      });
+    }
+  }
+};
 
 // The weights of a rectangle of sites in shared memory: [tap][site][phase], a quad more for each tap so that the taps
 // of a kernel lie in different banks.
@@ -140,23 +182,17 @@ struct StagedWeights {
   static constexpr int kSize = G::kTaps * kTap;
 
   // Of the sites from (row, column) on; zeros where there is no kernel.
-  template <int Threads, class T>
+  template <class T>
   static __device__ __forceinline__ void stage(
       const KernelMap<const T>& kernels, Normalizer normalizer, int n, int group, int row, int column, unsigned thread,
       float* to) {
-    const auto pointer = [&](int kernel) {
-      const int site = kernel / G::kPhases, phase = kernel % G::kPhases;
-      return kernels.template kernel<G>(n, group, row + site / Columns, column + site % Columns, phase);
-    };
-    const auto keep = [&](const auto& own, int kernel, int lane) {
-      own.each(lane, [&](int i, int tap) { to[tap * kTap + kernel] = own.values[i]; });
-    };
-    constexpr int kCount = kSites * G::kPhases;
-    if (kernels.image.channels_last) {
-      for_each_kernel<G, kTapLanes, kCount, Threads>(thread, kernels.tap_stride, normalizer, pointer, keep);
-    } else {
-      for_each_kernel<G, 1, kCount, Threads>(thread, kernels.tap_stride, normalizer, pointer, keep);
-    }
+    using Transfer = KernelTransfer<G, kSites, kThreads>;
+    auto own = Transfer::load(
+        kernels, n, group, [&](int site) { return Site{row + site / Columns, column + site % Columns}; }, thread,
+        reinterpret_cast<T*>(to));
+    if (thread >= Transfer::kCount) return;
+    own.normalize(normalizer);
+    own.each([&](int tap) { to[tap * kTap + thread] = own.values[tap]; });
   }
 };
 
