@@ -34,15 +34,13 @@ struct PackCall {
 
 template <class T, class G>
 __global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackCall<T> call) {
-  using Transfer = KernelTransfer<G, kThreads / G::kPhases, kThreads>;
-  __shared__ T exchange[Transfer::kCount * G::kTaps];
+  using Transfer = KernelTransfer<G, 1, kThreads / G::kPhases, kThreads>;
+  __shared__ T exchange[Transfer::kExchange];
   const int columns = call.kernels.columns, rows = call.kernels.rows;
   const unsigned strip = blockIdx.x % call.blocks_of_row, above = blockIdx.x / call.blocks_of_row;
   const int row = static_cast<int>(above % rows), item = static_cast<int>(above / rows);
   const int first = static_cast<int>(strip * (kThreads / G::kPhases));
-  auto own = Transfer::load(
-      call.kernels, item / call.groups, item % call.groups, [&](int site) { return Site{row, first + site}; },
-      threadIdx.x, exchange);
+  auto own = Transfer::load(call.kernels, item / call.groups, item % call.groups, row, first, threadIdx.x, exchange);
   const int at = first * G::kPhases + static_cast<int>(threadIdx.x), pitch = columns * G::kPhases;
   if (at >= pitch) return;
   own.normalize(call.normalizer);
@@ -178,8 +176,7 @@ __global__ void __launch_bounds__(kThreads, 4) grad_features_tile(const __grid_c
 
   const unsigned thread = threadIdx.x;
   const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
-  const int lane = thread % kLanes, strip = thread / kLanes;
-  const int row = strip / (kTileColumns / kStrip), column = strip % (kTileColumns / kStrip) * kStrip;
+  const auto [row, column, lane] = Place::of(thread, call.grad.channels_last);
   const T* const grad_output = call.grad_output.item(job.n);
   T* const grad = call.grad.item(job.n);
   const int first_row = job.row - Tile::kBefore, first_column = job.column - Tile::kBefore;

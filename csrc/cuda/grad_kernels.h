@@ -32,8 +32,9 @@ struct GradKernelsTile {
   using GradPatch = Window<kTileRows * G::kUp, kTileColumns * G::kUp, kQuads, kQuad, G::kUp>;
   using Sums = StagedWeights<G, kTileRows, kTileColumns>;
   static constexpr int kStaged = (Patch::kSize + GradPatch::kSize) * int(sizeof(T));
-  static constexpr int kMeeting = Sums::kSize * int(sizeof(float));
-  static constexpr int kExchanged = kTileSites * G::kPhases * G::kTaps * int(sizeof(T));
+  static constexpr int kMeeting = G::kTaps * Sums::kTap * int(sizeof(float));
+  using Transfer = KernelTransfer<G, kTileRows, kTileColumns, kThreads>;
+  static constexpr int kExchanged = Transfer::kExchange * int(sizeof(T));
   static constexpr int kBytes = kStaged > kMeeting + kExchanged ? kStaged : kMeeting + kExchanged;
 };
 
@@ -51,24 +52,24 @@ __device__ __forceinline__ void differentiate(
   });
 }
 
-// Writes a kernel's gradient, which add(kernel, grad) adds to zeros; `exchange` has room for all kernels.
-template <class G, int Sites, int Threads, class T, class Where, class Add>
+// Writes the gradient to a rectangle of kernels, what add(kernel, grad) adds to zeros for each.
+template <class Transfer, class G, class T, class Add>
 __device__ __forceinline__ void finish_kernels(
-    const GradKernelsCall<T>& call, int n, int group, const Where& site, unsigned thread, T* exchange, const Add& add) {
-  using Transfer = KernelTransfer<G, Sites, Threads>;
+    const GradKernelsCall<T>& call, int n, int group, int row, int column, unsigned thread, T* exchange,
+    const Add& add) {
   OwnKernel<G> weights = {}, grad = {};
   if (call.normalizer != Normalizer::none) {
-    weights = Transfer::load(call.kernels, n, group, site, thread, exchange);
+    weights = Transfer::load(call.kernels, n, group, row, column, thread, exchange);
     weights.normalize(call.normalizer);
   }
   if (thread < Transfer::kCount) {
     add(static_cast<int>(thread), grad);
     if (call.normalizer != Normalizer::none) {
-      const T* const logits = Transfer::pointer(call.kernels, n, group, site, static_cast<int>(thread));
+      const T* const logits = Transfer::pointer(call.kernels, n, group, row, column, static_cast<int>(thread));
       differentiate(call.normalizer, weights, logits, call.kernels.tap_stride, grad);
     }
   }
-  Transfer::store(call.grad, n, group, site, thread, exchange, grad);
+  Transfer::store(call.grad, n, group, row, column, thread, exchange, grad);
 }
 
 template <class T, class G>
@@ -171,10 +172,8 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
     }
   }
   __syncthreads();
-  finish_kernels<G, kTileSites, Tile::kThreads>(
-      call, job.n, job.group,
-      [&](int site) { return Site{job.row + site / kTileColumns, job.column + site % kTileColumns}; }, renew(thread),
-      reinterpret_cast<T*>(meeting + Sums::kSize),
+  finish_kernels<typename Tile::Transfer, G>(
+      call, job.n, job.group, job.row, job.column, renew(thread), reinterpret_cast<T*>(meeting + G::kTaps * Sums::kTap),
       [&](int kernel, OwnKernel<G>& grad) {
         grad.each([&](int tap) { grad.values[tap] += meeting[tap * Sums::kTap + kernel]; });
       });
@@ -184,15 +183,14 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
 template <class T, class G>
 __global__ void __launch_bounds__(kThreads)
     finish_splits(const __grid_constant__ GradKernelsCall<T> call, unsigned blocks_of_row) {
-  constexpr int kSites = kThreads / G::kPhases;
-  __shared__ T exchange[kSites * G::kPhases * G::kTaps];
+  using Transfer = KernelTransfer<G, 1, kThreads / G::kPhases, kThreads>;
+  __shared__ T exchange[Transfer::kExchange];
   const int rows = call.tiling.rows, pitch = call.tiling.columns * G::kPhases;
   const unsigned strip = blockIdx.x % blocks_of_row, above = blockIdx.x / blocks_of_row;
   const int row = static_cast<int>(above % rows), item = static_cast<int>(above / rows);
-  const int first = static_cast<int>(strip) * kSites;
-  finish_kernels<G, kSites, kThreads>(
-      call, item / call.tiling.groups, item % call.tiling.groups, [&](int site) { return Site{row, first + site}; },
-      threadIdx.x, exchange,
+  const int first = static_cast<int>(strip) * Transfer::kSites;
+  finish_kernels<Transfer, G>(
+      call, item / call.tiling.groups, item % call.tiling.groups, row, first, threadIdx.x, exchange,
       [&](int kernel, OwnKernel<G>& grad) {
         if (first * G::kPhases + kernel >= pitch) return;
         const float* at = call.partial + (int64_t(item) * rows + row) * G::kTaps * pitch + first * G::kPhases + kernel;

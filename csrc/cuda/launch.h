@@ -56,7 +56,8 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, bool* f
   int multiprocessors = 0;
   if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
   arguments.tiling = Tiling::of(
-      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors);
+      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors,
+      1 / 7.0, 0);
   *found = arguments.tiling.blocks <= kMostBlocks;
   if (!*found) return cudaSuccess;
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
@@ -95,7 +96,7 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
     using Tile = GradFeaturesTile<T, G>;
     arguments.tiling = Tiling::of(
         shape, ceil_div(shape.height, G::kDown), ceil_div(shape.width, G::kDown), kTileRows, kTileColumns, Tile::kChunk,
-        multiprocessors);
+        multiprocessors, 1 / 7.0, 0);
     *found = arguments.tiling.blocks <= kMostBlocks;
     if (!*found) return cudaSuccess;
     return launch_kernel(queue, grad_features_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
@@ -104,7 +105,8 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
     const int64_t strips =
         ceil_div(shape.width, Strip::kColumns) * ceil_div(group, Strip::kChunk) * shape.groups * shape.batch;
     const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, multiprocessors);
-    arguments.tiling = Tiling::of(shape, shape.height, shape.width, rows, Strip::kColumns, Strip::kChunk, kMostBlocks);
+    arguments.tiling =
+        Tiling::of(shape, shape.height, shape.width, rows, Strip::kColumns, Strip::kChunk, kMostBlocks, 0, 0);
     PackCall<T> pack = {nullptr, arguments.kernels, arguments.normalizer, arguments.tiling.groups, 0};
     pack.blocks_of_row = static_cast<unsigned>(ceil_div(int64_t(arguments.kernels.columns) * G::kPhases, kThreads));
     const int64_t row_blocks = int64_t(pack.blocks_of_row) * arguments.kernels.rows * arguments.tiling.items;
@@ -141,7 +143,8 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* 
   int multiprocessors = 0;
   if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
   const int rows = arguments.grad.rows, columns = arguments.grad.columns;
-  arguments.tiling = Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors);
+  arguments.tiling =
+      Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors, 1 / 7.0, 1);
   const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
   const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
   *found = arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks;

@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_tile(const __grid_cons
 
   const unsigned thread = threadIdx.x;
   const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
-  const int lane = thread % kLanes, strip = thread / kLanes;
-  const int row = strip / (kTileColumns / kStrip), column = strip % (kTileColumns / kStrip) * kStrip;
+  const auto [row, column, lane] = Place::of(thread, call.output.channels_last);
   const T* const features = call.features.item(job.n);
   T* const output = call.output.item(job.n);
   const int first_row = job.row * G::kDown - G::kRadius, first_column = job.column * G::kDown - G::kRadius;

@@ -92,6 +92,22 @@ __device__ __forceinline__ unsigned renew(unsigned number) {
   return number;
 }
 
+// A thread's place among those of a tile: its strip of sites, and which channels. Eight threads that follow one another
+// have the same four strips, whose pixels lie in different banks, and two units of channels; a warp writes as much as
+// it can of what lies together: eight strips of a row, or all channels.
+struct Place {
+  int row, column, lane;
+
+  static __device__ __forceinline__ Place of(unsigned thread, bool channels_last) {
+    static_assert(kLanes == 8 && kTileColumns / kStrip == 8, "three bits each");
+    const unsigned low = thread & 1, strips = thread >> 1 & 3, next = thread >> 3 & 3, warp = thread >> 5;
+    // The two next bits are those of the channels, or the strip's last one and another of the channels.
+    const unsigned strip = channels_last ? strips | (warp & 1) << 2 : strips | (next & 1) << 2;
+    const unsigned lane = channels_last ? low | next << 1 : low | (next & 2) | (warp & 1) << 2;
+    return {static_cast<int>(warp >> 1), static_cast<int>(strip) * kStrip, static_cast<int>(lane)};
+  }
+};
+
 // Elements that one instruction loads or stores.
 template <class T, int Count>
 struct alignas(Count * sizeof(T)) Vector {
@@ -297,20 +313,23 @@ struct Tiling {
     return job;
   }
 
-  // Splits the channels where that leaves less to do for the busiest multiprocessor, by a tenth at least: every split
-  // prepares the tile's weights, for a seventh of what a chunk of channels takes.
+  // Splits the channels where that leaves less to do for the busiest multiprocessor, by a tenth at least, which waits
+  // for memory less the more blocks it has; so that every multiprocessor has one. `preparing` and `meeting`: what a
+  // block takes for the weights, and one of several for a second pass, in chunks of channels.
   static Tiling of(
       const Shape& shape, int64_t rows, int64_t columns, int64_t tile_row, int64_t tile_column, int64_t chunk,
-      int64_t multiprocessors) {
+      int64_t multiprocessors, double preparing, double meeting) {
     const int64_t tile_rows = ceil_div(rows, tile_row), tile_columns = ceil_div(columns, tile_column);
     const int64_t tiles = tile_rows * tile_columns * shape.groups * shape.batch;
     const int64_t chunks = ceil_div(shape.group_channels(), chunk);
-    const auto busy = [&](int64_t share) {
-      return double(ceil_div(tiles * ceil_div(chunks, share), multiprocessors)) * (double(share) + 1 / 7.0);
+    const auto blocks_of = [&](int64_t share) { return tiles * ceil_div(chunks, share); };
+    const auto time = [&](int64_t share) {
+      const double all = double(share) + preparing + (share < chunks ? meeting : 0);
+      return double(ceil_div(blocks_of(share), multiprocessors) + 1) * all;
     };
     int64_t best = chunks;
     for (int64_t share = chunks - 1; share >= 1; --share) {
-      if (busy(share) < 0.9 * busy(best)) best = share;
+      if (time(share) < 0.9 * time(best) || blocks_of(best) < std::min(multiprocessors, blocks_of(1))) best = share;
     }
     const auto number = [](int64_t value) { return static_cast<int>(value); };
     const int64_t splits = ceil_div(chunks, best);

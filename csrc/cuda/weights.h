@@ -70,74 +70,93 @@ struct OwnKernel {
   }
 };
 
-struct Site {
-  int row, column;
-};
-
-// Moves the kernels of `Sites` sites, a thread of `Threads` having one of them, between registers and global memory.
-// site(i) says where a site lies; kernel i is phase i % phases of site i / phases.
-template <class G, int Sites, int Threads>
+// Moves the kernels of a rectangle of Rows x Columns sites, a thread of `Threads` having one of them, between registers
+// and global memory. Kernel i is phase i % phases of site i / phases.
+//
+// Where channels are neighbours in memory, so are a kernel's taps: neighbouring threads move these, and exchange them
+// through shared memory, pixel by pixel: of the masks, with a kernel each, or of the logits, with those of a site, tap
+// by tap. Rows are half of the banks apart, for the two rows of phases that a warp reads at once.
+template <class G, int Rows, int Columns, int Threads>
 struct KernelTransfer {
-  static constexpr int kCount = Sites * G::kPhases;
-  static constexpr int kEach = (kCount * G::kTaps + Threads - 1) / Threads;
+  static constexpr int kSites = Rows * Columns, kCount = kSites * G::kPhases;
+  static constexpr int kElements = kCount * G::kTaps;
+  static constexpr int kEach = (kElements + Threads - 1) / Threads;  // of a thread
+  static constexpr int kRowPadding = G::kUp > 1 ? 16 : 0;
+  static constexpr int kExchange = kElements + Rows * G::kUp * kRowPadding;
   static_assert(kCount <= Threads, "a thread has one kernel");
 
-  template <class T, class Where>
+  template <class T>
   static __device__ __forceinline__ T* pointer(
-      const KernelMap<T>& kernels, int n, int group, const Where& site, int kernel) {
-    const Site at = site(kernel / G::kPhases);
-    return kernels.template kernel<G>(n, group, at.row, at.column, kernel % G::kPhases);
+      const KernelMap<T>& kernels, int n, int group, int row, int column, int kernel) {
+    const int site = kernel / G::kPhases;
+    return kernels.template kernel<G>(n, group, row + site / Columns, column + site % Columns, kernel % G::kPhases);
   }
 
-  // Where channels are neighbours in memory, so are a kernel's taps: neighbouring threads move these, and exchange them
-  // through shared memory, of kCount x taps elements. Calls function(i, element of shared memory, pointer) for the
-  // thread's elements; the pointer is null where there is no kernel.
-  template <class T, class Where, class Function>
+  // An element of the thread's: where it lies in shared memory, and in global memory if it exists.
+  template <int Scale, int Channels, class T, class Function>
   static __device__ __forceinline__ void each_element(
-      const KernelMap<T>& kernels, int n, int group, const Where& site, unsigned thread, const Function& function) {
+      const KernelMap<T>& kernels, T* item, int row, int column, unsigned thread, const Function& function) {
+    constexpr unsigned kRow = Columns * Scale * Channels;
+    const int height = Scale == G::kUp ? kernels.out_height : kernels.rows;
+    const int width = Scale == G::kUp ? kernels.out_width : kernels.columns;
+    T* const first = item + kernels.image.offset(0, row * Scale, column * Scale);
     CARAFE_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      const unsigned element = i * Threads + thread;
-      if ((i + 1) * Threads > kCount * G::kTaps && element >= kCount * G::kTaps) continue;
-      // A pixel of the masks has a kernel; one of the logits, those of all phases of a site, phase by phase for each
-      // tap.
-      if (G::kPhases > 1 && kernels.from_logits) {
-        constexpr unsigned kChannels = G::kTaps * G::kPhases;
-        T* const first = pointer(kernels, n, group, site, static_cast<int>(element / kChannels) * G::kPhases);
-        function(i, element, first == nullptr ? nullptr : first + element % kChannels);
-      } else {
-        T* const first = pointer(kernels, n, group, site, static_cast<int>(element / G::kTaps));
-        function(i, element, first == nullptr ? nullptr : first + element % G::kTaps);
-      }
+    for (int e = 0; e < kEach; ++e) {
+      const unsigned element = e * Threads + thread;
+      if ((e + 1) * Threads > kElements && element >= kElements) continue;
+      const int i = static_cast<int>(element / kRow), rest = static_cast<int>(element % kRow);
+      const int j = static_cast<int>(static_cast<unsigned>(rest) / Channels), channel = rest - j * Channels;
+      const bool exists = static_cast<unsigned>(row * Scale + i) < static_cast<unsigned>(height) &&
+                          static_cast<unsigned>(column * Scale + j) < static_cast<unsigned>(width);
+      function(
+          e, i * static_cast<int>(kRow + kRowPadding) + rest, exists,
+          first + (i * kernels.image.row_stride + j * kernels.image.column_stride + channel));
     }
   }
-  // A tap of a kernel there.
-  static __device__ __forceinline__ int element(bool from_logits, int kernel, int tap) {
-    return G::kPhases > 1 && from_logits
-               ? kernel / G::kPhases * G::kTaps * G::kPhases + tap * G::kPhases + kernel % G::kPhases
-               : kernel * G::kTaps + tap;
+  template <class T, class Function>
+  static __device__ __forceinline__ void each_element(
+      const KernelMap<T>& kernels, int n, int group, int row, int column, unsigned thread, const Function& function) {
+    T* const item = kernels.image.item(n);
+    if (G::kPhases > 1 && kernels.from_logits) {
+      constexpr int kChannels = G::kTaps * G::kPhases;
+      each_element<1, kChannels>(kernels, item + group * kChannels, row, column, thread, function);
+    } else {
+      each_element<G::kUp, G::kTaps>(kernels, item + group * G::kTaps, row, column, thread, function);
+    }
+  }
+  // The first tap of a kernel in shared memory; the next ones lie `step` on.
+  static __device__ __forceinline__ int exchanged(bool from_logits, int kernel, int* step) {
+    const int site = kernel / G::kPhases, phase = kernel % G::kPhases, i = site / Columns, j = site % Columns;
+    const bool by_site = G::kPhases > 1 && from_logits;
+    *step = by_site ? G::kPhases : 1;
+    constexpr int kRow = Columns * G::kPhases * G::kTaps + kRowPadding;
+    constexpr int kFineRow = Columns * G::kUp * G::kTaps + kRowPadding;
+    return by_site ? i * kRow + j * G::kPhases * G::kTaps + phase
+                   : (i * G::kUp + phase / G::kUp) * kFineRow + (j * G::kUp + phase % G::kUp) * G::kTaps;
   }
 
   // Zeros where there is no kernel. `exchange` may be written to again once every thread has come back.
-  template <class T, class Where>
+  template <class T>
   static __device__ __forceinline__ OwnKernel<G> load(
-      const KernelMap<const T>& kernels, int n, int group, const Where& site, unsigned thread, T* exchange) {
+      const KernelMap<const T>& kernels, int n, int group, int row, int column, unsigned thread, T* exchange) {
     OwnKernel<G> own = {};
     const int kernel = static_cast<int>(thread);
     if (kernels.image.channels_last) {
       T values[kEach];
-      each_element(kernels, n, group, site, thread, [&](int i, unsigned, const T* from) {
-        values[i] = from == nullptr ? T{} : *from;
+      each_element(kernels, n, group, row, column, thread, [&](int e, int, bool exists, const T* from) {
+        values[e] = exists ? *from : T{};
       });
       each_element(
-          kernels, n, group, site, thread, [&](int i, unsigned element, const T*) { exchange[element] = values[i]; });
+          kernels, n, group, row, column, thread, [&](int e, int at, bool, const T*) { exchange[at] = values[e]; });
       __syncthreads();
-      if (kernel < kCount) {
-        own.each([&](int tap) { own.values[tap] = widen(exchange[element(kernels.from_logits, kernel, tap)]); });
+      if (kernel < kCount && pointer(kernels, n, group, row, column, kernel) != nullptr) {
+        int step;
+        const T* from = exchange + exchanged(kernels.from_logits, kernel, &step);
+        own.each([&](int tap) { own.values[tap] = widen(from[tap * step]); });
       }
       __syncthreads();
     } else if (kernel < kCount) {
-      const T* from = pointer(kernels, n, group, site, kernel);
+      const T* from = pointer(kernels, n, group, row, column, kernel);
       if (from != nullptr) {
         own.each([&](int tap) {
           own.values[tap] = widen(*from);
@@ -149,21 +168,23 @@ struct KernelTransfer {
   }
 
   // `exchange` must not be read or written by others.
-  template <class T, class Where>
+  template <class T>
   static __device__ __forceinline__ void store(
-      const KernelMap<T>& kernels, int n, int group, const Where& site, unsigned thread, T* exchange,
+      const KernelMap<T>& kernels, int n, int group, int row, int column, unsigned thread, T* exchange,
       const OwnKernel<G>& own) {
     const int kernel = static_cast<int>(thread);
     if (kernels.image.channels_last) {
       if (kernel < kCount) {
-        own.each([&](int tap) { exchange[element(kernels.from_logits, kernel, tap)] = narrow<T>(own.values[tap]); });
+        int step;
+        T* const to = exchange + exchanged(kernels.from_logits, kernel, &step);
+        own.each([&](int tap) { to[tap * step] = narrow<T>(own.values[tap]); });
       }
       __syncthreads();
-      each_element(kernels, n, group, site, thread, [&](int, unsigned element, T* to) {
-        if (to != nullptr) *to = exchange[element];
+      each_element(kernels, n, group, row, column, thread, [&](int, int at, bool exists, T* to) {
+        if (exists) *to = exchange[at];
       });
     } else if (kernel < kCount) {
-      T* to = pointer(kernels, n, group, site, kernel);
+      T* to = pointer(kernels, n, group, row, column, kernel);
       if (to == nullptr) return;
       own.each([&](int tap) {
         *to = narrow<T>(own.values[tap]);
@@ -179,17 +200,15 @@ template <class G, int Rows, int Columns>
 struct StagedWeights {
   static constexpr int kSites = Rows * Columns;
   static constexpr int kTap = (kSites * G::kPhases + kQuad - 1) / kQuad * kQuad + kQuad;
-  static constexpr int kSize = G::kTaps * kTap;
+  using Transfer = KernelTransfer<G, Rows, Columns, kThreads>;  // what it exchanges lies where the weights will
+  static constexpr int kSize = std::max(G::kTaps * kTap, Transfer::kExchange / kQuad * kQuad + kQuad);
 
   // Of the sites from (row, column) on; zeros where there is no kernel.
   template <class T>
   static __device__ __forceinline__ void stage(
       const KernelMap<const T>& kernels, Normalizer normalizer, int n, int group, int row, int column, unsigned thread,
       float* to) {
-    using Transfer = KernelTransfer<G, kSites, kThreads>;
-    auto own = Transfer::load(
-        kernels, n, group, [&](int site) { return Site{row + site / Columns, column + site % Columns}; }, thread,
-        reinterpret_cast<T*>(to));
+    auto own = Transfer::load(kernels, n, group, row, column, thread, reinterpret_cast<T*>(to));
     if (thread >= Transfer::kCount) return;
     own.normalize(normalizer);
     own.each([&](int tap) { to[tap * kTap + thread] = own.values[tap]; });
