@@ -33,7 +33,7 @@ struct PackCall {
 };
 
 template <class T, class G>
-__global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackCall<T> call) {
+__global__ void __launch_bounds__(kThreads, 4) pack_weights(const __grid_constant__ PackCall<T> call) {
   using Transfer = KernelTransfer<G, 1, kThreads / G::kPhases, kThreads>;
   __shared__ T exchange[Transfer::kExchange];
   const int columns = call.kernels.columns, rows = call.kernels.rows;

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
 
 // The second pass: a thread adds the splits' sums of a kernel.
 template <class T, class G>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     finish_splits(const __grid_constant__ GradKernelsCall<T> call, unsigned blocks_of_row) {
   using Transfer = KernelTransfer<G, 1, kThreads / G::kPhases, kThreads>;
   __shared__ T exchange[Transfer::kExchange];
