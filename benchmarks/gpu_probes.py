@@ -48,6 +48,9 @@ from carafe_plugin.testing import TOLERANCES, random_case, relative_error
 
 Result = dict[str, Any]  # 'ok', and what was found
 SMALL_SCALES: tuple[Fraction, ...] = (Fraction(2), Fraction(3), Fraction(1, 2), Fraction(3, 2))
+# Channels, height, width, up and down of what the profiler counts: levels of a detector's FPN, and a backbone's stem.
+COUNTED = ((256, 25, 42, 2, 1), (256, 100, 168, 2, 1), (64, 200, 336, 1, 2))
+COUNTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_SLOWER = 1.02  # of a detector with our upsampler, against nearest
 
 
@@ -160,19 +163,20 @@ def counters(run: Run) -> Result:
     Before each call goes a kernel of torch's that waits for nothing: it divides the profiler's list.
     """
     calls: list[str] = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for problem in problems(run, dtype):
-            inputs = Inputs.random(problem)
-            for layout in (torch.contiguous_format, torch.channels_last):
-                features, grad_output = (
-                    tensor.detach().contiguous(memory_format=layout) for tensor in (inputs.features, inputs.grad_output)
-                )
-                if run.on_gpu:
-                    torch.cuda._sleep(1)
-                arguments = (features.requires_grad_(), inputs.logits, *problem.geometry)
-                torch.autograd.grad(reassemble_logits(*arguments, "softmax"), arguments[:2], grad_output)
-                words = (str(word).removeprefix("torch.") for word in (dtype, layout))
-                calls.append(" ".join([in_words(problem), *words]))
+    counted = ((8, 6, 8, 2, 1), (8, 6, 8, 1, 2)) if run.tiny else COUNTED
+    for (channels, height, width, up, down), dtype in itertools.product(counted, COUNTED_DTYPES):
+        problem = Problem(channels, height, width, up=up, down=down, dtype=dtype, device=run.device)
+        inputs = Inputs.random(problem)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            features, grad_output = (
+                tensor.detach().contiguous(memory_format=layout) for tensor in (inputs.features, inputs.grad_output)
+            )
+            if run.on_gpu:
+                torch.cuda._sleep(1)
+            arguments = (features.requires_grad_(), inputs.logits, *problem.geometry)
+            torch.autograd.grad(reassemble_logits(*arguments, "softmax"), arguments[:2], grad_output)
+            words = (str(word).removeprefix("torch.") for word in (dtype, layout))
+            calls.append(" ".join([in_words(problem), *words]))
     return {"ok": True, "calls": calls}
 
 
