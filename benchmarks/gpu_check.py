@@ -47,6 +47,7 @@ from benchmarks.report import console, make_table
 from carafe_plugin.engine.writing import write_whole
 
 BUDGET = 460.0  # seconds: under eight minutes with what comes before and after
+_running: set[subprocess.Popen[bytes]] = set()  # the steps' processes, each the first of a group
 
 
 def run_step(step: Step, out: Path, deadline: float) -> dict[str, Any]:
@@ -72,11 +73,11 @@ def run_step(step: Step, out: Path, deadline: float) -> dict[str, Any]:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(out), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
+            _running.add(process)
             record["code"] = process.wait(limit)
             record["status"] = "failed" if record["code"] else "ok"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+            end(process)
             release_locks(out)
             record["status"] = "timed out"
         except OSError as error:
@@ -90,6 +91,13 @@ def run_step(step: Step, out: Path, deadline: float) -> dict[str, Any]:
     if record["status"] != "ok" and (not found or (found.startswith(gpu_reports.NOTHING) and record["code"] != 0)):
         found = last_line(log)
     return record | ({"detail": found} if found else {})
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a step's process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(process.pid, 9)
+    process.wait()
 
 
 def last_line(log: Path) -> str:
@@ -135,7 +143,12 @@ def run_all(groups: Sequence[Sequence[Step]], out: Path, budget: float, dry: boo
 
     for group in groups:
         with ThreadPoolExecutor(len(group)) as pool:
-            list(pool.map(run, group))
+            try:
+                list(pool.map(run, group))
+            except KeyboardInterrupt:  # does not reach the steps, which are groups of their own
+                for process in _running:
+                    end(process)
+                raise
     return [records[name] for name in order]
 
 
@@ -181,10 +194,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options.groups = [group for group in kept if group]
     if not options.budget > 0:
         parser.error(f"--budget: expected a positive number of seconds, got {options.budget:g}")
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out: expected a folder, {options.out} is a file")
     if not torch.cuda.is_available() and not options.dry_run:
-        parser.error("needs a CUDA device, torch sees none")
+        parser.error("needs a CUDA device, torch sees none; --dry-run rehearses without one")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: expected a folder or a place for one, got {options.out}: {error.strerror}")
     return options
 
 
@@ -192,7 +207,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the check; returns the exit code."""
     options = parse_arguments(arguments)
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     release_locks(out)
     if options.dry_run:
         prepare_rehearsal(out)
@@ -200,7 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("no C++ compiler here makes a library that works beside torch", style="yellow")
     else:
         console.print(f"C++ compiler: {compiler}", highlight=False, markup=False)
-    records = run_all(options.groups, out, options.budget, options.dry_run)
+    try:
+        records = run_all(options.groups, out, options.budget, options.dry_run)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what was found is in {options.out}", style="red")
+        return 130
     title = f"GPU check{' (rehearsal)' if options.dry_run else ''}: logs and results in {options.out}"
     table = make_table(title, None, "step", ("status", "exit code", "seconds"))
     table.add_column("detail")

@@ -288,7 +288,10 @@ def graphs_of(run: Run, problem: Problem, peers: Sequence[Peer], inputs: Inputs,
             call = peer.setup(problem, inputs)
             replays[peer.name] = checked_replay(call, each, run.on_gpu, same_bits=peer.is_ours or peer.variant)
         except Exception as error:  # a peer is foreign code, and not everything can be captured
-            entry |= {"status": "failed", "detail": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}
+            entry |= {
+                "status": "failed",
+                "detail": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}",
+            }
     for name, samples in time_replays(replays, run.on_gpu, 2 if run.tiny else 9).items():
         entry = next(entry for entry in record["peers"] if entry["name"] == name)
         entry |= {"median_ms": statistics.median(samples), "min_ms": min(samples), "max_ms": max(samples)}
@@ -308,10 +311,10 @@ def checked_replay(call: Call, each: str, on_gpu: bool, same_bits: bool) -> Call
         tensor.fill_(float("nan"))
     replay()
     for got, right in zip(results, expected, strict=True):
-        if same_bits and not torch.equal(got, right):
-            raise ValueError("a replayed graph computes other values than an eager call")
         if not torch.isfinite(got).all():
             raise ValueError("a replayed graph leaves elements unwritten")
+        if same_bits and not torch.equal(got, right):
+            raise ValueError("a replayed graph computes other values than an eager call")
     return replay
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -111,6 +114,40 @@ def test_no_step_outlives_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not lock.exists()
 
 
+def test_an_interruption_ends_the_steps_too(tmp_path: Path) -> None:
+    """Ctrl-C reaches the check alone: its steps are process groups of their own."""
+    code = """
+import sys, torch
+from pathlib import Path
+from benchmarks import gpu_check, mmcv_operator
+from benchmarks.gpu_steps import Step
+gpu_check.working_compiler = lambda: None
+note = "import os, sys, time; open(sys.argv[1] + '/' + str(os.getpid()), 'w').close(); time.sleep(600)"
+step = Step("slow", [sys.executable, "-S", "-c", note, "{out}"], 600)
+gpu_check.all_steps = lambda source, dry: [[step, Step("other", step.command, 600)]]
+gpu_check.prepare_rehearsal = lambda out: (out / "pids").mkdir()
+step.command[-1] = "{out}/pids"
+sys.exit(gpu_check.main(["--dry-run", "--out", sys.argv[1]]))
+"""
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], cwd=gpu_check.ROOT, stdout=subprocess.PIPE
+    ) as process:
+        for _ in range(600):
+            pids = [int(path.name) for path in (out / "pids").glob("*")]
+            if len(pids) == 2:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted; what was found is in" in said
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def words_after(command: list[str], tool: str, out: Path) -> list[str]:
     return [word.replace("{out}", str(out)) for word in command[list(command).index(tool) + 1 :]]
 
@@ -155,7 +192,8 @@ def test_steps_name_tools_options_and_probes_that_exist(tmp_path: Path, monkeypa
         (["--only", "everything"], "--only: unknown step 'everything'; known are build-cuda, build-cpu, mmcv"),
         (["--budget", "0"], "--budget: expected a positive number of seconds, got 0"),
         (["--mmcv-source", "tools"], "--mmcv-source: no pytorch/cuda/carafe_cuda.cu in tools"),
-        (["--out", __file__], "--out: expected a folder"),
+        (["--dry-run", "--out", __file__], f"--out: expected a folder or a place for one, got {__file__}: File exists"),
+        (["--dry-run", "--out", f"{__file__}/out"], "test_gpu_check.py/out: Not a directory"),
         ([], "needs a CUDA device, torch sees none"),
     ],
 )
@@ -308,6 +346,54 @@ def test_small_probe_is_right_on_the_cpu_and_finds_a_fault(monkeypatch: pytest.M
     right = gpu_probes.reassemble_logits
     monkeypatch.setattr(gpu_probes, "reassemble_logits", lambda *arguments: right(*arguments) * 1.01)
     assert not gpu_probes.small(CPU)["ok"]
+
+
+class AsIfOnGpu(gpu_probes.Run):
+    on_gpu = True  # type: ignore[assignment]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """torch.cuda's names with their signatures, and nothing behind them."""
+    calls = mock.Mock()
+    for name in ("Stream", "Event", "CUDAGraph", "current_stream", "synchronize", "empty_cache", "_sleep"):
+        stand_in = mock.create_autospec(getattr(torch.cuda, name))
+        calls.attach_mock(stand_in, name)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("stream", "graph"):
+        stand_in = mock.create_autospec(getattr(torch.cuda, name))
+        stand_in.return_value.__exit__.return_value = None
+        calls.attach_mock(stand_in, name)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return calls
+
+
+def test_what_a_gpu_is_told_has_the_names_and_arguments_that_torch_knows(cuda: mock.Mock) -> None:
+    """The lines that a dry run leaves out."""
+    work = mock.Mock(return_value=(torch.ones(2),))
+    replay, results = gpu_probes.capture(work, on_gpu=True)
+    assert work.call_count == 2 + gpu_probes.CALLS
+    graph = cuda.CUDAGraph.return_value
+    cuda.graph.assert_called_once_with(graph)
+    order = [name for name, *_ in cuda.mock_calls]
+    assert order.index("Stream().wait_stream") < order.index("stream().__enter__") < order.index("graph().__enter__")
+    replay()
+    graph.replay.assert_called_once_with()
+    assert results is work.return_value
+
+    cuda.Event.return_value.elapsed_time.return_value = 6.0
+    assert gpu_probes.milliseconds(mock.Mock(), 3, on_gpu=True) == 2.0
+    assert cuda.Event.call_args == mock.call(enable_timing=True)
+
+    assert gpu_probes.streams(AsIfOnGpu("cpu"))["ok"]  # as calls come, so they are done
+    cuda._sleep.assert_called_with(200_000_000)
+    slept = len(cuda._sleep.call_args_list)
+    assert gpu_probes.counters(AsIfOnGpu("cpu", tiny=True))["ok"]
+    assert cuda._sleep.call_args_list[slept:] == 12 * [mock.call(1)]
+    record = gpu_probes.graphs(AsIfOnGpu("cpu", tiny=True))
+    assert not record["ok"]  # nothing is replayed
+    peers = [peer for measured in record["measured"] for peer in measured["peers"]]
+    assert {peer["detail"] for peer in peers} == {"ValueError: a replayed graph leaves elements unwritten"}
 
 
 def test_graphs_probe_finds_other_values_and_unwritten_elements(monkeypatch: pytest.MonkeyPatch) -> None:
