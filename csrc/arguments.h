@@ -11,7 +11,7 @@
 
 namespace carafe {
 
-inline std::string dtype_of(const Tensor& tensor) {
+inline std::string name_of_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return "float64";
@@ -26,7 +26,7 @@ inline std::string dtype_of(const Tensor& tensor) {
   }
 }
 
-inline std::string device_of(const Tensor& tensor) {
+inline std::string name_of_device(const Tensor& tensor) {
   if (tensor.is_cuda()) return "cuda:" + std::to_string(device_index(tensor));
   return tensor.is_cpu() ? "cpu" : "another";
 }
@@ -41,10 +41,10 @@ inline void check_pair(const Tensor& first, const char* first_name, const Tensor
   CARAFE_CHECK(second.dim() == 4, second_name, " must have 4 dimensions, got ", second.dim());
   CARAFE_CHECK(
       first.scalar_type() == second.scalar_type(), first_name, " and ", second_name, " must have the same dtype, got ",
-      dtype_of(first), " and ", dtype_of(second));
+      name_of_dtype(first), " and ", name_of_dtype(second));
   CARAFE_CHECK(
       first.is_cuda() == second.is_cuda() && device_index(first) == device_index(second), first_name, " and ",
-      second_name, " must be on the same device, got ", device_of(first), " and ", device_of(second));
+      second_name, " must be on the same device, got ", name_of_device(first), " and ", name_of_device(second));
 }
 
 using Size = std::array<int64_t, 4>;
