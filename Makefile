@@ -55,7 +55,8 @@ format: env
 bench: env
 	$(PYTHON) -m benchmarks.op $(BENCH_FLAGS)
 
-# On a machine with a GPU; needs no OpenMMLab package (benchmarks/gpu_check.py lists what it needs).
+# On a machine with a GPU; needs no OpenMMLab package (benchmarks/gpu_check.py lists what it needs). GPU_CHECK_FLAGS=--dry-run
+# rehearses it without one.
 gpu-check:
 	$(or $(wildcard $(PYTHON)),python3) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
 

@@ -7,8 +7,8 @@ Environment:
 
 CXX                   the C++ compiler, by default c++; several words are allowed, such as "ccache g++".
 CARAFE_ABI            aten builds for the installed torch alone where the stable ABI is to be had too.
-CARAFE_CUDA           1 requires the CUDA half, 0 leaves it out; by default it is built where a CUDA toolkit of torch's
-                      major version is found (CUDA_HOME), GPU or not.
+CARAFE_CUDA           1 requires the CUDA half, 0 leaves it out, only builds nothing else; by default it is built where
+                      a CUDA toolkit of torch's major version is found (CUDA_HOME), GPU or not.
 TORCH_CUDA_ARCH_LIST  the GPU architectures, by default Ampere and Hopper, and Blackwell where the toolkit knows it.
 """
 
@@ -133,8 +133,8 @@ def wants_cuda() -> bool:
     import torch
 
     choice = os.environ.get("CARAFE_CUDA", "")
-    if choice not in ("", "0", "1"):
-        sys.exit(f"CARAFE_CUDA must be 0 or 1, got {choice!r}")
+    if choice not in ("", "0", "1", "only"):
+        sys.exit(f"CARAFE_CUDA must be 0, 1 or only, got {choice!r}")
     if choice == "0":
         return False
     root, version = find_toolkit() or (None, None)
@@ -148,8 +148,8 @@ def wants_cuda() -> bool:
     found = f"found CUDA {version[0]}.{version[1]} in {root}" if version else "found none"
     wants = f"a CUDA {wanted} toolkit" if wanted else "no CUDA toolkit, being built for a CPU"
     reason = f"torch {torch.__version__} wants {wants}; {found}"
-    if choice == "1":
-        sys.exit(f"CARAFE_CUDA=1, but the CUDA half cannot be built: {reason}")
+    if choice in ("1", "only"):
+        sys.exit(f"CARAFE_CUDA={choice}, but the CUDA half cannot be built: {reason}")
     if version:
         warnings.warn(f"building the CPU half only: {reason}", stacklevel=1)
     return False
@@ -191,6 +191,8 @@ def extensions() -> dict:
     if with_cuda:
         sources = ["csrc/cuda/carafe.cu"]
         modules.append(builder.CUDAExtension(f"carafe_plugin._C_cuda{suffix}", sources, **options))
+    if os.environ.get("CARAFE_CUDA") == "only":
+        del modules[0]
     return {
         "ext_modules": modules,
         "cmdclass": {"build_ext": builder.BuildExtension, "build_py": BuildPackage},

@@ -23,6 +23,7 @@ from benchmarks.mmcv_operator import LAUNCHERS, find_source
 from benchmarks.peers import mmcv
 from benchmarks.report import Record
 from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.writing import write_whole
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 SHAPES = {
@@ -206,11 +207,16 @@ def run(options: argparse.Namespace, fill: Callable[[Record], None], plot: Calla
     record |= {"dtype": options.dtype, "quick": options.quick, "results": []}
     report.print_header(record)
     fill(record)
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(options, record)
     if options.plot:
         plot(record, options.plot)
     return 0 if all(map(is_sound, [*record["results"], *record.get("growth", ())])) else 1
+
+
+def write(options: argparse.Namespace, record: Record) -> None:
+    """Writes the file of results, whole."""
+    if options.json:
+        write_whole((json.dumps(record, indent=1) + "\n").encode(), options.json)
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -221,6 +227,7 @@ def compare(options: argparse.Namespace) -> int:
             peers = [*options.ours, *(peer for peer in options.peers if peer.unavailable(problem) is None)]
             result = options.comparison(problem, peers).run()
             record["results"].append(result)
+            write(options, record)  # what is measured stays, whatever becomes of the rest
             for each in PASSES:
                 report.print_table(result, each)
 

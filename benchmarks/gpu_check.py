@@ -1,12 +1,21 @@
 """Checks and measures this package on a machine with a GPU, in one command, without the OpenMMLab packages.
 
-    python -m benchmarks.gpu_check [--out DIR] [--mmcv-source DIR] [--only STEP ...]
+    python -m benchmarks.gpu_check [--out DIR] [--mmcv-source DIR] [--only STEP ...] [--budget SECONDS] [--dry-run]
 
-It builds the extension in place for this machine's GPU, and mmcv's operator from its source where that is given or
-installed; then come the tests of operator and modules on CUDA, the benchmarks in float32 and float16,
-compute-sanitizer and ncu over small runs, a detector, and the modules. Each step is a process with a log; one that
-fails does not stop the others. DIR receives a log for each step, the benchmarks' JSON and figures, and summary.json,
-which is written after every step.
+First, at the same time: both halves of the extension are built in place, for this machine's GPU alone, mmcv's operator
+is compiled from its source where that is given or installed, and torch.compile's caches are filled. Then what is not
+timed, again at the same time: the tests of operator and modules on CUDA, compute-sanitizer's memcheck and racecheck
+over small runs, sizes at which mmcv fails, side streams. Then one by one: CUDA graphs of ours and others, captured,
+compared and timed; the benchmark in float32 (channels_last and bfloat16 beside it); ncu over the kernels; a detector;
+the benchmark in float16; the modules; what `benchmarks.gpu_model` predicts, beside what ncu counted.
+
+Each step is a process with a limit and a log; one that fails does not stop the others. DIR receives NAME.log for each
+step, the benchmarks' JSON and figures, and after every step summary.json and summary.md, whole. A step whose result
+cannot be read has failed, whatever its exit code.
+
+With --dry-run, which needs no GPU, every step is rehearsed: the same commands on the CPU with maps of a few pixels;
+empty files in place of the sources that are to be compiled; and, where a tool is missing, its part left out and a
+recorded output given to what reads it. The summary says of each step how it was rehearsed.
 
 Needs torch >= 2.10 with CUDA, torchvision, rich, matplotlib, pytest, hypothesis, setuptools, ninja, g++ and a CUDA
 toolkit (CUDA_HOME). Where a tool is missing, its step is skipped and says so.
@@ -17,66 +26,46 @@ Exit code: 0; 1 when a step failed; 2 for invalid arguments, or where there is n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import shlex
-import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import mmcv_operator
+from benchmarks import gpu_reports, measure, mmcv_operator
+from benchmarks.gpu_build import ROOT, working_compiler
+from benchmarks.gpu_steps import Step, all_steps, prepare_rehearsal
 from benchmarks.report import console, make_table
+from carafe_plugin.engine.writing import write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
-BUDGET = 530.0  # seconds: under nine minutes
-# So slow on a GPU, or so long to compile, that their time is better spent elsewhere.
-SLOW_PEERS = ("upsample-unfold", "steps-compiled")
-
-# Time, instructions, bytes from and to memory, how busy issue slots and the shared memory's pipe are, and occupancy.
-COUNTERS = (
-    "gpu__time_duration.sum",
-    "smsp__inst_executed.sum",
-    "dram__bytes.sum",
-    "sm__issue_active.avg.pct_of_peak_sustained_elapsed",
-    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "launch__registers_per_thread",
-    "launch__shared_mem_per_block",
-    "launch__waves_per_multiprocessor",
-)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A process to run."""
-
-    name: str
-    command: Sequence[str]  # `{out}` stands for the folder of results
-    limit: float  # seconds
-    missing: str | None = None  # why it need not or cannot run on this machine; None where it runs
+BUDGET = 460.0  # seconds: under eight minutes with what comes before and after
+_running: set[subprocess.Popen[bytes]] = set()  # the steps' processes, each the first of a group
 
 
 def run_step(step: Step, out: Path, deadline: float) -> dict[str, Any]:
     """Runs a step within its limit and the time left; its output goes to `out`/NAME.log.
 
-    The 'status' returned is 'ok', 'failed', 'timed out' or 'skipped'; 'detail' is there unless it is 'ok'.
+    The 'status' returned is 'ok', 'failed', 'timed out' or 'skipped'; 'detail' is what it found, or why it did not.
     """
     record: dict[str, Any] = {"name": step.name, "status": "skipped", "code": None, "seconds": 0.0}
+    if step.rehearsed:
+        record["rehearsed"] = step.rehearsed
     begin = time.monotonic()
     limit = min(step.limit, deadline - begin)
     if reason := step.missing or ("no time is left" if limit < 1 else None):
         return record | {"detail": reason}
     command = [word.replace("{out}", str(out)) for word in step.command]
     log = out / f"{step.name}.log"
+    for ending in (".json", ".xml", ".csv"):  # of an earlier run
+        (out / f"{step.name}{ending}").unlink(missing_ok=True)
     with log.open("w", encoding="utf-8") as stream:
         print("$", *command, file=stream, flush=True)
         try:
@@ -84,18 +73,31 @@ def run_step(step: Step, out: Path, deadline: float) -> dict[str, Any]:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(out), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
+            _running.add(process)
             record["code"] = process.wait(limit)
             record["status"] = "failed" if record["code"] else "ok"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+            end(process)
             release_locks(out)
             record["status"] = "timed out"
         except OSError as error:
             print(error, file=stream)
             record["status"] = "failed"
     record["seconds"] = round(time.monotonic() - begin, 1)
-    return record if record["status"] == "ok" else record | {"detail": last_line(log)}
+    sound, found = gpu_reports.read(out, step.name)
+    if record["status"] == "ok" and not sound:
+        record["status"] = "failed"
+    # Also of a step that failed in the end, or ran out of time, what it had found stays.
+    if record["status"] != "ok" and (not found or (found.startswith(gpu_reports.NOTHING) and record["code"] != 0)):
+        found = last_line(log)
+    return record | ({"detail": found} if found else {})
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a step's process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(process.pid, 9)
+    process.wait()
 
 
 def last_line(log: Path) -> str:
@@ -111,88 +113,61 @@ def release_locks(out: Path) -> None:
 
 
 def environment(out: Path) -> dict[str, str]:
-    """The steps' environment: this checkout's package, and extensions for this GPU alone."""
+    """The steps' environment: this checkout's package, code for this GPU alone, a compiler whose libraries work."""
     variables = dict(os.environ, PYTHONUNBUFFERED="1", COLUMNS="170", TORCH_EXTENSIONS_DIR=str(out / "extensions"))
+    variables |= {"TORCHINDUCTOR_CACHE_DIR": str(out / "cache"), "TRITON_CACHE_DIR": str(out / "cache" / "triton")}
+    variables["TORCH_CUDA_ARCH_LIST"] = mmcv_operator.architecture()
+    if compiler := working_compiler():
+        variables |= {"CXX": compiler.command, **compiler.variables}
+        variables.pop("CC", None)  # nvcc would compile with it what is not device code
     # ninja is found beside the interpreter although its environment need not be activated.
     for name, folder in (("PYTHONPATH", ROOT), ("PATH", Path(sys.executable).parent)):
         variables[name] = os.pathsep.join([str(folder), *filter(None, [os.environ.get(name)])])
-    return {"TORCH_CUDA_ARCH_LIST": mmcv_operator.architecture(), **variables}
+    return variables
 
 
-def is_built() -> str | None:
-    """Says so where both libraries are newer than every source; the build step has nothing to do then."""
-    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    newest = max(path.stat().st_mtime for path in sources)
-    libraries = [path.stat().st_mtime for path in (ROOT / "carafe_plugin").glob("_C*.so")]
-    new = len(libraries) >= 2 and min(libraries) > newest
-    return "the libraries are newer than their sources" if new else None
-
-
-def find_tool(name: str) -> str | None:
-    """compute-sanitizer or ncu, on the PATH or in the CUDA toolkit."""
-    home = mmcv_operator.cuda_home()
-    folders = [os.environ.get("PATH", ""), *((f"{home}/bin", f"{home}/compute-sanitizer") if home else ())]
-    return shutil.which(name, path=os.pathsep.join(folders))
-
-
-def python(words: str, *paths: str) -> list[str]:
-    """A command of this interpreter; paths may contain blanks."""
-    return [sys.executable, *shlex.split(words), *paths]
-
-
-def all_steps(mmcv_source: Path | None) -> list[list[Step]]:
-    """The steps in order; those of one list run at the same time."""
-    source = ["--mmcv-source", str(mmcv_source)] if mmcv_source else []
-    checker, profiler = find_tool("compute-sanitizer"), find_tool("ncu")
-
-    def probe(name: str, limit: float, *before: str, missing: str | None = None) -> Step:
-        command = python(f"-m benchmarks.gpu_probes {name} --json {{out}}/{name}.json")
-        return Step(name, [*before, *command], limit, missing)
-
-    def bench(tool: str, dtype: str, limit: float, *skip: str) -> Step:
-        command = f"-m benchmarks.{tool} --device cuda --dtype {dtype} --time-limit 3 --skip {' '.join(skip)}"
-        files = f"--json {{out}}/{tool}-{dtype}.json --plot {{out}}/{tool}-{dtype}.png"
-        return Step(f"{tool}-{dtype}", python(f"{command} {files}", *source), limit)
-
-    tests = "-m pytest -m cuda tests/ops tests/modules -q -p no:cacheprovider --junitxml {out}/tests.xml"
-    if find_spec("xdist"):
-        tests += " -n 4 --dist loadfile"
-    # Without torch's caching allocator, which would hand out the memory around a tensor as one valid block.
-    memcheck = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {checker} --tool memcheck --error-exitcode 99".split()
-    # The clocks stay as they are, which the benchmarks ran at.
-    counted = f"{profiler} --clock-control none --kernel-name regex:run_block|for_each_element --csv".split()
-    counted += ["--metrics", ",".join(COUNTERS), "--page", "raw", "--log-file", "{out}/counters.csv"]
-    no_source = None if mmcv_source else "no source of mmcv: --mmcv-source names it"
-    return [
-        [
-            Step("build", python("setup.py build_ext --inplace --force"), 240, is_built()),
-            Step("mmcv", python("-m benchmarks.mmcv_operator", str(mmcv_source)), 240, no_source),
-        ],
-        [probe("environment", 60)],
-        [probe("compiled", 60)],
-        [Step("tests", python(tests), 150)],
-        [bench("op", "float32", 270, *SLOW_PEERS)],
-        [bench("op", "float16", 120, *SLOW_PEERS, "shifted-madd-compiled")],
-        [probe("small", 120, *memcheck, missing=None if checker else "compute-sanitizer is not installed")],
-        [probe("counters", 90, *counted, missing=None if profiler else "ncu is not installed")],
-        [probe("detector", 90, missing=None if find_spec("torchvision") else "torchvision is not installed")],
-        [bench("module", "float32", 120, "pack-compiled")],
-    ]
-
-
-def run_all(groups: Sequence[Sequence[Step]], out: Path, budget: float) -> list[dict[str, Any]]:
-    """Runs the steps, prints how each went, and writes summary.json after every group."""
+def run_all(groups: Sequence[Sequence[Step]], out: Path, budget: float, dry: bool = False) -> list[dict[str, Any]]:
+    """Runs the steps, prints how each went, and writes the summary after each."""
     deadline = time.monotonic() + budget
-    records: list[dict[str, Any]] = []
+    order = [step.name for group in groups for step in group]
+    records: dict[str, dict[str, Any]] = {}
+    lock = threading.Lock()
+
+    def run(step: Step) -> None:
+        record = run_step(step, out, deadline)
+        with lock:
+            records[step.name] = record
+            write_summary(out, [records[name] for name in order if name in records], dry)
+            result = f"{record['name']}: {record['status']} ({record['seconds']:.0f} s)"
+            console.print(f"{result} {record.get('detail', '')}", highlight=False, markup=False)
+
     for group in groups:
         with ThreadPoolExecutor(len(group)) as pool:
-            for record in pool.map(lambda step: run_step(step, out, deadline), group):
-                records.append(record)
-                result = f"{record['name']}: {record['status']} ({record['seconds']:.0f} s)"
-                console.print(f"{result} {record.get('detail', '')}", highlight=False, markup=False)
-        summary = {"python": sys.version.split()[0], "torch": torch.__version__, "steps": records}
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return records
+            try:
+                list(pool.map(run, group))
+            except KeyboardInterrupt:  # does not reach the steps, which are groups of their own
+                for process in _running:
+                    end(process)
+                raise
+    return [records[name] for name in order]
+
+
+def write_summary(out: Path, records: Sequence[dict[str, Any]], dry: bool) -> None:
+    """summary.json, and the same for people in summary.md."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    summary: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "gpu": gpu, "dry_run": dry}
+    summary |= {"revision": measure.revision(), "steps": list(records)}
+    write_whole((json.dumps(summary, indent=1) + "\n").encode(), out / "summary.json")
+    title = "rehearsal without a GPU" if dry else str(gpu)
+    lines = [f"# GPU check: {title}, torch {torch.__version__}, revision {summary['revision']}", ""]
+    lines += ["| step | status | seconds | what it found |", "|---|---|---|---|"]
+    for record in records:
+        found = [record.get("detail", ""), f"rehearsed {record['rehearsed']}" if "rehearsed" in record else ""]
+        cells = (record["name"], record["status"], f"{record['seconds']:.0f}", "; ".join(filter(None, found)))
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    with contextlib.suppress(OSError, ValueError, LookupError):  # another run's, cut short
+        lines += gpu_reports.tables(out)
+    write_whole(("\n".join(lines) + "\n").encode(), out / "summary.md")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -204,12 +179,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--out", type=Path, default=Path("work_dirs/gpu_check"), metavar="DIR", help="results [work_dirs/gpu_check]")
     add("--mmcv-source", type=Path, metavar="DIR", help="mmcv, or its csrc, to compile its operator from [installed]")
     add("--only", nargs="+", metavar="STEP", help="run only these steps")
+    add("--dry-run", action="store_true", help="rehearse every step, without a GPU")
     add("--budget", type=float, default=BUDGET, metavar="S", help=f"seconds that all steps may take [{BUDGET:.0f}]")
     options = parser.parse_args(arguments)
     source = mmcv_operator.find_source(options.mmcv_source)
     if options.mmcv_source and source is None:
         parser.error(f"--mmcv-source: no {mmcv_operator.LAUNCHERS} in {options.mmcv_source}")
-    options.groups = all_steps(source.resolve() if source else None)
+    options.groups = all_steps(source.resolve() if source else None, options.dry_run)
     names = [step.name for group in options.groups for step in group]
     for name in options.only or ():
         if name not in names:
@@ -218,10 +194,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options.groups = [group for group in kept if group]
     if not options.budget > 0:
         parser.error(f"--budget: expected a positive number of seconds, got {options.budget:g}")
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out: expected a folder, {options.out} is a file")
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device, torch sees none")
+    if not torch.cuda.is_available() and not options.dry_run:
+        parser.error("needs a CUDA device, torch sees none; --dry-run rehearses without one")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: expected a folder or a place for one, got {options.out}: {error.strerror}")
     return options
 
 
@@ -229,10 +207,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the check; returns the exit code."""
     options = parse_arguments(arguments)
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     release_locks(out)
-    records = run_all(options.groups, out, options.budget)
-    title = f"GPU check: logs and results in {options.out}"
+    if options.dry_run:
+        prepare_rehearsal(out)
+    if (compiler := working_compiler()) is None:
+        console.print("no C++ compiler here makes a library that works beside torch", style="yellow")
+    else:
+        console.print(f"C++ compiler: {compiler}", highlight=False, markup=False)
+    try:
+        records = run_all(options.groups, out, options.budget, options.dry_run)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what was found is in {options.out}", style="red")
+        return 130
+    title = f"GPU check{' (rehearsal)' if options.dry_run else ''}: logs and results in {options.out}"
     table = make_table(title, None, "step", ("status", "exit code", "seconds"))
     table.add_column("detail")
     styles = {"ok": "green", "skipped": "yellow"}

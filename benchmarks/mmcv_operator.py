@@ -3,7 +3,9 @@
 Of mmcv's source two files matter, ``pytorch/cuda/carafe_cuda.cu`` and ``common/cuda/carafe_cuda_kernel.cuh``: a minute
 of compiling, where all of mmcv takes many.
 
-    python -m benchmarks.mmcv_operator DIR    only compiles, and prints where the result is; no GPU is needed
+    python -m benchmarks.mmcv_operator DIR [--empty]    only compiles, and prints where the result is; no GPU is needed
+
+With --empty an empty module is compiled in place of the binding, for a rehearsal with a DIR that has as little in it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,13 @@ from torch import Tensor
 from benchmarks.comparison import Problem
 
 LAUNCHERS = Path("pytorch/cuda/carafe_cuda.cu")
+BINDING = Path(__file__).with_name("mmcv_binding.cpp")
+EMPTY = """#include <Python.h>
+PyMODINIT_FUNC PyInit_carafe_mmcv_peer() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "carafe_mmcv_peer", nullptr, -1};
+  return PyModule_Create(&definition);
+}
+"""
 
 
 def find_source(folder: Path | None = None) -> Path | None:
@@ -40,8 +49,8 @@ def find_source(folder: Path | None = None) -> Path | None:
 
 
 @functools.cache
-def compile_source(csrc: Path, verbose: bool = False) -> Any:
-    """Compiles mmcv's launchers with a binding of ours, or loads what an earlier call compiled.
+def compile_source(csrc: Path, verbose: bool = False, binding: Path = BINDING) -> Any:
+    """Compiles mmcv's launchers with a binding (ours), or loads what an earlier call compiled.
 
     Raises RuntimeError or OSError where there is no CUDA compiler, or it fails.
     """
@@ -57,7 +66,7 @@ def compile_source(csrc: Path, verbose: bool = False) -> Any:
     include += sorted(path.parent for path in wheels.glob("*/include/cusparse.h"))
     return cpp_extension.load(
         "carafe_mmcv_peer",
-        [str(Path(__file__).with_name("mmcv_binding.cpp")), str(csrc / LAUNCHERS)],
+        [str(binding), str(csrc / LAUNCHERS)],
         extra_include_paths=[str(path) for path in include],
         extra_cuda_cflags=["-O3"],
         verbose=verbose,
@@ -146,8 +155,18 @@ class _Carafe(torch.autograd.Function):
         return scratch[-2], scratch[-1], None, None
 
 
-if __name__ == "__main__":
-    found = find_source(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+def main(arguments: list[str]) -> None:
+    """Compiles as the command line says; ends the process where there is no source."""
+    folders = [word for word in arguments if word != "--empty"]
+    found = find_source(Path(folders[0]) if folders else None)
     if found is None:
-        sys.exit(f"no {LAUNCHERS} below {' '.join(sys.argv[1:]) or 'an installed mmcv'}")
-    print(compile_source(found, verbose=True).__file__)
+        sys.exit(f"no {LAUNCHERS} below {' '.join(folders) or 'an installed mmcv'}")
+    binding = BINDING
+    if "--empty" in arguments:
+        binding = found / "empty.cpp"
+        binding.write_text(EMPTY)
+    print(compile_source(found, verbose=True, binding=binding).__file__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

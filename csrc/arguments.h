@@ -4,11 +4,32 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
 
 #include "common/operators.h"
 #include "torch_api.h"
 
 namespace carafe {
+
+inline std::string name_of_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "another";
+  }
+}
+
+inline std::string name_of_device(const Tensor& tensor) {
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(device_index(tensor));
+  return tensor.is_cpu() ? "cpu" : "another";
+}
 
 inline void check_pair(const Tensor& first, const char* first_name, const Tensor& second, const char* second_name) {
   const ScalarType dtype = first.scalar_type();
@@ -19,10 +40,11 @@ inline void check_pair(const Tensor& first, const char* first_name, const Tensor
   CARAFE_CHECK(first.dim() == 4, first_name, " must have 4 dimensions, got ", first.dim());
   CARAFE_CHECK(second.dim() == 4, second_name, " must have 4 dimensions, got ", second.dim());
   CARAFE_CHECK(
-      first.scalar_type() == second.scalar_type(), first_name, " and ", second_name, " must have the same dtype");
+      first.scalar_type() == second.scalar_type(), first_name, " and ", second_name, " must have the same dtype, got ",
+      name_of_dtype(first), " and ", name_of_dtype(second));
   CARAFE_CHECK(
       first.is_cuda() == second.is_cuda() && device_index(first) == device_index(second), first_name, " and ",
-      second_name, " must be on the same device");
+      second_name, " must be on the same device, got ", name_of_device(first), " and ", name_of_device(second));
 }
 
 using Size = std::array<int64_t, 4>;

@@ -71,6 +71,7 @@ inline cudaStream_t current_stream(int device) {
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
 #include <optional>
 #ifdef __CUDACC__
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -91,9 +92,15 @@ inline int64_t device_index(const Tensor& tensor) { return tensor.get_device_ind
 
 inline Tensor empty_like(const Tensor& source, const std::array<int64_t, 4>& size, bool channels_last) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(
-      {size.data(), size.size()}, source.scalar_type(), std::nullopt, source.device(), std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  try {
+    return torch::stable::empty(
+        {size.data(), size.size()}, source.scalar_type(), std::nullopt, source.device(), std::nullopt,
+        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  } catch (const std::exception& error) {  // which says no more than that aten::empty failed
+    STD_TORCH_CHECK(
+        false, source.is_cuda() ? "CUDA out of memory" : "not enough memory", " for a result of ", size[0], " x ",
+        size[1], " x ", size[2], " x ", size[3], ": ", error.what());
+  }
 }
 
 #ifdef __CUDACC__

@@ -364,4 +364,4 @@ def test_wrong_cuda_wish_is_an_error(tmp_path):
         [sys.executable, "setup.py", "--version"], cwd=source, env=environment, capture_output=True, text=True
     )
     assert result.returncode != 0
-    assert "CARAFE_CUDA must be 0 or 1, got 'yes'" in result.stderr
+    assert "CARAFE_CUDA must be 0, 1 or only, got 'yes'" in result.stderr

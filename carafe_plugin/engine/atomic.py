@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from mmengine.fileio import LocalBackend, register_backend
 
-UNFINISHED = ".tmp"  # the ending of a file or folder that is being written
+from carafe_plugin.engine.writing import UNFINISHED, sync, write_whole
+
 _SUPERSEDED = f".old{UNFINISHED}"
 
 
@@ -32,34 +31,11 @@ class AtomicLocalBackend(LocalBackend):
         """
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a name of its own: mmengine lets every process of a run write its metrics to one and the same file
-        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
-        try:
-            with unfinished.open("wb") as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
+        write_whole(obj, path)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         """Write the text ``obj`` to ``filepath`` as :meth:`put` does."""
         self.put(obj.encode(encoding), filepath)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or a rename in a folder, last through a power cut, where the system can."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def move_into_place(unfinished: Path, path: Path) -> None:
@@ -68,13 +44,13 @@ def move_into_place(unfinished: Path, path: Path) -> None:
     Of folders, the old one steps aside first; where a kill comes in between, :func:`restore_superseded` has it back.
     """
     for file in unfinished.rglob("*"):
-        _sync(file)
+        sync(file)
     old = path.with_name(path.name + _SUPERSEDED)
     if path.is_dir():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     unfinished.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -18,9 +18,10 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from carafe_plugin.engine.atomic import UNFINISHED, AtomicLocalBackend, use_atomic_writes
+from carafe_plugin.engine.atomic import AtomicLocalBackend, use_atomic_writes
 from carafe_plugin.engine.checkpoint import POINTER, read_checkpoint
 from carafe_plugin.engine.config import find_type
+from carafe_plugin.engine.writing import UNFINISHED
 
 OUTDATED = "outdated_best_ckpts"  # in the message hub: best checkpoints about to be deleted
 VALIDATED = "last_validated"  # in the message hub, and a file: the name of the newest checkpoint that was validated

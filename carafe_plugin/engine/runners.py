@@ -25,10 +25,11 @@ from mmengine.registry import MODELS, RUNNERS, STRATEGIES
 from mmengine.runner import FlexibleRunner, Runner, get_state_dict, weights_to_cpu
 from torch.nn.parallel import DistributedDataParallel
 
-from carafe_plugin.engine.atomic import UNFINISHED, move_into_place
+from carafe_plugin.engine.atomic import move_into_place
 from carafe_plugin.engine.config import find_type, toolbox, type_name
 from carafe_plugin.engine.errors import CheckpointError, UsageError, reading_named_files
 from carafe_plugin.engine.processes import distributed_wrapper
+from carafe_plugin.engine.writing import UNFINISHED
 
 # What Runner reads and FlexibleRunner does not.
 _RUNNER_SETTINGS = ("activation_checkpointing", "efficient_conv_bn_eval")

@@ -86,6 +86,23 @@ def _tangents(operator: Operator, at: Call, tangents: Sequence[Tensor | None]) -
             yield _evaluate(operator.computes, _along(name, tangent, at))
 
 
+def raise_lack_of_memory(name: str, source: Tensor, like: Tensor, error: RuntimeError) -> None:
+    """On a GPU, raise OutOfMemoryError for a result like ``like``, or the scratch memory beside it, that does not fit.
+
+    Args:
+        name (str): the operator's.
+        source (Tensor): one of its tensors.
+        like (Tensor): its result without values.
+        error (RuntimeError): what it raised.
+    """
+    result = source.new_empty(like.shape, dtype=like.dtype)  # where that does not fit, torch's own error
+    if result.device.type == "cuda":
+        size = result.numel() * result.element_size()
+        raise torch.cuda.OutOfMemoryError(
+            f"CUDA out of memory: carafe_plugin::{name} needs scratch memory beside its result of {size} bytes"
+        ) from error
+
+
 def autograd_kernel(operator: Operator) -> Callable[..., Tensor]:
     """The kernel of the key Autograd; torch.library.register_autograd has no forward mode and drops tangents unsaid."""
     count = len(operator.tensors)
@@ -97,7 +114,7 @@ def autograd_kernel(operator: Operator) -> Callable[..., Tensor]:
             except RuntimeError as error:
                 if "aten::empty" in str(error):  # all that the stable ABI says of an allocation that fails
                     like = operator(*(tensor.to("meta") for tensor in arguments[:count]), *arguments[count:])
-                    arguments[0].new_empty(like.shape)  # raises torch's own error, OutOfMemoryError on a GPU
+                    raise_lack_of_memory(operator.name, arguments[0], like, error)
                 raise
 
     class Function(torch.autograd.function._SingleLevelFunction):

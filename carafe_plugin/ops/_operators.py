@@ -188,9 +188,11 @@ def _check_numbers(call: Call) -> None:
         check_kernels(features[1], k, g)
     except (TypeError, ValueError) as error:
         raise RuntimeError(str(error)) from error
-    for what in ("dtype", "device"):
-        if len({getattr(tensor, what) for tensor in tensors.values()}) > 1:
-            raise RuntimeError(f"{' and '.join(tensors)} must have the same {what}")
+    for what, must in (("dtype", "have the same dtype"), ("device", "be on the same device")):
+        found = [getattr(tensor, what) for tensor in tensors.values()]
+        if len(set(found)) > 1:
+            got = " and ".join(str(each).removeprefix("torch.") for each in found)
+            raise RuntimeError(f"{' and '.join(tensors)} must {must}, got {got}")
     if up < 1 or down < 1:
         raise RuntimeError(f"up and down must be at least 1, got {up} and {down}")
     if not NONE <= normalizer < len(NORMALIZERS):

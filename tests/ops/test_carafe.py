@@ -225,6 +225,11 @@ def test_memory_that_runs_out_is_named_and_then_all_goes_on(grad, device):
     expected = torch.OutOfMemoryError if device == "cuda" else RuntimeError
     with pytest.raises(expected, match=r"out of memory|not enough memory|allocate memory"):
         carafe(dot.expand(1, 2**26, 1024, 1024), dot.expand(1, 1, 2048, 2048), 1)
+    with torch.inference_mode():
+        dot = torch.zeros(1, 1, 1, 1, device=device)  # which autograd has nothing to do with
+        huge = dot.expand(1, 2**26, 1024, 1024), dot.expand(1, 1, 2048, 2048)
+        with pytest.raises(RuntimeError, match=r"out of memory|not enough memory|allocate memory"):
+            carafe(*huge, 1)
     features, masks, _ = random_case((6, 5), 4, 3, 1, 2, device=device)
     error = relative_error(carafe(features, masks, 3), reference.reassemble(features, masks, 3, 1, 2, 1))
     assert error < 1e-5

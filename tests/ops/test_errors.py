@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from carafe_plugin.ops import carafe
+from carafe_plugin.ops._derivatives import raise_lack_of_memory
 
 FEATURES = torch.zeros(2, 8, 5, 6)
 MASKS = torch.zeros(2, 18, 10, 12)
@@ -82,9 +83,9 @@ def test_fractions_are_scales():
     ("changes", "message"),
     [
         ({"features": FEATURES[0]}, "features must have 4 dimensions, got 3"),
-        ({"masks": MASKS.double()}, "features and kernels must have the same dtype"),
+        ({"masks": MASKS.double()}, "features and kernels must have the same dtype, got float32 and float64"),
         ({"masks": MASKS[..., :11]}, r"kernels must have shape \(2, 18, 10, 12\), got \(2, 18, 10, 11\)"),
-        ({"masks": MASKS.to("meta")}, "features and kernels must have the same device"),
+        ({"masks": MASKS.to("meta")}, "features and kernels must be on the same device, got cpu and meta"),
         ({"features": None}, "features must be a torch.Tensor, got NoneType"),
         ({"masks": None}, "kernels must be a torch.Tensor, got NoneType"),
         ({"features": FEATURES.to("meta"), "masks": MASKS.to("meta"), "down": 0}, "up and down must be at least 1"),
@@ -103,3 +104,27 @@ def test_kernels_check_for_themselves(changes, message):
     given = {"features": FEATURES, "masks": MASKS, "kernel_size": 3, "group_size": 2, "up": 2, "down": 1, **changes}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.carafe_plugin.carafe(*given.values())
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_lack_of_memory_has_torchs_own_type_on_a_gpu(fits):
+    """Of the stable ABI's error, which says no more than that aten::empty failed."""
+    error, like = RuntimeError("aten::empty failed"), torch.empty(2, 8, 10, 12, dtype=torch.float16, device="meta")
+
+    class OnGpu:  # what is asked of a tensor there
+        device = torch.device("cuda:0")
+
+        def new_empty(self, shape, dtype):
+            assert (tuple(shape), dtype) == ((2, 8, 10, 12), torch.float16)
+            if not fits:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return self
+
+        numel, element_size = (lambda self: 1920), (lambda self: 2)
+
+    message = (
+        "_carafe_grad_features needs scratch memory beside its result of 3840 bytes" if fits else "Tried to allocate"
+    )
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=message):
+        raise_lack_of_memory("_carafe_grad_features", OnGpu(), like, error)
+    raise_lack_of_memory("carafe", FEATURES, like, error)  # a CPU's has no type of its own: the caller raises it again
