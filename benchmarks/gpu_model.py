@@ -27,7 +27,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,9 @@ PIPES_OF = {name: frozenset(kinds.split()) for name, kinds in PIPES.items()}
 console = table_console(210)
 
 SAMPLE = 32  # blocks of a launch that are executed, more or less; the rest is like them
-MOST_DIFFERENT = 0.05  # of the machine code's counts from the PTX's
+MOST_DIFFERENT = 0.05  # of the machine code's counts from the PTX's, without a mark
+CONTRADICTION = 0.25  # likewise, of which the exit code tells
+HOT_LINES = 20  # of a kernel's source
 LAUNCH_SECONDS = 2e-6  # to start a kernel and to end it
 
 
@@ -124,6 +126,7 @@ class Launch:
     dynamic_shared: int
     lines: Mapping[int, Issue]
     sampled: int  # blocks that were executed
+    sources: Mapping[int, str] = field(default_factory=dict)  # of lines of the PTX, file and line
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,10 @@ class Counts:
     latency: float = 0.0  # clocks of a warp, on average, that has a scheduler for itself
     guessed: float = 0.0  # share of the instructions whose count nothing vouched for
     faults: tuple[str, ...] = ()  # where the machine code's counts and the PTX's disagree
+    difference: float = 0.0  # by how much they do, at most
     sampled: int = 0
+    # Lines of the source, with their shares of the instructions and of the clocks that warps wait.
+    hot: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def instructions(self) -> float:
@@ -173,10 +179,23 @@ def counts_of(launch: Launch, code: Code, statements: Sequence[Statement]) -> Co
         wanted = (issue for line, issue in launch.lines.items() if opcodes.get(line, "").startswith(starts or ("",)))
         return float(sum(getattr(issue, name) for issue in wanted))
 
+    clocks, waits = gpu_model_sass.latency(code)
+    spent: Counter[str] = Counter()
+    waited: Counter[str] = Counter()
+    for block in code.blocks:
+        for instruction in block.instructions:
+            spent[launch.sources.get(instruction.line, "?")] += block.count or 0  # type: ignore[assignment]
+    for line, each in waits.items():
+        waited[launch.sources.get(line, "?")] += each  # type: ignore[assignment]
+    shares = [
+        (place, spent[place] / max(1, sum(spent.values())), waited[place] / max(1, sum(waited.values())))
+        for place in spent
+    ]
     guessed = sum((block.count or 0) * len(block.instructions) for block in code.blocks if block.how == "guessed")
+    checks = gpu_model_sass.checks(code, statements, issued)
     faults = [
         f"{check.kind}: {check.sass:.4g} in the machine code, {check.ptx:.4g} in the PTX"
-        for check in gpu_model_sass.checks(code, statements, issued)
+        for check in checks
         if check.difference > MOST_DIFFERENT
     ]
     return Counts(
@@ -192,10 +211,12 @@ def counts_of(launch: Launch, code: Code, statements: Sequence[Statement]) -> Co
         total("wavefronts"),
         total("ideal_wavefronts"),
         total("lines"),
-        gpu_model_sass.latency(code) / (launch.blocks * math.ceil(launch.threads / WARP)),
+        clocks / (launch.blocks * math.ceil(launch.threads / WARP)),
         guessed / max(1.0, sum(kinds.values())),
         tuple(faults),
+        max((check.difference for check in checks), default=0.0),
         launch.sampled,
+        tuple(sorted(shares, key=lambda share: -share[1] - share[2])[:HOT_LINES]),
     )
 
 
@@ -210,10 +231,16 @@ class Tally:
             raise UsageError(f"the kernels cannot be counted: no {folder / 'executor.py'}")
         sys.path.insert(0, str(folder))
         import executor
+        from ptx import PtxError
 
         if reason := executor.missing_tools():
             raise UsageError(f"the kernels cannot be counted: {reason}")
-        self.executor = executor.Executor(csrc, gpu.architecture.replace("sm_", "compute_"), device)
+        try:
+            self.executor = executor.Executor(csrc, gpu.architecture.replace("sm_", "compute_"), device)
+        except (PtxError, RuntimeError) as error:
+            lines = str(error).strip().splitlines()
+            detail = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+            raise UsageError(f"the kernels cannot be executed: {detail}") from error
         self.statements = gpu_model_sass.ptx_statements(self.executor.text)
         self.codes = gpu_model_sass.assemble(self.executor.text, gpu.architecture)
         self.known: dict[Case, tuple[Counts, ...]] = {}
@@ -273,12 +300,15 @@ def _launch(seen: Any) -> Launch:
     blocks = math.prod(seen.grid)
     names = ("issued", "sectors", "lines", "wavefronts", "ideal_wavefronts")
     lines: dict[int, Issue] = {}
+    sources: dict[int, str] = {}
     for record in seen.records():
         issue = Issue(*(float(record[name]) for name in names)).scaled(blocks / max(1, seen.blocks_executed))
         lines[record["ptx_line"]] = issue
     for statement in seen.program.code:  # lines that no warp came to
         lines.setdefault(statement.statement.line, Issue(0.0))
-    return Launch(seen.kernel, blocks, math.prod(seen.block), seen.dynamic_shared, lines, seen.blocks_executed)
+        for file, line in statement.statement.location[:1]:
+            sources[statement.statement.line] = f"{Path(file).name}:{line}"
+    return Launch(seen.kernel, blocks, math.prod(seen.block), seen.dynamic_shared, lines, seen.blocks_executed, sources)
 
 
 # -------------------------------------------------------------------------------------------------------- limits
@@ -346,6 +376,10 @@ class Prediction:
         }
 
 
+def most_common(kinds: Mapping[str, float], most: int) -> list[tuple[str, float]]:
+    return sorted(kinds.items(), key=lambda item: -item[1])[:most]
+
+
 def micro(seconds: float) -> float:
     return round(1e6 * seconds, 3)
 
@@ -368,9 +402,7 @@ def launch_record(counts: Counts, gpu: Gpu) -> Record:
         "waves": round(waves, 3),
         "last_wave_share": round(waves - math.ceil(waves) + 1, 3),
         "instructions": round(counts.instructions),
-        "instructions_by_opcode": {
-            kind: round(n) for kind, n in sorted(counts.kinds.items(), key=lambda x: -x[1]) if n
-        },
+        "instructions_by_opcode": {kind: round(number) for kind, number in most_common(counts.kinds, 12)},
         "sectors_read": round(counts.sectors_read),
         "sectors_written": round(counts.sectors_written),
         "shared_wavefronts": round(counts.shared_wavefronts),
@@ -380,6 +412,7 @@ def launch_record(counts: Counts, gpu: Gpu) -> Record:
         "times_us": {name: micro(time) for name, time in times(counts, gpu).items()},
         "guessed_share": round(counts.guessed, 4),
         "faults": list(counts.faults),
+        "difference": round(counts.difference, 4),
     }
 
 
@@ -448,6 +481,25 @@ def cells(prediction: Prediction, gpu: Gpu) -> list[str]:
         f"{record['expected_us']:.1f}",
         f"{record['expected_times_bound']:.2f}",
     ]
+
+
+def print_details(predictions: Sequence[Prediction], gpu: Gpu) -> None:
+    """Of each launch: each part's time, the instructions by kind, and the lines of the source."""
+    for prediction in predictions:
+        for counts in prediction.launches:
+            case = prediction.case
+            title = f"{case.operator}, {case.kernels}, {case.dtype}, {case.layout}: {counts.kernel}"
+            console.print(f"\n{title}, {counts.blocks} x {counts.threads} threads", style="bold", highlight=False)
+            parts = {**times(counts, gpu), "waiting": generations(counts, gpu) * counts.latency / gpu.clock}
+            busy = ", ".join(f"{name} {1e6 * time:.1f}" for name, time in parts.items() if time > 5e-8)
+            console.print(f"us: {busy}; more warps would not fit the {counts.resident(gpu).limit}", highlight=False)
+            kinds = most_common(counts.kinds, 16)
+            total = max(1.0, counts.instructions)
+            console.print(", ".join(f"{kind} {number / total:.1%}" for kind, number in kinds), highlight=False)
+            table = make_table("", None, "source", ["instructions", "waiting"])
+            for place, instructions, waiting in counts.hot:
+                table.add_row(place, f"{instructions:.1%}", f"{waiting:.1%}")
+            console.print(table)
 
 
 def print_faults(predictions: Sequence[Prediction]) -> None:
@@ -622,6 +674,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--compare", type=Path, metavar="CSV", help="instead: ncu's counters of benchmarks.gpu_probes, beside the model"
     )
+    add("--details", action="store_true", help="also where the instructions and the waiting are, line by line")
     add("--json", type=command.output_file, metavar="FILE", help="write the results")
     options = parser.parse_args(arguments)
     if options.gpu not in GPUS:
@@ -669,24 +722,38 @@ def run(options: argparse.Namespace) -> int:
         "model": "a model of the GPU, not a measurement",
         "command": options.command,
         "revision": measure.revision(),
+        "source_revision": measure.revision(options.source),
         "gpu": {**vars(gpu), "multiprocessor": vars(gpu.multiprocessor)},
     }
     if options.compare:
         record["compared"] = compare(measured, counter, gpu)
         print_comparison(record["compared"], gpu)
-        faults = [fault for each in record["compared"] for fault in each["model"]["faults"]]
+        differences = [each["model"]["difference"] for each in record["compared"]]
     else:
         predictions = []
         for _, series in itertools.groupby(cases(options), lambda case: shape_title(vars(case.problem))):
             some = [predict(case, counter.counts(case), gpu) for case in series]
             print_predictions(some, gpu)
+            if options.details:
+                print_details(some, gpu)
             predictions += some
         record["predictions"] = [each.record(gpu) for each in predictions]
         print_faults(predictions)
-        faults = [fault for each in predictions for launch in each.launches for fault in launch.faults]
+        differences = [launch.difference for each in predictions for launch in each.launches]
     if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 1 if faults else 0
+        options.json.write_text(as_text(record), encoding="utf-8")
+    return int(max(differences) > CONTRADICTION)
+
+
+def as_text(record: Record) -> str:
+    """JSON with a line for each prediction."""
+    lines = [
+        f" {json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(each)}" for each in value) + "\n ]"
+        if isinstance(value, list)
+        else f" {json.dumps(name)}: {json.dumps(value)}"
+        for name, value in record.items()
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -478,7 +478,6 @@ def checks(code: Code, statements: Sequence[Statement], issued: Mapping[int, flo
 # Clocks until a result is there, of what has no fixed latency: microbenchmarks of Hopper and Ampere, rounded.
 LATENCIES = {
     "LDG": 400.0,  # between a hit in the L2 cache (270) and the memory (800)
-    "LDGSTS": 400.0,
     "LDL": 40.0,
     "LDS": 30.0,
     "LDC": 30.0,
@@ -490,6 +489,7 @@ LATENCIES = {
     "ATOM": 500.0,
 }
 OTHER_LATENCY = 20.0  # conversions, products of 64 bits, doubles
+COPY_LATENCY = 400.0  # of a group of asynchronous copies
 READ_LATENCY = 15.0  # until an instruction has read its operands
 BRANCH_CLOCKS = 8.0  # until the next instruction is there, after a branch that is taken
 BARRIER_CLOCKS = 20.0
@@ -509,30 +509,59 @@ class Control:
         return cls(encoding >> 105 & 15, encoding >> 110 & 7, encoding >> 113 & 7, encoding >> 116 & 63)
 
 
-def latency(code: Code, latency_of: Callable[[str], float] | None = None) -> float:
-    """Clocks that all warps together need, each with a scheduler for itself: the counts times the blocks' clocks."""
-    known = latency_of or (lambda base: LATENCIES.get(base, OTHER_LATENCY))
-    free = [0.0] * 6  # when each barrier is, relative to the present
-    total = 0.0
+@dataclass
+class Pending:
+    """What a warp may have to wait for, in clocks from the present."""
+
+    barriers: list[float] = field(default_factory=lambda: [0.0] * 6)
+    copies: list[float] = field(default_factory=list)  # of each group of asynchronous copies
+
+    def before(self, instruction: Instruction, control: Control) -> float:
+        """When the instruction can be issued."""
+        times = [self.barriers[number] for number in range(6) if control.wait >> number & 1]
+        if instruction.opcode.startswith("DEPBAR.LE") and (found := re.search(r"0x([0-9a-f]+)", instruction.operands)):
+            times += self.copies[: len(self.copies) - int(found[1], 16)]  # all groups but so many
+        return max(times, default=0.0)
+
+    def issue(self, instruction: Instruction, control: Control, now: float) -> None:
+        if instruction.base == "LDGDEPBAR":  # ends a group
+            self.copies = [*self.copies[-8:], now + COPY_LATENCY]
+        result = now + LATENCIES.get(instruction.base, OTHER_LATENCY)
+        for number, time in ((control.write_barrier, result), (control.read_barrier, now + READ_LATENCY)):
+            if number < 6:
+                self.barriers[number] = max(self.barriers[number], time)
+
+    def after(self, clocks: float) -> Pending:
+        return Pending(
+            [max(0.0, time - clocks) for time in self.barriers], [max(0.0, time - clocks) for time in self.copies]
+        )
+
+
+def latency(code: Code) -> tuple[float, dict[int, float]]:
+    """Clocks that all warps together need, each with a scheduler for itself, and how many of them they wait at each
+    line of the PTX: the blocks' clocks times their counts, one block after another as they lie.
+    """
+    pending = Pending()
+    total, waits = 0.0, Counter[int]()
     for number, block in enumerate(code.blocks):
+        clocks, waited = 0.0, Counter[int]()
         for _ in range(2 if number in block.successors else 1):  # a loop's second pass is the usual one
-            clocks, free = _pass(block, free, known)
+            clocks, waited = _pass(block, pending)
+            pending = pending.after(clocks)
+        if block.instructions[-1].base in ("BRA", "BRX") and any(each <= number for each in block.successors):
+            clocks += BRANCH_CLOCKS
         total += clocks * (block.count or 0.0)
-    return total
+        for line, each in waited.items():
+            waits[line] += each * (block.count or 0.0)  # type: ignore[assignment]
+    return total, dict(waits)
 
 
-def _pass(block: Block, free: list[float], known: Callable[[str], float]) -> tuple[float, list[float]]:
-    now = 0.0
+def _pass(block: Block, pending: Pending) -> tuple[float, Counter[int]]:
+    now, waited = 0.0, Counter[int]()
     for instruction in block.instructions:
         control = Control.of(instruction.encoding)
-        now = max([now, *(free[barrier] for barrier in range(6) if control.wait >> barrier & 1)])
-        if control.write_barrier < 6:
-            free[control.write_barrier] = max(free[control.write_barrier], now + known(instruction.base))
-        if control.read_barrier < 6:
-            free[control.read_barrier] = max(free[control.read_barrier], now + READ_LATENCY)
-        now += max(control.stall, 1)
-        if instruction.base == "BAR":
-            now += BARRIER_CLOCKS
-    if block.instructions[-1].base in ("BRA", "BRX") and min(block.successors, default=0) <= 0:
-        now += BRANCH_CLOCKS
-    return now, [max(0.0, time - now) for time in free]
+        ready = max(now, pending.before(instruction, control)) + BARRIER_CLOCKS * (instruction.base == "BAR")
+        waited[instruction.line] += ready - now  # type: ignore[assignment]
+        pending.issue(instruction, control, ready)
+        now = ready + max(control.stall, 1)
+    return now, waited
