@@ -37,12 +37,13 @@ import torch
 from benchmarks import command, gpu_model_sass, measure
 from benchmarks.comparison import Inputs, Problem
 from benchmarks.gpu_model_devices import GPUS, SECTOR, WARP, Gpu, Occupancy, occupancy
-from benchmarks.gpu_model_sass import Code, Statement
+from benchmarks.gpu_model_sass import Check, Code, Statement
 from benchmarks.report import Record, make_table, shape_title
 from carafe_plugin.engine.console import table_console
 from carafe_plugin.engine.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE, EXECUTOR = ROOT / "csrc", ROOT / "tests" / "ptx"
 OPERATORS = {"forward": "reassemble", "grad-features": "grad_features", "grad-kernels": "grad_kernels"}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 KERNELS = {"masks": "none", "logits": "softmax"}  # what is reassembled with, and its normaliser
@@ -147,8 +148,7 @@ class Counts:
     global_wavefronts: float  # a line of 128 bytes each
     latency: float = 0.0  # clocks of a warp, on average, that has a scheduler for itself
     guessed: float = 0.0  # share of the instructions whose count nothing vouched for
-    faults: tuple[str, ...] = ()  # where the machine code's counts and the PTX's disagree
-    difference: float = 0.0  # by how much they do, at most
+    checks: tuple[Check, ...] = ()  # of the machine code's counts against the PTX's
     sampled: int = 0
     # Lines of the source, with their shares of the instructions and of the clocks that warps wait.
     hot: tuple[tuple[str, float, float], ...] = ()
@@ -156,6 +156,11 @@ class Counts:
     @property
     def instructions(self) -> float:
         return sum(self.kinds.values())
+
+    @property
+    def difference(self) -> float:
+        """By how much the counts disagree, at most."""
+        return max((check.difference for check in self.checks), default=0.0)
 
     @property
     def warps(self) -> int:
@@ -192,12 +197,6 @@ def counts_of(launch: Launch, code: Code, statements: Sequence[Statement]) -> Co
         for place in spent
     ]
     guessed = sum((block.count or 0) * len(block.instructions) for block in code.blocks if block.how == "guessed")
-    checks = gpu_model_sass.checks(code, statements, issued)
-    faults = [
-        f"{check.kind}: {check.sass:.4g} in the machine code, {check.ptx:.4g} in the PTX"
-        for check in checks
-        if check.difference > MOST_DIFFERENT
-    ]
     return Counts(
         gpu_model_sass.short_name(launch.kernel),
         launch.blocks,
@@ -213,31 +212,39 @@ def counts_of(launch: Launch, code: Code, statements: Sequence[Statement]) -> Co
         total("lines"),
         clocks / (launch.blocks * math.ceil(launch.threads / WARP)),
         guessed / max(1.0, sum(kinds.values())),
-        tuple(faults),
-        max((check.difference for check in checks), default=0.0),
+        tuple(gpu_model_sass.checks(code, statements, issued)),
         launch.sampled,
         tuple(sorted(shares, key=lambda share: -share[1] - share[2])[:HOT_LINES]),
     )
+
+
+def missing(csrc: Path) -> str | None:
+    """Why nothing can be counted on this machine, or of these sources; None where it can."""
+    needed = [EXECUTOR / "executor.py", csrc / "cuda" / "launch.h"]
+    absent = [f"there is no {path}" for path in needed if not path.is_file()]
+    return gpu_model_sass.missing_tool() or (absent or [import_executor()[0].missing_tools()])[0]
+
+
+def import_executor() -> tuple[Any, type[Exception]]:
+    """The executor, which belongs to the tests, and what it raises for PTX that it does not know."""
+    if str(EXECUTOR) not in sys.path:
+        sys.path.insert(0, str(EXECUTOR))
+    import executor
+    from ptx import PtxError
+
+    return executor, PtxError
 
 
 class Tally:
     """Counts the calls of one checkout's launcher for one architecture, each once."""
 
     def __init__(self, gpu: Gpu, device: str, csrc: Path) -> None:
-        if reason := gpu_model_sass.missing_tool():
+        if reason := missing(csrc):
             raise UsageError(f"the kernels cannot be counted: {reason}")
-        folder = ROOT / "tests" / "ptx"
-        if not (folder / "executor.py").is_file():
-            raise UsageError(f"the kernels cannot be counted: no {folder / 'executor.py'}")
-        sys.path.insert(0, str(folder))
-        import executor
-        from ptx import PtxError
-
-        if reason := executor.missing_tools():
-            raise UsageError(f"the kernels cannot be counted: {reason}")
+        executor, ptx_error = import_executor()
         try:
             self.executor = executor.Executor(csrc, gpu.architecture.replace("sm_", "compute_"), device)
-        except (PtxError, RuntimeError) as error:
+        except (ptx_error, RuntimeError) as error:
             lines = str(error).strip().splitlines()
             detail = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
             raise UsageError(f"the kernels cannot be executed: {detail}") from error
@@ -280,11 +287,11 @@ class Tally:
             return list(run.launches)
 
         if sample is None:
-            return [_launch(each) for each in execute(1)]
+            return [launch_of(each) for each in execute(1)]
         # A first look shows the grids; then each is sampled by a step that no tiling of the map is a multiple of.
         steps = [sampling_step(math.prod(each.grid), sample) for each in execute(1 << 62)]
         runs = {step: execute(step) for step in set(steps)}
-        return [_launch(runs[step][index]) for index, step in enumerate(steps)]
+        return [launch_of(runs[step][index]) for index, step in enumerate(steps)]
 
 
 def sampling_step(blocks: int, sample: int) -> int:
@@ -295,7 +302,7 @@ def sampling_step(blocks: int, sample: int) -> int:
     return max(1, step)
 
 
-def _launch(seen: Any) -> Launch:
+def launch_of(seen: Any) -> Launch:
     """What is needed of the executor's own record."""
     blocks = math.prod(seen.grid)
     names = ("issued", "sectors", "lines", "wavefronts", "ideal_wavefronts")
@@ -411,7 +418,6 @@ def launch_record(counts: Counts, gpu: Gpu) -> Record:
         "latency_clocks": round(counts.latency),
         "times_us": {name: micro(time) for name, time in times(counts, gpu).items()},
         "guessed_share": round(counts.guessed, 4),
-        "faults": list(counts.faults),
         "difference": round(counts.difference, 4),
     }
 
@@ -459,7 +465,7 @@ def cells(prediction: Prediction, gpu: Gpu) -> list[str]:
     record, case = prediction.record(gpu), prediction.case
     main = max(record["launches"], key=lambda each: each["instructions"])
     more = f" +{len(prediction.launches) - 1}" if len(prediction.launches) > 1 else ""
-    doubtful = "?" if any(each.faults or each.guessed > MOST_DIFFERENT for each in prediction.launches) else ""
+    doubtful = "?" if any(max(each.difference, each.guessed) > MOST_DIFFERENT for each in prediction.launches) else ""
     return [
         case.operator,
         case.kernels,
@@ -502,13 +508,32 @@ def print_details(predictions: Sequence[Prediction], gpu: Gpu) -> None:
             console.print(table)
 
 
-def print_faults(predictions: Sequence[Prediction]) -> None:
-    """What the checks found; of each kernel once."""
-    faults = {
-        f"{each.kernel}: {fault}" for prediction in predictions for each in prediction.launches for fault in each.faults
-    }
-    for fault in sorted(faults):
-        console.print(f"? {fault}", style="yellow", highlight=False, markup=False)
+def print_differences(predictions: Sequence[Prediction]) -> None:
+    """Where counts disagree, of each kernel and kind the most."""
+    most: dict[tuple[str, str], Check] = {}
+    for counts in (each for prediction in predictions for each in prediction.launches):
+        for check in counts.checks:
+            key = counts.kernel, check.kind
+            if check.difference > max(MOST_DIFFERENT, most[key].difference if key in most else 0.0):
+                most[key] = check
+    for (kernel, kind), check in sorted(most.items()):
+        text = f"? {kernel}: {check.sass:.4g} {kind} in the machine code, {check.ptx:.4g} in the PTX"
+        console.print(text, style="yellow", highlight=False, markup=False)
+
+
+def print_summary(predictions: Sequence[Prediction], gpu: Gpu) -> None:
+    """How far all shapes are from the bound."""
+    title = f"Model, not measured: times the bandwidth bound over all shapes and layouts, {gpu.title}"
+    table = make_table(title, None, "operator", ["kernels", "dtype", "limit", "median", "expected", "median"])
+    groups: dict[tuple[str, str, str], list[Prediction]] = {}
+    for each in predictions:
+        groups.setdefault((each.case.operator, each.case.kernels, each.case.dtype), []).append(each)
+    for names, some in groups.items():
+        numbers = []
+        for times_bound in ([e.limit / e.bound for e in some], [e.expected / e.bound for e in some]):
+            numbers += [f"{min(times_bound):.2f} to {max(times_bound):.2f}", f"{statistics.median(times_bound):.2f}"]
+        table.add_row(*names, *numbers)
+    console.print(table)
 
 
 # ----------------------------------------------------------------------------------------------------- comparison
@@ -670,7 +695,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--ops", choices=OPERATORS, nargs="+", default=list(OPERATORS), help="[all]")
     add("--layouts", choices=LAYOUTS, nargs="+", default=list(LAYOUTS), help="[both]")
     add("--kernels", choices=KERNELS, nargs="+", default=list(KERNELS), help="masks, or logits for a softmax [both]")
-    add("--source", type=Path, default=ROOT / "csrc", metavar="DIR", help="the sources to count [this checkout's csrc]")
+    add("--source", type=Path, default=SOURCE, metavar="DIR", help="the sources to count [this checkout's csrc]")
     add(
         "--compare", type=Path, metavar="CSV", help="instead: ncu's counters of benchmarks.gpu_probes, beside the model"
     )
@@ -738,7 +763,9 @@ def run(options: argparse.Namespace) -> int:
                 print_details(some, gpu)
             predictions += some
         record["predictions"] = [each.record(gpu) for each in predictions]
-        print_faults(predictions)
+        if len({each.case.problem for each in predictions}) > 1:
+            print_summary(predictions, gpu)
+        print_differences(predictions)
         differences = [launch.difference for each in predictions for launch in each.launches]
     if options.json:
         options.json.write_text(as_text(record), encoding="utf-8")

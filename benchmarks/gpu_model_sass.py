@@ -195,9 +195,16 @@ def parse_sass(text: str) -> dict[str, Code]:
         elif found := re.match(r"([.$\w]+):", row):
             waiting.append(found[1])
     for code in kernels.values():
-        while code.instructions and code.instructions[-1].base == "NOP":
+        while code.instructions and (code.instructions[-1].base == "NOP" or _is_trap(code)):  # what fills the section
             code.instructions.pop()
     return kernels
+
+
+def _is_trap(code: Code) -> bool:
+    """Whether the last instruction is a branch to itself, which nothing leads to."""
+    last = code.instructions[-1]
+    targets = re.findall(r"`\(([^)]*)\)", last.operands)
+    return last.base == "BRA" and not last.predicated and [code.labels.get(each) for each in targets] == [last.address]
 
 
 def _cut(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> list[Block]:
@@ -320,6 +327,11 @@ def count_blocks(code: Code, statements: Sequence[Statement], issued: Mapping[in
         if _leads_to_slow_path(block):
             block.count, block.how = 0.0, "flow"
             continue
+        if any(
+            is_anchor(one, by_line.get(one.line)) and one.base != "BRA" and len(where[one.line, one.base]) > 1
+            for one in block.instructions
+        ):
+            continue  # one of several copies
         anchors: Counter[float] = Counter()
         others: Counter[float] = Counter()
         for instruction in block.instructions:
@@ -357,12 +369,13 @@ def _share_unrolled(
 ) -> None:
     """Shares a line's trips out among the blocks that have copies of it: most copies first, whole passes only."""
     order = {statement.line: place for place, statement in enumerate(statements)}
-    for (line, base), copies in where.items():
+    lines = sorted(where.items(), key=lambda item: (item[0][1] == "BRA", -len(item[1]), -max(item[1].values())))
+    for (line, base), copies in lines:
         statement = statements[order[line]] if line in order else None
         open_blocks = [number for number in copies if blocks[number].count is None]
         if not open_blocks or statement is None or not statement.opcode.startswith(ANCHORS.get(base, "no such")):
             continue
-        total = issued[line] - sum(copies[each] * (blocks[each].count or 0) for each in copies)
+        total = max(0.0, issued[line] - sum(copies[each] * (blocks[each].count or 0) for each in copies))
         entries = _entries(statements, order[line], issued)
         trips = total / entries if entries else 0.0
         for number in sorted(open_blocks, key=lambda each: -copies[each]):
@@ -506,6 +519,8 @@ class Control:
 
     @classmethod
     def of(cls, encoding: int) -> Control:
+        if encoding == 0:  # not printed
+            return cls(1, 7, 7, 0)
         return cls(encoding >> 105 & 15, encoding >> 110 & 7, encoding >> 113 & 7, encoding >> 116 & 63)
 
 
