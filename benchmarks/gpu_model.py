@@ -235,6 +235,22 @@ def import_executor() -> tuple[Any, type[Exception]]:
     return executor, PtxError
 
 
+def attributes(gpu: Gpu) -> dict[int, int]:
+    """What a launcher may ask of a device, by the numbers of cudaDeviceAttr."""
+    unit, (major, minor) = gpu.multiprocessor, map(int, gpu.capability.split("."))
+    return {
+        16: gpu.multiprocessors,
+        38: gpu.l2_bytes,
+        39: unit.warps * WARP,
+        75: major,
+        76: minor,
+        81: unit.shared,
+        97: unit.shared_of_block,
+        106: unit.blocks,
+        111: unit.shared - unit.shared_of_block,
+    }
+
+
 class Tally:
     """Counts the calls of one checkout's launcher for one architecture, each once."""
 
@@ -242,6 +258,7 @@ class Tally:
         if reason := missing(csrc):
             raise UsageError(f"the kernels cannot be counted: {reason}")
         executor, ptx_error = import_executor()
+        executor.DEVICES[device] = {**executor.DEVICES["h100"], **attributes(gpu)}
         try:
             self.executor = executor.Executor(csrc, gpu.architecture.replace("sm_", "compute_"), device)
         except (ptx_error, RuntimeError) as error:

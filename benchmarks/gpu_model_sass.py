@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -438,14 +438,12 @@ def _follow_flow(blocks: Sequence[Block]) -> None:
                         break
 
 
-def totals(code: Code, kinds: Iterable[str] | None = None) -> dict[str, float]:
+def totals(code: Code) -> dict[str, float]:
     """Warp instructions issued of each kind, by the blocks' counts."""
-    wanted = set(kinds) if kinds is not None else None
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for block in code.blocks:
         for instruction in block.instructions:
-            if wanted is None or instruction.base in wanted:
-                found[instruction.base] += block.count or 0.0  # type: ignore[assignment]
+            found[instruction.base] += block.count or 0.0
     return dict(found)
 
 
@@ -462,7 +460,7 @@ class Check:
         return abs(self.sass - self.ptx) / max(self.ptx, 1.0)
 
 
-CHECKED = {"FFMA": "fma.rn.f32", "LDS": "ld.shared", "STS": "st.shared", "LDG": "ld.global", "STG": "st.global"}
+CHECKED = ("FFMA", "LDS", "STS", "LDG", "STG")
 
 
 def checks(code: Code, statements: Sequence[Statement], issued: Mapping[int, float]) -> list[Check]:
@@ -472,7 +470,7 @@ def checks(code: Code, statements: Sequence[Statement], issued: Mapping[int, flo
     """
     by_line = {statement.line: statement for statement in statements}
     found = []
-    for kind, start in CHECKED.items():
+    for kind in CHECKED:
         sass, lines = 0.0, set()
         for block in code.blocks:
             for instruction in block.instructions:
@@ -481,7 +479,7 @@ def checks(code: Code, statements: Sequence[Statement], issued: Mapping[int, flo
                     sass += block.count or 0.0
                     lines.add(instruction.line)
         ptx = sum(issued.get(line, 0.0) for line in lines)
-        if lines and start:
+        if lines:
             found.append(Check(kind, sass, ptx))
     return found
 

@@ -412,6 +412,13 @@ def tally() -> gpu_model.Tally:
 
 
 @needs_tools
+def test_devices_are_the_executors() -> None:
+    executor, _ = gpu_model.import_executor()
+    for name in set(GPUS) & set(executor.DEVICES):
+        assert gpu_model.attributes(GPUS[name]).items() <= executor.DEVICES[name].items(), name
+
+
+@needs_tools
 @pytest.mark.parametrize("operator", gpu_model.OPERATORS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_sample_stands_for_all_blocks(tally: gpu_model.Tally, operator: str, dtype: str) -> None:
