@@ -515,6 +515,8 @@ def print_details(predictions: Sequence[Prediction], gpu: Gpu) -> None:
             console.print(f"\n{title}, {counts.blocks} x {counts.threads} threads", style="bold", highlight=False)
             parts = {**times(counts, gpu), "waiting": generations(counts, gpu) * counts.latency / gpu.clock}
             busy = ", ".join(f"{name} {1e6 * time:.1f}" for name, time in parts.items() if time > 5e-8)
+            of_global = counts.global_wavefronts / max(1.0, counts.global_wavefronts + counts.shared_wavefronts)
+            busy += f" ({of_global:.0%} of the wavefronts are global memory's)"
             console.print(f"us: {busy}; more warps would not fit the {counts.resident(gpu).limit}", highlight=False)
             kinds = most_common(counts.kinds, 16)
             total = max(1.0, counts.instructions)
