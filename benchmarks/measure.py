@@ -220,10 +220,10 @@ def cpu_path() -> str | None:
     return path.decode()
 
 
-def revision() -> str | None:
-    """The checkout's commit, with "+" when tracked files differ from it; None outside a git checkout."""
+def revision(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of a folder's checkout, with "+" when tracked files differ from it; None outside a git checkout."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
