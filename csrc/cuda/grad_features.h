@@ -87,16 +87,25 @@ __global__ void __launch_bounds__(kThreads, 4)
       const float* const packed = call.packed +
                                   packed_row<G>(rows, columns, job.n * call.tiling.groups + job.group, row) +
                                   first_site * kPhases;
-      CARAFE_ROLLED
-      for (unsigned item = renew(thread); item < G::kTaps * Strip::kSites; item += kThreads) {
-        const int tap = item / Strip::kSites, site = item % Strip::kSites;
-        Vector<float, kPhases> own = {};
-        if (first_site + site >= 0 && first_site + site < columns) {
-          own = load<kPhases>(packed + (tap * columns + site) * kPhases);
+      constexpr unsigned kStaged = G::kTaps * Strip::kSites;
+      constexpr int kEach = (kStaged + kThreads - 1) / kThreads;
+      const unsigned own = renew(thread);
+      Vector<float, kPhases> staged[kEach] = {};
+      CARAFE_UNROLL
+      for (int e = 0; e < kEach; ++e) {
+        const unsigned item = e * kThreads + own;
+        const int tap = static_cast<int>(item / Strip::kSites), site = static_cast<int>(item % Strip::kSites);
+        if (item < kStaged && first_site + site >= 0 && first_site + site < columns) {
+          staged[e] = load<kPhases>(packed + (tap * columns + site) * kPhases);
         }
-        store(weights + tap * Strip::kTap + site * kPhases, own);
       }
-      stage<Patch>(
+      CARAFE_UNROLL
+      for (int e = 0; e < kEach; ++e) {
+        const unsigned item = e * kThreads + own;
+        if (item >= kStaged) continue;
+        store(weights + item / Strip::kSites * Strip::kTap + item % Strip::kSites * kPhases, staged[e]);
+      }
+      stage<Patch, 8>(
           call.grad_output, grad_output, row * kUp, first_site * kUp, job.channels, renew(thread), kThreads, patch);
       __syncthreads();
 
@@ -185,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 4) grad_features_tile(const __grid_c
   CARAFE_ROLLED
   for (int done = 0; done < job.channels; done += Tile::kChunk) {
     if (done > 0) __syncthreads();  // the patch has been read
-    stage<Patch>(
+    stage<Patch, kUnit<T> == 4 ? 4 : 2>(
         call.grad_output, grad_output + (job.first_channel + done) * call.grad_output.channel_stride, first_row,
         first_column, job.channels - done, renew(thread), kThreads, patch);
     __syncthreads();

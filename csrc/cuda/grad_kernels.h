@@ -100,10 +100,10 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
   for (int done = 0; done < job.channels; done += Tile::kChunk) {
     if (done > 0) __syncthreads();  // what was staged has been read
     const int channel = job.first_channel + done, left = job.channels - done;
-    stage<Patch>(
+    stage<Patch, 8>(
         call.features, features + channel * call.features.channel_stride, job.row * kDown - G::kRadius,
         job.column * kDown - G::kRadius, left, renew(thread), Tile::kThreads, patch);
-    stage<GradPatch>(
+    stage<GradPatch, 8>(
         call.grad_output, grad_output + channel * call.grad_output.channel_stride, job.row * kUp, job.column * kUp,
         left, renew(thread), Tile::kThreads, grad_patch);
     __syncthreads();

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_tile(const __grid_cons
   CARAFE_ROLLED
   for (int done = 0; done < job.channels; done += Tile::kChunk) {
     if (done > 0) __syncthreads();  // the patch has been read
-    stage<Patch>(
+    stage<Patch, kUnit<T> == 4 ? 4 : 2>(
         call.features, features + (job.first_channel + done) * call.features.channel_stride, first_row, first_column,
         job.channels - done, renew(thread), kThreads, patch);
     __syncthreads();

@@ -211,12 +211,14 @@ struct Window {
 };
 
 // Stages the window whose first pixel is (row, column); `channels` are left, from the one that `item` points at. Zeros
-// where there is nothing. A thread has a place along one axis and walks along another, several loads at a time.
-template <class Window, class T>
+// where there is nothing. A thread has a place along one axis and walks along another, AtOnce units at
+// a time, as its registers allow.
+template <class Window, int AtOnce, class T>
 __device__ __forceinline__ void stage(
     const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, unsigned threads,
     T* to) {
-  constexpr int kAtOnce = sizeof(T) == 4 ? 4 : 2, kChannels = Window::kUnitChannels;
+  constexpr int kAtOnce = AtOnce, kChannels = Window::kUnitChannels;
+  static_assert(Window::kUnits % kAtOnce == 0, "no load is left over");
   using Unit = Vector<T, kChannels>;
   if (image.channels_last) {  // neighbouring threads have neighbouring units, and go down the rows
     constexpr unsigned kPlaces = Window::kColumns * Window::kUnits;
