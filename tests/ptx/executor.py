@@ -1,0 +1,497 @@
+"""Runs the project's CUDA launcher with every kernel executed on the CPU: nvcc's PTX by executor.cpp.
+
+executor = Executor()                        # compiles, or takes what was compiled from the same sources
+run = executor.run("reassemble", (features, kernels), normalizer="softmax", kernel_size=5, group_size=1, up=2, down=1)
+run.result, run.error, run.findings, run.launches, run.records()
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ptx
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+OPERATORS = ("reassemble", "grad_features", "grad_kernels")
+NORMALIZERS = ("none", "softmax", "sigmoid", "sigmoid_normalized")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# What the launcher may ask of a device, by CUDA's numbers.
+_COMMON = {1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535, 8: 48 << 10, 10: 32, 12: 65536}
+_NAMES = {16: "multiprocessors", 38: "l2", 39: "threads", 75: "major", 76: "minor", 81: "shared", 97: "optin"}
+
+
+def _device(
+    major: int, minor: int, multiprocessors: int, shared: int, threads: int, blocks: int, l2: int
+) -> dict[int, int]:
+    reserved = 1024 if major >= 8 else 0
+    kib = {13: 1_755_000, 36: 2_619_000, 37: 5120}  # clocks in kHz and the width of the bus: for heuristics alone
+    return _COMMON | kib | {
+        16: multiprocessors, 38: l2 << 20, 39: threads, 75: major, 76: minor, 81: shared << 10, 82: 65536,
+        97: (shared << 10) - reserved, 106: blocks, 111: reserved,
+    }  # fmt: skip
+
+
+DEVICES: Mapping[str, dict[int, int]] = {
+    "t4": _device(7, 5, 40, 64, 1024, 16, 4),
+    "a100": _device(8, 0, 108, 164, 2048, 32, 40),
+    "a10": _device(8, 6, 72, 100, 1536, 16, 6),
+    "l4": _device(8, 9, 58, 100, 1536, 24, 48),
+    "h100": _device(9, 0, 132, 228, 2048, 32, 50),
+    "h200": _device(9, 0, 132, 228, 2048, 32, 50),
+    "b200": _device(10, 0, 148, 228, 2048, 32, 126),
+}
+
+PROBLEMS = (
+    "global access out of bounds", "shared access out of bounds", "local access out of bounds",
+    "parameter access out of bounds", "misaligned access", "uninitialized shared memory", "uninitialized global memory",
+    "uninitialized register", "race in shared memory", "race in global memory", "shared memory that a copy is on its way to",
+    "write to an input", "barrier that not all threads reach", "barrier in divergent code", "lane that is not there",
+    "endless loop", "invalid barrier or trap",
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- compilation
+
+
+def find_nvcc() -> str | None:
+    places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    folders = os.pathsep.join(str(Path(place) / "bin") for place in places if place)
+    return shutil.which("nvcc") or shutil.which("nvcc", path=folders)
+
+
+def missing_tools() -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    if find_nvcc() is None:
+        return "no nvcc: on the PATH, in CUDA_HOME or in /usr/local/cuda"
+    if shutil.which(_cxx()[0]) is None:
+        return f"no C++ compiler: {_cxx()[0]} is not on the PATH"
+    return None
+
+
+def _cxx() -> list[str]:
+    return os.environ.get("CXX", "g++").split()
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "carafe_plugin" / "ptx"
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout[-4000:]}{result.stderr[-8000:]}")
+    return result.stdout
+
+
+def _cached(name: str, parts: Sequence[str | bytes], make: Any) -> Path:
+    """The folder of what ``make(folder)`` has made from these parts, now or in a run before."""
+    digest = hashlib.sha256(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()[:24]
+    folder = cache_folder() / f"{name}-{digest}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}-making-") as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            make(made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.exists():  # where it does, another process was faster
+                    raise
+    os.utime(folder)
+    return folder
+
+
+@functools.cache
+def executor_library() -> Path:
+    source = HERE / "executor.cpp"
+    cpu = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
+    # Sums and products are rounded one by one, as PTX has them.
+    command = [*_cxx(), "-O3", "-march=native", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
+    command += ["-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-Bsymbolic"]
+    parts = [source.read_bytes(), " ".join(command), flags.group(0) if flags else "", _run([_cxx()[0], "--version"])]
+    folder = _cached("executor", parts, lambda made: _run([*command, source, "-o", made / "libexecutor.so"]))
+    return folder / "libexecutor.so"
+
+
+def compile_ptx(source: Path, architecture: str = "compute_80") -> str:
+    """nvcc's PTX of a file that stands alone."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    command = [nvcc, "-ptx", f"-arch={architecture}", "-O3", "-std=c++17", "-lineinfo"]
+    folder = _cached(
+        "snippet",
+        [source.read_bytes(), " ".join(command), _run([nvcc, "--version"])],
+        lambda made: _run([*command, source, "-o", made / "snippet.ptx"]),
+    )
+    return (folder / "snippet.ptx").read_text()
+
+
+def launcher_library(csrc: Path = CSRC, architecture: str = "compute_80") -> tuple[Path, str]:
+    """The launcher, which is the host's half of launcher.cu, and the PTX of its kernels, by one run of nvcc."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    source, executor = HERE / "launcher.cu", executor_library()
+    command = [nvcc, "-gencode", f"arch={architecture},code={architecture}", "-O3", "-std=c++17", "-lineinfo"]
+    command += ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC,-O1", f"-I{csrc}"]
+    headers = sorted(path for path in csrc.glob("c[uo][dm]*/*.h") if path.parent.name in ("cuda", "common"))
+    parts = [text for path in headers for text in (path.name, path.read_bytes())]
+    parts += [source.read_bytes(), " ".join(command), str(executor), _run([nvcc, "--version"])]
+
+    def make(made: Path) -> None:
+        keep = made / "keep"
+        keep.mkdir()
+        _run([*command, "-keep", "-keep-dir", keep, source, executor, "-o", made / "launcher.so"])
+        (keep / "launcher.ptx").rename(made / "launcher.ptx")
+        shutil.rmtree(keep)
+
+    folder = _cached("launcher", parts, make)
+    return folder / "launcher.so", (folder / "launcher.ptx").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+class _Finding(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("problem", "kernel", "instruction", "launch")),
+        ("count", ctypes.c_int64),
+        ("block", ctypes.c_uint64),
+        ("thread", ctypes.c_int32),
+        ("other", ctypes.c_int32),
+        ("address", ctypes.c_uint64),
+        ("bytes", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Finding:
+    problem: str
+    kernel: str
+    instruction: str
+    ptx_line: int
+    location: tuple[tuple[str, int], ...]  # innermost first
+    count: int
+    block: int
+    thread: int
+    other: int  # thread, of a race
+    address: int
+    bytes: int
+    launch: int
+
+    def __str__(self) -> str:
+        where = " < ".join(f"{Path(file).name}:{line}" for file, line in self.location)
+        other = f" (with thread {self.other})" if self.other >= 0 else ""
+        return (
+            f"{self.problem}: {self.kernel}, {where or f'PTX line {self.ptx_line}'}, block {self.block}, thread "
+            f"{self.thread}{other}, address {self.address:#x}, {self.bytes} bytes, {self.count} times: {self.instruction}"
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str  # mangled
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    static_shared: int
+    dynamic_shared: int
+    status: int
+    blocks_executed: int
+    instructions: int  # of warps
+    counts: array[int]  # six for each instruction
+    program: ptx.Kernel
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What each PTX instruction asked of the hardware, in the order of the PTX."""
+        for index, i in enumerate(self.program.code):
+            if i.hidden:
+                continue
+            numbers = self.counts[6 * index : 6 * index + 6]
+            if numbers[0]:
+                names = ("issued", "lanes", "sectors", "lines", "wavefronts", "ideal_wavefronts")
+                yield {
+                    "index": index,
+                    "ptx": i.statement.text,
+                    "ptx_line": i.statement.line,
+                    "location": [list(place) for place in i.statement.location],
+                    **dict(zip(names, numbers, strict=True)),
+                }
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "kernel": self.kernel, "name": self.name, "grid": self.grid, "block": self.block,
+            "static_shared": self.static_shared, "dynamic_shared": self.dynamic_shared, "status": self.status,
+            "blocks_executed": self.blocks_executed, "instructions": self.instructions,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    result: Tensor
+    error: int  # what the launcher returned
+    findings: list[Finding]
+    launches: list[Launch]
+    unwritten: int  # elements of the result
+
+    def records(self) -> list[dict[str, Any]]:
+        return [{**launch.summary(), "instructions_of_ptx": list(launch.records())} for launch in self.launches]
+
+
+def demangle(name: str) -> str:
+    return _demangled(name)
+
+
+@functools.cache
+def _demangled(name: str) -> str:
+    if filt := shutil.which("c++filt"):
+        return subprocess.run([filt, name], capture_output=True, text=True).stdout.strip() or name
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------- execution
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(executor_library()))
+    library.ptx_operation.restype = ctypes.c_char_p
+    library.ptx_finding.restype = ctypes.POINTER(_Finding)
+    library.ptx_launched.restype = ctypes.POINTER(ctypes.c_int64)
+    library.ptx_written.restype = ctypes.c_int64
+    library.ptx_allocate.restype = ctypes.c_void_p
+    return library
+
+
+@functools.cache
+def _operations() -> dict[str, int]:
+    library = _library()
+    return {library.ptx_operation(n).decode(): n for n in range(library.ptx_operations())}
+
+
+def _pointer(values: Sequence[int], kind: str) -> Any:
+    numbers = array(kind, values)
+    type_ = {"i": ctypes.c_int32, "q": ctypes.c_int64}[kind]
+    return (type_ * max(1, len(numbers))).from_buffer(numbers) if numbers else (type_ * 1)()
+
+
+_programs: dict[int, ptx.Kernel] = {}
+_memory: list[Any] = []  # of variables of modules
+
+
+def load(module: ptx.Module) -> dict[str, int]:
+    """Hands kernels to the executor: their numbers there."""
+    library, numbers = _library(), {}
+    variables = {}
+    for name, data in module.variables.items():
+        held = ctypes.create_string_buffer(data, len(data))
+        _memory.append(held)
+        variables[name] = ctypes.addressof(held)
+        library.ptx_range(ctypes.c_uint64(variables[name]), ctypes.c_uint64(len(data)), 3, 0)
+    for kernel in module.kernels:
+        p = ptx.pack(module, kernel, _operations(), variables)
+        code = _pointer(p["code"], "q")
+        number = library.ptx_add_kernel(
+            kernel.name.encode(), _pointer(p["header"], "i"), code, len(kernel.code),
+            _pointer(p["constants"], "q"), len(p["constants"]) // 3, _pointer(p["specials"], "i"),
+            len(p["specials"]) // 2, _pointer(p["tables"], "i"), len(p["tables"]), _pointer(p["offsets"], "i"),
+            _pointer(p["sizes"], "i"), len(p["offsets"]), _pointer(p["checked"], "i"), len(p["checked"]),
+        )  # fmt: skip
+        _programs[number] = kernel
+        numbers[kernel.name] = number
+    return numbers
+
+
+def set_device(name: str = "h100", **changes: int) -> None:
+    attributes = dict(DEVICES[name])
+    numbers = {name: number for number, name in _NAMES.items()}
+    attributes.update({numbers[change]: value for change, value in changes.items()})
+    for attribute, value in attributes.items():
+        _library().ptx_attribute(attribute, value)
+
+
+def set_options(
+    limit: int = 1 << 32, every: int = 1, first: int = 0, checks: bool = True, counting: bool = True,
+    descending: bool = False,
+) -> None:  # fmt: skip
+    """``limit``: instructions of a warp; ``every``, ``first``: blocks that are executed; ``descending``: their order."""
+    _library().ptx_options(
+        ctypes.c_int64(limit), ctypes.c_uint64(every), ctypes.c_uint64(first), checks, counting, descending
+    )
+
+
+def reset() -> None:
+    _library().ptx_reset()
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from its first element to its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def add_range(tensor: Tensor, kind: int) -> None:
+    """Memory that kernels may touch; ``kind``: 0 input, 1 result, 2 workspace."""
+    size = tensor.element_size()
+    _library().ptx_range(
+        ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(_extent(tensor)), kind, size.bit_length() - 1
+    )
+
+
+def findings() -> list[Finding]:
+    library, found = _library(), []
+    for n in range(library.ptx_findings()):
+        f = library.ptx_finding(n).contents
+        program = _programs[f.kernel]
+        at = min(f.instruction, len(program.code) - 1)
+        while program.code[at].hidden and at > 0:
+            at -= 1
+        statement = program.code[at].statement
+        found.append(
+            Finding(
+                PROBLEMS[f.problem],
+                demangle(program.name),
+                statement.text,
+                statement.line,
+                statement.location,
+                f.count,
+                f.block,
+                f.thread,
+                f.other,
+                f.address,
+                f.bytes,
+                f.launch,
+            )  # fmt: skip
+        )
+    return found
+
+
+def launches() -> list[Launch]:
+    library, found = _library(), []
+    for n in range(library.ptx_launches()):
+        numbers = (ctypes.c_int64 * 11)()
+        counts = library.ptx_launched(n, numbers)
+        program = _programs[numbers[0]]
+        copy = array("q")
+        copy.frombytes(ctypes.string_at(counts, 48 * len(program.code)))
+        found.append(
+            Launch(
+                program.name,
+                demangle(program.name),
+                tuple(numbers[1:4]),
+                tuple(numbers[4:7]),
+                program.static_shared,
+                *numbers[7:11],
+                copy,
+                program,
+            )  # type: ignore[arg-type]  # fmt: skip
+        )
+    return found
+
+
+def launch(kernel: int, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], dynamic: int = 0) -> int:
+    """Launches a kernel itself, with ctypes values as arguments."""
+    extents = [(ctypes.c_uint32 * 3)(*(list(each) + [1, 1])[:3]) for each in (grid, block)]
+    pointers = (ctypes.c_void_p * max(1, len(arguments)))(*(ctypes.addressof(a) for a in arguments))
+    return _library().ptx_launch(kernel, *extents, pointers, ctypes.c_uint64(dynamic))
+
+
+class Executor:
+    """The launcher of the sources in ``csrc``, with kernels for ``architecture``, on a device of DEVICES."""
+
+    def __init__(self, csrc: Path | str = CSRC, architecture: str = "compute_80", device: str = "h100") -> None:
+        path, self.text = launcher_library(Path(csrc).resolve(), architecture)
+        self.module = ptx.parse(self.text)
+        self.numbers = load(self.module)
+        self.device = device
+        # Bound to executor.cpp's functions, not to the CUDA runtime that torch has loaded.
+        self.library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
+        self.workspace = 1 << 32
+
+    def use(self, numbers: Mapping[str, int] | None = None) -> None:
+        """Launches go to these kernels: the executor's own, or changed ones of the same names."""
+        for name, number in (numbers or self.numbers).items():
+            _library().ptx_use_kernel(name.encode(), number)
+
+    def run(
+        self, op: str, tensors: Sequence[Tensor], *, normalizer: str, kernel_size: int, group_size: int, up: int,
+        down: int, size: Sequence[int] | None = None, out_size: Sequence[int] | None = None,
+        result: Tensor | None = None, workspace: int | None = None, fail_with: int = 0, fail_after: int = 0,
+        **options: Any,
+    ) -> Run:  # fmt: skip
+        """Calls the launcher. ``tensors``: of 'reassemble' (features, kernels), of 'grad_features' (gradient, kernels),
+        of 'grad_kernels' (gradient, features, kernels); ``size``: of the features, for 'grad_features'; ``out_size``: of
+        the output, for 'reassemble', where it is not whole; ``result``: to write into, with any strides. ``options``:
+        those of :func:`set_options`. ``fail_with``: a CUDA error that launches give from number ``fail_after`` on.
+        """
+        first, kernels = tensors[0], tensors[-1]
+        features = tensors[1] if op == "grad_kernels" else first
+        height, width = size if op == "grad_features" else features.shape[2:]  # type: ignore[misc]
+        whole = (-(-height * up // down), -(-width * up // down))
+        out_height, out_width = (out_size or whole) if op == "reassemble" else first.shape[2:]
+        batch, channels = first.shape[:2]
+        if result is None:
+            shapes = ((batch, channels, out_height, out_width), (batch, channels, height, width), kernels.shape)
+            last = is_channels_last(first if op != "grad_kernels" else kernels)
+            result = torch.empty(
+                shapes[OPERATORS.index(op)], dtype=first.dtype,
+                memory_format=torch.channels_last if last else torch.contiguous_format,
+            )  # fmt: skip
+        # Not a number, in every format.
+        flat = torch.as_strided(result, (_extent(result) // result.element_size(),), (1,))
+        flat.view(torch.uint8).fill_(255)
+        reset()
+        self.use()
+        set_device(self.device)
+        set_options(**options)
+        library = _library()
+        library.ptx_fail(fail_with, fail_after)
+        add_range(result, 1)
+        for tensor in {t.data_ptr(): t for t in tensors}.values():
+            add_range(tensor, 0)
+        geometry = (ctypes.c_int64 * 10)(
+            batch, channels, height, width, out_height, out_width, kernel_size, group_size, up, down
+        )
+        held = [result, *tensors]
+        pointers = (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held), *[None] * (4 - len(held)))
+        strides = (ctypes.c_int64 * 16)(*(s for t in held for s in t.stride()), *[0] * (16 - 4 * len(held)))
+        left = ctypes.c_int64(self.workspace if workspace is None else workspace)
+        error = self.library.launch(
+            OPERATORS.index(op), DTYPES.index(first.dtype), NORMALIZERS.index(normalizer), geometry, 0, None,
+            ctypes.cast(library.ptx_allocate, ctypes.c_void_p), ctypes.byref(left), pointers, strides,
+        )  # fmt: skip
+        unwritten = result.numel() - library.ptx_written(ctypes.c_uint64(result.data_ptr()))
+        return Run(result, error, findings(), launches(), unwritten)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def write_counts(run: Run, path: str | Path, **call: Any) -> None:
+    """The record that a performance model reads."""
+    Path(path).write_text(json.dumps({"call": call, "launches": run.records()}, indent=1) + "\n")
+
+
+__all__ = ["DEVICES", "Executor", "Finding", "Launch", "Run", "asdict", "load", "write_counts"]
