@@ -153,8 +153,8 @@ def launcher_library(csrc: Path = CSRC, architecture: str = "compute_80") -> tup
     source, executor = HERE / "launcher.cu", executor_library()
     command = [nvcc, "-gencode", f"arch={architecture},code={architecture}", "-O3", "-std=c++17", "-lineinfo"]
     command += ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC,-O1", f"-I{csrc}"]
-    headers = sorted(path for path in csrc.glob("c[uo][dm]*/*.h") if path.parent.name in ("cuda", "common"))
-    parts = [text for path in headers for text in (path.name, path.read_bytes())]
+    headers = sorted(path for folder in ("cuda", "common") for path in (csrc / folder).rglob("*.*h"))
+    parts = [text for path in headers for text in (str(path), path.read_bytes())]
     parts += [source.read_bytes(), " ".join(command), str(executor), _run([nvcc, "--version"])]
 
     def make(made: Path) -> None:
