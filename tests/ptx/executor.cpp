@@ -1553,6 +1553,21 @@ void add_operations() {
      })));
   OP("mul24.lo.b32",
      (binary<uint32_t, uint32_t>(w, i, [](uint32_t a, uint32_t b) { return (a & 0xffffff) * (b & 0xffffff); })));
+  // Dot products of bytes: sign & 1, 2: whether those of the first and second operand have signs; imm: 4, or 2 for
+  // halves with the lower bytes, 3 for halves with the upper ones.
+  OP("dp.b32", (ternary<uint32_t, uint32_t>(w, i, [&](uint32_t a, uint32_t b, uint32_t c) {
+       const auto part = [](uint32_t word, int bits, int index, bool negative) {
+         const uint32_t value = word >> (bits * index) & ((1u << bits) - 1);
+         return negative && value >> (bits - 1) ? value - (1u << bits) : value;
+       };
+       const bool first = i.sign & 1, second = i.sign & 2;
+       uint32_t sum = c;
+       for (int k = 0; k < (i.imm == 4 ? 4 : 2); ++k) {
+         const uint32_t x = i.imm == 4 ? part(a, 8, k, first) : part(a, 16, k, first);
+         sum += x * part(b, 8, i.imm == 3 ? k + 2 : k, second);
+       }
+       return sum;
+     })));
   OP("and.pred", set_predicate(w, i.x[0], w.preds[i.x[1]] & w.preds[i.x[2]]));
   OP("or.pred", set_predicate(w, i.x[0], w.preds[i.x[1]] | w.preds[i.x[2]]));
   OP("xor.pred", set_predicate(w, i.x[0], w.preds[i.x[1]] ^ w.preds[i.x[2]]));

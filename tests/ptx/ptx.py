@@ -619,6 +619,13 @@ class _Builder:
             raise self.unknown()
         self.simple("lop3.b32", operands[:4], "b32", imm=table)
 
+    def op_dp4a(self, words: list[str], operands: list[str]) -> None:
+        self.simple("dp.b32", operands, "b32", imm=4, sign=(words[0] == "s32") + 2 * (words[1] == "s32"))
+
+    def op_dp2a(self, words: list[str], operands: list[str]) -> None:
+        half = {"lo": 2, "hi": 3}[words[0]]
+        self.simple("dp.b32", operands, "b32", imm=half, sign=(words[1] == "s32") + 2 * (words[2] == "s32"))
+
     def op_bfe(self, words: list[str], operands: list[str]) -> None:
         x = [self.source(text, t) for text, t in zip(operands[1:], (words[0], "u32", "u32"), strict=True)]
         self.emit(f"bfe.{words[0]}", [self.destination(operands[0]), *x])
