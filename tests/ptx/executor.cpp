@@ -134,7 +134,7 @@ struct Dim {
 
 struct Executor {
   std::vector<std::unique_ptr<Kernel>> kernels;
-  std::unordered_map<std::string, int> by_name;
+  int (*find)(const char*) = nullptr;  // the number of a kernel, by its name
   std::unordered_map<const void*, std::string> stubs;
   std::vector<std::unique_ptr<Range>> ranges;  // by address
   std::vector<Finding> findings;
@@ -1988,13 +1988,7 @@ std::vector<Configuration> configurations;
 
 int kernel_of(const void* stub) {
   auto name = ex.stubs.find(stub);
-  if (name == ex.stubs.end()) return -1;
-  auto kernel = ex.by_name.find(name->second);
-  if (kernel == ex.by_name.end()) {
-    fprintf(stderr, "executor: kernel %s is not in the PTX\n", name->second.c_str());
-    return -1;
-  }
-  return kernel->second;
+  return name == ex.stubs.end() || !ex.find ? -1 : ex.find(name->second.c_str());
 }
 
 int fail(int error) {
@@ -2200,12 +2194,11 @@ EXPORT int ptx_add_kernel(
   k.parameter_sizes.assign(parameter_sizes, parameter_sizes + parameter_count);
   k.checked.assign(checked, checked + checked_count);
   const int index = int(ex.kernels.size());
-  ex.by_name[k.name] = index;
   ex.kernels.push_back(std::move(kernel));
   return index;
 }
 
-EXPORT void ptx_use_kernel(const char* name, int index) { ex.by_name[name] = index; }
+EXPORT void ptx_find_kernels(int (*find)(const char*)) { ex.find = find; }
 EXPORT void ptx_set_registers(int kernel, int registers) { ex.kernels[size_t(kernel)]->registers = registers; }
 
 EXPORT void ptx_attribute(int attribute, int value) { ex.attributes[attribute] = value; }

@@ -41,8 +41,8 @@ def _device(
     major: int, minor: int, multiprocessors: int, shared: int, threads: int, blocks: int, l2: int
 ) -> dict[int, int]:
     reserved = 1024 if major >= 8 else 0
-    kib = {13: 1_755_000, 36: 2_619_000, 37: 5120}  # clocks in kHz and the width of the bus: for heuristics alone
-    return _COMMON | kib | {
+    clocks = {13: 1_755_000, 36: 2_619_000, 37: 5120}  # in kHz, and the width of the bus in bits
+    return _COMMON | clocks | {
         16: multiprocessors, 38: l2 << 20, 39: threads, 75: major, 76: minor, 81: shared << 10, 82: 65536,
         97: (shared << 10) - reserved, 106: blocks, 111: reserved,
     }  # fmt: skip
@@ -61,9 +61,9 @@ DEVICES: Mapping[str, dict[int, int]] = {
 PROBLEMS = (
     "global access out of bounds", "shared access out of bounds", "local access out of bounds",
     "parameter access out of bounds", "misaligned access", "uninitialized shared memory", "uninitialized global memory",
-    "uninitialized register", "race in shared memory", "race in global memory", "shared memory that a copy is on its way to",
-    "write to an input", "barrier that not all threads reach", "barrier in divergent code", "lane that is not there",
-    "endless loop", "invalid barrier or trap",
+    "uninitialized register", "race in shared memory", "race in global memory",
+    "shared memory that a copy is on its way to", "write to an input", "barrier that not all threads reach",
+    "barrier in divergent code", "lane that is not there", "endless loop", "invalid barrier or trap",
 )  # fmt: skip
 
 
@@ -203,7 +203,8 @@ class Finding:
         other = f" (with thread {self.other})" if self.other >= 0 else ""
         return (
             f"{self.problem}: {self.kernel}, {where or f'PTX line {self.ptx_line}'}, block {self.block}, thread "
-            f"{self.thread}{other}, address {self.address:#x}, {self.bytes} bytes, {self.count} times: {self.instruction}"
+            f"{self.thread}{other}, address {self.address:#x}, {self.bytes} bytes, {self.count} times: "
+            f"{self.instruction}"
         )
 
 
@@ -295,30 +296,29 @@ def _pointer(values: Sequence[int], kind: str) -> Any:
 
 
 _programs: dict[int, ptx.Kernel] = {}
-_memory: list[Any] = []  # of variables of modules
+_memory: dict[int, dict[str, Any]] = {}  # variables of modules
 
 
-def load(module: ptx.Module) -> dict[str, int]:
-    """Hands kernels to the executor: their numbers there."""
-    library, numbers = _library(), {}
-    variables = {}
-    for name, data in module.variables.items():
-        held = ctypes.create_string_buffer(data, len(data))
-        _memory.append(held)
-        variables[name] = ctypes.addressof(held)
-        library.ptx_range(ctypes.c_uint64(variables[name]), ctypes.c_uint64(len(data)), 3, 0)
-    for kernel in module.kernels:
-        p = ptx.pack(module, kernel, _operations(), variables)
-        code = _pointer(p["code"], "q")
-        number = library.ptx_add_kernel(
-            kernel.name.encode(), _pointer(p["header"], "i"), code, len(kernel.code),
-            _pointer(p["constants"], "q"), len(p["constants"]) // 3, _pointer(p["specials"], "i"),
-            len(p["specials"]) // 2, _pointer(p["tables"], "i"), len(p["tables"]), _pointer(p["offsets"], "i"),
-            _pointer(p["sizes"], "i"), len(p["offsets"]), _pointer(p["checked"], "i"), len(p["checked"]),
-        )  # fmt: skip
-        _programs[number] = kernel
-        numbers[kernel.name] = number
-    return numbers
+def load(module: ptx.Module, name: str) -> int:
+    """Hands a kernel to the executor: its number there."""
+    library = _library()
+    if id(module) not in _memory:
+        _memory[id(module)] = {
+            name: ctypes.create_string_buffer(data, len(data)) for name, data in module.variables.items()
+        }
+        for data in _memory[id(module)].values():
+            library.ptx_range(ctypes.c_uint64(ctypes.addressof(data)), ctypes.c_uint64(len(data)), 3, 0)
+    kernel = module.kernel(name)
+    variables = {name: ctypes.addressof(data) for name, data in _memory[id(module)].items()}
+    p = ptx.pack(kernel, _operations(), variables)
+    number = library.ptx_add_kernel(
+        kernel.name.encode(), _pointer(p["header"], "i"), _pointer(p["code"], "q"), len(kernel.code),
+        _pointer(p["constants"], "q"), len(p["constants"]) // 3, _pointer(p["specials"], "i"),
+        len(p["specials"]) // 2, _pointer(p["tables"], "i"), len(p["tables"]), _pointer(p["offsets"], "i"),
+        _pointer(p["sizes"], "i"), len(p["offsets"]), _pointer(p["checked"], "i"), len(p["checked"]),
+    )  # fmt: skip
+    _programs[number] = kernel
+    return number
 
 
 def set_device(name: str = "h100", **changes: int) -> None:
@@ -333,7 +333,9 @@ def set_options(
     limit: int = 1 << 32, every: int = 1, first: int = 0, checks: bool = True, counting: bool = True,
     descending: bool = False,
 ) -> None:  # fmt: skip
-    """``limit``: instructions of a warp; ``every``, ``first``: blocks that are executed; ``descending``: their order."""
+    """``limit``: instructions of a warp; ``every``, ``first``: blocks that are executed; ``descending``: their order
+    and that of warps.
+    """
     _library().ptx_options(
         ctypes.c_int64(limit), ctypes.c_uint64(every), ctypes.c_uint64(first), checks, counting, descending
     )
@@ -382,7 +384,7 @@ def findings() -> list[Finding]:
                 f.address,
                 f.bytes,
                 f.launch,
-            )  # fmt: skip
+            )
         )
     return found
 
@@ -405,7 +407,7 @@ def launches() -> list[Launch]:
                 *numbers[7:11],
                 copy,
                 program,
-            )  # type: ignore[arg-type]  # fmt: skip
+            )
         )
     return found
 
@@ -422,17 +424,24 @@ class Executor:
 
     def __init__(self, csrc: Path | str = CSRC, architecture: str = "compute_80", device: str = "h100") -> None:
         path, self.text = launcher_library(Path(csrc).resolve(), architecture)
-        self.module = ptx.parse(self.text)
-        self.numbers = load(self.module)
+        self.module = ptx.Module(self.text)
+        self.numbers: dict[str, int] = {}
+        self.failure: Exception | None = None
         self.device = device
         # Bound to executor.cpp's functions, not to the CUDA runtime that torch has loaded.
         self.library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
         self.workspace = 1 << 32
+        self._find = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(self._find_kernel)
 
-    def use(self, numbers: Mapping[str, int] | None = None) -> None:
-        """Launches go to these kernels: the executor's own, or changed ones of the same names."""
-        for name, number in (numbers or self.numbers).items():
-            _library().ptx_use_kernel(name.encode(), number)
+    def _find_kernel(self, mangled: bytes) -> int:
+        name = mangled.decode()
+        try:
+            if name not in self.numbers:
+                self.numbers[name] = load(self.module, name)
+            return self.numbers[name]
+        except Exception as error:  # it cannot pass through the launcher
+            self.failure = error
+            return -1
 
     def run(
         self, op: str, tensors: Sequence[Tensor], *, normalizer: str, kernel_size: int, group_size: int, up: int,
@@ -441,9 +450,9 @@ class Executor:
         **options: Any,
     ) -> Run:  # fmt: skip
         """Calls the launcher. ``tensors``: of 'reassemble' (features, kernels), of 'grad_features' (gradient, kernels),
-        of 'grad_kernels' (gradient, features, kernels); ``size``: of the features, for 'grad_features'; ``out_size``: of
-        the output, for 'reassemble', where it is not whole; ``result``: to write into, with any strides. ``options``:
-        those of :func:`set_options`. ``fail_with``: a CUDA error that launches give from number ``fail_after`` on.
+        of 'grad_kernels' (gradient, features, kernels); ``size``: of the features, for 'grad_features';
+        ``out_size``: of the output, for 'reassemble', where it is not whole; ``result``: to write into, with any
+        strides. ``options``: those of :func:`set_options`. ``fail_with``: a CUDA error that launches give from number ``fail_after`` on.
         """
         first, kernels = tensors[0], tensors[-1]
         features = tensors[1] if op == "grad_kernels" else first
@@ -462,11 +471,11 @@ class Executor:
         flat = torch.as_strided(result, (_extent(result) // result.element_size(),), (1,))
         flat.view(torch.uint8).fill_(255)
         reset()
-        self.use()
         set_device(self.device)
         set_options(**options)
         library = _library()
         library.ptx_fail(fail_with, fail_after)
+        library.ptx_find_kernels(self._find)
         add_range(result, 1)
         for tensor in {t.data_ptr(): t for t in tensors}.values():
             add_range(tensor, 0)
@@ -481,6 +490,9 @@ class Executor:
             OPERATORS.index(op), DTYPES.index(first.dtype), NORMALIZERS.index(normalizer), geometry, 0, None,
             ctypes.cast(library.ptx_allocate, ctypes.c_void_p), ctypes.byref(left), pointers, strides,
         )  # fmt: skip
+        if self.failure:
+            failure, self.failure = self.failure, None
+            raise failure
         unwritten = result.numel() - library.ptx_written(ctypes.c_uint64(result.data_ptr()))
         return Run(result, error, findings(), launches(), unwritten)
 

@@ -4,8 +4,7 @@ number, rows of registers, and numbers. What is not known is an error that names
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 OPERANDS = 12  # of an instruction in executor.cpp
@@ -76,13 +75,6 @@ class Kernel:
     checked: list[int] = field(default_factory=list)
 
 
-@dataclass
-class Module:
-    target: str
-    kernels: list[Kernel]
-    variables: dict[str, bytes]  # of .global and .const
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 _COMMENT = re.compile(r"//.*$")
@@ -97,7 +89,7 @@ def _statements(lines: Sequence[tuple[int, str]], files: Mapping[int, str]) -> I
         line = _COMMENT.sub("", raw).strip()
         if not line:
             continue
-        if line.startswith(".loc"):
+        if re.match(r"\.loc\s", line):
             words = line.replace(",", " ").split()
             file, row, column = (int(word) for word in words[1:4])
             outer: tuple[tuple[str, int], ...] = ()
@@ -161,65 +153,66 @@ def _initial(width: int, count: int, text: str | None, where: str) -> bytes:
     return data.ljust(width * count, b"\0")
 
 
-def parse(text: str, only: Callable[[str], bool] = lambda name: True) -> Module:
-    """The kernels of a PTX module whose names ``only`` accepts."""
-    lines = list(enumerate(text.split("\n"), 1))
-    files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE)}
-    target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
-    module = Module(target.group(1) if target else "?", [], {})
-    dynamic: set[str] = set()
-    shared: list[tuple[str, int, int]] = []
-    at = 0
-    while at < len(lines):
-        number, line = lines[at]
-        if re.search(r"\.(entry|func)\b", line):
-            header = ""
-            while "{" not in _COMMENT.sub("", lines[at][1]):
-                header += _COMMENT.sub("", lines[at][1]) + "\n"
-                at += 1
-                if header.rstrip().endswith(";"):  # a declaration
-                    break
-            else:
-                depth, first = 0, at
-                while True:
-                    code = _COMMENT.sub("", lines[at][1])
-                    depth += code.count("{") - code.count("}")
-                    at += 1
-                    if depth == 0:
-                        break
-                name = re.search(r"\.(?:entry|func)\s+(?:\([^)]*\)\s*)?([$\w]+)", header)
-                if ".entry" not in header:
-                    continue  # a function: an error where it is called
+_FUNCTION = re.compile(r"^[ \t]*(?:\.(?:visible|weak|extern)\s+)*\.(entry|func)\b", re.MULTILINE)
+_DECLARATION = re.compile(
+    r"^[ \t]*(?:\.(?:visible|extern|weak|common)\s+)*\.(?:shared|global|const)\b[^;]*;", re.MULTILINE
+)
+
+
+class Module:
+    """A PTX file. Its kernels are read when they are asked for: there are many, and a run launches few."""
+
+    def __init__(self, text: str) -> None:
+        cut = re.search(r"^\s*\.section", text, re.MULTILINE)  # the names of functions, for debuggers
+        end = cut.start() if cut else len(text)
+        target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
+        self.target = target.group(1) if target else "?"
+        self.files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE)}
+        self.spans: dict[str, tuple[int, str, str]] = {}  # of kernels: line, header, body
+        self.variables: dict[str, bytes] = {}  # of .global and .const
+        self.dynamic: set[str] = set()
+        self.shared: list[tuple[str, int, int]] = []
+        self._kernels: dict[str, Kernel] = {}
+        at = 0
+        for match in _FUNCTION.finditer(text, 0, end):
+            if match.start() < at:
+                continue
+            self._declare(text[at : match.start()])
+            opening, semicolon = text.find("{", match.start()), text.find(";", match.start())
+            if semicolon >= 0 and (opening < 0 or semicolon < opening):  # a declaration
+                at = semicolon + 1
+                continue
+            at = text.index("\n}", opening) + 2
+            if match.group(1) == "entry":  # a function is an error where it is called
+                header = "\n".join(_COMMENT.sub("", line) for line in text[match.end() : opening].split("\n"))
+                name = re.match(r"\s*([$\w]+)", header)
                 assert name is not None
-                if only(name.group(1)):
-                    body = [(lines[first][0], lines[first][1].split("{", 1)[1]), *lines[first + 1 : at]]
-                    builder = _Builder(name.group(1), number, header, module, dynamic, shared)
-                    module.kernels.append(builder.build(list(_statements(body, files))))
-            continue
-        if re.match(r"\s*\.section", line):
-            while "}" not in lines[at][1]:
-                at += 1
-        elif re.match(r"\s*(\.(visible|extern|weak|common)\s+)*\.(shared|global|const)\b", line):
-            declaration = ""
-            while True:
-                declaration += _COMMENT.sub("", lines[at][1]) + " "
-                if declaration.rstrip().endswith(";"):
-                    break
-                at += 1
-            match = _VARIABLE.match(declaration.strip().rstrip(";").strip())
-            if not match:
-                raise PtxError(f"line {number}: a declaration that is not understood: {declaration.strip()}")
-            space, alignment, type_, name_, count, initial = match.groups()
+                line = text.count("\n", 0, opening) + 1
+                self.spans[name.group(1)] = (line, header, text[opening + 1 : at - 1])
+        self._declare(text[at:end])
+
+    def _declare(self, text: str) -> None:
+        for match in _DECLARATION.finditer(text):
+            declaration = match.group().strip().rstrip(";").strip()
+            parts = _VARIABLE.match(declaration)
+            if not parts:
+                raise PtxError(f"a declaration that is not understood: {declaration}")
+            space, alignment, type_, name, count, initial = parts.groups()
             width, size = WIDTHS[type_], int((count or "[1]").strip("[]") or 0)
-            if space == "shared":
-                if ".extern" in declaration or (count == "[]"):
-                    dynamic.add(name_)
-                else:
-                    shared.append((name_, int(alignment or width), width * size))
-            elif ".extern" not in declaration:
-                module.variables[name_] = _initial(width, size, initial, f"line {number}")
-        at += 1
-    return module
+            if space != "shared":
+                if ".extern" not in declaration:
+                    self.variables[name] = _initial(width, size, initial, name)
+            elif ".extern" in declaration or count == "[]":
+                self.dynamic.add(name)
+            else:
+                self.shared.append((name, int(alignment or width), width * size))
+
+    def kernel(self, name: str) -> Kernel:
+        if name not in self._kernels:
+            line, header, body = self.spans[name]
+            statements = list(_statements(list(enumerate(body.split("\n"), line)), self.files))
+            self._kernels[name] = _Builder(name, line, header, self).build(statements)
+        return self._kernels[name]
 
 
 # ------------------------------------------------------------------------------------------------------------ building
@@ -230,25 +223,16 @@ Register = tuple[int, int]  # row and width; a predicate's width is 0
 class _Builder:
     """One kernel."""
 
-    def __init__(
-        self,
-        name: str,
-        line: int,
-        header: str,
-        module: Module,
-        dynamic: set[str],
-        shared: Sequence[tuple[str, int, int]],
-    ) -> None:
+    def __init__(self, name: str, line: int, header: str, module: Module) -> None:
         self.kernel = kernel = Kernel(name, line)
         self.module = module
-        self.dynamic = dynamic
+        self.dynamic = module.dynamic
         self.scopes: list[dict[str, Register]] = [{}]
         self.constant_rows: dict[tuple[int, int | str], int] = {}
         self.special_rows: dict[str, int] = {}
         self.labels: dict[str, int] = {}
         self.tables: dict[str, list[str]] = {}
         self.symbols: dict[str, tuple[str, int]] = {}  # name -> space, offset
-        self.global_shared = shared
         self.trash = self.row(8)
         self.smallest = 4
         offset = 0
@@ -411,7 +395,7 @@ class _Builder:
 
     def build(self, statements: Sequence[Statement]) -> Kernel:
         kernel = self.kernel
-        for name, alignment, size in self.global_shared:
+        for name, alignment, size in self.module.shared:
             if any(re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", s.text) for s in statements):
                 self.place_shared(name, alignment, size)
         for self.statement in statements:
@@ -440,7 +424,7 @@ class _Builder:
                 self.instruction(text)
         self.guard = (-1, 0)
         self.emit("nop", [], kind=EXIT, hidden=1)
-        for index, instruction in enumerate(kernel.code):
+        for instruction in kernel.code:
             if instruction.tables:
                 instruction.target = len(kernel.tables)
                 kernel.tables += [self.labels[name] for name in instruction.tables]
@@ -448,7 +432,6 @@ class _Builder:
                 if instruction.label not in self.labels:
                     raise PtxError(f"line {instruction.statement.line}: the unknown label {instruction.label}")
                 instruction.target = self.labels[instruction.label]
-            del index
         kernel.granule = {1: 0, 2: 1, 4: 2}[self.smallest]
         kernel.rows = _aligned(kernel.rows, 2)
         return kernel
@@ -486,7 +469,10 @@ class _Builder:
         if handler is None:
             raise self.error(f"the unknown opcode {opcode}")
         self.opcode = opcode
-        handler(words[1:], operands)
+        try:
+            handler(words[1:], operands)
+        except (ValueError, KeyError, IndexError) as error:  # types or operands that no handler knows
+            raise self.unknown() from error
 
     def unknown(self) -> PtxError:
         return self.error(f"the unknown opcode {self.opcode}")
@@ -788,7 +774,6 @@ class _Builder:
         if space in ("shared", "generic"):
             self.smallest = min(self.smallest, size)
         sign = int(type_[0] == "s")
-        after = []
         if store:
             x = [self.source(name, type_) for name in names]
         else:
@@ -800,7 +785,6 @@ class _Builder:
                 sign |= 2
         name = f"{'st' if store else 'ld'}.{space}.{size}"
         self.emit(name, [*x, row], n=vector, size=size, sign=sign, wide=wide, imm=offset)
-        del after
 
     def op_ld(self, words: list[str], operands: list[str]) -> None:
         self.access(False, words, operands)
@@ -934,9 +918,7 @@ class _Builder:
     op_atom = op_red = refused
 
 
-def pack(
-    module: Module, kernel: Kernel, operations: Mapping[str, int], variables: Mapping[str, int]
-) -> dict[str, object]:
+def pack(kernel: Kernel, operations: Mapping[str, int], variables: Mapping[str, int]) -> dict[str, object]:
     """The kernel as the numbers that executor.cpp takes."""
     words: list[int] = []
     for i in kernel.code:
@@ -965,7 +947,3 @@ def pack(
         "sizes": [size for *_, size in kernel.parameters],
         "checked": kernel.checked,
     }
-
-
-def float_bits(value: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", value))[0]

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
 import executor
 from executor import NORMALIZERS, OPERATORS, Executor
 
@@ -96,7 +97,7 @@ def main() -> int:
 
     begun = time.monotonic()
     machine = Executor(options.launch_header, options.architecture, options.device)
-    print(f"compiled or found in {time.monotonic() - begun:.1f} s: {len(machine.module.kernels)} kernels")
+    print(f"compiled or found in {time.monotonic() - begun:.1f} s: {len(machine.module.spans)} kernels")
     up, down, k, g = options.scale.numerator, options.scale.denominator, options.kernel, options.group
     dtype = getattr(torch, options.dtype)
     tensors = make_tensors(dtype, options.normalizer, tuple(options.shape), k, g, up, down, options.crop)
@@ -109,19 +110,18 @@ def main() -> int:
     )  # fmt: skip
     seconds = time.monotonic() - begun
     instructions = sum(launch.instructions for launch in run.launches)
-    print(
-        f"executed in {seconds:.2f} s: {instructions} warp instructions, {instructions / seconds / 1e6:.1f} million a second"
-    )
+    rate = instructions / seconds / 1e6
+    print(f"executed in {seconds:.2f} s: {instructions} warp instructions, {rate:.1f} million a second")
     for launch in run.launches:
         shared = f"{launch.static_shared} + {launch.dynamic_shared} bytes of shared memory"
-        print(
-            f"  {launch.name.split('(')[0]}: grid {launch.grid}, block {launch.block}, {shared}, {launch.instructions} instructions"
-        )
+        print(f"  {launch.name.split('(')[0]}: grid {launch.grid}, block {launch.block}, {shared},", end=" ")
+        print(f"{launch.instructions} instructions")
     if run.error:
         print(f"the launcher returned error {run.error}")
     if options.every == 1 and not run.error:
         error = relative_error(run.result, expected(options.op, tensors, options.normalizer, k, g, up, down))
-        print(f"relative error {error:.3g}, {run.unwritten} elements not written")
+        unwritten = "" if options.no_checks else f", {run.unwritten} elements not written"
+        print(f"relative error {error:.3g}{unwritten}")
     print(f"{len(run.findings)} findings")
     for finding in run.findings[:20]:
         print(f"  {finding}")
