@@ -430,7 +430,6 @@ class Executor:
         self.device = device
         # Bound to executor.cpp's functions, not to the CUDA runtime that torch has loaded.
         self.library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
-        self.workspace = 1 << 32
         self._find = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(self._find_kernel)
 
     def _find_kernel(self, mangled: bytes) -> int:
@@ -446,13 +445,17 @@ class Executor:
     def run(
         self, op: str, tensors: Sequence[Tensor], *, normalizer: str, kernel_size: int, group_size: int, up: int,
         down: int, size: Sequence[int] | None = None, out_size: Sequence[int] | None = None,
-        result: Tensor | None = None, workspace: int | None = None, fail_with: int = 0, fail_after: int = 0,
+        strides: Sequence[int] | None = None, offset: int = 0, workspace: int = 1 << 32, fail_with: int = 0, fail_after: int = 0,
         **options: Any,
     ) -> Run:  # fmt: skip
-        """Calls the launcher. ``tensors``: of 'reassemble' (features, kernels), of 'grad_features' (gradient, kernels),
-        of 'grad_kernels' (gradient, features, kernels); ``size``: of the features, for 'grad_features';
-        ``out_size``: of the output, for 'reassemble', where it is not whole; ``result``: to write into, with any
-        strides. ``options``: those of :func:`set_options`. ``fail_with``: a CUDA error that launches give from number ``fail_after`` on.
+        """Calls the launcher, with copies of the tensors, of the same strides, that lie as CUDA's allocator places them.
+
+        ``tensors``: of 'reassemble' (features, kernels), of 'grad_features' (gradient, kernels), of 'grad_kernels'
+        (gradient, features, kernels); ``size``: of the features, for 'grad_features'; ``out_size``: of the output, for
+        'reassemble', where it is not whole; ``strides``: the result's, or those of the first tensor's memory format;
+        ``offset``: elements by which everything lies further; ``workspace``: bytes that the launcher may allocate;
+        ``fail_with``: a CUDA error that launches give from number ``fail_after`` on; ``options``: those of
+        :func:`set_options`.
         """
         first, kernels = tensors[0], tensors[-1]
         features = tensors[1] if op == "grad_kernels" else first
@@ -460,16 +463,16 @@ class Executor:
         whole = (-(-height * up // down), -(-width * up // down))
         out_height, out_width = (out_size or whole) if op == "reassemble" else first.shape[2:]
         batch, channels = first.shape[:2]
-        if result is None:
-            shapes = ((batch, channels, out_height, out_width), (batch, channels, height, width), kernels.shape)
-            last = is_channels_last(first if op != "grad_kernels" else kernels)
-            result = torch.empty(
-                shapes[OPERATORS.index(op)], dtype=first.dtype,
-                memory_format=torch.channels_last if last else torch.contiguous_format,
-            )  # fmt: skip
-        # Not a number, in every format.
-        flat = torch.as_strided(result, (_extent(result) // result.element_size(),), (1,))
-        flat.view(torch.uint8).fill_(255)
+        shape = ((batch, channels, out_height, out_width), (batch, channels, height, width), kernels.shape)[
+            OPERATORS.index(op)
+        ]
+        if strides is None:
+            last = is_channels_last(kernels if op == "grad_kernels" else first)
+            form = torch.channels_last if last else torch.contiguous_format
+            strides = torch.empty(shape, dtype=first.dtype, memory_format=form, device="meta").stride()
+        # Of bytes that are not a number in any format.
+        result = place(torch.empty(0, dtype=first.dtype), offset, shape, strides)
+        tensors = [place(tensor, offset, tensor.shape, tensor.stride()) for tensor in tensors]
         reset()
         set_device(self.device)
         set_options(**options)
@@ -477,18 +480,18 @@ class Executor:
         library.ptx_fail(fail_with, fail_after)
         library.ptx_find_kernels(self._find)
         add_range(result, 1)
-        for tensor in {t.data_ptr(): t for t in tensors}.values():
+        for tensor in tensors:
             add_range(tensor, 0)
         geometry = (ctypes.c_int64 * 10)(
             batch, channels, height, width, out_height, out_width, kernel_size, group_size, up, down
         )
         held = [result, *tensors]
         pointers = (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held), *[None] * (4 - len(held)))
-        strides = (ctypes.c_int64 * 16)(*(s for t in held for s in t.stride()), *[0] * (16 - 4 * len(held)))
-        left = ctypes.c_int64(self.workspace if workspace is None else workspace)
+        all_strides = (ctypes.c_int64 * 16)(*(s for t in held for s in t.stride()), *[0] * (16 - 4 * len(held)))
+        left = ctypes.c_int64(workspace)
         error = self.library.launch(
             OPERATORS.index(op), DTYPES.index(first.dtype), NORMALIZERS.index(normalizer), geometry, 0, None,
-            ctypes.cast(library.ptx_allocate, ctypes.c_void_p), ctypes.byref(left), pointers, strides,
+            ctypes.cast(library.ptx_allocate, ctypes.c_void_p), ctypes.byref(left), pointers, all_strides,
         )  # fmt: skip
         if self.failure:
             failure, self.failure = self.failure, None

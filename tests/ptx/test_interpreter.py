@@ -64,13 +64,13 @@ def execute(body, *tensors, block=32, grid=1, shared=16, dynamic=0, results=1, *
 
 
 def ints(count=32, dtype=torch.int32):
-    return torch.zeros(count, dtype=dtype)
+    return executor.place(torch.zeros(count, dtype=dtype), 0, (count,), (1,))
 
 
 def each(instructions, *inputs, width=32):
     """The 32-bit results in %r9 (or %rd9) of instructions on %r1, %r2, %r3 (or %f1 ..., which are the same bits)."""
     count = len(inputs[0])
-    out = torch.zeros(count, dtype=torch.int64 if width == 64 else torch.int32)
+    out = ints(count, torch.int64 if width == 64 else torch.int32)
     loads = "\n".join(
         f" add.s64 %rd10, %rd{n + 1}, %rd20; ld.global.u32 %r{n + 1}, [%rd10]; mov.b32 %f{n + 1}, %r{n + 1};"
         for n in range(len(inputs))
