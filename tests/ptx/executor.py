@@ -345,20 +345,34 @@ def reset() -> None:
     _library().ptx_reset()
 
 
-def _extent(tensor: Tensor) -> int:
-    """Bytes from its first element to its last."""
-    if tensor.numel() == 0:
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last."""
+    if 0 in shape:
         return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+ALIGNMENT = 512  # bytes, of what CUDA's allocators return
+
+
+def place(tensor: Tensor, offset: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """A copy that begins ``offset`` elements after an address that is aligned as CUDA's are; bytes of 255, where
+    ``tensor`` is empty.
+    """
+    count, size = _extent(shape, strides), tensor.element_size()
+    memory = torch.full(((count + offset) * size + ALIGNMENT,), 255, dtype=torch.uint8)
+    first = -memory.data_ptr() % ALIGNMENT + offset * size
+    flat = memory[first : first + count * size].view(tensor.dtype)
+    if tensor.numel():
+        flat.copy_(torch.as_strided(tensor, (count,), (1,)))
+    return torch.as_strided(flat, tuple(shape), tuple(strides), flat.storage_offset())
 
 
 def add_range(tensor: Tensor, kind: int) -> None:
     """Memory that kernels may touch; ``kind``: 0 input, 1 result, 2 workspace."""
     size = tensor.element_size()
-    _library().ptx_range(
-        ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(_extent(tensor)), kind, size.bit_length() - 1
-    )
+    extent = _extent(tensor.shape, tensor.stride()) * size
+    _library().ptx_range(ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(extent), kind, size.bit_length() - 1)
 
 
 def findings() -> list[Finding]:
