@@ -341,6 +341,9 @@ def set_options(
     )
 
 
+NOTHING = (1 << 64) - 1  # as the first block that is executed
+
+
 def reset() -> None:
     _library().ptx_reset()
 
@@ -436,8 +439,8 @@ def launch(kernel: int, grid: Sequence[int], block: Sequence[int], arguments: Se
 class Executor:
     """The launcher of the sources in ``csrc``, with kernels for ``architecture``, on a device of DEVICES."""
 
-    def __init__(self, csrc: Path | str = CSRC, architecture: str = "compute_80", device: str = "h100") -> None:
-        path, self.text = launcher_library(Path(csrc).resolve(), architecture)
+    def __init__(self, csrc: Path | str | None = None, architecture: str = "compute_80", device: str = "h100") -> None:
+        path, self.text = launcher_library(Path(csrc or CSRC).resolve(), architecture)
         self.module = ptx.Module(self.text)
         self.numbers: dict[str, int] = {}
         self.failure: Exception | None = None
@@ -459,10 +462,10 @@ class Executor:
     def run(
         self, op: str, tensors: Sequence[Tensor], *, normalizer: str, kernel_size: int, group_size: int, up: int,
         down: int, size: Sequence[int] | None = None, out_size: Sequence[int] | None = None,
-        strides: Sequence[int] | None = None, offset: int = 0, workspace: int = 1 << 32, fail_with: int = 0, fail_after: int = 0,
-        **options: Any,
+        strides: Sequence[int] | None = None, offset: int = 0, workspace: int = 1 << 32, fail_with: int = 0,
+        fail_after: int = 0, **options: Any,
     ) -> Run:  # fmt: skip
-        """Calls the launcher, with copies of the tensors, of the same strides, that lie as CUDA's allocator places them.
+        """Calls the launcher, with copies of the tensors that lie as CUDA's allocator places them, of the same strides.
 
         ``tensors``: of 'reassemble' (features, kernels), of 'grad_features' (gradient, kernels), of 'grad_kernels'
         (gradient, features, kernels); ``size``: of the features, for 'grad_features'; ``out_size``: of the output, for
@@ -488,30 +491,53 @@ class Executor:
         result = place(torch.empty(0, dtype=first.dtype), offset, shape, strides)
         tensors = [place(tensor, offset, tensor.shape, tensor.stride()) for tensor in tensors]
         reset()
-        set_device(self.device)
-        set_options(**options)
-        library = _library()
-        library.ptx_fail(fail_with, fail_after)
-        library.ptx_find_kernels(self._find)
         add_range(result, 1)
         for tensor in tensors:
             add_range(tensor, 0)
-        geometry = (ctypes.c_int64 * 10)(
-            batch, channels, height, width, out_height, out_width, kernel_size, group_size, up, down
-        )
+        shape_numbers = (batch, channels, height, width, out_height, out_width, kernel_size, group_size, up, down)
         held = [result, *tensors]
-        pointers = (ctypes.c_void_p * 4)(*(t.data_ptr() for t in held), *[None] * (4 - len(held)))
-        all_strides = (ctypes.c_int64 * 16)(*(s for t in held for s in t.stride()), *[0] * (16 - 4 * len(held)))
+        set_options(**options)
+        error = self._launch(
+            op, first.dtype, normalizer, shape_numbers, [t.data_ptr() for t in held], [t.stride() for t in held],
+            workspace, fail_with, fail_after,
+        )  # fmt: skip
+        unwritten = result.numel() - _library().ptx_written(ctypes.c_uint64(result.data_ptr()))
+        return Run(result, error, findings(), launches(), unwritten)
+
+
+    def _launch(
+        self, op: str, dtype: torch.dtype, normalizer: str, shape: Sequence[int], data: Sequence[int],
+        strides: Sequence[Sequence[int]], workspace: int, fail_with: int, fail_after: int,
+    ) -> int:  # fmt: skip
+        library = _library()
+        set_device(self.device)
+        library.ptx_fail(fail_with, fail_after)
+        library.ptx_find_kernels(self._find)
+        pointers = (ctypes.c_void_p * 4)(*data, *[None] * (4 - len(data)))
+        flat = (ctypes.c_int64 * 16)(*(stride for each in strides for stride in each), *[0] * (16 - 4 * len(strides)))
         left = ctypes.c_int64(workspace)
         error = self.library.launch(
-            OPERATORS.index(op), DTYPES.index(first.dtype), NORMALIZERS.index(normalizer), geometry, 0, None,
-            ctypes.cast(library.ptx_allocate, ctypes.c_void_p), ctypes.byref(left), pointers, all_strides,
+            OPERATORS.index(op), DTYPES.index(dtype), NORMALIZERS.index(normalizer), (ctypes.c_int64 * 10)(*shape), 0,
+            None, ctypes.cast(library.ptx_allocate, ctypes.c_void_p), ctypes.byref(left), pointers, flat,
         )  # fmt: skip
         if self.failure:
             failure, self.failure = self.failure, None
             raise failure
-        unwritten = result.numel() - library.ptx_written(ctypes.c_uint64(result.data_ptr()))
-        return Run(result, error, findings(), launches(), unwritten)
+        return error
+
+    def choose(
+        self, op: str, dtype: torch.dtype, normalizer: str, shape: Sequence[int], strides: Sequence[Sequence[int]],
+        offset: int = 0,
+    ) -> tuple[int, list[Launch]]:  # fmt: skip
+        """What the launcher returns and launches; nothing is executed, and no tensor needs to exist. ``shape``: batch,
+        channels, height, width, output's height and width, kernel and group size, up, down; ``strides``: of the result
+        and the tensors, in the order of :meth:`run`.
+        """
+        reset()
+        set_options(first=NOTHING)
+        data = [(n + 1 << 44) + offset * dtype.itemsize for n in range(len(strides))]
+        error = self._launch(op, dtype, normalizer, shape, data, strides, 1 << 62, 0, 0)
+        return error, launches()
 
 
 def is_channels_last(tensor: Tensor) -> bool:
