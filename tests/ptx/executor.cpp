@@ -144,6 +144,7 @@ struct Executor {
   int64_t limit = int64_t(1) << 32;  // instructions of a warp
   uint64_t every = 1, first = 0;     // blocks that are executed
   bool checks = true, counting = true, descending = false;
+  int fill = 0xff;  // of memory that has not been written: not a number, in every format
   int error = 0, fail_with = 0, fail_after = 0;
   bool stop = false;  // the launch, after what no execution can go on from
 };
@@ -1877,16 +1878,17 @@ void execute(const Kernel& kernel, Launch& launch, const std::vector<uint64_t>& 
   uint32_t* const first =
       reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(run.registers.data()) + 63) / 64 * 64);
   run.predicates.assign(size_t(count) * kernel.predicates, 0);
-  run.local.assign(size_t(count) * kLanes * kernel.local_bytes, 0xcd);
+  run.local.assign(size_t(count) * kLanes * kernel.local_bytes, uint8_t(ex.fill));
   const bool check_registers = !kernel.checked.empty();
-  if (check_registers) run.written.assign(size_t(count) * kernel.rows, 0);
+  const size_t watched = size_t(kernel.rows + kernel.predicates);  // predicates are numbered after the rows
+  if (check_registers) run.written.assign(count * watched, 0);
   run.warps.resize(count);
   for (int k = 0; k < count; ++k) {
     Warp& w = run.warps[k];
     w = Warp{};
     w.regs = first + size_t(k) * kernel.rows * kLanes;
     w.preds = run.predicates.data() + size_t(k) * kernel.predicates;
-    w.written = check_registers ? run.written.data() + size_t(k) * kernel.rows : nullptr;
+    w.written = check_registers ? run.written.data() + k * watched : nullptr;
     w.block = &b, w.kernel = &kernel, w.index = k;
     w.known = b.known.data() + size_t(k) * count;
     w.local = run.local.data() + size_t(k) * kLanes * kernel.local_bytes;
@@ -1903,7 +1905,7 @@ void execute(const Kernel& kernel, Launch& launch, const std::vector<uint64_t>& 
   for (uint64_t n = ex.first; n < blocks && !ex.stop; n += ex.every) {
     const uint64_t index = ex.descending ? blocks - 1 - n : n;
     b.index = index;
-    std::fill(b.shared.begin(), b.shared.end(), 0xff);  // not a number, in every format
+    std::fill(b.shared.begin(), b.shared.end(), uint8_t(ex.fill));
     if (ex.checks) {
       b.writer.assign(granules, 0), b.reader.assign(granules, 0), b.other_reader.assign(granules, 0);
     }
@@ -2199,14 +2201,16 @@ EXPORT int ptx_add_kernel(
 }
 
 EXPORT void ptx_find_kernels(int (*find)(const char*)) { ex.find = find; }
+EXPORT void ptx_drop_kernel(int index) { *ex.kernels[size_t(index)] = Kernel{}; }
 EXPORT void ptx_set_registers(int kernel, int registers) { ex.kernels[size_t(kernel)]->registers = registers; }
 
 EXPORT void ptx_attribute(int attribute, int value) { ex.attributes[attribute] = value; }
 
 // limit: instructions of a warp; every, first: the blocks that are executed.
-EXPORT void ptx_options(int64_t limit, uint64_t every, uint64_t first, int checks, int counting, int descending) {
+EXPORT void ptx_options(
+    int64_t limit, uint64_t every, uint64_t first, int checks, int counting, int descending, int fill) {
   ex.limit = limit, ex.every = every, ex.first = first;
-  ex.checks = checks, ex.counting = counting, ex.descending = descending;
+  ex.checks = checks, ex.counting = counting, ex.descending = descending, ex.fill = fill;
 }
 EXPORT void ptx_fail(int error, int after) { ex.fail_with = error, ex.fail_after = after; }
 
@@ -2235,7 +2239,7 @@ EXPORT void* ptx_allocate(void* context, int64_t bytes) {
   *left -= bytes;
   if (ex.first == ~uint64_t(0)) return reinterpret_cast<void*>(uint64_t(1) << 45);  // nothing is executed
   std::unique_ptr<uint8_t[]> memory(new uint8_t[size_t(bytes) + 512]);
-  memset(memory.get(), 0xff, size_t(bytes) + 512);
+  memset(memory.get(), ex.fill, size_t(bytes) + 512);
   const uint64_t low = (reinterpret_cast<uint64_t>(memory.get()) + 511) / 512 * 512;
   ptx_range(low, uint64_t(bytes), 2, 1);
   for (auto& range : ex.ranges) {

@@ -94,11 +94,21 @@ def cache_folder() -> Path:
     return Path(root) / "carafe_plugin" / "ptx"
 
 
+KEPT = 16  # folders of a kind
+
+
 def _run(command: Sequence[str | Path]) -> str:
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout[-4000:]}{result.stderr[-8000:]}")
     return result.stdout
+
+
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except OSError:  # another process has just removed it
+        return 0
 
 
 def _cached(name: str, parts: Sequence[str | bytes], make: Any) -> Path:
@@ -117,7 +127,13 @@ def _cached(name: str, parts: Sequence[str | bytes], make: Any) -> Path:
                 if not folder.exists():  # where it does, another process was faster
                     raise
     os.utime(folder)
+    # Without what no source stands for any more.
+    for old in sorted(folder.parent.glob(f"{name}-*"), key=_age)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+SONAME = "libcarafe_ptx_executor.so"
 
 
 @functools.cache
@@ -127,7 +143,14 @@ def executor_library() -> Path:
     flags = re.search(r"^flags.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     # Sums and products are rounded one by one, as PTX has them.
     command = [*_cxx(), "-O3", "-march=native", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
-    command += ["-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-Bsymbolic"]
+    command += [
+        "-ffp-contract=off",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-Wl,-Bsymbolic",
+        f"-Wl,-soname,{SONAME}",
+    ]
     parts = [source.read_bytes(), " ".join(command), flags.group(0) if flags else "", _run([_cxx()[0], "--version"])]
     folder = _cached("executor", parts, lambda made: _run([*command, source, "-o", made / "libexecutor.so"]))
     return folder / "libexecutor.so"
@@ -150,17 +173,18 @@ def launcher_library(csrc: Path = CSRC, architecture: str = "compute_80") -> tup
     """The launcher, which is the host's half of launcher.cu, and the PTX of its kernels, by one run of nvcc."""
     nvcc = find_nvcc()
     assert nvcc is not None
-    source, executor = HERE / "launcher.cu", executor_library()
+    source = HERE / "launcher.cu"
     command = [nvcc, "-gencode", f"arch={architecture},code={architecture}", "-O3", "-std=c++17", "-lineinfo"]
     command += ["-cudart", "none", "-shared", "-Xcompiler", "-fPIC,-O1", f"-I{csrc}"]
     headers = sorted(path for folder in ("cuda", "common") for path in (csrc / folder).rglob("*.*h"))
     parts = [text for path in headers for text in (str(path), path.read_bytes())]
-    parts += [source.read_bytes(), " ".join(command), str(executor), _run([nvcc, "--version"])]
+    parts += [source.read_bytes(), " ".join(command), SONAME, _run([nvcc, "--version"])]
 
     def make(made: Path) -> None:
         keep = made / "keep"
         keep.mkdir()
-        _run([*command, "-keep", "-keep-dir", keep, source, executor, "-o", made / "launcher.so"])
+        # Its CUDA runtime is the executor, whichever is loaded by that name then.
+        _run([*command, "-keep", "-keep-dir", keep, source, executor_library(), "-o", made / "launcher.so"])
         (keep / "launcher.ptx").rename(made / "launcher.ptx")
         shutil.rmtree(keep)
 
@@ -301,6 +325,16 @@ _memory: dict[int, dict[str, Any]] = {}  # variables of modules
 
 def load(module: ptx.Module, name: str) -> int:
     """Hands a kernel to the executor: its number there."""
+    return add_program(module, module.kernel(name))
+
+
+def drop_program(number: int) -> None:
+    """Frees what only a changed kernel was for."""
+    _library().ptx_drop_kernel(number)
+    del _programs[number]
+
+
+def add_program(module: ptx.Module, kernel: ptx.Kernel) -> int:
     library = _library()
     if id(module) not in _memory:
         _memory[id(module)] = {
@@ -308,7 +342,6 @@ def load(module: ptx.Module, name: str) -> int:
         }
         for data in _memory[id(module)].values():
             library.ptx_range(ctypes.c_uint64(ctypes.addressof(data)), ctypes.c_uint64(len(data)), 3, 0)
-    kernel = module.kernel(name)
     variables = {name: ctypes.addressof(data) for name, data in _memory[id(module)].items()}
     p = ptx.pack(kernel, _operations(), variables)
     number = library.ptx_add_kernel(
@@ -331,13 +364,13 @@ def set_device(name: str = "h100", **changes: int) -> None:
 
 def set_options(
     limit: int = 1 << 32, every: int = 1, first: int = 0, checks: bool = True, counting: bool = True,
-    descending: bool = False,
+    descending: bool = False, fill: int = 0xFF,
 ) -> None:  # fmt: skip
     """``limit``: instructions of a warp; ``every``, ``first``: blocks that are executed; ``descending``: their order
-    and that of warps.
+    and that of warps; ``fill``: the byte that lies in memory which has not been written.
     """
     _library().ptx_options(
-        ctypes.c_int64(limit), ctypes.c_uint64(every), ctypes.c_uint64(first), checks, counting, descending
+        ctypes.c_int64(limit), ctypes.c_uint64(every), ctypes.c_uint64(first), checks, counting, descending, fill
     )
 
 
@@ -421,7 +454,8 @@ def launches() -> list[Launch]:
                 tuple(numbers[1:4]),
                 tuple(numbers[4:7]),
                 program.static_shared,
-                *numbers[7:11],
+                *numbers[7:10],
+                sum(copy[6 * at] for at, i in enumerate(program.code) if not i.hidden),
                 copy,
                 program,
             )
@@ -445,6 +479,7 @@ class Executor:
         self.numbers: dict[str, int] = {}
         self.failure: Exception | None = None
         self.device = device
+        _library()
         # Bound to executor.cpp's functions, not to the CUDA runtime that torch has loaded.
         self.library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
         self._find = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(self._find_kernel)
@@ -503,7 +538,6 @@ class Executor:
         )  # fmt: skip
         unwritten = result.numel() - _library().ptx_written(ctypes.c_uint64(result.data_ptr()))
         return Run(result, error, findings(), launches(), unwritten)
-
 
     def _launch(
         self, op: str, dtype: torch.dtype, normalizer: str, shape: Sequence[int], data: Sequence[int],

@@ -220,6 +220,59 @@ class Module:
 Register = tuple[int, int]  # row and width; a predicate's width is 0
 
 
+def _registers(i: Instruction, predicates: int) -> tuple[int, int]:
+    """What an instruction reads and writes, as bits: of rows, and from ``predicates`` on of predicates."""
+    name, x = i.operation, i.x
+    to: list[int] = []
+    of: list[int] = []
+    p_to: list[int] = []
+    p_of = [i.predicate] if i.predicate >= 0 else []
+    if i.kind == BARRIER:
+        of = x[1:3]
+        if i.sign:
+            p_of.append(x[3])
+            (to if i.sign == 3 else p_to).append(x[0])
+    elif i.kind == BRANCH_INDEXED:
+        of = x[:1]
+    elif name in ("nop", "trap") or i.kind != PLAIN:
+        pass
+    elif name.startswith("ld."):
+        to, of = x[: i.n], x[i.n :]
+    elif name.startswith(("st.", "bar.warp")):
+        of = x
+    elif name == "cp.async":
+        of = x[: 2 + i.sign]
+    elif name.startswith("cp.async"):
+        pass
+    elif name.startswith("mov.unpack"):
+        to, of = x[:-1], x[-1:]
+    elif name.startswith(("setp", "testp", "isspacep")):
+        p_to, of = x[:1], x[1:]
+    elif name == "set.b32.pred":
+        to, p_of = x[:1], [*p_of, x[1]]
+    elif name.endswith(".pred"):
+        p_to, p_of = x[:1], [*p_of, *x[1:]]
+    elif name.startswith("selp"):
+        to, of, p_of = x[:1], x[1:3], [*p_of, x[3]]
+    elif name == "vote.sync":
+        of, p_of = x[2:], [*p_of, x[1]]
+        (to if i.sign == 3 else p_to).append(x[0])
+    else:
+        to, of = x[:1], x[1:]
+        if name == "shfl.sync" and i.target >= 0:
+            p_to = [i.target]
+
+    def bits(rows: Sequence[int], numbers: Sequence[int]) -> int:
+        found = 0
+        for row in rows:
+            found |= 1 << row
+        for number in numbers:
+            found |= 1 << (predicates + number)
+        return found
+
+    return bits(of, p_of), bits(to, p_to)
+
+
 class _Builder:
     """One kernel."""
 
@@ -424,6 +477,7 @@ class _Builder:
                 self.instruction(text)
         self.guard = (-1, 0)
         self.emit("nop", [], kind=EXIT, hidden=1)
+        self.check_registers()
         for instruction in kernel.code:
             if instruction.tables:
                 instruction.target = len(kernel.tables)
@@ -435,6 +489,67 @@ class _Builder:
         kernel.granule = {1: 0, 2: 1, 4: 2}[self.smallest]
         kernel.rows = _aligned(kernel.rows, 2)
         return kernel
+
+    def check_registers(self) -> None:
+        """Lets the executor watch the registers that on some way through the kernel are read before they are written."""
+        kernel, code = self.kernel, self.kernel.code
+        given = {row for row, *_ in (*kernel.constants, *kernel.specials)} | {self.trash}
+        count = kernel.rows  # predicates are numbered after the rows
+        used = [_registers(i, count) for i in code]
+        known = sum(1 << row for row in given) | 3 << count
+        starts = {0, *self.labels.values()}
+        starts |= {n + 1 for n, i in enumerate(code[:-1]) if i.kind in (BRANCH, BRANCH_INDEXED, EXIT)}
+        order = sorted(start for start in starts if start < len(code))
+        ends = dict(zip(order, [*order[1:], len(code)], strict=True))
+
+        def after(start: int) -> list[int]:
+            last = code[ends[start] - 1]
+            found = [self.labels[name] for name in last.tables]
+            if last.label is not None and last.label in self.labels:
+                found.append(self.labels[last.label])
+            goes_on = last.kind not in (BRANCH, BRANCH_INDEXED, EXIT) or last.predicate >= 0
+            return found + ([ends[start]] if goes_on and ends[start] in ends else [])
+
+        written = {}
+        for start in order:
+            written[start] = 0
+            for n in range(start, ends[start]):
+                if code[n].predicate < 0:
+                    written[start] |= used[n][1]
+        at: dict[int, int] = {0: known}  # what is written for sure where a block begins
+        queue = [0]
+        while queue:
+            start = queue.pop()
+            out = at[start] | written[start]
+            for next_ in after(start):
+                if next_ not in at or at[next_] & ~out:
+                    at[next_] = at.get(next_, out) & out
+                    queue.append(next_)
+        watched = 0
+        for start, state in at.items():
+            for n in range(start, ends[start]):
+                watched |= used[n][0] & ~state
+                if code[n].predicate < 0:
+                    state |= used[n][1]
+        if not watched:
+            return
+        kernel.checked = [n for n in range(watched.bit_length()) if watched >> n & 1]
+        new: list[Instruction] = []
+        moved = []
+        for i, (reads, writes) in zip(code, used, strict=True):
+            moved.append(len(new))
+            guard = dict(predicate=i.predicate, negate=i.negate, hidden=1)
+            for which, name in ((reads, "check.written"), (writes, "mark.written")):
+                if name == "mark.written":
+                    new.append(i)
+                new += [
+                    Instruction(i.statement, name, x=[n], **guard)
+                    for n in kernel.checked
+                    if which >> n & 1  # type: ignore[arg-type]
+                ]
+        moved.append(len(new))
+        kernel.code = new
+        self.labels = {name: moved[n] for name, n in self.labels.items()}
 
     def variable(self, text: str) -> None:
         match = _VARIABLE.match(text)

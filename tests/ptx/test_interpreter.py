@@ -139,7 +139,7 @@ INTEGERS = {
     "setp.hi.u32 %p1, %r1, %r2; selp.b32 %r9, 3, 4, %p1;": lambda a, b: 3 if unsigned(a) > unsigned(b) else 4,
     "setp.eq.s32 %p3, %r2, 5; setp.lt.and.s32 %p1|%p2, %r1, %r2, !%p3; selp.b32 %r9, 3, 4, %p1; @%p2 add.s32 %r9, "
     "%r9, 10;": lambda a, b: (3 if a < b and b != 5 else 4) + (10 if a >= b and b != 5 else 0),
-    "@%p0 mov.u32 %r9, 1; setp.ne.s32 %p0, %r1, 0; mov.u32 %r9, 2; @!%p0 mov.u32 %r9, %r2;": lambda a, b: 2 if a else b,
+    "setp.ne.s32 %p0, %r1, 0; mov.u32 %r9, 2; @!%p0 mov.u32 %r9, %r2;": lambda a, b: 2 if a else b,
 }  # fmt: skip
 
 
@@ -638,6 +638,24 @@ def test_uninitialized_memory():
     own = "add.s64 %rd9, %rd0, %rd20; {} ld.global.u32 %r9, [%rd9]; st.global.u32 [%rd9], %r9;"
     assert problems(own.format("st.global.u32 [%rd9], 4;"), ints()) == set()
     assert problems(own.format(""), ints()) == {"uninitialized global memory"}
+
+
+def test_uninitialized_registers():
+    # One of the ways through writes it; or only lanes that do not read it have not.
+    text = """
+ setp.lt.u32 %p1, %r0, {}; @%p1 bra $L_skip;
+ mov.u32 %r9, 3;
+$L_skip:
+ @{}%p1 mov.u32 %r8, %r9; mov.u32 %r9, 0;
+"""
+    assert problems(text.format(0, "!") + STORE, ints()) == set()
+    assert problems(text.format(20, "!") + STORE, ints()) == set()
+    found = execute(text.format(20, "") + STORE, ints())
+    assert [(f.problem, f.thread, f.count) for f in found] == [("uninitialized register", 0, 1)]
+    assert "%r8, %r9" in found[0].instruction
+    predicate = "setp.lt.u32 %p1, %r0, 9; @%p1 setp.lt.u32 %p2, %r0, 4; selp.u32 %r9, 1, 0, %p2;"
+    assert problems(predicate + STORE, ints()) == {"uninitialized register"}
+    assert problems("setp.ne.u32 %p2, %r0, 4;" + predicate + STORE, ints()) == set()
 
 
 def test_races_in_global_memory():

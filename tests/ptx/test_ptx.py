@@ -2,6 +2,7 @@
 against the reference, with every access checked."""
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from executor import NORMALIZERS, OPERATORS, Executor
 from run import LAYOUTS, expected, inputs_of, lay_out, make_tensors
 
 from carafe_plugin.ops import fused, reference
-from carafe_plugin.testing import TOLERANCES, assert_close
+from carafe_plugin.testing import ELEMENT_FACTOR, TOLERANCES, assert_close
 
 pytestmark = pytest.mark.skipif(executor.missing_tools() is not None, reason=str(executor.missing_tools()))
 
@@ -36,19 +37,23 @@ ANY = {
     "offset": (0, 1),
     "crop": CROPS,
 }
-# The scales and kernels that have kernels of their own, with channels that fill several blocks, and odd ones.
+# The scales and kernels that have kernels of their own, each with every other option, with channels that fill several
+# blocks, and odd ones.
 COMMON = {
-    "kernel": (3, 5, 7),
+    "which": tuple(itertools.product((3, 5, 7), ((2, 1), (1, 2)), (torch.float32, torch.float16, torch.bfloat16))),
     "group": (1, 2),
-    "ratio": ((2, 1), (1, 2)),
     "size": ((8, 16), (5, 7), (1, 1), (9, 35), (2, 17)),
     "channels": (8, 64, 72, 136, 10),
     "normalizer": NORMALIZERS,
-    "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "layout": LAYOUTS,
     "offset": (0, 1, 4),
     "crop": CROPS,
 }
+
+
+def common(case):
+    kernel, ratio, dtype = case.pop("which")
+    return dict(kernel=kernel, ratio=ratio, dtype=dtype) | case
 
 
 def possible(case):
@@ -57,7 +62,7 @@ def possible(case):
     return case["normalizer"] == "none" or (min(up, down) == 1 and fits)
 
 
-CASES = [case for options in (ANY, COMMON) for case in pairwise(options) if possible(case)]
+CASES = [case for case in (*pairwise(ANY), *map(common, pairwise(COMMON))) if possible(case)]
 CASE = dict(kernel=5, group=1, ratio=(2, 1), size=(6, 19), channels=12, normalizer="softmax", dtype=torch.float32,
             layout="contiguous", offset=0, crop=(0, 0), batch=2)  # fmt: skip
 # What no pair of options has: kernels and scales that need more shared memory than every GPU gives, many channels.
@@ -77,7 +82,7 @@ MORE = [
         dict(size=(40, 6), channels=16, batch=1),
         dict(dtype=torch.float64, normalizer="none"),
         dict(dtype=torch.float64, ratio=(1, 2)),
-        dict(dtype=torch.float64, ratio=(3, 2), normalizer="none"),
+        *(dict(dtype=dtype, ratio=(3, 2), normalizer="none") for dtype in reference.DTYPES),
     )
 ]
 
@@ -131,11 +136,20 @@ def choose(host, op, case):
     return host.choose(op, case["dtype"], case["normalizer"], shape, strides, case["offset"])
 
 
-def check(host, case, operators=OPERATORS, tensors=None):
+def assert_rounded(got, wanted):
+    """Halves: the sums are float32 numbers, rounded to the nearest."""
+    digits = {torch.float16: 11, torch.bfloat16: 8}[got.dtype]
+    spacing = torch.ldexp(torch.ones_like(wanted), torch.frexp(wanted)[1] - digits).clamp_min(2.0**-24)
+    sums = ELEMENT_FACTOR * TOLERANCES[torch.float32] * (wanted.abs() + wanted.square().mean().sqrt())
+    excess = (got.double() - wanted).abs() - spacing / 2 - sums
+    assert excess.max() <= 0, f"element {int(excess.argmax())} of {got.dtype} is not rounded to the nearest"
+
+
+def check(host, case, operators=OPERATORS, tensors=None, **options):
     tensors = tensors or tensors_of(case)
     geometry = (case["kernel"], case["group"], *case["ratio"])
     for op in operators:
-        run = call(host, op, case, tensors)
+        run = call(host, op, case, tensors, **options)
         assert run.error == 0, f"{op}: error {run.error}"
         assert not run.findings, f"{op}: " + "\n".join(map(str, run.findings))
         assert run.unwritten == 0, f"{op}: {run.unwritten} elements are not written"
@@ -147,8 +161,11 @@ def check(host, case, operators=OPERATORS, tensors=None):
             assert difference <= 4 * TOLERANCES[case["dtype"]] * scale, f"{op}: {difference / scale:.3g}"
         else:
             assert_close(run.result, wanted.to(case["dtype"]))
-        again = call(host, op, case, tensors, descending=True, counting=False)
-        assert torch.equal(again.result, run.result), f"{op}: the order of blocks and warps matters"
+            if case["dtype"].itemsize == 2:
+                assert_rounded(run.result, wanted)
+        again = call(host, op, case, tensors, descending=True, fill=0x3F, checks=False, counting=False, **options)
+        same = torch.equal(again.result, run.result)
+        assert same, f"{op}: the order of blocks and warps matters, or what lay in memory before"
 
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=label)

@@ -1,0 +1,229 @@
+"""Changes the kernels' PTX by rule, a fault at a time, and says what catches each: a check of the executor, or a result
+that differs from the reference. One that nothing catches is a fault that the tests would let pass.
+
+    python tests/ptx/mutants.py [--write docs/mutants.md] [--only RULE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).parent))
+import executor
+import ptx
+import torch
+from test_ptx import CASE, call, check, machine, tensors_of
+
+# The kernels that are changed are those of these calls; the fewest that reach every kind of kernel and of staging.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "up": ("reassemble", dict(size=(5, 9), channels=72)),
+    "up, float16, channels_last": (
+        "reassemble",
+        dict(size=(5, 9), channels=136, dtype=torch.float16, layout="channels_last"),
+    ),
+    "down": ("reassemble", dict(size=(9, 18), channels=36, ratio=(1, 2), crop=(1, 1))),
+    "gradient to features, up": ("grad_features", dict(size=(5, 18), channels=72, crop=(1, 1))),
+    "gradient to features, down": ("grad_features", dict(size=(9, 18), channels=36, ratio=(1, 2))),
+    "gradient to kernels, up": ("grad_kernels", dict(size=(5, 9), channels=136, batch=1)),
+    "gradient to kernels, down, bfloat16": (
+        "grad_kernels",
+        dict(size=(9, 18), channels=136, ratio=(1, 2), dtype=torch.bfloat16, normalizer="sigmoid_normalized", batch=1),
+    ),
+    "any scale": ("reassemble", dict(size=(4, 5), channels=6, ratio=(3, 2), normalizer="none")),
+}
+
+Statements = list[ptx.Statement]
+Change = Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    change: Change  # of a statement: what it becomes, or None where the rule does not apply
+    each: int = 1  # mutants of it for a case, spread over the statements that it applies to
+
+
+def _regex(pattern: str, new: str | Callable[[re.Match[str]], str]) -> Change:
+    compiled = re.compile(pattern)
+
+    def change(text: str) -> str | None:
+        return compiled.sub(new, text, count=1) if compiled.search(text) else None
+
+    return change
+
+
+def _shift(by: int) -> Callable[[re.Match[str]], str]:
+    return lambda match: f"{match.group(1)}{int(match.group(2)) + by}{match.group(3)}"
+
+
+def _invert(match: re.Match[str]) -> str:
+    return "@" if match.group(1) else "@!"
+
+
+_INDEX = r"^((?:@!?%p\d+\s+)?{}\.v?\d?\.?\w+\s.*?\[%\w+)(?:\+(-?\d+))?(\].*)$"
+
+
+def _offset(kind: str, by: int) -> Change:
+    compiled = re.compile(_INDEX.format(kind), re.DOTALL)
+
+    def change(text: str) -> str | None:
+        match = compiled.match(text)
+        return f"{match.group(1)}+{int(match.group(2) or 0) + by}{match.group(3)}" if match else None
+
+    return change
+
+
+def _swapped(first: str, second: str) -> Change:
+    return _regex(rf"^((?:@!?%p\d+\s+)?){first}\b", rf"\g<1>{second}")
+
+
+RULES = (
+    Rule("a barrier dropped", _regex(r"^(bar|barrier)\.sync.*$", "membar.cta"), 2),
+    Rule("a copy is not waited for", _regex(r"^cp\.async\.wait_(group|all).*$", "membar.cta")),
+    Rule("a branch inverted", _regex(r"^@(!?)(?=%p\d+\s+bra)", _invert), 3),
+    Rule("a bound one more", _regex(r"^(setp\.(?:lt|ge|le|gt)\.[su]32.*, )(-?\d+)($)", _shift(1)), 2),
+    Rule("a bound one less", _regex(r"^(setp\.(?:lt|ge|le|gt)\.[su]32.*, )(-?\d+)($)", _shift(-1)), 2),
+    Rule("less becomes at most", _regex(r"^(setp\.)lt(\.[su]32)", r"\1le\2"), 2),
+    Rule("at least becomes more", _regex(r"^(setp\.)ge(\.[su]32)", r"\1gt\2"), 2),
+    Rule("a write to shared memory shifted by 4 bytes", _offset(r"st\.shared", 4)),
+    Rule("a read of shared memory shifted by 4 bytes", _offset(r"ld\.shared", 4), 2),
+    Rule("a read of shared memory shifted by 16 bytes", _offset(r"ld\.shared", 16)),
+    Rule("a read of global memory shifted by 4 bytes", _offset(r"ld\.global(?:\.nc)?", 4)),
+    Rule("a write to global memory shifted by 4 bytes", _offset(r"st\.global", 4)),
+    Rule("a write to shared memory dropped", _regex(r"^(@!?%p\d+\s+)?st\.shared.*$", "membar.cta")),
+    Rule("a write to global memory dropped", _regex(r"^(@!?%p\d+\s+)?st\.global.*$", "membar.cta")),
+    Rule("a product is not summed up", _regex(r"^fma\.rn\.(f\d+)(\s+%\w+, %\w+, %\w+), .*$", r"mul.\1\2"), 2),
+    Rule("a sum becomes a difference", _swapped(r"add\.f32", "sub.f32"), 1),
+    Rule("maximum becomes minimum", _swapped(r"max\.(?=[fsu]\d)", "min."), 1),
+    Rule("minimum becomes maximum", _swapped(r"min\.(?=[fsu]\d)", "max."), 1),
+    Rule("choices swapped", _regex(r"^(selp\.\w+\s+%\w+, )([^,]+), ([^,]+)(, %p\d+)$", r"\1\3, \2\4"), 1),
+    Rule("zero becomes one", _regex(r"^(mov\.(?:b32|f32)\s+%(?:f|r)\d+, )(?:0f00000000|0)$", r"\g<1>0f3F800000"), 1),
+    Rule("an exchange with another lane", _regex(r"^(shfl\.sync\.bfly\.b32\s+[^,]+, [^,]+, )(?:1|%r\d+)(,)", r"\g<1>3\2")),
+    Rule("rounded towards zero", _regex(r"^\{?\s*(cvt)\.rn(\.bf16|\.f16)(x2)?(\.f32)", r"\1.rz\2\3\4")),
+    Rule("an index one more", _regex(r"^(add\.s32\s+%r\d+, %r\d+, )(-?\d+)($)", _shift(1)), 2),
+    Rule("a stride doubled", _regex(r"^(shl\.b32\s+%r\d+, %r\d+, )(\d+)($)", _shift(1)), 1),
+    Rule("a stride halved", _regex(r"^(shl\.b32\s+%r\d+, %r\d+, )([2-9])($)", _shift(-1)), 1),
+    Rule("a product one more", _regex(r"^(mad\.lo\.s32\s+%r\d+, %r\d+, )(\d+)(, .*)$", _shift(1)), 1),
+    Rule("a divisor one more", _regex(r"^((?:div|rem)\.[su]32\s+%r\d+, %r\d+, )(\d+)($)", _shift(1)), 1),
+    Rule("the thread's neighbour", _regex(r"^(mov\.u32\s+%r\d+, %)tid\.x$", r"\1laneid")),
+    Rule("the block's neighbour", _regex(r"^(mov\.u32\s+%r\d+, %)ctaid\.x$", r"\1nctaid.x")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    rule: str
+    case: str
+    kernel: str
+    line: int
+    before: str
+    after: str
+    caught: str  # by what, or ''
+    place: str
+
+
+def statements_of(module: ptx.Module, name: str) -> Statements:
+    line, _, body = module.spans[name]
+    return list(ptx._statements(list(enumerate(body.split("\n"), line)), module.files))
+
+
+def what_catches(host: executor.Executor, kernel: str, number: int, op: str, case: dict[str, Any]) -> str:
+    """The first check that fails with another kernel in the place of one."""
+    own = host.numbers.pop(kernel)
+    host.numbers[kernel] = number
+    try:
+        run = call(host, op, case, tensors_of(case), limit=400_000)
+        if run.findings:
+            return min(run.findings, key=lambda finding: finding.launch).problem
+        if run.error:
+            return f"error {run.error}"
+        if run.unwritten:
+            return "elements not written"
+        try:
+            check(host, case, (op,), limit=400_000)
+        except AssertionError as error:
+            return "order of threads" if "order of blocks" in str(error) else "wrong result"
+        return ""
+    finally:
+        host.numbers[kernel] = own
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    return sorted({(2 * k + 1) * count // (2 * wanted) for k in range(min(count, wanted))})
+
+
+def mutants(host: executor.Executor, only: str | None = None, cases: Sequence[str] | None = None) -> Iterator[Mutant]:
+    for label, (op, changes) in CASES.items():
+        if cases is not None and label not in cases:
+            continue
+        case = CASE | changes
+        run = call(host, op, case, tensors_of(case))
+        if run.error or run.findings:
+            raise RuntimeError(f"{label}: error {run.error}, {[str(finding) for finding in run.findings]}")
+        for launch in run.launches:
+            # Only what the case executes, each place once: the compiler unrolls loops.
+            counts = {i.statement.line: 0 for i in launch.program.code}
+            for record in launch.records():
+                counts[record["ptx_line"]] += record["issued"]
+            statements = statements_of(host.module, launch.kernel)
+            header = host.module.spans[launch.kernel][:2]
+            for rule in RULES:
+                if only and rule.name != only:
+                    continue
+                places = [
+                    n
+                    for n, s in enumerate(statements)
+                    if counts.get(s.line) and rule.change(s.text) not in (None, s.text)
+                ]
+                for at in (places[n] for n in spread(len(places), rule.each)):
+                    before = statements[at]
+                    after = rule.change(before.text)
+                    assert after is not None
+                    changed = [*statements[:at], replace(before, text=after), *statements[at + 1 :]]
+                    program = ptx._Builder(launch.kernel, *header, host.module).build(changed)
+                    number = executor.add_program(host.module, program)
+                    caught = what_catches(host, launch.kernel, number, op, case)
+                    executor.drop_program(number)
+                    place = " < ".join(f"{Path(file).name}:{line}" for file, line in before.location[:2])
+                    name = launch.name.split("(")[0].replace("void ", "").replace("carafe::gpu::", "")
+                    yield Mutant(rule.name, label, name, before.line, before.text, after, caught, place)
+
+
+def table(found: Sequence[Mutant]) -> str:
+    lines = ["| case | kernel | change | at | caught by |", "|---|---|---|---|---|"]
+    for m in found:
+        lines.append(f"| {m.case} | `{m.kernel}` | {m.rule} | {m.place} | {m.caught or '**nothing**'} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="write the table there")
+    parser.add_argument("--only", help="of this rule")
+    options = parser.parse_args()
+    found = []
+    for mutant in mutants(machine(), options.only):
+        found.append(mutant)
+        print(
+            f"{mutant.caught or 'NOTHING':45} {mutant.rule:45} {mutant.case}: {mutant.kernel} {mutant.place}",
+            flush=True,
+        )
+        if not mutant.caught:
+            print(f"    line {mutant.line}: {mutant.before}  ->  {mutant.after}")
+    survivors = sum(not mutant.caught for mutant in found)
+    print(f"{len(found)} mutants, {survivors} that nothing caught")
+    if options.write:
+        options.write.write_text(table(found))
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
