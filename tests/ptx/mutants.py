@@ -106,7 +106,10 @@ RULES = (
     Rule("minimum becomes maximum", _swapped(r"min\.(?=[fsu]\d)", "max."), 1),
     Rule("choices swapped", _regex(r"^(selp\.\w+\s+%\w+, )([^,]+), ([^,]+)(, %p\d+)$", r"\1\3, \2\4"), 1),
     Rule("zero becomes one", _regex(r"^(mov\.(?:b32|f32)\s+%(?:f|r)\d+, )(?:0f00000000|0)$", r"\g<1>0f3F800000"), 1),
-    Rule("an exchange with another lane", _regex(r"^(shfl\.sync\.bfly\.b32\s+[^,]+, [^,]+, )(?:1|%r\d+)(,)", r"\g<1>3\2")),
+    Rule(
+        "an exchange with another lane",
+        _regex(r"^(shfl\.sync\.bfly\.b32\s+[^,]+, [^,]+, )(?:1|%r\d+)(,)", r"\g<1>3\2"),
+    ),
     Rule("rounded towards zero", _regex(r"^\{?\s*(cvt)\.rn(\.bf16|\.f16)(x2)?(\.f32)", r"\1.rz\2\3\4")),
     Rule("an index one more", _regex(r"^(add\.s32\s+%r\d+, %r\d+, )(-?\d+)($)", _shift(1)), 2),
     Rule("a stride doubled", _regex(r"^(shl\.b32\s+%r\d+, %r\d+, )(\d+)($)", _shift(1)), 1),
@@ -160,7 +163,10 @@ def spread(count: int, wanted: int) -> list[int]:
     return sorted({(2 * k + 1) * count // (2 * wanted) for k in range(min(count, wanted))})
 
 
-def mutants(host: executor.Executor, only: str | None = None, cases: Sequence[str] | None = None) -> Iterator[Mutant]:
+def mutants(
+    host: executor.Executor, only: str | None = None, cases: Sequence[str] | None = None, each: int | None = None
+) -> Iterator[Mutant]:
+    """``each``: mutants of a rule for a kernel, where that is fewer than the rule's."""
     for label, (op, changes) in CASES.items():
         if cases is not None and label not in cases:
             continue
@@ -183,7 +189,7 @@ def mutants(host: executor.Executor, only: str | None = None, cases: Sequence[st
                     for n, s in enumerate(statements)
                     if counts.get(s.line) and rule.change(s.text) not in (None, s.text)
                 ]
-                for at in (places[n] for n in spread(len(places), rule.each)):
+                for at in (places[n] for n in spread(len(places), min(rule.each, each or rule.each))):
                     before = statements[at]
                     after = rule.change(before.text)
                     assert after is not None

@@ -491,7 +491,7 @@ class _Builder:
         return kernel
 
     def check_registers(self) -> None:
-        """Lets the executor watch the registers that on some way through the kernel are read before they are written."""
+        """Lets the executor watch the registers that on some way through are read before they are written."""
         kernel, code = self.kernel, self.kernel.code
         given = {row for row, *_ in (*kernel.constants, *kernel.specials)} | {self.trash}
         count = kernel.rows  # predicates are numbered after the rows
