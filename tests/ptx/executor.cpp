@@ -2,8 +2,8 @@
 // of 32 lanes in lockstep, with the checks of racecheck, memcheck, initcheck and synccheck and the counts that a model
 // of a GPU needs. Compiled with g++ alone.
 //
-// Warps. Each lane has a program counter, and those with the least run: where lanes part they meet again at the first
-// instruction that lies on both ways. A warp runs up to a barrier, then the next one does.
+// Warps. Where lanes part they meet again at the first instruction that lies on all ways from there, as ptxas has it. A
+// warp runs up to a barrier, then the next one does.
 //
 // Order. Each warp has a clock, which a barrier of the block or of the warp moves on, and knows of each other warp's
 // clock as of the last barrier with it. An access is recorded as (clock, thread); two of different threads, one of them
@@ -48,7 +48,7 @@ struct Ins {
   int32_t kind, predicate, negate, hidden;  // hidden: part of the instruction before it
   int32_t x[kOperands];
   int32_t n, size, sign, wide;  // of an access: elements, bytes of each, sign-extended, 64-bit address
-  int32_t target, line;
+  int32_t target, meets, line;  // meets: where the lanes that a branch parts are together again
   int64_t imm;
 };
 
@@ -156,6 +156,14 @@ struct Copy {  // cp.async that has not been waited for
   uint8_t data[16];
 };
 
+constexpr int32_t kNever = std::numeric_limits<int32_t>::max();
+
+// Lanes that go on together, until they meet the others, who wait there.
+struct Path {
+  int32_t pc, end;
+  uint32_t mask;
+};
+
 struct Block;
 
 struct Warp {
@@ -169,8 +177,9 @@ struct Warp {
   int index;
   uint32_t clock;
   uint32_t* known;  // of each warp's clock
-  uint32_t alive, pc[kLanes];
-  int32_t waits;  // barrier, or -1
+  uint32_t alive;
+  std::vector<Path> paths;  // the last is the one that is executed
+  int32_t waits;            // barrier, or -1
   bool done;
   uint64_t steps;
   std::vector<Copy> copies;
@@ -1699,31 +1708,33 @@ bool arrive(Run_& run, Warp& w, const Ins& i, uint32_t mask) {
 // Up to where it waits or ends.
 void run_warp(Run_& run, Warp& w, std::vector<Count>& counts) {
   const Ins* const code = w.kernel->code.data();
-  while (w.alive && !ex.stop) {
-    // The lanes with the least program counter, up to where the next ones wait.
-    uint32_t pc = ~0u, next = ~0u, mask = 0;
-    lanes(w.alive, [&](int l) {
-      if (w.pc[l] < pc)
-        next = pc, pc = w.pc[l], mask = 1u << l;
-      else if (w.pc[l] == pc)
-        mask |= 1u << l;
-      else if (w.pc[l] < next)
-        next = w.pc[l];
-    });
-    const auto park = [&](uint32_t who, uint32_t at) { lanes(who, [&](int l) { w.pc[l] = at; }); };
+  while (!w.paths.empty() && !ex.stop) {
+    const int32_t end = w.paths.back().end;
+    int32_t pc = w.paths.back().pc;
+    uint32_t mask = w.paths.back().mask & w.alive;
+    // The lanes of this path part, and meet again at `meets`, or where the path itself ends.
+    const auto part = [&](int32_t meets) {
+      if (meets == end)
+        w.paths.pop_back();
+      else
+        w.paths.back().pc = meets;
+    };
+    const auto go = [&](uint32_t who, int32_t at, int32_t meets) {
+      if (who && at != meets) w.paths.push_back({at, meets, who});
+    };
     for (;;) {
-      if (__builtin_expect(pc == next, 0)) {
-        park(mask, pc);
+      if (__builtin_expect(pc == end || mask == 0, 0)) {
+        w.paths.pop_back();
         break;
       }
       const Ins& i = code[pc];
       uint32_t active = mask;
       if (i.predicate >= 0) active &= i.negate ? ~w.preds[i.predicate] : w.preds[i.predicate];
-      Count& count = counts[pc];
+      Count& count = counts[size_t(pc)];
       ++count.issued;
-      count.lanes += __builtin_popcount(active);
+      count.lanes += uint64_t(__builtin_popcount(active));
       ++w.steps;
-      w.current = int(pc);
+      w.current = pc;
       if (__builtin_expect(i.kind == kPlain, 1)) {
         if (active) {
           w.mask = active;
@@ -1740,39 +1751,40 @@ void run_warp(Run_& run, Warp& w, std::vector<Count>& counts) {
       }
       if (i.kind == kBranch) {
         if (active == mask) {
-          pc = uint32_t(i.target);
-          if (pc > next) {
-            park(mask, pc);
-            break;
-          }
+          pc = i.target;
         } else if (active == 0) {
           ++pc;
         } else {
-          park(active, uint32_t(i.target));
-          park(mask & ~active, pc + 1);
+          part(i.meets);
+          go(active, i.target, i.meets);
+          go(mask & ~active, pc + 1, i.meets);
           break;
         }
       } else if (i.kind == kBranchIndexed) {
         const auto* const index = row<uint32_t>(w, i.x[0]);
-        park(mask & ~active, pc + 1);
+        std::map<int32_t, uint32_t, std::greater<int32_t>> to;
+        if (mask & ~active) to[pc + 1] = mask & ~active;
         lanes(active, [&](int l) {
-          w.pc[l] = uint32_t(w.kernel->tables[i.target + std::min<uint32_t>(index[l], uint32_t(i.n - 1))]);
+          const uint32_t at = uint32_t(i.target) + std::min<uint32_t>(index[l], uint32_t(i.n - 1));
+          to[w.kernel->tables[at]] |= 1u << l;
         });
+        if (to.size() == 1) {
+          pc = to.begin()->first;
+          continue;
+        }
+        part(i.meets);
+        for (const auto& [at, who] : to) go(who, at, i.meets);
         break;
       } else if (i.kind == kExit) {
         w.alive &= ~active;
-        park(mask & ~active, pc + 1);
-        break;
+        mask &= ~active;
+        ++pc;
       } else {
-        if (active == 0) {
-          ++pc;
-          continue;
-        }
-        park(mask & ~active, pc + 1);
-        park(active, pc + 1);
+        ++pc;
+        if (active == 0) continue;
+        w.paths.back().pc = pc;
         w.mask = active;
         if (arrive(run, w, i, active)) return;
-        break;
       }
     }
   }
@@ -1918,7 +1930,7 @@ void execute(const Kernel& kernel, Launch& launch, const std::vector<uint64_t>& 
       w.clock = 1, w.waits = -1, w.done = false, w.steps = 0;
       w.copies.clear();
       std::fill_n(w.groups, kLanes, 0);
-      std::fill_n(w.pc, kLanes, 0);
+      w.paths.assign(1, Path{0, kNever, w.alive});
       for (const Special& special : kernel.specials) fill_special(w, launch, special, index);
     }
     for (bool moved = true; moved && !ex.stop;) {
@@ -2184,6 +2196,7 @@ EXPORT int ptx_add_kernel(
     const auto at = [&](int index) { return static_cast<int32_t>(code[index]); };
     i.kind = at(1), i.predicate = at(2), i.negate = at(3), i.hidden = at(4);
     i.n = at(5), i.size = at(6), i.sign = at(7), i.wide = at(8), i.target = at(9), i.line = at(10), i.imm = code[11];
+    i.meets = code[12] < 0 ? kNever : at(12);
     for (int o = 0; o < kOperands; ++o) i.x[o] = at(13 + o);
     k.code.push_back(i);
   }

@@ -50,6 +50,7 @@ class Instruction:
     wide: int = 0
     target: int = 0
     imm: int = 0
+    meets: int = -1  # where the lanes that a branch parts are together again; -1: nowhere
     x: list[int] = field(default_factory=list)
     label: str | None = None
     tables: list[str] = field(default_factory=list)
@@ -273,6 +274,79 @@ def _registers(i: Instruction, predicates: int) -> tuple[int, int]:
     return bits(of, p_of), bits(to, p_to)
 
 
+def _find_meetings(kernel: Kernel) -> None:
+    """Where the lanes that each branch parts meet: the first instruction that every way from it to the end comes by.
+
+    Ways on which lanes leave early are left out: the others meet without them.
+    """
+    code = kernel.code
+    starts = {0} | {n + 1 for n, i in enumerate(code) if i.kind in (BRANCH, BRANCH_INDEXED, EXIT)}
+    starts |= {i.target for i in code if i.kind == BRANCH} | set(kernel.tables)
+    order = sorted(start for start in starts if start < len(code))
+    ends = dict(zip(order, [*order[1:], len(code)], strict=True))
+    final = order[-1]  # the exit after the last instruction, and what leads to it
+    leaves = [n for n, i in enumerate(code[:-1]) if i.kind == EXIT]
+    last_leave = leaves[-1] if leaves else -1
+
+    def after(start: int) -> list[int]:
+        end = ends[start]
+        last = code[end - 1]
+        goes_on = last.predicate >= 0 or last.kind not in (BRANCH, BRANCH_INDEXED, EXIT)
+        found = [end] if goes_on and end < len(code) else []
+        if last.kind == BRANCH:
+            found.append(last.target)
+        elif last.kind == BRANCH_INDEXED:
+            found += kernel.tables[last.target : last.target + last.n]
+        elif last.kind == EXIT and end - 1 == last_leave and not found:
+            found.append(final)
+        return found
+
+    next_ = {start: after(start) for start in order}
+    before: dict[int, list[int]] = {start: [] for start in order}
+    for start, followers in next_.items():
+        for follower in followers:
+            before[follower].append(start)
+    # Blocks from the end backwards, so that what comes after a block is numbered before it (Cooper, Harvey, Kennedy).
+    numbers: dict[int, int] = {}
+    stack, seen, finished = [(final, iter(before[final]))], {final}, []
+    while stack:
+        block, rest = stack[-1]
+        for other in rest:
+            if other not in seen:
+                seen.add(other)
+                stack.append((other, iter(before[other])))
+                break
+        else:
+            finished.append(block)
+            stack.pop()
+    numbers = {block: n for n, block in enumerate(finished)}
+    meeting = {final: final}
+    changed = True
+    while changed:
+        changed = False
+        for block in reversed(finished[:-1]):
+            found = -1
+            for follower in next_[block]:
+                if follower not in meeting:
+                    continue
+                if found < 0:
+                    found = follower
+                    continue
+                other = follower
+                while found != other:
+                    while numbers[found] < numbers[other]:
+                        found = meeting[found]
+                    while numbers[other] < numbers[found]:
+                        other = meeting[other]
+            if found >= 0 and meeting.get(block) != found:
+                meeting[block] = found
+                changed = True
+    for start in order:
+        branch = code[ends[start] - 1]
+        if branch.kind in (BRANCH, BRANCH_INDEXED) and start in meeting and meeting[start] != final:
+            branch.meets = meeting[start]
+
+
 class _Builder:
     """One kernel."""
 
@@ -486,6 +560,7 @@ class _Builder:
                 if instruction.label not in self.labels:
                     raise PtxError(f"line {instruction.statement.line}: the unknown label {instruction.label}")
                 instruction.target = self.labels[instruction.label]
+        _find_meetings(kernel)
         kernel.granule = {1: 0, 2: 1, 4: 2}[self.smallest]
         kernel.rows = _aligned(kernel.rows, 2)
         return kernel
@@ -1042,7 +1117,7 @@ def pack(kernel: Kernel, operations: Mapping[str, int], variables: Mapping[str, 
         if len(i.x) > OPERANDS:
             raise PtxError(f"line {i.statement.line}: too many operands: {i.statement.text}")
         words += [operations[i.operation], i.kind, i.predicate, i.negate, i.hidden, i.n, i.size, i.sign, i.wide]
-        words += [i.target, i.statement.line, i.imm, 0, *i.x, *[-1] * (OPERANDS - len(i.x))]
+        words += [i.target, i.statement.line, i.imm, i.meets, *i.x, *[-1] * (OPERANDS - len(i.x))]
     constants: list[int] = []
     for row, kind, value in kernel.constants:
         if isinstance(value, str):

@@ -748,3 +748,44 @@ def test_order_and_samples_of_blocks():
     got = ints(10)
     assert not execute(mine, got, grid=10, descending=True)
     assert got.tolist() == [1] * 10
+
+
+def test_lanes_that_go_on_early_meet_the_others_at_the_barrier():
+    # As `continue` in a loop of barriers: the way back to the barrier is shorter for some lanes.
+    text = """
+ mov.u32 %r8, 0; mov.u32 %r9, 0;
+$L_head:
+ bar.sync 0;
+ add.s32 %r8, %r8, 1;
+ setp.ge.u32 %p2, %r8, 4;
+ setp.lt.u32 %p1, %r0, 7;
+ @%p1 bra $L_next;
+ add.s32 %r9, %r9, %r0;
+$L_next:
+ @!%p2 bra $L_head;
+"""
+    direct = text.replace(" @%p1 bra $L_next;", " @%p2 bra $L_last; @%p1 bra $L_head;").replace(
+        "$L_next:\n @!%p2 bra $L_head;", " bra $L_head;\n$L_last:\n @!%p1 add.s32 %r9, %r9, %r0;"
+    )
+    for body in (text, direct):
+        got = ints(64)
+        assert not execute(body + STORE, got, block=64)
+        assert got.tolist() == [0] * 7 + [4 * n for n in range(7, 64)]
+
+
+def test_lanes_that_leave_do_not_keep_the_others_apart():
+    text = """
+ setp.lt.u32 %p1, %r0, 16; setp.lt.u32 %p2, %r0, 4; mov.u32 %r9, 0;
+ @%p1 bra $L_low;
+ add.s32 %r9, %r9, 5; bra $L_both;
+$L_low:
+ @%p2 ret;
+ add.s32 %r9, %r9, 6;
+$L_both:
+ add.s32 %r9, %r9, 10;
+"""
+    got = ints()
+    assert not execute(text + STORE, got)
+    assert got.tolist() == [0] * 4 + [16] * 12 + [15] * 16
+    both = [r for r in executor.launches()[0].records() if r["ptx"].startswith("add.s32") and r["ptx"].endswith("10")]
+    assert [(r["issued"], r["lanes"]) for r in both] == [(1, 28)]
