@@ -40,6 +40,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "any scale": ("reassemble", dict(size=(4, 5), channels=6, ratio=(3, 2), normalizer="none")),
 }
 
+# What the calls are tried with besides, until a mutant is caught: other numbers of columns and channels, so that every
+# bound is met, logits that overflow without their largest one, and addresses that are not aligned.
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    dict(crop=(0, 1), channels=76),
+    dict(crop=(1, 2), channels=84),
+    dict(crop=(0, 3), channels=68, batch=1),
+    dict(spread=300.0),
+    dict(offset=1),
+)
+
+TRIES = 6  # places where a loose rule is tried, until a mutant is caught
+
 Statements = list[ptx.Statement]
 Change = Callable[[str], str | None]
 
@@ -48,7 +61,10 @@ Change = Callable[[str], str | None]
 class Rule:
     name: str
     change: Change  # of a statement: what it becomes, or None where the rule does not apply
-    each: int = 1  # mutants of it for a case, spread over the statements that it applies to
+    each: int = 1  # mutants of it for a kernel, spread over the statements that it applies to
+    # Often such a change is none: a bound that no number meets, what lies outside and is multiplied by nothing, a
+    # largest logit where any number would do that keeps e^x finite. Then the next place is tried.
+    loose: bool = False
 
 
 def _regex(pattern: str, new: str | Callable[[re.Match[str]], str]) -> Change:
@@ -88,42 +104,47 @@ def _swapped(first: str, second: str) -> Change:
 RULES = (
     Rule("a barrier dropped", _regex(r"^(bar|barrier)\.sync.*$", "membar.cta"), 2),
     Rule("a copy is not waited for", _regex(r"^cp\.async\.wait_(group|all).*$", "membar.cta")),
-    Rule("a branch inverted", _regex(r"^@(!?)(?=%p\d+\s+bra)", _invert), 3),
-    Rule("a bound one more", _regex(r"^(setp\.(?:lt|ge|le|gt)\.[su]32.*, )(-?\d+)($)", _shift(1)), 2),
-    Rule("a bound one less", _regex(r"^(setp\.(?:lt|ge|le|gt)\.[su]32.*, )(-?\d+)($)", _shift(-1)), 2),
-    Rule("less becomes at most", _regex(r"^(setp\.)lt(\.[su]32)", r"\1le\2"), 2),
-    Rule("at least becomes more", _regex(r"^(setp\.)ge(\.[su]32)", r"\1gt\2"), 2),
+    Rule("a branch inverted", _regex(r"^@(!?)(?=%p\d+\s+bra)", _invert), 3, loose=True),
+    Rule("a bound one more", _regex(r"^(setp\.(?:lt|ge|le|gt)\.[su]32.*, )(-?\d+)($)", _shift(1)), 2, loose=True),
+    Rule("a bound one less", _regex(r"^(setp\.(?:lt|ge|le|gt)\.[su]32.*, )(-?\d+)($)", _shift(-1)), 2, loose=True),
+    Rule("less becomes at most", _regex(r"^(setp\.)lt(\.[su]32)", r"\1le\2"), 2, loose=True),
+    Rule("at least becomes more", _regex(r"^(setp\.)ge(\.[su]32)", r"\1gt\2"), 2, loose=True),
     Rule("a write to shared memory shifted by 4 bytes", _offset(r"st\.shared", 4)),
     Rule("a read of shared memory shifted by 4 bytes", _offset(r"ld\.shared", 4), 2),
-    Rule("a read of shared memory shifted by 16 bytes", _offset(r"ld\.shared", 16)),
-    Rule("a read of global memory shifted by 4 bytes", _offset(r"ld\.global(?:\.nc)?", 4)),
+    Rule("a read of shared memory shifted by 16 bytes", _offset(r"ld\.shared", 16), loose=True),
+    Rule("a read of global memory shifted by 4 bytes", _offset(r"ld\.global(?:\.nc)?", 4), loose=True),
     Rule("a write to global memory shifted by 4 bytes", _offset(r"st\.global", 4)),
     Rule("a write to shared memory dropped", _regex(r"^(@!?%p\d+\s+)?st\.shared.*$", "membar.cta")),
     Rule("a write to global memory dropped", _regex(r"^(@!?%p\d+\s+)?st\.global.*$", "membar.cta")),
     Rule("a product is not summed up", _regex(r"^fma\.rn\.(f\d+)(\s+%\w+, %\w+, %\w+), .*$", r"mul.\1\2"), 2),
-    Rule("a sum becomes a difference", _swapped(r"add\.f32", "sub.f32"), 1),
-    Rule("maximum becomes minimum", _swapped(r"max\.(?=[fsu]\d)", "min."), 1),
-    Rule("minimum becomes maximum", _swapped(r"min\.(?=[fsu]\d)", "max."), 1),
-    Rule("choices swapped", _regex(r"^(selp\.\w+\s+%\w+, )([^,]+), ([^,]+)(, %p\d+)$", r"\1\3, \2\4"), 1),
-    Rule("zero becomes one", _regex(r"^(mov\.(?:b32|f32)\s+%(?:f|r)\d+, )(?:0f00000000|0)$", r"\g<1>0f3F800000"), 1),
+    Rule("a sum becomes a difference", _swapped(r"add\.f32", "sub.f32"), 1, loose=True),
+    Rule("maximum becomes minimum", _swapped(r"max\.(?=[fsu]\d)", "min."), 1, loose=True),
+    Rule("minimum becomes maximum", _swapped(r"min\.(?=[fsu]\d)", "max."), 1, loose=True),
+    Rule("choices swapped", _regex(r"^(selp\.\w+\s+%\w+, )([^,]+), ([^,]+)(, %p\d+)$", r"\1\3, \2\4"), 1, loose=True),
+    Rule(
+        "zero becomes one",
+        _regex(r"^(mov\.(?:b32|f32)\s+%(?:f|r)\d+, )(?:0f00000000|0)$", r"\g<1>0f3F800000"),
+        loose=True,
+    ),
     Rule(
         "an exchange with another lane",
         _regex(r"^(shfl\.sync\.bfly\.b32\s+[^,]+, [^,]+, )(?:1|%r\d+)(,)", r"\g<1>3\2"),
+        loose=True,
     ),
     Rule("rounded towards zero", _regex(r"^\{?\s*(cvt)\.rn(\.bf16|\.f16)(x2)?(\.f32)", r"\1.rz\2\3\4")),
-    Rule("an index one more", _regex(r"^(add\.s32\s+%r\d+, %r\d+, )(-?\d+)($)", _shift(1)), 2),
-    Rule("a stride doubled", _regex(r"^(shl\.b32\s+%r\d+, %r\d+, )(\d+)($)", _shift(1)), 1),
-    Rule("a stride halved", _regex(r"^(shl\.b32\s+%r\d+, %r\d+, )([2-9])($)", _shift(-1)), 1),
-    Rule("a product one more", _regex(r"^(mad\.lo\.s32\s+%r\d+, %r\d+, )(\d+)(, .*)$", _shift(1)), 1),
-    Rule("a divisor one more", _regex(r"^((?:div|rem)\.[su]32\s+%r\d+, %r\d+, )(\d+)($)", _shift(1)), 1),
-    Rule("the thread's neighbour", _regex(r"^(mov\.u32\s+%r\d+, %)tid\.x$", r"\1laneid")),
+    Rule("an index one more", _regex(r"^(add\.s32\s+%r\d+, %r\d+, )(-?\d+)($)", _shift(1)), 2, loose=True),
+    Rule("a stride doubled", _regex(r"^(shl\.b32\s+%r\d+, %r\d+, )(\d+)($)", _shift(1)), 1, loose=True),
+    Rule("a stride halved", _regex(r"^(shl\.b32\s+%r\d+, %r\d+, )([2-9])($)", _shift(-1)), 1, loose=True),
+    Rule("a product one more", _regex(r"^(mad\.lo\.s32\s+%r\d+, %r\d+, )(\d+)(, .*)$", _shift(1)), 1, loose=True),
+    Rule("a divisor one more", _regex(r"^((?:div|rem)\.[su]32\s+%r\d+, %r\d+, )(\d+)($)", _shift(1)), 1, loose=True),
+    Rule("the thread's neighbour", _regex(r"^(mov\.u32\s+%r\d+, %)tid\.x$", r"\1laneid"), loose=True),
     Rule("the block's neighbour", _regex(r"^(mov\.u32\s+%r\d+, %)ctaid\.x$", r"\1nctaid.x")),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Mutant:
-    rule: str
+    rule: Rule
     case: str
     kernel: str
     line: int
@@ -140,23 +161,38 @@ def statements_of(module: ptx.Module, name: str) -> Statements:
 
 def what_catches(host: executor.Executor, kernel: str, number: int, op: str, case: dict[str, Any]) -> str:
     """The first check that fails with another kernel in the place of one."""
-    own = host.numbers.pop(kernel)
+    own = host.numbers[kernel]
     host.numbers[kernel] = number
     try:
-        run = call(host, op, case, tensors_of(case), limit=400_000)
-        if run.findings:
-            return min(run.findings, key=lambda finding: finding.launch).problem
-        if run.error:
-            return f"error {run.error}"
-        if run.unwritten:
-            return "elements not written"
-        try:
-            check(host, case, (op,), limit=400_000)
-        except AssertionError as error:
-            return "order of threads" if "order of blocks" in str(error) else "wrong result"
+        for variant in VARIANTS:
+            if caught := what_catches_with(host, op, {key: v for key, v in (case | variant).items() if key != "spread"},
+                                           variant.get("spread", 1.0)):  # fmt: skip
+                return caught
         return ""
     finally:
         host.numbers[kernel] = own
+
+
+def what_catches_with(host: executor.Executor, op: str, case: dict[str, Any], spread: float) -> str:
+    features, kernels, grad = tensors_of(case)
+    tensors = (features, kernels * spread, grad)
+    run = call(host, op, case, tensors, limit=LIMIT, counting=False)
+    if run.findings:
+        return min(run.findings, key=lambda finding: finding.launch).problem
+    if run.error:
+        return f"error {run.error}"
+    if run.unwritten:
+        return "elements not written"
+    if spread != 1:  # a gradient that vanishes has no relative error
+        return "" if bool(run.result.isfinite().all()) else "wrong result"
+    try:
+        check(host, case, (op,), tensors, limit=LIMIT)
+    except AssertionError as error:
+        return "order of threads" if "order of blocks" in str(error) else "wrong result"
+    return ""
+
+
+LIMIT = 400_000  # instructions of a warp: a loop that takes more does not end
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -164,8 +200,9 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def mutants(
-    host: executor.Executor, only: str | None = None, cases: Sequence[str] | None = None, each: int | None = None
-) -> Iterator[Mutant]:
+    host: executor.Executor, only: str | None = None, cases: Sequence[str] | None = None, each: int | None = None,
+    rules: Sequence[Rule] | None = None,
+) -> Iterator[Mutant]:  # fmt: skip
     """``each``: mutants of a rule for a kernel, where that is fewer than the rule's."""
     for label, (op, changes) in CASES.items():
         if cases is not None and label not in cases:
@@ -181,7 +218,7 @@ def mutants(
                 counts[record["ptx_line"]] += record["issued"]
             statements = statements_of(host.module, launch.kernel)
             header = host.module.spans[launch.kernel][:2]
-            for rule in RULES:
+            for rule in rules or RULES:
                 if only and rule.name != only:
                     continue
                 places = [
@@ -189,7 +226,8 @@ def mutants(
                     for n, s in enumerate(statements)
                     if counts.get(s.line) and rule.change(s.text) not in (None, s.text)
                 ]
-                for at in (places[n] for n in spread(len(places), min(rule.each, each or rule.each))):
+                wanted = TRIES if rule.loose else min(rule.each, each or rule.each)
+                for at in (places[n] for n in spread(len(places), wanted)):
                     before = statements[at]
                     after = rule.change(before.text)
                     assert after is not None
@@ -200,35 +238,48 @@ def mutants(
                     executor.drop_program(number)
                     place = " < ".join(f"{Path(file).name}:{line}" for file, line in before.location[:2])
                     name = launch.name.split("(")[0].replace("void ", "").replace("carafe::gpu::", "")
-                    yield Mutant(rule.name, label, name, before.line, before.text, after, caught, place)
+                    yield Mutant(rule, label, name, before.line, before.text, after, caught, place)
+                    if rule.loose and caught:
+                        break
+
+
+def alive(found: Sequence[Mutant]) -> list[Mutant]:
+    """Those that nothing caught, and of a loose rule none of its mutants of a kernel."""
+    caught = {(m.rule, m.case, m.kernel) for m in found if m.caught}
+    return [m for m in found if not m.caught and (not m.rule.loose or (m.rule, m.case, m.kernel) not in caught)]
 
 
 def table(found: Sequence[Mutant]) -> str:
-    lines = ["| case | kernel | change | at | caught by |", "|---|---|---|---|---|"]
+    lost = alive(found)
+    lines = ["| call | kernel | change | at | caught by |", "|---|---|---|---|---|"]
     for m in found:
-        lines.append(f"| {m.case} | `{m.kernel}` | {m.rule} | {m.place} | {m.caught or '**nothing**'} |")
-    return "\n".join(lines) + "\n"
+        what = m.caught or ("**nothing**" if m in lost else "nothing: it makes no difference there")
+        lines.append(f"| {m.case} | `{m.kernel}` | {m.rule.name} | {m.place} | {what} |")
+    caught = sum(bool(m.caught) for m in found)
+    return f"{len(found)} mutants, {caught} caught, {len(lost)} that should have been.\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="write the table there")
     parser.add_argument("--only", help="of this rule")
+    parser.add_argument("--each", type=int, help="mutants of a rule for a kernel, at most")
+    parser.add_argument("--case", action="append", choices=CASES, help="of this call")
     options = parser.parse_args()
     found = []
-    for mutant in mutants(machine(), options.only):
+    for mutant in mutants(machine(), options.only, options.case, options.each):
         found.append(mutant)
+        where = f"{mutant.case}: {mutant.kernel} {mutant.place}"
+        print(f"{mutant.caught or 'nothing':45} {mutant.rule.name:45} {where}", flush=True)
+    lost = alive(found)
+    print(f"{len(found)} mutants, {sum(bool(m.caught) for m in found)} caught, {len(lost)} that should have been:")
+    for mutant in lost:
         print(
-            f"{mutant.caught or 'NOTHING':45} {mutant.rule:45} {mutant.case}: {mutant.kernel} {mutant.place}",
-            flush=True,
+            f"  {mutant.rule.name}, {mutant.case}: {mutant.kernel}, {mutant.place}, line {mutant.line}: {mutant.before}"
         )
-        if not mutant.caught:
-            print(f"    line {mutant.line}: {mutant.before}  ->  {mutant.after}")
-    survivors = sum(not mutant.caught for mutant in found)
-    print(f"{len(found)} mutants, {survivors} that nothing caught")
     if options.write:
         options.write.write_text(table(found))
-    return int(bool(survivors))
+    return int(bool(lost))
 
 
 if __name__ == "__main__":
