@@ -51,7 +51,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     dict(offset=1),
 )
 
-TRIES = 6  # places where a loose rule is tried, until a mutant is caught
+TRIES = 12  # places where a loose rule is tried, until a mutant is caught
 
 Statements = list[ptx.Statement]
 Change = Callable[[str], str | None]
