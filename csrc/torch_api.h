@@ -43,6 +43,10 @@ inline Tensor empty_like(const Tensor& source, const std::array<int64_t, 4>& siz
 }
 
 #ifdef __CUDACC__
+inline Tensor scratch(const Tensor& beside, int64_t bytes) {
+  return at::empty({bytes}, beside.options().dtype(ScalarType::Byte));
+}
+
 inline auto use_device(int64_t index) { return c10::cuda::CUDAGuard(static_cast<c10::DeviceIndex>(index)); }
 
 inline cudaStream_t current_stream(int device) {
@@ -93,6 +97,11 @@ inline Tensor empty_like(const Tensor& source, const std::array<int64_t, 4>& siz
 }
 
 #ifdef __CUDACC__
+// Memory on a tensor's device, from torch's allocator: for what the current stream runs before it is given back.
+inline Tensor scratch(const Tensor& beside, int64_t bytes) {
+  return torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, beside.device());
+}
+
 inline auto use_device(int64_t index) {
   return torch::stable::accelerator::DeviceGuard(static_cast<torch::stable::accelerator::DeviceIndex>(index));
 }

@@ -7,6 +7,11 @@
 
 #include "shape.h"
 
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
 namespace carafe {
 
 // How the conversions below see 32 bits: as one number here, as a vector of them in cpu/simd.h.
@@ -85,6 +90,9 @@ using accumulator_t = std::conditional_t<is_half_precision<T>, float, T>;
 
 template <class T>
 CARAFE_HOST_DEVICE accumulator_t<T> widen(T value) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, Half>) return __half2float(__ushort_as_half(value.bits));
+#endif
   if constexpr (is_half_precision<T>) {
     return T::template widen<Word>(value.bits);
   } else {
@@ -94,6 +102,10 @@ CARAFE_HOST_DEVICE accumulator_t<T> widen(T value) {
 
 template <class T>
 CARAFE_HOST_DEVICE T narrow(accumulator_t<T> value) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, Half>) return {__half_as_ushort(__float2half_rn(value))};
+  if constexpr (std::is_same_v<T, BFloat16>) return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#endif
   if constexpr (is_half_precision<T>) {
     return T{uint16_t(T::template narrow<Word>(value))};
   } else {

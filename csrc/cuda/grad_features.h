@@ -1,222 +1,230 @@
-// The gradient to the features of a tile: the weights that lead to its sites are staged once, then the output's
-// gradient passes through shared memory, channels by channels and phase row by phase row. A thread keeps four
-// neighbouring sites and four channels in registers: what it loads serves all sites that a row of taps leads to.
+// The gradient to the features. Down: as the reassembly, from the tile of the output's gradient that leads to the
+// features. Up: a block goes down a strip of the map, row after row of the output's gradient, and a thread keeps the
+// K rows of features that the row leads to.
 #pragma once
 
-#include "grid.h"
+#include "weights.h"
 
 namespace carafe::gpu {
 
 template <class T>
-struct GradFeaturesBlock : Tiled {
-  using A = accumulator_t<T>;
-  static constexpr int kQuad = Patch::kQuad;
-  static constexpr int kStrip = 4;  // a thread's sites
-  static constexpr int kPhases = 1;
-  static constexpr int kChannels = kQuad;  // a slot's
-  static constexpr int kThreads = 128;
-  static constexpr int kInFlight = 4;  // of few threads
-  static constexpr int kResident = sizeof(A) == 4 ? 3 : 1;
-  static constexpr bool kSplits = true;
-  struct State {
-    A sums[kStrip][kQuad];
-  };
+struct GradFeaturesCall {
+  Image<T> grad;
+  Image<const T> grad_output;
+  KernelMap<const T> kernels;
+  Normalizer normalizer;
+  const float* packed;  // up: the weights (pack_weights)
+  Tiling tiling;
+};
 
-  View<T> grad;
-  View<const T> grad_output;
-  KernelView<const T> weights;
+// Up: the weights of every site, normalised, as [item and group][row][tap][column][phase].
+template <class G>
+__device__ __forceinline__ int64_t packed_row(const int rows, const int columns, int item, int row) {
+  return (int64_t(item) * rows + row) * G::kTaps * columns * G::kPhases;
+}
 
-  void view(const GradFeatures<T>& call) {
-    grad = View<T>::of(call.result, call.shape.group_channels());
-    grad_output = View<const T>::of(call.grad_output, call.shape.group_channels());
-    weights = KernelView<const T>::of(call.kernels.map, call.kernels.normalizer, call.shape);
-  }
-  void lay_out() {
-    // Both phase columns of a row are staged together: they share the memory's sectors.
-    patch = {grid.rows + sites.reach(), grid.columns + sites.reach(), 1, sites.output_scale(), grid.slots};
-  }
-  int64_t shared_size() const {
-    const int64_t statistics = 2 * int64_t(patch.rows) * patch.columns * sites.phases();
-    return patch.size() + int64_t(kernels.taps) * kernels.phases * kernels.sites() + statistics;
-  }
-  int64_t threads() const { return grid.rows * grid.columns / kStrip * grid.slots; }
-  // Eight slots read 128 bytes of neighbouring channels without a conflict of banks.
-  static int most_slots(int, bool) { return 8; }
+template <class T>
+struct PackCall {
+  float* packed;
+  KernelMap<const T> kernels;
+  Normalizer normalizer;
+  int groups;
+  unsigned blocks_of_row;
+};
 
-  // Statistics, stage; then compute and stage in turns.
-  CARAFE_HOST_DEVICE int steps() const { return 2 * grid.chunks * sites.output_scale() + 1; }
+template <class T, class G>
+__global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackCall<T> call) {
+  using Transfer = KernelTransfer<G, kThreads / G::kPhases, kThreads>;
+  __shared__ T exchange[Transfer::kCount * G::kTaps];
+  const int columns = call.kernels.columns, rows = call.kernels.rows;
+  const unsigned strip = blockIdx.x % call.blocks_of_row, above = blockIdx.x / call.blocks_of_row;
+  const int row = static_cast<int>(above % rows), item = static_cast<int>(above / rows);
+  const int first = static_cast<int>(strip * (kThreads / G::kPhases));
+  auto own = Transfer::load(
+      call.kernels, item / call.groups, item % call.groups, [&](int site) { return Site{row, first + site}; },
+      threadIdx.x, exchange);
+  const int at = first * G::kPhases + static_cast<int>(threadIdx.x), pitch = columns * G::kPhases;
+  if (at >= pitch) return;
+  own.normalize(call.normalizer);
+  float* const to = call.packed + packed_row<G>(rows, columns, item, row) + at;
+  own.each([&](int tap) { to[tap * pitch] = own.values[tap]; });
+}
 
-  CARAFE_HOST_DEVICE void run(const Job& job, int step, int thread, State& state, A* shared) const {
-    A* const staged = shared + patch.size();
-    A* const common = staged + kernels.taps * kernels.phases * kernels.sites();
-    const int turn = step / 2 - 1;
-    if (step == 0) {
-      if (weights.normalizer != Normalizer::none) find_statistics(job, thread, common);
-    } else if (step == 1) {
-      stage_weights(job, thread, common, staged);
-      stage_gradient(job, 0, thread, shared);
-    } else if (step % 2 == 0) {
-      compute(job, turn, thread, staged, shared, state);
-    } else {
-      stage_gradient(job, turn + 1, thread, shared);
-    }
-  }
+template <class T, class G>
+struct GradFeaturesStrip {
+  static constexpr int kColumns = 16, kStripLanes = kThreads * kStrip / kColumns;
+  static constexpr int kChunk = kStripLanes * kQuad;
+  static constexpr int kSites = kColumns + G::kSide - 1;  // of a row, that lead to the strip
+  using Patch = Window<G::kUp, kSites * G::kUp, kStripLanes, kQuad>;
+  static constexpr int kTap = kSites * G::kPhases + kQuad;
+  static constexpr int kWeights = G::kTaps * kTap;
+  static constexpr int kBytes = kWeights * int(sizeof(float)) + Patch::kSize * int(sizeof(T));
+};
 
- private:
-  // Of all kernels that lead to the tile, those around it included.
-  CARAFE_HOST_DEVICE void find_statistics(const Job& job, int thread, A* common) const {
-    const int phases = sites.phases(), window = patch.rows * patch.columns;
-    const int64_t tap_stride = weights.tap_stride(sites);
-    CARAFE_ROLLED
-    for (int kernel = thread; kernel < window * phases; kernel += grid.threads) {
-      const int phase = patch.by_window(kernel), site = kernel - phase * window;
-      const int i = patch.by_columns(site), j = site - i * patch.columns;
-      const int row = job.row + i - sites.after(), column = job.column + j - sites.after();
-      if (!sites.inside(row, column)) continue;
-      const T* const logits = weights.pointer(sites, job.n, job.group, 0, phase, row, column);
-      const Statistics<A> found =
-          statistics<A>(weights.normalizer, sites.taps(), [&](int tap) { return widen(logits[tap * tap_stride]); });
-      common[2 * kernel] = found.shift;
-      common[2 * kernel + 1] = found.factor;
-    }
-  }
+template <class T, class G>
+__global__ void __launch_bounds__(kThreads, 4)
+    grad_features_strip(const __grid_constant__ GradFeaturesCall<T> call, int rows_of_block) {
+  using Strip = GradFeaturesStrip<T, G>;
+  using Patch = typename Strip::Patch;
+  constexpr int kUp = G::kUp, kPhases = G::kPhases, kSide = G::kSide;
+  extern __shared__ __align__(16) unsigned char shared[];
+  float* const weights = reinterpret_cast<float*>(shared);
+  T* const patch = reinterpret_cast<T*>(weights + Strip::kWeights);
 
-  // [tap][phase][site]: the weight with which a phase of the output, a shift away, reads the site.
-  CARAFE_HOST_DEVICE void stage_weights(const Job& job, int thread, const A* common, A* to) const {
-    const int tile = kernels.sites(), phases = sites.phases();
-    const int items = sites.taps() * phases;
-    const bool channels_last = weights.view.channels_last;
-    struct Shifted {
-      int tap, phase, i, j;  // of the tile's rectangle, a shift away
-    };
-    const auto source = [&](int one, int other) -> Shifted {
-      const int site = channels_last ? other : one, item = channels_last ? one : other;
-      const int tap = kernels.by_phases(item), u = sites.by_kernel(tap), i = kernels.by_columns(site);
-      return {
-          tap, item - tap * phases, i - sites.shift(u), site - i * grid.columns - sites.shift(tap - u * sites.kernel)};
-    };
-    distribute<kInFlight>(
-        channels_last ? items : tile, channels_last ? tile : items, thread, grid.threads,
-        [&](int one, int other) {
-          const Shifted from = source(one, other);
-          const int row = job.row + from.i, column = job.column + from.j;
-          return sites.inside(row, column) && weights.has(sites, from.phase, row, column)
-                     ? *weights.pointer(sites, job.n, job.group, from.tap, from.phase, row, column)
-                     : T{};
-        },
-        [&](int one, int other, T loaded) {
-          A value = widen(loaded);
-          if (weights.normalizer != Normalizer::none) {
-            const Shifted from = source(one, other);
-            const int place = patch.by_window.divisor * from.phase + (from.i + sites.after()) * patch.columns + from.j +
-                              sites.after();
-            // Outside the map there is no kernel, and no gradient either.
-            const int row = job.row + from.i, column = job.column + from.j;
-            const Statistics<A> found{common[2 * place], common[2 * place + 1]};
-            value = sites.inside(row, column) ? weight(weights.normalizer, value, found) : A(0);
-          }
-          to[(channels_last ? one : other) * tile + (channels_last ? other : one)] = value;
-        });
-  }
+  const unsigned thread = threadIdx.x;
+  const auto job = call.tiling.job(blockIdx.x, rows_of_block, Strip::kColumns);
+  const int lane = thread % Strip::kStripLanes, strip = thread / Strip::kStripLanes * kStrip;
+  const int channel = lane * kQuad, column = job.column + strip;
+  const T* const grad_output = call.grad_output.item(job.n) + job.first_channel * call.grad_output.channel_stride;
+  T* to = call.grad.item(job.n) + call.grad.offset(job.first_channel + channel, job.row - 2 * G::kRadius, column);
+  const int rows = call.kernels.rows, columns = call.kernels.columns;
+  const int first_site = job.column - G::kRadius;
+  const int end = min(job.row + rows_of_block, call.grad.height);
 
-  CARAFE_HOST_DEVICE void stage_gradient(const Job& job, int turn, int thread, A* to) const {
-    const int scale = sites.output_scale(), chunk = turn / scale;
-    const Window window = output_window(job, chunk * patch.quads * kQuad, sites.after(), turn - chunk * scale);
-    stage_patch<kInFlight>(grad_output, window, patch, thread, grid.threads, to);
-  }
-
-  CARAFE_HOST_DEVICE void compute(
-      const Job& job, int turn, int thread, const A* weights_at, const A* staged, State& state) const {
-    const int output_scale = sites.output_scale(), scale = sites.feature_scale();
-    const int chunk = turn / output_scale, phase_row = turn - chunk * output_scale;
-    const int strip = thread / grid.slots, slot = thread - strip * grid.slots;
-    const int row = strip * kStrip / grid.columns, column = strip * kStrip - row * grid.columns;
-    const int channel = (chunk * grid.slots + slot) * kQuad;
-    if (job.row + row >= sites.height || job.column + column >= sites.width || channel >= job.channels) return;
-    // Down, a tap leads to one phase of the features; up, features have one phase, and the sum goes on over the turns.
-    CARAFE_ROLLED
-    for (int i = 0; i < scale; ++i) {
+  float sums[kSide][kQuad][kStrip] = {};  // of the rows from row - radius on
+  CARAFE_ROLLED
+  for (int row = job.row - G::kRadius; row < end + G::kRadius; ++row) {
+    if (row >= 0 && row < rows) {
+      if (row > job.row - G::kRadius) __syncthreads();  // what was staged has been read
+      const float* const packed = call.packed +
+                                  packed_row<G>(rows, columns, job.n * call.tiling.groups + job.group, row) +
+                                  first_site * kPhases;
       CARAFE_ROLLED
-      for (int j = 0; j < scale; ++j) {
-        if (phase_row == 0) state = State{};
-        CARAFE_ROLLED
-        for (int phase_column = 0; phase_column < output_scale; ++phase_column) {
-          const A* const gradient = staged + phase_column * patch.plane() + slot * kQuad;
-          add(weights_at, phase_row * output_scale + phase_column, gradient, strip, row, column, i, j, state);
+      for (unsigned item = renew(thread); item < G::kTaps * Strip::kSites; item += kThreads) {
+        const int tap = item / Strip::kSites, site = item % Strip::kSites;
+        Vector<float, kPhases> own = {};
+        if (first_site + site >= 0 && first_site + site < columns) {
+          own = load<kPhases>(packed + (tap * columns + site) * kPhases);
         }
-        if (phase_row == output_scale - 1) write(job, row, column, channel, i, j, state);
+        store(weights + tap * Strip::kTap + site * kPhases, own);
       }
-    }
-  }
+      stage<Patch>(
+          call.grad_output, grad_output, row * kUp, first_site * kUp, job.channels, renew(thread), kThreads, patch);
+      __syncthreads();
 
-  // The shares of one phase of the outputs in phase (phase_row, phase_column) of the strip's features.
-  CARAFE_HOST_DEVICE void add(
-      const A* weights_at, int output_phase, const A* gradient, int strip, int row, int column, int phase_row,
-      int phase_column, State& state) const {
-    const int scale = sites.feature_scale(), kernel = sites.kernel, tile = kernels.sites();
-    const int first_u = (phase_row + kernel / 2) % scale, first_v = (phase_column + kernel / 2) % scale;
-    const int tap_pitch = kernels.phases * tile, next_tap = scale * tap_pitch;
-    CARAFE_ROLLED
-    for (int u = first_u; u < kernel; u += scale) {
-      const A* from = gradient + patch.offset(row + sites.after() - sites.shift(u), column + sites.after());
-      const A* weight = weights_at + (u * kernel + first_v) * tap_pitch + output_phase * tile + strip * kStrip;
-      // The taps of a row that lead to this phase column: each is one site further to the left than the one before.
-      from -= sites.shift(first_v) * patch.pitch();
-      CARAFE_ROLLED
-      for (int left = (kernel - first_v + scale - 1) / scale; left > 0;) {
-        const int taken = left >= 5 ? 5 : left >= 3 ? 3 : left;
-        if (taken == 5) add_taps<5>(from, weight, next_tap, state);
-        if (taken == 3) add_taps<3>(from, weight, next_tap, state);
-        if (taken == 2) add_taps<2>(from, weight, next_tap, state);
-        if (taken == 1) add_taps<1>(from, weight, next_tap, state);
-        from -= taken * patch.pitch(), weight += taken * next_tap, left -= taken;
-      }
-    }
-  }
-
-  // Tap t of site p meets the gradient p - t sites from the strip's first one: what is loaded once serves all sites.
-  template <int Taps>
-  CARAFE_HOST_DEVICE void add_taps(const A* from, const A* weight, int next_tap, State& state) const {
-    Quad<A> w[Taps];
-    CARAFE_UNROLL
-    for (int t = 0; t < Taps; ++t) w[t] = load_quad(weight + t * next_tap);
-    CARAFE_UNROLL
-    for (int s = 1 - Taps; s < kStrip; ++s) {
-      const Quad<A> x = load_quad(from + s * patch.pitch());
+      bool leads[kSide];  // to a row of the block's
       CARAFE_UNROLL
-      for (int p = 0; p < kStrip; ++p) {
-        const int t = p - s;
-        if (t < 0 || t >= Taps) continue;
+      for (int u = 0; u < kSide; ++u) {
+        leads[u] = row + u - G::kRadius >= job.row && row + u - G::kRadius < end && channel < job.channels;
+      }
+      const float* const own_weights = weights + strip * kPhases;
+      const T* const pixels = patch + Patch::at(0, strip * kUp) + channel;
+      CARAFE_UNROLL
+      for (int x = 0; x < kStrip + kSide - 1; ++x) {  // sites, from radius before the strip on
+        Vector<float, kQuad> gradient[kPhases];
         CARAFE_UNROLL
-        for (int c = 0; c < kQuad; ++c) state.sums[p][c] += w[t].values[p] * x.values[c];
+        for (int p = 0; p < kPhases; ++p)
+          gradient[p] = load_wide<kQuad>(pixels + Patch::at(p / kUp, x * kUp + p % kUp));
+        CARAFE_UNROLL
+        for (int u = 0; u < kSide; ++u) {
+          if (!leads[u]) continue;
+          CARAFE_UNROLL
+          for (int s = 0; s < kStrip; ++s) {
+            const int v = kSide - 1 - x + s;
+            if (v < 0 || v >= kSide) continue;
+            const auto w = load<kPhases>(own_weights + (u * kSide + v) * Strip::kTap + x * kPhases);
+            CARAFE_UNROLL
+            for (int p = 0; p < kPhases; ++p) {
+              CARAFE_UNROLL
+              for (int c = 0; c < kQuad; ++c) sums[u][c][s] += w.values[p] * gradient[p].values[c];
+            }
+          }
+        }
       }
     }
-  }
-
-  CARAFE_HOST_DEVICE void write(
-      const Job& job, int row, int column, int channel, int phase_row, int phase_column, const State& state) const {
-    const int scale = sites.feature_scale();
-    const int i = (job.row + row) * scale + phase_row, j = (job.column + column) * scale + phase_column;
-    const int left = job.channels - channel;
-    if (i >= sites.feature_height) return;
-    T* const to = grad.map.pointer(job.n, job.first_channel + channel, i, j);
-    if (grad.column_quads && scale == 1 && j + kStrip <= sites.feature_width) {
+    // No later row leads to the first of the rows.
+    if (row - G::kRadius >= job.row && row - G::kRadius < end && channel < job.channels) {
+      float first[kQuad][1][kStrip];
       CARAFE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
-        if (c >= left) continue;
-        Quad<T> packed;
         CARAFE_UNROLL
-        for (int p = 0; p < kStrip; ++p) packed.values[p] = narrow<T>(state.sums[p][c]);
-        store_quad(to + c * grad.map.channel_stride, packed);
+        for (int s = 0; s < kStrip; ++s) first[c][0][s] = sums[0][c][s];
       }
-      return;
+      write_pixels<1>(call.grad, to, first, job.channels - channel, 1, call.grad.width - column);
     }
+    to += call.grad.row_stride;
     CARAFE_UNROLL
-    for (int p = 0; p < kStrip; ++p) {
-      if (j + p * scale >= sites.feature_width) continue;
-      write_quad(grad, to + p * scale * grad.map.column_stride, state.sums[p], left);
+    for (int u = 0; u < kSide; ++u) {
+      CARAFE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        CARAFE_UNROLL
+        for (int s = 0; s < kStrip; ++s) sums[u][c][s] = u + 1 < kSide ? sums[u + 1 < kSide ? u + 1 : u][c][s] : 0;
+      }
     }
   }
+}
+
+// Down: the sites that lead to a phase of a site lie kBefore before it to kAfter after it.
+template <class T, class G>
+struct GradFeaturesTile {
+  static constexpr int kChunk = kLanes * kUnit<T>;
+  static constexpr int kBefore = (G::kSide - 1 - G::kRadius) / G::kDown;
+  static constexpr int kAfter = (G::kRadius + G::kDown - 1) / G::kDown;
+  static constexpr int kRows = kTileRows + kBefore + kAfter, kColumns = kTileColumns + kBefore + kAfter;
+  using Patch = Window<kRows, kColumns, kLanes, kUnit<T>>;
+  using Weights = StagedWeights<G, kRows, kColumns>;
+  static constexpr int kBytes = Weights::kSize * int(sizeof(float)) + Patch::kSize * int(sizeof(T));
 };
+
+template <class T, class G>
+__global__ void __launch_bounds__(kThreads, 4) grad_features_tile(const __grid_constant__ GradFeaturesCall<T> call) {
+  using Tile = GradFeaturesTile<T, G>;
+  using Patch = typename Tile::Patch;
+  using Weights = typename Tile::Weights;
+  constexpr int kDown = G::kDown, kReach = Tile::kBefore + Tile::kAfter, kChannels = kUnit<T>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  float* const weights = reinterpret_cast<float*>(shared);
+  T* const patch = reinterpret_cast<T*>(weights + Weights::kSize);
+
+  const unsigned thread = threadIdx.x;
+  const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
+  const int lane = thread % kLanes, strip = thread / kLanes;
+  const int row = strip / (kTileColumns / kStrip), column = strip % (kTileColumns / kStrip) * kStrip;
+  const T* const grad_output = call.grad_output.item(job.n);
+  T* const grad = call.grad.item(job.n);
+  const int first_row = job.row - Tile::kBefore, first_column = job.column - Tile::kBefore;
+
+  Weights::stage(call.kernels, call.normalizer, job.n, job.group, first_row, first_column, thread, weights);
+  CARAFE_ROLLED
+  for (int done = 0; done < job.channels; done += Tile::kChunk) {
+    if (done > 0) __syncthreads();  // the patch has been read
+    stage<Patch>(
+        call.grad_output, grad_output + (job.first_channel + done) * call.grad_output.channel_stride, first_row,
+        first_column, job.channels - done, renew(thread), kThreads, patch);
+    __syncthreads();
+    const int channel = done + lane * kChannels;
+    const int i = (job.row + row) * kDown, j = (job.column + column) * kDown;
+    if (i < call.grad.height && j < call.grad.width && channel < job.channels) {  // every thread comes to the barriers
+
+      float sums[kChannels][kDown][kStrip * kDown] = {};
+      const float* const own_weights = weights + row * Tile::kColumns + column;
+      const T* const pixels = patch + Patch::at(row, column) + lane * kChannels;
+      CARAFE_UNROLL
+      for (int y = 0; y <= kReach; ++y) {
+        CARAFE_UNROLL
+        for (int x = 0; x < kReach + kStrip; ++x) {
+          const auto gradient = load_wide<kChannels>(pixels + Patch::at(y, x));
+          CARAFE_UNROLL
+          for (int p = 0; p < kDown; ++p) {
+            // Feature p of a site is tap u of the output that lies `y - before` sites further on.
+            const int u = p - (y - Tile::kBefore) * kDown + G::kRadius;
+            if (u < 0 || u >= G::kSide) continue;
+            CARAFE_UNROLL
+            for (int q = 0; q < kStrip * kDown; ++q) {
+              const int v = q - (x - Tile::kBefore) * kDown + G::kRadius;
+              if (v < 0 || v >= G::kSide) continue;
+              const float w = own_weights[(u * G::kSide + v) * Weights::kTap + y * Tile::kColumns + x];
+              CARAFE_UNROLL
+              for (int c = 0; c < kChannels; ++c) sums[c][p][q] += w * gradient.values[c];
+            }
+          }
+        }
+      }
+      write_pixels<kDown>(
+          call.grad, grad + call.grad.offset(job.first_channel + channel, i, j), sums, job.channels - channel,
+          call.grad.height - i, call.grad.width - j);
+    }
+  }
+}
 
 }  // namespace carafe::gpu

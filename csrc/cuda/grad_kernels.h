@@ -1,163 +1,207 @@
-// The gradient to the weights of a tile, or to the logits that they come from: chunk after chunk of channels passes
-// through shared memory, each thread keeping five taps of R phases of a site in registers. At the end the sums meet in
-// shared memory, where the normaliser is differentiated and from where neighbours are written by neighbours.
+// The gradient to the weights of a tile, or to the logits that they come from. A warp has a row of taps: a thread of it
+// keeps those of two neighbouring sites, in all phases, while every other quad of the channels passes by. Where the
+// channels are split among blocks, their sums meet in a second pass, always in the same order.
 #pragma once
 
-#include "grid.h"
+#include "weights.h"
 
 namespace carafe::gpu {
 
-template <class T, int R>
-struct GradKernelsBlock : Tiled {
-  using A = accumulator_t<T>;
-  static constexpr int kQuad = Patch::kQuad;
-  static constexpr int kPhases = R;            // a thread's
-  static constexpr int kTaps = 5;              // a thread's: k = 5 and 7 waste none and one of them
-  static constexpr int kChannels = 4 * kQuad;  // of a chunk
-  static constexpr int kInFlight = 2;
-  static constexpr int kThreads = sizeof(A) == 4 ? 640 : 512;
-  static constexpr int kResident = 1;
-  static constexpr bool kSplits = false;  // a sum runs over all channels of a group
-  struct State {
-    A sums[kTaps][R];
-  };
+template <class T>
+struct GradKernelsCall {
+  KernelMap<T> grad;
+  Image<const T> grad_output, features;
+  KernelMap<const T> kernels;  // the logits; unused without a normalizer
+  Normalizer normalizer;
+  float* partial;  // of blocks that have a share of the channels: [split][item and group][row][tap][column][phase]
+  Tiling tiling;
+};
 
-  Patch grad_patch;
-  KernelView<T> grad;
-  View<const T> grad_output, features;
-  KernelView<const T> weights;  // the logits; unused without a normalizer
+template <class T, class G>
+struct GradKernelsTile {
+  static constexpr int kParts = 2;  // threads that share the channels of a strip of sites
+  static constexpr int kRowThreads = kTileSites / kStrip * kParts;  // of a row of taps: a warp
+  // At the end a thread has a kernel.
+  static constexpr int kThreads = std::max(kRowThreads * G::kSide, kTileSites* G::kPhases);
+  static constexpr int kResident = 640 / kThreads;  // blocks of a multiprocessor
+  static constexpr int kQuads = 128 / (kQuad * sizeof(T)), kChunk = kQuads * kQuad;
+  // The quads that a warp reads at once lie in different banks: they belong to neighbouring strips, two sites apart,
+  // and to both parts.
+  using Patch =
+      Window<G::kDown*(kTileRows - 1) + G::kSide, G::kDown*(kTileColumns - 1) + G::kSide, kQuads, kQuad, G::kDown>;
+  using GradPatch = Window<kTileRows * G::kUp, kTileColumns * G::kUp, kQuads, kQuad, G::kUp>;
+  using Sums = StagedWeights<G, kTileRows, kTileColumns>;
+  static constexpr int kStaged = (Patch::kSize + GradPatch::kSize) * int(sizeof(T));
+  static constexpr int kMeeting = Sums::kSize * int(sizeof(float));
+  static constexpr int kExchanged = kTileSites * G::kPhases * G::kTaps * int(sizeof(T));
+  static constexpr int kBytes = kStaged > kMeeting + kExchanged ? kStaged : kMeeting + kExchanged;
+};
 
-  void view(const GradKernels<T>& call) {
-    grad = KernelView<T>::of(call.result, call.kernels.normalizer, call.shape);
-    grad_output = View<const T>::of(call.grad_output, call.shape.group_channels());
-    features = View<const T>::of(call.features, call.shape.group_channels());
-    weights = KernelView<const T>::of(call.kernels.map, call.kernels.normalizer, call.shape);
+// From the gradient to a kernel's weights to that of its logits, in place; logits of no kernel are null.
+template <class G, class T>
+__device__ __forceinline__ void differentiate(
+    Normalizer normalizer, const OwnKernel<G>& weights, const T* logits, int tap_stride, OwnKernel<G>& grad) {
+  float dot = 0;  // d logit = w (d w - sum of w d w), times what the sigmoid's factor gives
+  grad.each([&](int tap) { dot += weights.values[tap] * grad.values[tap]; });
+  if (normalizer == Normalizer::sigmoid) dot = 0;
+  grad.each([&](int tap) { grad.values[tap] = weights.values[tap] * (grad.values[tap] - dot); });
+  if (normalizer == Normalizer::softmax || logits == nullptr) return;
+  grad.each([&](int tap) {  // d log(sigmoid(x)) = sigmoid(-x)
+    grad.values[tap] *= exponential(log_sigmoid(-widen(logits[tap * tap_stride])));
+  });
+}
+
+// Writes a kernel's gradient, which add(kernel, grad) adds to zeros; `exchange` has room for all kernels.
+template <class G, int Sites, int Threads, class T, class Where, class Add>
+__device__ __forceinline__ void finish_kernels(
+    const GradKernelsCall<T>& call, int n, int group, const Where& site, unsigned thread, T* exchange, const Add& add) {
+  using Transfer = KernelTransfer<G, Sites, Threads>;
+  OwnKernel<G> weights = {}, grad = {};
+  if (call.normalizer != Normalizer::none) {
+    weights = Transfer::load(call.kernels, n, group, site, thread, exchange);
+    weights.normalize(call.normalizer);
   }
-  void lay_out() {
-    const int scale = sites.output_scale();
-    patch = feature_patch(kChannels / kQuad);
-    grad_patch = {grid.rows, grid.columns, scale, scale, kChannels / kQuad};
-  }
-  int64_t shared_size() const { return std::max(patch.size() + grad_patch.size(), kernels.size()); }
-  int64_t threads() const {
-    return int64_t(grid.rows) * grid.columns * ceil_div(sites.taps(), kTaps) * ceil_div(sites.phases(), R);
-  }
-  static int most_slots(int, bool) { return 1; }
-
-  // Stage and accumulate in turns; gather, differentiate, write.
-  CARAFE_HOST_DEVICE int steps() const { return 2 * grid.chunks + 3; }
-
-  CARAFE_HOST_DEVICE void run(const Job& job, int step, int thread, State& state, A* shared) const {
-    if (step == 0) state = State{};
-    const int chunk = step / 2;
-    if (chunk < grid.chunks) {
-      step % 2 == 0 ? stage(job, chunk, thread, shared) : accumulate(thread, shared, state);
-    } else if (step == 2 * grid.chunks) {
-      gather(thread, state, shared);
-    } else if (step == 2 * grid.chunks + 1) {
-      if (weights.normalizer != Normalizer::none) differentiate(job, thread, shared);
-    } else {
-      for_each_weight<kInFlight>(
-          grad, sites, kernels, job, thread, grid.threads,
-          [shared](const Place<T>& place) { return shared[place.shared]; },
-          [](const Place<T>& place, A value) {
-            if (place.global) *place.global = narrow<T>(value);
-          });
+  if (thread < Transfer::kCount) {
+    add(static_cast<int>(thread), grad);
+    if (call.normalizer != Normalizer::none) {
+      const T* const logits = Transfer::pointer(call.kernels, n, group, site, static_cast<int>(thread));
+      differentiate(call.normalizer, weights, logits, call.kernels.tap_stride, grad);
     }
   }
+  Transfer::store(call.grad, n, group, site, thread, exchange, grad);
+}
 
- private:
-  struct Share {
-    int row, column, site, first_tap, first_phase;
-  };
+template <class T, class G>
+__global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTile<T, G>::kResident)
+    grad_kernels_tile(const __grid_constant__ GradKernelsCall<T> call) {
+  using Tile = GradKernelsTile<T, G>;
+  using Patch = typename Tile::Patch;
+  using GradPatch = typename Tile::GradPatch;
+  using Sums = typename Tile::Sums;
+  constexpr int kUp = G::kUp, kDown = G::kDown, kPhases = G::kPhases, kSide = G::kSide;
+  extern __shared__ __align__(16) unsigned char shared[];
+  T* const patch = reinterpret_cast<T*>(shared);
+  T* const grad_patch = patch + Patch::kSize;
 
-  CARAFE_HOST_DEVICE Share share_of(int thread) const {
-    const int site = thread % kernels.sites(), rest = thread / kernels.sites();
-    const int phase_blocks = kernels.pitch / R;
-    return {site / grid.columns, site % grid.columns, site, rest / phase_blocks * kTaps, rest % phase_blocks * R};
-  }
+  const unsigned thread = threadIdx.x;
+  const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
+  const int part = thread % Tile::kParts, strip = thread / Tile::kParts % (kTileSites / kStrip);
+  const int u = thread / Tile::kRowThreads;
+  const bool has_row = u < kSide;
+  const int row = strip / (kTileColumns / kStrip), column = strip % (kTileColumns / kStrip) * kStrip;
+  const T* const features = call.features.item(job.n);
+  const T* const grad_output = call.grad_output.item(job.n);
 
-  CARAFE_HOST_DEVICE void stage(const Job& job, int chunk, int thread, A* to) const {
-    const int done = chunk * kChannels;
-    stage_patch<kInFlight>(features, feature_window(job, done), patch, thread, grid.threads, to);
-    const Window window = output_window(job, done, 0, 0);
-    stage_patch<kInFlight>(grad_output, window, grad_patch, thread, grid.threads, to + patch.size());
-  }
-
-  CARAFE_HOST_DEVICE void accumulate(int thread, const A* staged, State& state) const {
-    const Share own = share_of(thread);
-    int feature[kTaps], gradient[R];  // offsets
-    CARAFE_UNROLL
-    for (int t = 0; t < kTaps; ++t) {
-      const int tap =
-          own.first_tap + t < kernels.taps ? own.first_tap + t : own.first_tap;  // what is beyond is not used
-      const int u = sites.by_kernel(tap), v = tap - u * sites.kernel;
-      const int phase = sites.phase(u) * sites.feature_scale() + sites.phase(v);
-      const int row = own.row + sites.before() + sites.shift(u), column = own.column + sites.before() + sites.shift(v);
-      feature[t] = phase * patch.plane() + patch.offset(row, column);
-    }
-    CARAFE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const int phase = own.first_phase + r < kernels.phases ? own.first_phase + r : own.first_phase;
-      gradient[r] =
-          static_cast<int>(patch.size()) + phase * grad_patch.plane() + grad_patch.offset(own.row, own.column);
-    }
+  float sums[kStrip][kSide][kPhases] = {};
+  const T* const pixels = patch + Patch::at(row * kDown + u, column * kDown) + part * kQuad;
+  const T* const gradients = grad_patch + GradPatch::at(row * kUp, column * kUp) + part * kQuad;
+  CARAFE_ROLLED
+  for (int done = 0; done < job.channels; done += Tile::kChunk) {
+    if (done > 0) __syncthreads();  // what was staged has been read
+    const int channel = job.first_channel + done, left = job.channels - done;
+    stage<Patch>(
+        call.features, features + channel * call.features.channel_stride, job.row * kDown - G::kRadius,
+        job.column * kDown - G::kRadius, left, renew(thread), Tile::kThreads, patch);
+    stage<GradPatch>(
+        call.grad_output, grad_output + channel * call.grad_output.channel_stride, job.row * kUp, job.column * kUp,
+        left, renew(thread), Tile::kThreads, grad_patch);
+    __syncthreads();
     CARAFE_ROLLED
-    for (int quad = 0; quad < kChannels; quad += kQuad) {
-      Quad<A> dy[R];
+    for (int quad = 0; quad < (has_row ? Tile::kChunk : 0); quad += Tile::kParts * kQuad) {
+      constexpr int kFeatures = kDown * (kStrip - 1) + kSide;
+      Vector<float, kQuad> feature[kFeatures];
       CARAFE_UNROLL
-      for (int r = 0; r < R; ++r) dy[r] = load_quad(staged + gradient[r] + quad);
+      for (int x = 0; x < kFeatures; ++x) feature[x] = load_wide<kQuad>(pixels + quad + Patch::at(0, x));
       CARAFE_UNROLL
-      for (int t = 0; t < kTaps; ++t) {
-        const Quad<A> x = load_quad(staged + feature[t] + quad);
+      for (int s = 0; s < kStrip; ++s) {
         CARAFE_UNROLL
-        for (int r = 0; r < R; ++r) {
+        for (int p = 0; p < kPhases; ++p) {
+          const auto gradient = load_wide<kQuad>(gradients + quad + GradPatch::at(p / kUp, s * kUp + p % kUp));
           CARAFE_UNROLL
-          for (int c = 0; c < kQuad; ++c) state.sums[t][r] += x.values[c] * dy[r].values[c];
+          for (int v = 0; v < kSide; ++v) {
+            CARAFE_UNROLL
+            for (int c = 0; c < kQuad; ++c) {
+              sums[s][v][p] += gradient.values[c] * feature[s * kDown + v].values[c];
+            }
+          }
         }
       }
     }
   }
-
-  CARAFE_HOST_DEVICE void gather(int thread, const State& state, A* to) const {
-    const Share own = share_of(thread);
+  CARAFE_UNROLL
+  for (int s = 0; s < kStrip; ++s) {
     CARAFE_UNROLL
-    for (int t = 0; t < kTaps; ++t) {
-      if (own.first_tap + t >= kernels.taps) continue;
-      A* const target = to + (own.first_tap + t) * kernels.tap_pitch() + own.site * kernels.pitch + own.first_phase;
+    for (int v = 0; v < kSide; ++v) {
       CARAFE_UNROLL
-      for (int r = 0; r < R; ++r) target[r] = state.sums[t][r];
+      for (int p = 0; p < kPhases; ++p) sums[s][v][p] += __shfl_xor_sync(~0u, sums[s][v][p], 1);
     }
   }
 
-  // From weights to logits, in place: dz = w (dw - sum of w dw), times what the normaliser's other factors give.
-  CARAFE_HOST_DEVICE void differentiate(const Job& job, int thread, A* sums) const {
-    const Normalizer normalizer = weights.normalizer;
-    const int step = kernels.tap_pitch();
-    const int64_t tap_stride = weights.tap_stride(sites);
-    CARAFE_ROLLED
-    for (int kernel = thread; kernel < kernels.sites() * kernels.phases; kernel += grid.threads) {
-      const int site = kernels.by_phases(kernel), phase = kernel - site * kernels.phases;
-      const int row = kernels.by_columns(site), column = site - row * grid.columns;
-      if (job.row + row >= sites.rows || job.column + column >= sites.columns) continue;
-      const T* const from = weights.pointer(sites, job.n, job.group, 0, phase, job.row + row, job.column + column);
-      const auto logit = [&](int tap) { return A(widen(from[tap * tap_stride])); };
-      const Statistics<A> common = statistics<A>(normalizer, kernels.taps, logit);
-      A* const grad = sums + site * kernels.pitch + phase;
-      A dot = 0;
-      if (normalizer != Normalizer::sigmoid) {
-        CARAFE_ROLLED
-        for (int tap = 0; tap < kernels.taps; ++tap) dot += weight(normalizer, logit(tap), common) * grad[tap * step];
+  const int rows = call.tiling.rows, columns = call.tiling.columns;
+  if (call.partial != nullptr) {
+    const int64_t item = int64_t(job.split) * call.tiling.items + job.n * call.tiling.groups + job.group;
+    const int i = job.row + row, j = job.column + column;
+    float* const to = call.partial + ((item * rows + i) * G::kTaps + u * kSide) * columns * kPhases + j * kPhases;
+    if (part != 0 || !has_row || i >= rows) return;
+    CARAFE_UNROLL
+    for (int v = 0; v < kSide; ++v) {
+      CARAFE_UNROLL
+      for (int s = 0; s < kStrip; ++s) {
+        Vector<float, kPhases> own;
+        CARAFE_UNROLL
+        for (int p = 0; p < kPhases; ++p) own.values[p] = sums[s][v][p];
+        if (j + s < columns) store(to + (v * columns + s) * kPhases, own);
       }
-      CARAFE_ROLLED
-      for (int tap = 0; tap < kernels.taps; ++tap) {
-        const A x = logit(tap), w = weight(normalizer, x, common);
-        A value = w * (grad[tap * step] - dot);
-        if (normalizer != Normalizer::softmax) value *= sigmoid(-x, A(0));  // d sigmoid(x) = sigmoid(x) sigmoid(-x)
-        grad[tap * step] = value;
+    }
+    return;
+  }
+
+  __syncthreads();  // what was staged has been read
+  float* const meeting = reinterpret_cast<float*>(shared);
+  if (part == 0 && has_row) {
+    CARAFE_UNROLL
+    for (int v = 0; v < kSide; ++v) {
+      CARAFE_UNROLL
+      for (int s = 0; s < kStrip; ++s) {
+        Vector<float, kPhases> own;
+        CARAFE_UNROLL
+        for (int p = 0; p < kPhases; ++p) own.values[p] = sums[s][v][p];
+        store(meeting + (u * kSide + v) * Sums::kTap + (row * kTileColumns + column + s) * kPhases, own);
       }
     }
   }
-};
+  __syncthreads();
+  finish_kernels<G, kTileSites, Tile::kThreads>(
+      call, job.n, job.group,
+      [&](int site) { return Site{job.row + site / kTileColumns, job.column + site % kTileColumns}; }, renew(thread),
+      reinterpret_cast<T*>(meeting + Sums::kSize),
+      [&](int kernel, OwnKernel<G>& grad) {
+        grad.each([&](int tap) { grad.values[tap] += meeting[tap * Sums::kTap + kernel]; });
+      });
+}
+
+// The second pass: a thread adds the splits' sums of a kernel.
+template <class T, class G>
+__global__ void __launch_bounds__(kThreads)
+    finish_splits(const __grid_constant__ GradKernelsCall<T> call, unsigned blocks_of_row) {
+  constexpr int kSites = kThreads / G::kPhases;
+  __shared__ T exchange[kSites * G::kPhases * G::kTaps];
+  const int rows = call.tiling.rows, pitch = call.tiling.columns * G::kPhases;
+  const unsigned strip = blockIdx.x % blocks_of_row, above = blockIdx.x / blocks_of_row;
+  const int row = static_cast<int>(above % rows), item = static_cast<int>(above / rows);
+  const int first = static_cast<int>(strip) * kSites;
+  finish_kernels<G, kSites, kThreads>(
+      call, item / call.tiling.groups, item % call.tiling.groups, [&](int site) { return Site{row, first + site}; },
+      threadIdx.x, exchange,
+      [&](int kernel, OwnKernel<G>& grad) {
+        if (first * G::kPhases + kernel >= pitch) return;
+        const float* at = call.partial + (int64_t(item) * rows + row) * G::kTaps * pitch + first * G::kPhases + kernel;
+        CARAFE_ROLLED
+        for (int s = 0; s < call.tiling.splits; ++s) {
+          grad.each([&](int tap) { grad.values[tap] += at[tap * pitch]; });
+          at += int64_t(call.tiling.items) * rows * G::kTaps * pitch;
+        }
+      });
+}
 
 }  // namespace carafe::gpu

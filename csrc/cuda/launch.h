@@ -1,16 +1,18 @@
-// Launches the operators on a GPU: block kernels (calls.h) where one fits the call, otherwise a thread computes one
-// output element (common/operators.h). No torch here.
+// From a call to its kernels: those of the common cases, a block kernel of any geometry (general/), or a thread for
+// each element. No torch here: tests launch the same kernels on an emulated device.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "calls.h"
+#include "general/calls.h"
+#include "grad_features.h"
+#include "grad_kernels.h"
+#include "reassemble.h"
 
 namespace carafe::gpu {
 
-constexpr int64_t kMaxBlocks = 1 << 20;  // beyond it blocks loop; a grid's first axis admits 2^31 - 1
-constexpr int64_t kSharedJob = 64;       // bytes that a block's job takes, and the alignment of what follows
-
+// Where kernels go, and where their scratch memory comes from: allocate() returns memory of the device that stays as it
+// is until the kernels that are launched now have run, aligned to 16 bytes.
 struct Queue {
   int device;
   cudaStream_t stream;
@@ -18,11 +20,172 @@ struct Queue {
   void* context;
 };
 
-// The CUDA side of a block kernel (sites.h): its steps, and a barrier after each.
+constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;  // along the first axis of CUDA's grid
+
+template <class Kernel, class... Arguments>
+cudaError_t launch_kernel(
+    const Queue& queue, Kernel kernel, int64_t blocks, int threads, int bytes, const Arguments&... arguments) {
+  if (bytes > general::kSharedDefault) {  // more than every GPU gives unasked
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, queue.stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+inline cudaError_t count_multiprocessors(const Queue& queue, int* multiprocessors) {
+  return cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
+}
+
+// Each sets `found` to whether the call is one of its cases, and returns what the launch did.
+
+template <class G, class T>
+cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, bool* found) {
+  using Tile = ReassembleTile<T, G>;
+  const Shape& shape = call.shape;
+  const int64_t group = shape.group_channels();
+  ReassembleCall<T> arguments = {};
+  arguments.normalizer = call.kernels.normalizer;
+  *found =
+      make_image(
+          call.result, shape.channels, shape.out_height, shape.out_width, group, kStrip * G::kUp, &arguments.output) &&
+      make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
+      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
+  if (!*found) return cudaSuccess;
+  int multiprocessors = 0;
+  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
+  arguments.tiling = Tiling::of(
+      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors);
+  *found = arguments.tiling.blocks <= kMostBlocks;
+  if (!*found) return cudaSuccess;
+  return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
+}
+
+// How many rows a block of the gradient to the features goes down. It stages K - 1 more than that, at about four tenths
+// of the cost of computing one; and a multiprocessor that has one block alone waits for memory half of the time.
+inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t multiprocessors) {
+  int64_t best = rows;
+  double least = 0;
+  for (int64_t count = 1; count <= rows; ++count) {
+    const int64_t runs = ceil_div(rows, count), blocks = runs * strips;
+    if (ceil_div(rows, runs) != count) continue;  // fewer rows do for as many blocks
+    const double busy = double(ceil_div(blocks, multiprocessors));
+    const double time = (busy + 1) * (double(count) + 0.4 * double(count + side - 1));
+    if (least == 0 || time < least) least = time, best = count;
+  }
+  return best;
+}
+
+template <class G, class T>
+cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool* found) {
+  const Shape& shape = call.shape;
+  const int64_t group = shape.group_channels();
+  GradFeaturesCall<T> arguments = {};
+  arguments.normalizer = call.kernels.normalizer;
+  *found =
+      make_image(call.result, shape.channels, shape.height, shape.width, group, kStrip * G::kDown, &arguments.grad) &&
+      make_image(
+          call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
+      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
+  if (!*found) return cudaSuccess;
+  int multiprocessors = 0;
+  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
+  if constexpr (G::kUp == 1) {
+    using Tile = GradFeaturesTile<T, G>;
+    arguments.tiling = Tiling::of(
+        shape, ceil_div(shape.height, G::kDown), ceil_div(shape.width, G::kDown), kTileRows, kTileColumns, Tile::kChunk,
+        multiprocessors);
+    *found = arguments.tiling.blocks <= kMostBlocks;
+    if (!*found) return cudaSuccess;
+    return launch_kernel(queue, grad_features_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
+  } else {
+    using Strip = GradFeaturesStrip<T, G>;
+    const int64_t strips =
+        ceil_div(shape.width, Strip::kColumns) * ceil_div(group, Strip::kChunk) * shape.groups * shape.batch;
+    const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, multiprocessors);
+    arguments.tiling = Tiling::of(shape, shape.height, shape.width, rows, Strip::kColumns, Strip::kChunk, kMostBlocks);
+    PackCall<T> pack = {nullptr, arguments.kernels, arguments.normalizer, arguments.tiling.groups, 0};
+    pack.blocks_of_row = static_cast<unsigned>(ceil_div(int64_t(arguments.kernels.columns) * G::kPhases, kThreads));
+    const int64_t row_blocks = int64_t(pack.blocks_of_row) * arguments.kernels.rows * arguments.tiling.items;
+    *found = arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks;
+    if (!*found) return cudaSuccess;
+    const int64_t sites = int64_t(arguments.kernels.rows) * arguments.kernels.columns * arguments.tiling.items;
+    pack.packed =
+        static_cast<float*>(queue.allocate(queue.context, sites * G::kTaps * G::kPhases * int64_t(sizeof(float))));
+    if (pack.packed == nullptr) return cudaErrorMemoryAllocation;
+    arguments.packed = pack.packed;
+    if (const cudaError_t error = launch_kernel(queue, pack_weights<T, G>, row_blocks, kThreads, 0, pack)) {
+      return error;
+    }
+    return launch_kernel(
+        queue, grad_features_strip<T, G>, arguments.tiling.blocks, kThreads, Strip::kBytes, arguments,
+        static_cast<int>(rows));
+  }
+}
+
+template <class G, class T>
+cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* found) {
+  using Tile = GradKernelsTile<T, G>;
+  const Shape& shape = call.shape;
+  const int64_t group = shape.group_channels();
+  GradKernelsCall<T> arguments = {};
+  arguments.normalizer = call.kernels.normalizer;
+  *found = make_kernel_map<G>(call.result, shape, arguments.normalizer, false, &arguments.grad) &&
+           make_image(
+               call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
+           make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
+           (arguments.normalizer == Normalizer::none ||
+            make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels));
+  if (!*found) return cudaSuccess;
+  int multiprocessors = 0;
+  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
+  const int rows = arguments.grad.rows, columns = arguments.grad.columns;
+  arguments.tiling = Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors);
+  const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
+  const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
+  *found = arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks;
+  if (!*found) return cudaSuccess;
+  if (arguments.tiling.splits > 1) {
+    const int64_t sums =
+        int64_t(arguments.tiling.splits) * arguments.tiling.items * rows * columns * G::kTaps * G::kPhases;
+    arguments.partial = static_cast<float*>(queue.allocate(queue.context, sums * int64_t(sizeof(float))));
+    if (arguments.partial == nullptr) return cudaErrorMemoryAllocation;
+  }
+  const cudaError_t error =
+      launch_kernel(queue, grad_kernels_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
+  if (error != cudaSuccess || arguments.partial == nullptr) return error;
+  return launch_kernel(
+      queue, finish_splits<T, G>, row_blocks, kThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
+}
+
+// The common cases: up or down by 2, k = 3, 5 or 7, not float64.
+template <class Call>
+cudaError_t launch_common(const Call& call, const Queue& queue, bool* found) {
+  *found = false;
+  if constexpr (!std::is_same_v<typename Call::type, double>) {
+    const Shape& shape = call.shape;
+    const auto is = [&](int side, int up, int down) {
+      return shape.kernel == side && shape.up == up && shape.down == down;
+    };
+    if (is(5, 2, 1)) return launch_common<Geometry<5, 2, 1>>(call, queue, found);
+    if (is(3, 2, 1)) return launch_common<Geometry<3, 2, 1>>(call, queue, found);
+    if (is(7, 2, 1)) return launch_common<Geometry<7, 2, 1>>(call, queue, found);
+    if (is(5, 1, 2)) return launch_common<Geometry<5, 1, 2>>(call, queue, found);
+    if (is(3, 1, 2)) return launch_common<Geometry<3, 1, 2>>(call, queue, found);
+    if (is(7, 1, 2)) return launch_common<Geometry<7, 1, 2>>(call, queue, found);
+  }
+  return cudaSuccess;
+}
+
+constexpr int64_t kBlocksThatLoop = 1 << 20;  // the general kernels' blocks, which take what more there is in turns
+constexpr int64_t kSharedJob = 64;            // bytes that a block's job takes, and the alignment of what follows
+
+// The CUDA side of a block kernel (general/sites.h): its steps, and a barrier after each.
 template <class Block>
 __global__ void __launch_bounds__(Block::kThreads, Block::kResident) run_block(const __grid_constant__ Block block) {
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ gpu::Job job;  // not in registers, which are scarcer
+  __shared__ general::Job job;  // not in registers, which are scarcer
   typename Block::State state;
   const uint32_t blocks = block.grid.blocks;
   for (uint32_t index = blockIdx.x; index < blocks; index += gridDim.x) {
@@ -37,16 +200,42 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kResident) run_block(c
   }
 }
 
-constexpr int kThreads = 256;
+// Launches the block kernel with the shared memory that every GPU gives a block, so that several blocks share a
+// multiprocessor, and where that is not enough with all that this one gives.
+template <class Call>
+cudaError_t launch_block(const Call& call, const Queue& queue, bool* found) {
+  cudaError_t error = cudaSuccess;
+  const auto launch = [&](const auto& block) {
+    using Block = std::decay_t<decltype(block)>;
+    const auto bytes = static_cast<int>(block.grid.shared * sizeof(typename Block::A));
+    if (bytes > general::kSharedDefault - kSharedJob) {
+      error = cudaFuncSetAttribute(
+          reinterpret_cast<const void*>(run_block<Block>), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (error != cudaSuccess) return;
+    }
+    const int64_t blocks = std::min<int64_t>(block.grid.blocks, kBlocksThatLoop);
+    run_block<<<static_cast<unsigned>(blocks), block.grid.threads, bytes, queue.stream>>>(block);
+    error = cudaGetLastError();
+  };
+  *found = general::run_block(call, general::kSharedDefault - kSharedJob, launch);
+  if (*found) return error;
+  int most = 0;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
+  if (error != cudaSuccess) return error;
+  *found = general::run_block(call, most - kSharedJob, launch);
+  return error;
+}
+
+constexpr int kElementThreads = 256;
 
 // Computes every element of the result, of such a size, neighbouring threads on neighbouring addresses.
 template <class Operator>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kElementThreads, 2)
     run_elements(const Operator call, int64_t batch, int64_t channels, int64_t height, int64_t width) {
   const int64_t count = batch * channels * height * width;
   const bool channels_last = call.result.channel_stride == 1 && channels > 1;
-  for (int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x; index < count;
-       index += int64_t(gridDim.x) * kThreads) {
+  for (int64_t index = int64_t(blockIdx.x) * kElementThreads + threadIdx.x; index < count;
+       index += int64_t(gridDim.x) * kElementThreads) {
     int64_t rest = index, n, c, i, j;
     if (channels_last) {
       c = rest % channels, rest /= channels;
@@ -61,47 +250,39 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <class T>
-void result_size(const Reassemble<T>& call, int64_t* size) {
-  const Shape& s = call.shape;
-  size[0] = s.batch, size[1] = s.channels, size[2] = s.out_height, size[3] = s.out_width;
-}
-template <class T>
-void result_size(const GradFeatures<T>& call, int64_t* size) {
-  const Shape& s = call.shape;
-  size[0] = s.batch, size[1] = s.channels, size[2] = s.height, size[3] = s.width;
-}
-template <class T>
-void result_size(const GradKernels<T>& call, int64_t* size) {
-  const Shape& s = call.shape;
-  size[0] = s.batch, size[1] = s.mask_channels(), size[2] = s.out_height, size[3] = s.out_width;
+// Launches what computes `call`, whose result is a map of such a size and has elements. cudaErrorNotSupported: with a
+// normalizer, the kernels of a pixel must fit into a block's shared memory.
+template <class Call>
+cudaError_t launch(const Call& call, int64_t channels, int64_t height, int64_t width, const Queue& queue) {
+  bool found = false;
+  cudaError_t error = launch_common(call, queue, &found);
+  if (found || error != cudaSuccess) return error;
+  error = launch_block(call, queue, &found);
+  if (found || error != cudaSuccess) return error;
+  if (call.kernels.normalizer != Normalizer::none) return cudaErrorNotSupported;
+  const int64_t count = call.shape.batch * channels * height * width;
+  const int64_t blocks = std::min(ceil_div(count, kElementThreads), kBlocksThatLoop);
+  run_elements<<<static_cast<unsigned>(blocks), kElementThreads, 0, queue.stream>>>(
+      call, call.shape.batch, channels, height, width);
+  return cudaGetLastError();
 }
 
-template <class Operator>
-cudaError_t launch(const Operator& call, const Queue& queue) {
-  cudaError_t error = cudaSuccess;
-  const auto launch_block = [&](const auto& block) {
-    using Block = std::decay_t<decltype(block)>;
-    const auto bytes = static_cast<int>(block.grid.shared * sizeof(typename Block::A));
-    if (bytes > kSharedDefault - kSharedJob) {
-      error = cudaFuncSetAttribute(run_block<Block>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-      if (error != cudaSuccess) return;
-    }
-    const auto blocks = static_cast<unsigned>(std::min<int64_t>(block.grid.blocks, kMaxBlocks));
-    run_block<<<blocks, block.grid.threads, bytes, queue.stream>>>(block);
-    error = cudaGetLastError();
-  };
-  if (run_block(call, kSharedDefault - kSharedJob, launch_block)) return error;
-  int most = 0;
-  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
-  if (error != cudaSuccess) return error;
-  if (run_block(call, most - kSharedJob, launch_block)) return error;
-  if (call.kernels.normalizer != Normalizer::none) return cudaErrorInvalidValue;
-  int64_t size[4];
-  result_size(call, size);
-  const int64_t blocks = std::min(ceil_div(size[0] * size[1] * size[2] * size[3], kThreads), kMaxBlocks);
-  run_elements<<<static_cast<unsigned>(blocks), kThreads, 0, queue.stream>>>(call, size[0], size[1], size[2], size[3]);
-  return cudaGetLastError();
+template <class T>
+cudaError_t launch(const Reassemble<T>& call, const Queue& queue) {
+  return launch(call, call.shape.channels, call.shape.out_height, call.shape.out_width, queue);
+}
+template <class T>
+cudaError_t launch(const GradFeatures<T>& call, const Queue& queue) {
+  return launch(call, call.shape.channels, call.shape.height, call.shape.width, queue);
+}
+template <class T>
+cudaError_t launch(const GradKernels<T>& call, const Queue& queue) {
+  const Shape& shape = call.shape;
+  const bool from_logits = call.kernels.normalizer != Normalizer::none && shape.up > 1;
+  const int64_t phases = from_logits ? shape.up * shape.up : 1;
+  return launch(
+      call, shape.mask_channels() * phases, from_logits ? shape.height : shape.out_height,
+      from_logits ? shape.width : shape.out_width, queue);
 }
 
 }  // namespace carafe::gpu

@@ -3,7 +3,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/cuda/calls.h"
+#include "../../csrc/cuda/general/calls.h"
 
 using namespace carafe;
 
@@ -28,7 +28,7 @@ struct RunOnHost {
     const std::unique_ptr<A, decltype(&free)> shared(
         static_cast<A*>(aligned_alloc(16, (block.grid.shared * sizeof(A) + 15) / 16 * 16)), &free);
     for (uint32_t index = 0; index < block.grid.blocks; ++index) {
-      const gpu::Job job = block.grid.job(index);
+      const gpu::general::Job job = block.grid.job(index);
       std::fill(shared.get(), shared.get() + block.grid.shared, A(NAN));
       for (int step = 0; step < block.steps(); ++step) {
         for (int i = 0; i < threads; ++i) {
@@ -55,14 +55,15 @@ bool run(
   const RunOnHost run{descending};
   if (op == 0) {
     const Kernels<T> kernels{weights_map(second), normalized};
-    return gpu::run_block(Reassemble<T>{s, fine_map(output), features_map(first), kernels}, shared_bytes, run);
+    return gpu::general::run_block(Reassemble<T>{s, fine_map(output), features_map(first), kernels}, shared_bytes, run);
   }
   if (op == 1) {
     const Kernels<T> kernels{weights_map(second), normalized};
-    return gpu::run_block(GradFeatures<T>{s, features_map(output), fine_map(first), kernels}, shared_bytes, run);
+    return gpu::general::run_block(
+        GradFeatures<T>{s, features_map(output), fine_map(first), kernels}, shared_bytes, run);
   }
   const Kernels<T> kernels{weights_map(third), normalized};
-  return gpu::run_block(
+  return gpu::general::run_block(
       GradKernels<T>{s, weights_map(output), fine_map(first), features_map(second), kernels}, shared_bytes, run);
 }
 
@@ -107,16 +108,19 @@ bool block_choice(
   with_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const auto choose = [&](auto block) {
-      if (!gpu::has_block(shape) || !gpu::plan_tiles(shape, channels_last, shared_bytes, &block)) return;
-      const gpu::Grid& grid = block.grid;
+      if (!gpu::general::has_block(shape) || !gpu::general::plan_tiles(shape, channels_last, shared_bytes, &block))
+        return;
+      const gpu::general::Grid& grid = block.grid;
       const int64_t bytes = grid.shared * int64_t(sizeof(accumulator_t<T>));
       const int64_t values[] = {grid.rows, grid.columns, grid.slots, grid.chunks, grid.threads, bytes, grid.blocks};
       std::copy(std::begin(values), std::end(values), choice);
       found = true;
     };
-    if (op == 0) shape.up == 1 ? choose(gpu::ReassembleBlock<T, 1>{}) : choose(gpu::ReassembleBlock<T, 4>{});
-    if (op == 1) choose(gpu::GradFeaturesBlock<T>{});
-    if (op == 2) shape.up == 1 ? choose(gpu::GradKernelsBlock<T, 1>{}) : choose(gpu::GradKernelsBlock<T, 4>{});
+    if (op == 0)
+      shape.up == 1 ? choose(gpu::general::ReassembleBlock<T, 1>{}) : choose(gpu::general::ReassembleBlock<T, 4>{});
+    if (op == 1) choose(gpu::general::GradFeaturesBlock<T>{});
+    if (op == 2)
+      shape.up == 1 ? choose(gpu::general::GradKernelsBlock<T, 1>{}) : choose(gpu::general::GradKernelsBlock<T, 4>{});
   });
   return found;
 }

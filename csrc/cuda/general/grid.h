@@ -6,7 +6,7 @@
 #include "kernels.h"
 #include "patch.h"
 
-namespace carafe::gpu {
+namespace carafe::gpu::general {
 
 struct Grid {
   int rows, columns;  // of a block's tile, in sites
@@ -109,4 +109,4 @@ bool plan_tiles(const Shape& shape, bool channels_last, int64_t shared_bytes, Bl
   return true;
 }
 
-}  // namespace carafe::gpu
+}  // namespace carafe::gpu::general

@@ -3,7 +3,7 @@
 
 #include "sites.h"
 
-namespace carafe::gpu {
+namespace carafe::gpu::general {
 
 // How a window lies there: [phase row][phase column][site row][site column][channel]. The channels of a pixel are
 // neighbours so that a thread reads four of them at once; kQuad more than are used keep the 16-byte accesses of
@@ -113,4 +113,4 @@ CARAFE_HOST_DEVICE void write_pair(T* to, const A (&values)[2]) {
   *reinterpret_cast<Pair*>(to) = Pair{{narrow<T>(values[0]), narrow<T>(values[1])}};
 }
 
-}  // namespace carafe::gpu
+}  // namespace carafe::gpu::general

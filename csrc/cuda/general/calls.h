@@ -8,7 +8,7 @@
 #include "grad_kernels.h"
 #include "reassemble.h"
 
-namespace carafe::gpu {
+namespace carafe::gpu::general {
 
 // Indices along an axis are computed in 32 bits, offsets in 64.
 inline bool has_block(const Shape& shape) {
@@ -49,4 +49,4 @@ bool run_block(const GradKernels<T>& call, int64_t shared_bytes, const Run& run)
                             : run_block_of<GradKernelsBlock<T, kAtOnce>>(call, shared_bytes, run);
 }
 
-}  // namespace carafe::gpu
+}  // namespace carafe::gpu::general

@@ -1,48 +1,10 @@
-// The weights of a block's sites in shared memory: staged from masks or from logits, and the
-// kernel normaliser (cpu/normalize.h has it for the CPU).
+// The weights of a block's sites in shared memory, staged from masks or from logits.
 #pragma once
 
-#include <cmath>
-
+#include "../normalizer.h"
 #include "sites.h"
 
-namespace carafe::gpu {
-
-// A kernel's common terms: weight = f(logit, shift) * factor.
-template <class A>
-struct Statistics {
-  A shift, factor;
-};
-
-// For divisors that are ordinary numbers (or not a number). On a GPU the exact division is a call.
-CARAFE_HOST_DEVICE double quotient(double dividend, double divisor) { return dividend / divisor; }
-CARAFE_HOST_DEVICE float quotient(float dividend, float divisor) {
-#ifdef __CUDA_ARCH__
-  return __fdividef(dividend, divisor);
-#else
-  return dividend / divisor;
-#endif
-}
-
-// sigmoid(x) e^-shift, which never overflows for shift = min(largest x, 0).
-template <class A>
-CARAFE_HOST_DEVICE A sigmoid(A x, A shift) {
-  using std::exp;
-  return quotient(exp((x < 0 ? x : A(0)) - shift), exp(x < 0 ? x : -x) + 1);
-}
-
-template <class A>
-CARAFE_HOST_DEVICE A unscaled_weight(Normalizer normalizer, A logit, A shift) {
-  using std::exp;
-  return normalizer == Normalizer::none      ? logit
-         : normalizer == Normalizer::softmax ? exp(logit - shift)
-                                             : sigmoid(logit, shift);
-}
-
-template <class A>
-CARAFE_HOST_DEVICE A weight(Normalizer normalizer, A logit, const Statistics<A>& kernel) {
-  return normalizer == Normalizer::none ? logit : unscaled_weight(normalizer, logit, kernel.shift) * kernel.factor;
-}
+namespace carafe::gpu::general {
 
 // Statistics of the kernel whose logits are logit(0) .. logit(taps - 1).
 template <class A, class Logit>
@@ -178,4 +140,4 @@ CARAFE_HOST_DEVICE void for_each_weight(
       [&](int one, int other, auto value) { store(place(one, other), value); });
 }
 
-}  // namespace carafe::gpu
+}  // namespace carafe::gpu::general

@@ -13,18 +13,10 @@
 
 #include <algorithm>
 
-#include "../common/operators.h"
+#include "../../common/operators.h"
+#include "../loops.h"
 
-// Loops over register arrays must be unrolled, or the arrays go to memory; others must not, or registers run out.
-#ifdef __CUDACC__
-#define CARAFE_UNROLL _Pragma("unroll")
-#define CARAFE_ROLLED _Pragma("unroll 1")
-#else
-#define CARAFE_UNROLL
-#define CARAFE_ROLLED
-#endif
-
-namespace carafe::gpu {
+namespace carafe::gpu::general {
 
 // Division of small numbers (dividend * divisor < 2^32) by a multiplication: a block divides for every element that it
 // stages, and a GPU has no instruction for that. Made on the host, because making one divides.
@@ -147,4 +139,4 @@ struct Job {
   int first_channel, channels;  // of the tensor
 };
 
-}  // namespace carafe::gpu
+}  // namespace carafe::gpu::general

@@ -1,0 +1,331 @@
+// What the kernels for the common cases share: how a map is cut into tiles, and how a window of it goes into shared
+// memory. docs/cuda.md draws it.
+//
+// A site is a pixel of the coarser map: of the features where the scale goes up, of the output where it goes down. The
+// finer map has Up x Up or Down x Down pixels a site, its phases.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/operators.h"
+#include "loops.h"
+
+namespace carafe::gpu {
+
+constexpr int kQuad = 4;                         // floats that one instruction loads
+constexpr int kStrip = 2;                        // neighbouring sites that a thread keeps
+constexpr int kTileRows = 2, kTileColumns = 16;  // of a block, in sites
+constexpr int kTileSites = kTileRows * kTileColumns;
+constexpr int kThreads = 128;                           // of a block
+constexpr int kLanes = kThreads * kStrip / kTileSites;  // that share a strip, each with channels of its own
+
+// Channels that one instruction loads.
+template <class T>
+constexpr int kUnit = 16 / sizeof(T);
+
+// A common case: kernels of K x K taps, and a scale Up / Down, one of which is 1.
+template <int K, int Up, int Down>
+struct Geometry {
+  static constexpr int kSide = K, kTaps = K * K, kRadius = K / 2;
+  static constexpr int kUp = Up, kDown = Down;
+  static constexpr int kPhases = Up * Up;  // kernels of a site
+};
+
+// A tensor whose items of the batch are small enough for offsets of 32 bits.
+template <class T>
+struct Image {
+  T* data;
+  int64_t batch_stride;
+  int channel_stride, row_stride, column_stride;
+  int height, width;
+  bool channels_last;  // neighbours in memory are channels, not columns
+  bool units;          // kUnit channels at a multiple of kUnit are one aligned access, and there are no others
+  bool runs;           // and so are the columns that a thread writes
+
+  __device__ T* item(int n) const { return data + n * batch_stride; }
+  __device__ int offset(int channel, int row, int column) const {
+    return channel * channel_stride + row * row_stride + column * column_stride;
+  }
+  __device__ bool inside(int row, int column) const {
+    return static_cast<unsigned>(row) < static_cast<unsigned>(height) &&
+           static_cast<unsigned>(column) < static_cast<unsigned>(width);
+  }
+};
+
+// The first of `count` elements along the axis of stride 1 is aligned wherever its index is a multiple of `count`.
+template <class T>
+bool is_aligned(const Map<T>& map, int64_t axis, int64_t first, int64_t second, int64_t count) {
+  const auto address = reinterpret_cast<uintptr_t>(map.data);
+  return axis == 1 && address % (count * sizeof(T)) == 0 && first % count == 0 && second % count == 0 &&
+         map.batch_stride % count == 0;
+}
+
+// False where an item's offsets do not fit into 32 bits.
+template <class T>
+bool make_image(
+    const Map<T>& map, int64_t channels, int64_t height, int64_t width, int64_t group_channels, int64_t run,
+    Image<T>* image) {
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
+  const auto span = [](int64_t size, int64_t stride) { return (size - 1) * (stride < 0 ? -stride : stride); };
+  // A kernel's window may lie outside by less than a tile, and an offset there is computed though not used.
+  const int64_t most =
+      span(channels, map.channel_stride) + span(height + 64, map.row_stride) + span(width + 64, map.column_stride);
+  if (most > kMost) return false;
+  *image = {
+      map.data,
+      map.batch_stride,
+      static_cast<int>(map.channel_stride),
+      static_cast<int>(map.row_stride),
+      static_cast<int>(map.column_stride),
+      static_cast<int>(height),
+      static_cast<int>(width),
+      map.has_adjacent_channels(),
+      group_channels % kUnit<std::remove_const_t<T>> == 0 &&
+          is_aligned(map, map.channel_stride, map.row_stride, map.column_stride, kUnit<std::remove_const_t<T>>),
+      is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, run)};
+  return true;
+}
+
+// The same number; but what follows from it is computed anew, instead of taking registers from what comes before.
+__device__ __forceinline__ unsigned renew(unsigned number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// Elements that one instruction loads or stores.
+template <class T, int Count>
+struct alignas(Count * sizeof(T)) Vector {
+  T values[Count];
+};
+template <class T>
+using Quad = Vector<T, kQuad>;
+
+template <int Count, class T>
+__device__ __forceinline__ Vector<T, Count> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, Count>*>(from);
+}
+template <class T, int Count>
+__device__ __forceinline__ void store(T* to, const Vector<T, Count>& vector) {
+  *reinterpret_cast<Vector<T, Count>*>(to) = vector;
+}
+
+template <int Count, class T>
+__device__ __forceinline__ Vector<float, Count> load_wide(const T* from) {
+  const Vector<T, Count> vector = load<Count>(from);
+  Vector<float, Count> wide;
+  CARAFE_UNROLL
+  for (int c = 0; c < Count; ++c) wide.values[c] = widen(vector.values[c]);
+  return wide;
+}
+
+// Writes the first `left` of neighbouring channels of a pixel.
+template <int Count, class T>
+__device__ __forceinline__ void write_channels(const Image<T>& image, T* to, const float (&values)[Count], int left) {
+  if (image.units && left >= Count) {
+    Vector<T, Count> packed;
+    CARAFE_UNROLL
+    for (int c = 0; c < Count; ++c) packed.values[c] = narrow<T>(values[c]);
+    store(to, packed);
+  } else {
+    CARAFE_UNROLL
+    for (int c = 0; c < Count; ++c) {
+      if (c < left) to[c * image.channel_stride] = narrow<T>(values[c]);
+    }
+  }
+}
+
+// Writes the first `left` of neighbouring columns.
+template <int Count, class T>
+__device__ __forceinline__ void write_run(const Image<T>& image, T* to, const float (&values)[Count], int left) {
+  if (image.runs && left >= Count) {
+    Vector<T, Count> packed;
+    CARAFE_UNROLL
+    for (int j = 0; j < Count; ++j) packed.values[j] = narrow<T>(values[j]);
+    store(to, packed);
+  } else {
+    CARAFE_UNROLL
+    for (int j = 0; j < Count; ++j) {
+      if (j < left) to[j * image.column_stride] = narrow<T>(values[j]);
+    }
+  }
+}
+
+// Writes what a thread has of the finer map: Scale rows and kStrip * Scale columns of several channels. `channels`,
+// `rows` and `columns` are left.
+template <int Scale, int Channels, class T>
+__device__ __forceinline__ void write_pixels(
+    const Image<T>& image, T* to, const float (&sums)[Channels][Scale][kStrip * Scale], int channels, int rows,
+    int columns) {
+  CARAFE_UNROLL
+  for (int y = 0; y < Scale; ++y) {
+    if (y >= rows) continue;
+    if (image.channels_last) {
+      CARAFE_UNROLL
+      for (int x = 0; x < kStrip * Scale; ++x) {
+        float values[Channels];
+        CARAFE_UNROLL
+        for (int c = 0; c < Channels; ++c) values[c] = sums[c][y][x];
+        if (x < columns) write_channels(image, to + y * image.row_stride + x * image.column_stride, values, channels);
+      }
+    } else {
+      CARAFE_UNROLL
+      for (int c = 0; c < Channels; ++c) {
+        if (c < channels) write_run(image, to + c * image.channel_stride + y * image.row_stride, sums[c][y], columns);
+      }
+    }
+  }
+}
+
+// How a window lies in shared memory, in elements: planes of phases (one where the window is not split), rows, pixels,
+// the channels of a pixel in units of `Unit`. A pixel takes one unit more than it needs, or an even number of them
+// two, so that neighbouring threads that write neighbouring pixels use different banks.
+template <int Rows, int Columns, int Units, int Unit, int Scale = 1>
+struct Window {
+  static constexpr int kRows = Rows, kColumns = Columns, kUnits = Units, kUnitChannels = Unit;
+  static constexpr int kChannels = Units * Unit;
+  static constexpr int kPixel = (Units / 2 * 2 + 1) * Unit;
+  static constexpr int kRow = (Columns + Scale - 1) / Scale * kPixel;
+  static constexpr int kPlane = (Rows + Scale - 1) / Scale * kRow;
+  static constexpr int kSize = Scale * Scale * kPlane;
+  static_assert(Units % 2 == 0, "a pixel's last unit would be another's first");
+
+  static __device__ __forceinline__ constexpr int at(int row, int column) {
+    return (row % Scale * Scale + column % Scale) * kPlane + row / Scale * kRow + column / Scale * kPixel;
+  }
+};
+
+// Stages the window whose first pixel is (row, column); `channels` are left, from the one that `item` points at. Zeros
+// where there is nothing. A thread has a place along one axis and walks along another, several loads at a time.
+template <class Window, class T>
+__device__ __forceinline__ void stage(
+    const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, unsigned threads,
+    T* to) {
+  constexpr int kAtOnce = sizeof(T) == 4 ? 4 : 2, kChannels = Window::kUnitChannels;
+  using Unit = Vector<T, kChannels>;
+  if (image.channels_last) {  // neighbouring threads have neighbouring units, and go down the rows
+    constexpr unsigned kPlaces = Window::kColumns * Window::kUnits;
+    CARAFE_ROLLED
+    for (unsigned place = thread; place < kPlaces; place += threads) {
+      const int first = static_cast<int>(place % Window::kUnits) * kChannels;
+      const int j = static_cast<int>(place / Window::kUnits);
+      const bool inside = first < channels && image.inside(0, column + j);
+      const T* const from = item + image.offset(first, row, column + j);
+      CARAFE_ROLLED
+      for (int i = 0; i < Window::kRows; i += kAtOnce) {
+        Unit units[kAtOnce] = {};
+        CARAFE_UNROLL
+        for (int b = 0; b < kAtOnce; ++b) {
+          if (!inside || i + b >= Window::kRows || !image.inside(row + i + b, 0)) continue;
+          const T* const at = from + (i + b) * image.row_stride;
+          if (image.units) {
+            units[b] = load<kChannels>(at);
+          } else {
+            CARAFE_UNROLL
+            for (int c = 0; c < kChannels; ++c) {
+              if (first + c < channels) units[b].values[c] = at[c];
+            }
+          }
+        }
+        CARAFE_UNROLL
+        for (int b = 0; b < kAtOnce; ++b) {
+          if (i + b < Window::kRows) store(to + Window::at(i + b, j) + first, units[b]);
+        }
+      }
+    }
+  } else {  // neighbouring threads have neighbouring pixels, and go through the channels
+    constexpr unsigned kPixels = Window::kRows * Window::kColumns;
+    CARAFE_ROLLED
+    for (unsigned pixel = thread; pixel < kPixels; pixel += threads) {
+      const int i = static_cast<int>(pixel / Window::kColumns), j = static_cast<int>(pixel % Window::kColumns);
+      const int left = image.inside(row + i, column + j) ? channels : 0;
+      const T* from = item + image.offset(0, row + i, column + j);
+      T* target = to + Window::at(i, j);
+      CARAFE_ROLLED
+      for (int first = 0; first < Window::kChannels; first += kAtOnce * kChannels) {
+        Unit units[kAtOnce] = {};
+        if (first + kAtOnce * kChannels <= left) {
+          CARAFE_UNROLL
+          for (int b = 0; b < kAtOnce; ++b) {
+            CARAFE_UNROLL
+            for (int c = 0; c < kChannels; ++c) {
+              units[b].values[c] = *from;
+              from += image.channel_stride;
+            }
+          }
+        } else {
+          CARAFE_UNROLL
+          for (int b = 0; b < kAtOnce; ++b) {
+            CARAFE_UNROLL
+            for (int c = 0; c < kChannels; ++c) {
+              if (first + b * kChannels + c < left)
+                units[b].values[c] = from[(b * kChannels + c) * image.channel_stride];
+            }
+          }
+        }
+        CARAFE_UNROLL
+        for (int b = 0; b < kAtOnce; ++b) store(target + b * kChannels, units[b]);
+        target += kAtOnce * kChannels;
+      }
+    }
+  }
+}
+
+// How a call is cut: the channels of a group among `splits` blocks, of `share` channels each.
+struct Tiling {
+  int rows, columns;            // of sites, that are to be computed
+  int tile_rows, tile_columns;  // of tiles
+  int items;                    // of the batch, times groups
+  int groups, group_channels;
+  int splits, share;
+  int64_t blocks;
+
+  struct Job {
+    int split, n, group;
+    int row, column;              // the first site
+    int first_channel, channels;  // of the tensor; how many are the block's
+  };
+  // Blocks that share weights follow one another, then those that share features.
+  __device__ Job job(unsigned index, int rows_of_tile, int columns_of_tile) const {
+    Job job;
+    job.split = static_cast<int>(index % splits), index /= splits;
+    job.column = static_cast<int>(index % tile_columns) * columns_of_tile, index /= tile_columns;
+    job.row = static_cast<int>(index % tile_rows) * rows_of_tile, index /= tile_rows;
+    job.group = static_cast<int>(index % groups), job.n = static_cast<int>(index / groups);
+    const int first = job.split * share;
+    job.first_channel = job.group * group_channels + first;
+    job.channels = group_channels - first < share ? group_channels - first : share;
+    return job;
+  }
+
+  // Splits the channels where that leaves less to do for the busiest multiprocessor, by a tenth at least: every split
+  // prepares the tile's weights, for a seventh of what a chunk of channels takes.
+  static Tiling of(
+      const Shape& shape, int64_t rows, int64_t columns, int64_t tile_row, int64_t tile_column, int64_t chunk,
+      int64_t multiprocessors) {
+    const int64_t tile_rows = ceil_div(rows, tile_row), tile_columns = ceil_div(columns, tile_column);
+    const int64_t tiles = tile_rows * tile_columns * shape.groups * shape.batch;
+    const int64_t chunks = ceil_div(shape.group_channels(), chunk);
+    const auto busy = [&](int64_t share) {
+      return double(ceil_div(tiles * ceil_div(chunks, share), multiprocessors)) * (double(share) + 1 / 7.0);
+    };
+    int64_t best = chunks;
+    for (int64_t share = chunks - 1; share >= 1; --share) {
+      if (busy(share) < 0.9 * busy(best)) best = share;
+    }
+    const auto number = [](int64_t value) { return static_cast<int>(value); };
+    const int64_t splits = ceil_div(chunks, best);
+    return {
+        number(rows),
+        number(columns),
+        number(tile_rows),
+        number(tile_columns),
+        number(shape.batch * shape.groups),
+        number(shape.groups),
+        number(shape.group_channels()),
+        number(splits),
+        number(best * chunk),
+        tiles * splits};
+  }
+};
+
+}  // namespace carafe::gpu
