@@ -8,6 +8,7 @@ run.result, run.error, run.findings, run.launches, run.records()
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import json
@@ -115,22 +116,25 @@ def _cached(name: str, parts: Sequence[str | bytes], make: Any) -> Path:
     """The folder of what ``make(folder)`` has made from these parts, now or in a run before."""
     digest = hashlib.sha256(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()[:24]
     folder = cache_folder() / f"{name}-{digest}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}-making-") as temporary:
-            made = Path(temporary) / "made"
-            made.mkdir()
-            make(made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.exists():  # where it does, another process was faster
-                    raise
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # One process makes it, others wait: a compilation takes a minute of every core.
+    with (folder.parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _make(folder, name, make)
     os.utime(folder)
     # Without what no source stands for any more.
     for old in sorted(folder.parent.glob(f"{name}-*"), key=_age)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _make(folder: Path, name: str, make: Any) -> None:
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}-making-") as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            make(made)
+            made.rename(folder)
 
 
 SONAME = "libcarafe_ptx_executor.so"
