@@ -190,9 +190,14 @@ struct Warp {
   const Ins* waiting;
 };
 
+struct Arrival {
+  int warp;
+  std::vector<uint32_t> known;  // then, with what the warp itself has done up to then
+};
+
 struct Barrier {
   int arrived = 0, expected = 0;  // threads
-  std::vector<int> warps;         // that have arrived, waiting or not
+  std::vector<Arrival> arrivals;  // of warps, waiting or not
   uint32_t population = 0;
   bool any = false, all = true;
 };
@@ -1635,18 +1640,16 @@ struct Run_ {  // of a block
 
 void release(Run_& run, Barrier& barrier) {
   // Who waits learns of everybody who has arrived.
-  const int count = run.block.warps;
+  const size_t count = size_t(run.block.warps);
   std::vector<uint32_t> joined(count, 0);
-  for (const int index : barrier.warps) {
-    for (int k = 0; k < count; ++k) joined[k] = std::max(joined[k], run.warps[index].known[k]);
-    joined[index] = std::max(joined[index], run.warps[index].clock + 1);
+  for (const Arrival& arrival : barrier.arrivals) {
+    for (size_t k = 0; k < count; ++k) joined[k] = std::max(joined[k], arrival.known[k]);
   }
-  for (const int index : barrier.warps) {
-    Warp& w = run.warps[index];
+  for (const Arrival& arrival : barrier.arrivals) {
+    Warp& w = run.warps[size_t(arrival.warp)];
     if (w.waits < 0 || &run.block.barriers[w.waits] != &barrier) continue;  // bar.arrive does not wait
-    ++w.clock;
-    for (int k = 0; k < count; ++k) w.known[k] = std::max(w.known[k], joined[k]);
-    w.known[index] = w.clock;
+    for (size_t k = 0; k < count; ++k) w.known[k] = std::max(w.known[k], joined[k]);
+    w.known[w.index] = ++w.clock;
     w.waits = -1;
     const Ins& i = *w.waiting;
     if (i.sign) {  // bar.red
@@ -1685,7 +1688,8 @@ bool arrive(Run_& run, Warp& w, const Ins& i, uint32_t mask) {
   }
   barrier.expected = expected;
   barrier.arrived += kLanes;
-  barrier.warps.push_back(w.index);
+  barrier.arrivals.push_back({w.index, std::vector<uint32_t>(w.known, w.known + run.block.warps)});
+  barrier.arrivals.back().known[size_t(w.index)] = w.clock + 1;
   if (i.sign) {
     const uint32_t bits = (i.size ? ~w.preds[i.x[3]] : w.preds[i.x[3]]) & mask;
     barrier.any |= bits != 0, barrier.all &= bits == mask, barrier.population += __builtin_popcount(bits);

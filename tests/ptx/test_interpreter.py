@@ -518,6 +518,10 @@ $L_end:
     assert problems(text.format(third="end") + STORE, got, block=96, shared=128) == set()
     assert got.tolist() == [0] * 32 + list(range(32)) + [0] * 32
     assert "race in shared memory" in problems(text.format(third="read") + STORE, got, block=96, shared=128)
+    # What is done after the arrival is not ordered by it.
+    late = text.replace("st.shared.u32 [%r3], %r0;\n bar.arrive 1, 64;", "bar.arrive 1, 64; st.shared.u32 [%r3], %r0;")
+    assert late != text
+    assert problems(late.format(third="end") + STORE, got, block=96, shared=128) == {"race in shared memory"}
 
 
 COPY = """
