@@ -116,7 +116,7 @@ RULES = (
     Rule("a write to global memory shifted by 4 bytes", _offset(r"st\.global", 4)),
     Rule("a write to shared memory dropped", _regex(r"^(@!?%p\d+\s+)?st\.shared.*$", "membar.cta")),
     Rule("a write to global memory dropped", _regex(r"^(@!?%p\d+\s+)?st\.global.*$", "membar.cta")),
-    Rule("a product is not summed up", _regex(r"^fma\.rn\.(f\d+)(\s+%\w+, %\w+, %\w+), .*$", r"mul.\1\2"), 2),
+    Rule("a product is not summed up", _regex(r"^fma\.rn\.(f\d+)(\s+%\w+, %\w+, %\w+), %.*$", r"mul.\1\2"), 2),
     Rule("a sum becomes a difference", _swapped(r"add\.f32", "sub.f32"), 1, loose=True),
     Rule("maximum becomes minimum", _swapped(r"max\.(?=[fsu]\d)", "min."), 1, loose=True),
     Rule("minimum becomes maximum", _swapped(r"min\.(?=[fsu]\d)", "max."), 1, loose=True),
@@ -244,9 +244,9 @@ def mutants(
 
 
 def alive(found: Sequence[Mutant]) -> list[Mutant]:
-    """Those that nothing caught, and of a loose rule none of its mutants of a kernel."""
-    caught = {(m.rule, m.case, m.kernel) for m in found if m.caught}
-    return [m for m in found if not m.caught and (not m.rule.loose or (m.rule, m.case, m.kernel) not in caught)]
+    """Those that nothing caught, and of a loose rule where it caught none of its mutants of a call."""
+    caught = {(m.rule, m.case) for m in found if m.caught}
+    return [m for m in found if not m.caught and (not m.rule.loose or (m.rule, m.case) not in caught)]
 
 
 def table(found: Sequence[Mutant]) -> str:

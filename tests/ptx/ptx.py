@@ -254,7 +254,7 @@ def _registers(i: Instruction, predicates: int) -> tuple[int, int]:
     elif name.endswith(".pred"):
         p_to, p_of = x[:1], [*p_of, *x[1:]]
     elif name.startswith("selp"):
-        to, of, p_of = x[:1], x[1:3], [*p_of, x[3]]
+        to, p_of = x[:1], [*p_of, x[3]]  # of its two numbers one is not used, and compilers select nothing from nothing
     elif name == "vote.sync":
         of, p_of = x[2:], [*p_of, x[1]]
         (to if i.sign == 3 else p_to).append(x[0])

@@ -136,13 +136,23 @@ def choose(host, op, case):
     return host.choose(op, case["dtype"], case["normalizer"], shape, strides, case["offset"])
 
 
-def assert_rounded(got, wanted):
-    """Halves: the sums are float32 numbers, rounded to the nearest."""
+def assert_rounded(got, wanted, terms):
+    """Halves: the sums are float32 numbers, rounded to the nearest; ``terms``: the size of what is summed up."""
     digits = {torch.float16: 11, torch.bfloat16: 8}[got.dtype]
     spacing = torch.ldexp(torch.ones_like(wanted), torch.frexp(wanted)[1] - digits).clamp_min(2.0**-24)
-    sums = ELEMENT_FACTOR * TOLERANCES[torch.float32] * (wanted.abs() + wanted.square().mean().sqrt())
+    sums = ELEMENT_FACTOR * TOLERANCES[torch.float32] * (wanted.abs() + terms)
     excess = (got.double() - wanted).abs() - spacing / 2 - sums
     assert excess.max() <= 0, f"element {int(excess.argmax())} of {got.dtype} is not rounded to the nearest"
+
+
+def terms_of_logits(case, tensors):
+    """The root mean square of the terms that the gradient to logits is a difference of: w (dw - sum of w dw)."""
+    features, kernels, grad = (tensor.double() for tensor in tensors)
+    geometry = (case["kernel"], case["group"], *case["ratio"])
+    masks = reference.masks_from_logits(kernels, *geometry, case["normalizer"])
+    masks = masks[..., : grad.shape[2], : grad.shape[3]].unflatten(1, (case["group"], -1))
+    sizes = reference.grad_masks(grad.abs(), features.abs(), *geometry).unflatten(1, (case["group"], -1))
+    return (masks * (sizes + (masks * sizes).sum(2, keepdim=True))).square().mean().sqrt()
 
 
 def check(host, case, operators=OPERATORS, tensors=None, **options):
@@ -154,15 +164,18 @@ def check(host, case, operators=OPERATORS, tensors=None, **options):
         assert not run.findings, f"{op}: " + "\n".join(map(str, run.findings))
         assert run.unwritten == 0, f"{op}: {run.unwritten} elements are not written"
         wanted = expected(op, tensors, case["normalizer"], *geometry)
+        terms = wanted.square().mean().sqrt()
         if op == "grad_kernels" and case["normalizer"] != "none":
-            # A difference: what is lost is relative to its terms, not to what remains of them.
+            # What is lost is relative to the terms, not to what remains of them.
+            terms = terms_of_logits(case, tensors)
+            exact = TOLERANCES[torch.promote_types(case["dtype"], torch.float32)]
+            bound = TOLERANCES[case["dtype"]] * wanted.norm() + 4 * exact * terms * wanted.numel() ** 0.5
             difference = (run.result.double() - wanted).norm()
-            scale = wanted.norm() + tensors[2].double().norm()
-            assert difference <= 4 * TOLERANCES[case["dtype"]] * scale, f"{op}: {difference / scale:.3g}"
+            assert difference <= bound, f"{op}: {difference:.3g} > {bound:.3g}"
         else:
             assert_close(run.result, wanted.to(case["dtype"]))
-            if case["dtype"].itemsize == 2:
-                assert_rounded(run.result, wanted)
+        if case["dtype"].itemsize == 2:
+            assert_rounded(run.result, wanted, 4 * terms)
         again = call(host, op, case, tensors, descending=True, fill=0x3F, checks=False, counting=False, **options)
         same = torch.equal(again.result, run.result)
         assert same, f"{op}: the order of blocks and warps matters, or what lay in memory before"
