@@ -202,9 +202,8 @@ def test_every_kernel_of_the_binary_is_executed():
 @pytest.mark.parametrize("architecture", ["compute_75", "compute_90"])
 def test_other_architectures(architecture):
     host = machine(architecture, "t4" if architecture == "compute_75" else "h100")
-    for case in CASES:
-        if case["layout"] != "transposed" and case["crop"] in ((0, 0), (1, 1)):
-            check(host, case)
+    for case in CASES[::8]:
+        check(host, case)
 
 
 @pytest.mark.parametrize("gpu", ["t4", "a10", "b200"])
