@@ -244,9 +244,9 @@ def mutants(
 
 
 def alive(found: Sequence[Mutant]) -> list[Mutant]:
-    """Those that nothing caught, and of a loose rule where it caught none of its mutants of a call."""
-    caught = {(m.rule, m.case) for m in found if m.caught}
-    return [m for m in found if not m.caught and (not m.rule.loose or (m.rule, m.case) not in caught)]
+    """Those that nothing caught, and of a loose rule where it caught none of its mutants at all."""
+    caught = {m.rule for m in found if m.caught}
+    return [m for m in found if not m.caught and (not m.rule.loose or m.rule not in caught)]
 
 
 def table(found: Sequence[Mutant]) -> str:
