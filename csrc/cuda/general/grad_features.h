@@ -112,8 +112,9 @@ struct GradFeaturesBlock : Tiled {
                               sites.after();
             // Outside the map there is no kernel, and no gradient either.
             const int row = job.row + from.i, column = job.column + from.j;
-            const Statistics<A> found{common[2 * place], common[2 * place + 1]};
-            value = sites.inside(row, column) ? weight(weights.normalizer, value, found) : A(0);
+            value = sites.inside(row, column)
+                        ? weight(weights.normalizer, value, Statistics<A>{common[2 * place], common[2 * place + 1]})
+                        : A(0);
           }
           to[(channels_last ? one : other) * tile + (channels_last ? other : one)] = value;
         });

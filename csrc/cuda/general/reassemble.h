@@ -59,6 +59,15 @@ struct ReassembleBlock : Tiled {
         weights, sites, kernels, job, thread, grid.threads,
         [](const Place<const T>& place) { return place.global ? *place.global : T{}; },
         [to](const Place<const T>& place, T value) { to[place.shared] = widen(value); });
+    // What fills the phases up to R is computed with, though not written.
+    CARAFE_ROLLED
+    for (int phase = kernels.phases; phase < kernels.pitch; ++phase) {
+      CARAFE_ROLLED
+      for (int item = thread; item < kernels.taps * kernels.sites(); item += grid.threads) {
+        const int tap = item / kernels.sites(), site = item - tap * kernels.sites();
+        to[tap * kernels.tap_pitch() + site * kernels.pitch + phase] = 0;
+      }
+    }
   }
 
   CARAFE_HOST_DEVICE void normalize(int thread, A* staged) const {
