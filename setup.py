@@ -9,7 +9,8 @@ CXX                   the C++ compiler, by default c++; several words are allowe
 CARAFE_ABI            aten builds for the installed torch alone where the stable ABI is to be had too.
 CARAFE_CUDA           1 requires the CUDA half, 0 leaves it out, only builds nothing else; by default it is built where
                       a CUDA toolkit of torch's major version is found (CUDA_HOME), GPU or not.
-TORCH_CUDA_ARCH_LIST  the GPU architectures, by default Ampere and Hopper, and Blackwell where the toolkit knows it.
+TORCH_CUDA_ARCH_LIST  the GPU architectures, by default all from Turing on that the toolkit knows: 7.5 to 12.0. One
+                      takes half a minute of processor time.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def wants_cuda() -> bool:
     if version and version[0] == wanted:
         os.environ["CUDA_HOME"] = root  # torch's own guess would be the folder above nvcc's link
         blackwell = version >= BLACKWELL_TOOLKIT and torch_version() >= BLACKWELL_TORCH
-        architectures = "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX"
+        architectures = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" if blackwell else "7.5;8.0;8.6;8.9;9.0+PTX"
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
         return True
     found = f"found CUDA {version[0]}.{version[1]} in {root}" if version else "found none"

@@ -27,6 +27,7 @@ struct Cuda {
     const auto guard = use_device(device_index(result));
     int device = 0;
     CARAFE_CUDA_CHECK(cudaGetDevice(&device));
+    CARAFE_CUDA_CHECK(cudaGetLastError());  // of earlier work: not what the launches below are asked for
     Scratch memory{result, {}};
     const cudaError_t error = gpu::launch(call, {device, current_stream(device), Scratch::allocate, &memory});
     CARAFE_CHECK(

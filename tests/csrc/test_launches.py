@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from hosts import CXX
 
 HERE = Path(__file__).parent

@@ -14,8 +14,17 @@ import carafe_plugin
 
 LIBRARY = Path(carafe_plugin.__file__).with_name("_C_cuda.abi3.so")
 KERNEL = re.compile(r"^ Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", re.MULTILINE)
-# Threads of a block, times the blocks that a multiprocessor with 65536 registers is to hold, at the least.
-RESIDENT = {"ReassembleBlock": 3 * 256, "GradFeaturesBlock": 3 * 128, "GradKernelsBlock": 640}
+# Threads that a multiprocessor with 65536 registers is to hold at the least: of the common cases' kernels a quarter of
+# those that the largest one has, of the general ones what their blocks are.
+RESIDENT = {
+    "reassemble_tile": 512,
+    "grad_features_tile": 512,
+    "grad_features_strip": 512,
+    "grad_kernels_tile": 448,  # k = 7: two blocks of 224; the others five or four, of 128 and 160
+    "ReassembleBlock": 3 * 256,
+    "GradFeaturesBlock": 3 * 128,
+    "GradKernelsBlock": 640,
+}
 
 
 def find_cuobjdump():
