@@ -125,23 +125,63 @@ __device__ __forceinline__ void store(T* to, const Vector<T, Count>& vector) {
   *reinterpret_cast<Vector<T, Count>*>(to) = vector;
 }
 
+// Two half-precision numbers of a word: an instruction for each, and one to pack them.
+template <class T>
+__device__ __forceinline__ float2 widen_pair(uint32_t word) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&word));
+  } else {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+}
+template <class T>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, Half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
 template <int Count, class T>
 __device__ __forceinline__ Vector<float, Count> load_wide(const T* from) {
-  const Vector<T, Count> vector = load<Count>(from);
-  Vector<float, Count> wide;
-  CARAFE_UNROLL
-  for (int c = 0; c < Count; ++c) wide.values[c] = widen(vector.values[c]);
-  return wide;
+  if constexpr (is_half_precision<T>) {
+    const auto words = load<Count / 2>(reinterpret_cast<const uint32_t*>(from));
+    Vector<float, Count> wide;
+    CARAFE_UNROLL
+    for (int c = 0; c < Count; c += 2) {
+      const float2 pair = widen_pair<T>(words.values[c / 2]);
+      wide.values[c] = pair.x, wide.values[c + 1] = pair.y;
+    }
+    return wide;
+  } else {
+    return load<Count>(from);
+  }
+}
+
+// Stores `Count` numbers, an even number of them, by one instruction.
+template <int Count, class T>
+__device__ __forceinline__ void store_narrow(T* to, const float (&values)[Count]) {
+  if constexpr (is_half_precision<T>) {
+    Vector<uint32_t, Count / 2> words;
+    CARAFE_UNROLL
+    for (int c = 0; c < Count; c += 2) words.values[c / 2] = narrow_pair<T>(values[c], values[c + 1]);
+    store(reinterpret_cast<uint32_t*>(to), words);
+  } else {
+    Vector<T, Count> vector;
+    CARAFE_UNROLL
+    for (int c = 0; c < Count; ++c) vector.values[c] = values[c];
+    store(to, vector);
+  }
 }
 
 // Writes the first `left` of neighbouring channels of a pixel.
 template <int Count, class T>
 __device__ __forceinline__ void write_channels(const Image<T>& image, T* to, const float (&values)[Count], int left) {
   if (image.units && left >= Count) {
-    Vector<T, Count> packed;
-    CARAFE_UNROLL
-    for (int c = 0; c < Count; ++c) packed.values[c] = narrow<T>(values[c]);
-    store(to, packed);
+    store_narrow(to, values);
   } else {
     CARAFE_UNROLL
     for (int c = 0; c < Count; ++c) {
@@ -154,10 +194,7 @@ __device__ __forceinline__ void write_channels(const Image<T>& image, T* to, con
 template <int Count, class T>
 __device__ __forceinline__ void write_run(const Image<T>& image, T* to, const float (&values)[Count], int left) {
   if (image.runs && left >= Count) {
-    Vector<T, Count> packed;
-    CARAFE_UNROLL
-    for (int j = 0; j < Count; ++j) packed.values[j] = narrow<T>(values[j]);
-    store(to, packed);
+    store_narrow(to, values);
   } else {
     CARAFE_UNROLL
     for (int j = 0; j < Count; ++j) {
