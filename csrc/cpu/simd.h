@@ -190,6 +190,22 @@ CARAFE_INLINE void store_pairs(T* to, typename V::type even, typename V::type od
   }
 }
 
+// Loads two vectors' worth of elements that take turns: the even ones and the odd ones.
+template <class V, class T>
+CARAFE_INLINE void load_pairs(const T* from, typename V::type& even, typename V::type& odd) {
+  if constexpr (std::is_same_v<T, BFloat16>) {  // half a word each, and the upper half of a float
+    typename V::words both;
+    memcpy(&both, from, sizeof both);
+    even = (typename V::type)(both << 16);
+    odd = (typename V::type)(both & 0xffff0000u);
+    if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) std::swap(even, odd);
+  } else {
+    const auto first = shared<V>(load_widened<V>(from)), second = shared<V>(load_widened<V>(from + V::lanes));
+    even = unzip<V, 0>(first, second, V::all);
+    odd = unzip<V, 1>(first, second, V::all);
+  }
+}
+
 // Calls body(q) so that vectors at these q cover 0 .. count - 1: the last one steps back where `count` is no multiple,
 // and false is returned where not even one fits.
 template <class V, class Body>

@@ -4,7 +4,10 @@
 
 using namespace carafe;
 
-CARAFE_TILES(baseline, 16, 16, )
+#ifndef REGISTERS
+#define REGISTERS 16
+#endif
+CARAFE_TILES(baseline, 16, REGISTERS, )
 
 namespace {
 

@@ -159,7 +159,8 @@ def check_all_cases(library):
 
 
 def test_kernels_under_sanitizers(tmp_path):
-    assert run_under_sanitizers(__file__, "host.cpp", tmp_path).endswith(" cases")
+    """And what they do on processors of as many registers as AVX-512 has."""
+    assert run_under_sanitizers(__file__, "host.cpp", tmp_path, "-DREGISTERS=32").endswith(" cases")
 
 
 def test_kernels_on_64_bit_arm(tmp_path):
