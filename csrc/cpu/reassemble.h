@@ -341,6 +341,19 @@ CARAFE_INLINE void halve_rows(
   }
 }
 
+// The vectors of `lanes` lanes, between `begin` and `end`, that read no column outside the map.
+template <class V>
+struct Interior {
+  int64_t column, begin, end;  // `column` of the map is that of the first tap of lane 0
+
+  Interior(const Shape& shape, const Tile& tile, int64_t lanes) : column(2 * tile.lane_begin - shape.radius()) {
+    const int64_t whole = (shape.width - column - shape.kernel + 1) / 2;
+    begin = column < 0 ? ceil_div(-column, 2 * V::lanes) * V::lanes : 0;
+    end = whole >= lanes ? lanes : begin + floor_div(whole - begin, V::lanes) * V::lanes;
+    if (end - begin < V::lanes) begin = end = lanes;
+  }
+};
+
 // All outputs of the tile, `lanes` of them (a vector at least) in a row, from `count` rows.
 template <class V, class T, class A>
 CARAFE_INLINE void reassemble_halves(
@@ -349,11 +362,7 @@ CARAFE_INLINE void reassemble_halves(
   const OutputRows rows(shape, tile.row_begin, tile.row_end);
   const int64_t first = 2 * rows.begin - tile.row_begin, channels = shape.group_channels();
   const Target<T, 1> output{y.data, y.channel_stride, y.row_stride};
-  // The vectors between `begin` and `end` read nothing outside the map.
-  const int64_t column = 2 * tile.lane_begin - shape.radius(), whole = (shape.width - column - shape.kernel + 1) / 2;
-  int64_t begin = column < 0 ? ceil_div(-column, 2 * V::lanes) * V::lanes : 0;
-  int64_t end = whole >= lanes ? lanes : begin + floor_div(whole - begin, V::lanes) * V::lanes;
-  if (end - begin < V::lanes) begin = end = lanes;
+  const Interior<V> inside(shape, tile, lanes);
   for_each_block<8, 1>(channels, [&](auto block, int64_t c) CARAFE_ALWAYS_INLINE {
     for (int64_t place = 0; place < rows.count(); place += 2) {
       const auto go = [&](auto outputs) CARAFE_ALWAYS_INLINE {
@@ -368,11 +377,11 @@ CARAFE_INLINE void reassemble_halves(
         const auto vectors = [&](auto cut, int64_t from_lane, int64_t to_lane) CARAFE_ALWAYS_INLINE {
           halve_rows<V, cut, outputs, block>(
               shape.kernel, from, next, ahead, c, next_channel, m.row(place), output.from(c, place), from_lane, to_lane,
-              column, shape.width);
+              inside.column, shape.width);
         };
-        if (begin > 0) vectors(Constant<1>(), 0, begin);
-        if (begin < end) vectors(Constant<0>(), begin, end);
-        if (end < lanes) vectors(Constant<1>(), end, lanes);
+        if (inside.begin > 0) vectors(Constant<1>(), 0, inside.begin);
+        if (inside.begin < inside.end) vectors(Constant<0>(), inside.begin, inside.end);
+        if (inside.end < lanes) vectors(Constant<1>(), inside.end, lanes);
       };
       place + 1 < rows.count() ? go(Constant<2>()) : go(Constant<1>());
     }

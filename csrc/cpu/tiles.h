@@ -91,10 +91,21 @@ class TileRun {
     Region to = feature_region(tile_.row_begin);
     I::template call<clear_outside<V, A>>(outputs, dy);
     sums.fill_zero();
+    // The common case of downsampling needs no copy of the gradient.
+    const int64_t columns = std::min(shape.width - 2 * tile_.lane_begin, 2 * tile_.lanes);
+    const bool direct =
+        by_squares(shape) && grad.column_stride == 1 && columns >= 2 * V::lanes && tile_.row_end - tile_.row_begin >= 2;
 
     for (; to.channel < to.last_channel; outputs.channel = to.channel += chunk) {
       dy.channels = dx.channels = std::min(chunk, to.last_channel - to.channel);
       I::template call<copy<V, const T, Staged<A>>>(grad_output, outputs, dy);
+      if (direct) {
+        Map<T> target = grad;
+        target.data = grad.pointer(tile_.n, to.channel, tile_.row_begin, 2 * tile_.lane_begin);
+        I::template call<grad_features_direct<V, I::many_registers, T, A>>(
+            shape, tile_, dy, m, target, columns, offsets);
+        continue;
+      }
       I::template call<grad_features_staged<V, I::many_registers, A>>(shape, tile_, dy, m, dx, sums, offsets);
       I::template call<copy<V, T, Staged<A>>>(grad, to, dx);
     }
@@ -117,8 +128,24 @@ class TileRun {
           shape, tile_, features, grad_output, sum, near, partial.data);
       return write_grad_kernels(grad, kernel_rows, sum);
     }
-    auto x = take_features(kChunk, shape.radius(), shape.radius() + 1);
     auto dy = take_outputs(kChunk, rows, 0);
+    if constexpr (I::many_registers) {
+      const int64_t count = tile_.row_end - tile_.row_begin + 2 * shape.radius();
+      const int64_t lanes = ceil_div(valid_lanes(shape, tile_), V::lanes) * V::lanes;
+      const SourceRow<T>* const source =
+          by_halves(features) ? take_rows(features, count, source_columns(shape, lanes)) : nullptr;
+      if (source != nullptr) {
+        Region outputs = output_region(rows.begin);
+        I::template call<clear_outside<V, A>>(outputs, dy);
+        for (int64_t c = 0; c < shape.group_channels(); c += kChunk, outputs.channel += kChunk) {
+          dy.channels = std::min(kChunk, shape.group_channels() - c);
+          I::template call<copy<V, const T, Staged<A>>>(grad_output, outputs, dy);
+          I::template call<grad_masks_halves<V, T, A>>(shape, tile_, source, count, c, dy, sum);
+        }
+        return write_grad_kernels(grad, kernel_rows, sum);
+      }
+    }
+    auto x = take_features(kChunk, shape.radius(), shape.radius() + 1);
     int64_t* const offsets = scratch_.template list<int64_t>(shape.taps());
     Region from = feature_region(tile_.row_begin - shape.radius());
     Region outputs = output_region(rows.begin);
