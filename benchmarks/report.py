@@ -60,7 +60,7 @@ def shape_title(shape: Record) -> str:
 
 def print_bounds(results: Sequence[Record]) -> None:
     """What ours, in every layout and dtype that was measured, takes as multiples of the hardware's bound."""
-    titles = [shape_title(result["shape"]) for result in results]
+    titles = [shape_title(result["shape"]).replace(", ", "\n", 1) for result in results]
     table = make_table(
         "Multiples of the bound: forward, forward + backward",
         "The bound is that of the run's dtype, whatever a row's is.",
