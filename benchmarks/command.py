@@ -220,14 +220,18 @@ def write(options: argparse.Namespace, record: Record) -> None:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Measures the peers on every problem and shows each result as it comes; returns the exit code."""
+    """Measures the peers on every problem; shows ours beside the bound first, then all; returns the exit code."""
 
     def fill(record: Record) -> None:
-        for problem in options.problems:
+        for number, problem in enumerate(options.problems, 1):
             peers = [*options.ours, *(peer for peer in options.peers if peer.unavailable(problem) is None)]
             result = options.comparison(problem, peers).run()
             record["results"].append(result)
             write(options, record)  # what is measured stays, whatever becomes of the rest
+            title = report.shape_title(result["shape"])
+            print(f"measured: {title} ({number} of {len(options.problems)})", file=sys.stderr)
+        report.print_bounds(record["results"])
+        for result in record["results"]:
             for each in PASSES:
                 report.print_table(result, each)
 

@@ -138,6 +138,11 @@ def available_memory() -> int | None:
     return available
 
 
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held since it began, as Linux counts it."""
+    return _kibibytes("/proc/self/status", "VmHWM")
+
+
 @contextlib.contextmanager
 def memory_limit(extra: int | None) -> Iterator[None]:
     """Makes allocations on CPU that go `extra` bytes beyond the present fail, where otherwise the kernel would kill."""

@@ -14,6 +14,7 @@ another order; a ratio is taken within its round, against the first model.
     python -m benchmarks.model stock=mmdet::retinanet/retinanet_r50_fpn_1x_coco.py mine.py --device cuda
 
 With --profile more rounds follow, in which kernel prediction, reassembly and what they replace are timed separately.
+With --compare-memory a second process, which hands freed memory back to the system, plays a round after each of ours.
 
 The JSON is written after each round, whole or not at all: an interrupted run keeps what it has measured.
 Exit code: 0, or 2 for invalid arguments or a configuration that cannot be measured.
@@ -25,11 +26,13 @@ import argparse
 import contextlib
 import functools
 import json
+import multiprocessing
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from carafe_plugin.engine import bare_models
 from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.cli import add_config_options, run_tool
 from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.memory import add_memory_option, keep_memory
 from carafe_plugin.modules.carafe import KernelPrediction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,11 +123,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--profile", action="store_true", help="say where the time goes, in further rounds")
     add("--json", type=command.output_file, metavar="FILE", help="write the results")
     add_config_options(parser)
+    add_memory_option(parser)
+    add("--compare-memory", action="store_true", help="say what keeping memory is worth")
     args = parser.parse_args(argv)
     if args.device.partition(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device: expected cpu or cuda, got {args.device!r}")
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch finds no CUDA device")
+    if args.compare_memory and (args.device != "cpu" or not args.keep_memory):
+        parser.error("--compare-memory compares with memory kept: it takes no --no-keep-memory and no --device cuda")
     args.command = command.command_line(parser, argv, args)
     return args
 
@@ -175,26 +183,98 @@ def turns(models: Sequence[Model], round_: int) -> list[Model]:
     return order[::-1] if round_ // len(models) % 2 else order
 
 
+def play(models: Sequence[Model], round_: int) -> None:
+    """Gives every model its turn of a round."""
+    for model in turns(models, round_):
+        model.timing.sample()
+
+
+class SecondProcess:
+    """The same models in a process that hands freed memory back to the system: what a process has kept, it cannot
+    hand back without a trace, so that one alone could not be measured both ways.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit what is kept
+        self._connection, theirs = context.Pipe()
+        args = argparse.Namespace(**{**vars(args), "keep_memory": False})
+        self._process = context.Process(target=_serve, args=(args, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._answer: dict[str, Any] = self._receive()
+
+    def __enter__(self) -> SecondProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()  # which ends it
+        self._process.join()
+
+    def play(self, round_: int) -> None:
+        """Has it play a round."""
+        self._connection.send(round_)
+        self._answer = self._receive()
+
+    def record(self, models: Sequence[Model]) -> dict[str, Any]:
+        """What it has measured so far, beside these models, which keep memory."""
+        for record, model in zip(self._answer["models"], models, strict=True):
+            pairs = zip(record["samples"], model.timing.samples, strict=True)
+            record["times_kept"] = round(statistics.median(one / other for one, other in pairs), 5)
+        return self._answer
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise UsageError(f"the second process ended with exit code {self._process.exitcode}") from None
+
+
+def _serve(args: argparse.Namespace, connection: Connection) -> None:
+    """What the second process does: a round for every number that comes."""
+
+    def rounds(args: argparse.Namespace) -> None:
+        torch.set_num_threads(args.threads)
+        keep_memory(args, args.device)
+        models, _ = build(args)
+        connection.send({})
+        with contextlib.suppress(EOFError):
+            while True:
+                play(models, connection.recv())
+                records = [model.record(models[0]) for model in models]
+                connection.send({"models": records, "resident_peak_bytes": measure.peak_resident_bytes()})
+
+    sys.exit(run_tool(rounds, args))
+
+
 def bench_model(args: argparse.Namespace) -> None:
     """Measures as the command line says."""
     torch.set_num_threads(args.threads)
     if torch.device(args.device).index is not None:
         torch.cuda.set_device(args.device)  # the clock waits for the current one
+    kept = keep_memory(args, args.device)
+    if args.compare_memory and not kept:
+        raise UsageError("--compare-memory: this process does not keep memory, so there is nothing to compare")
     models, shape = build(args)
     record = {"schema": 1, **measure.run_record(args.command, args.device)}
-    record |= {"shape": list(shape), "repeats": args.repeats}
+    record |= {"shape": list(shape), "repeats": args.repeats, "keeps_memory": kept}
 
     def write() -> None:
         record["models"] = [model.record(models[0]) for model in models]
+        if other:
+            record["resident_peak_bytes"] = measure.peak_resident_bytes()
+            record["handing_back"] = other.record(models)
         if args.json:
             AtomicLocalBackend().put_text(json.dumps(record, indent=1) + "\n", args.json)
 
-    for round_ in range(args.repeats):
-        for model in turns(models, round_):
-            model.timing.sample()
-        record["rounds"] = round_ + 1
-        write()
-        print(f"round {round_ + 1} of {args.repeats}", file=sys.stderr)
+    with SecondProcess(args) if args.compare_memory else contextlib.nullcontext() as other:
+        for round_ in range(args.repeats):
+            play(models, round_)
+            if other:
+                other.play(round_)
+            record["rounds"] = round_ + 1
+            write()
+            print(f"round {round_ + 1} of {args.repeats}", file=sys.stderr)
     if args.profile:
         for round_ in range(args.repeats):
             for model in turns(models, round_):
@@ -275,6 +355,22 @@ def print_table(record: report.Record) -> None:
             *([f"{model['paper_fps']}", f"{model['paper_ratio']:.3f}"] if "paper_fps" in model else ["", ""]),
             ", ".join(f"{number} {name}" for name, number in model["kept"].items()) or "-",
         )
+    report.console.print(table)
+    if other := record.get("handing_back"):
+        print_memory_table(record, other)
+
+
+def print_memory_table(record: report.Record, other: report.Record) -> None:
+    """A row for each model: what it takes where freed memory is handed back to the system."""
+    peaks = [f"{each['resident_peak_bytes'] / 1e9:.3g} GB" for each in (record, other)]
+    table = report.make_table(
+        "Seconds with freed memory kept, handed back",
+        f"At most resident: {peaks[0]}, {peaks[1]}.",
+        "model",
+        ("kept", "handed back", "x kept"),
+    )
+    for kept, back in zip(record["models"], other["models"], strict=True):
+        table.add_row(kept["name"], f"{kept['seconds']:.4g}", f"{back['seconds']:.4g}", f"{back['times_kept']:.3f}")
     report.console.print(table)
 
 

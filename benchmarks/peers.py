@@ -188,6 +188,7 @@ OURS = (
 )
 VARIANTS = (
     *(variant(ours, "channels-last", memory_format=torch.channels_last) for ours in OURS),
+    *(variant(ours, "float16", dtype=torch.float16) for ours in OURS),
     *(variant(ours, "bfloat16", dtype=torch.bfloat16) for ours in OURS),
 )
 # What a network would otherwise have in CARAFE's place.

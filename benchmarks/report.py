@@ -58,6 +58,31 @@ def shape_title(shape: Record) -> str:
     return title + (f", batch {shape['batch']}" if shape["batch"] > 1 else "")
 
 
+def print_bounds(results: Sequence[Record]) -> None:
+    """What ours, in every layout and dtype that was measured, takes as multiples of the hardware's bound."""
+    titles = [shape_title(result["shape"]).replace(", ", "\n", 1) for result in results]
+    table = make_table(
+        "Multiples of the bound: forward, forward + backward",
+        "The bound is that of the run's dtype, whatever a row's is.",
+        "ours",
+        titles,
+    )
+    bounds = [[f"{result['bound'][f'{each}_ms']:.3g}" for each in TITLES] for result in results]
+    table.add_row("bound, ms", *map(", ".join, bounds), end_section=True)
+    names = dict.fromkeys(
+        peer["name"] for result in results for peer in result["peers"] if is_ours(peer) or peer["variant"]
+    )
+    for name in names:
+        cells = []
+        for result in results:
+            found = [peer for peer in result["peers"] if peer["name"] == name]
+            values = [peer[each] for peer in found for each in TITLES]
+            texts = [f"{v['times_bound']:.2f}" if v["status"] == "ok" else v["status"] for v in values]
+            cells.append(", ".join(texts))
+        table.add_row(name, *cells)
+    console.print(table)
+
+
 def print_table(result: Record, each: str) -> None:
     """One pass of one problem: a row for each peer, those of the same inputs together."""
     bound = result["bound"]

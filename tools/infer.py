@@ -44,6 +44,7 @@ from carafe_plugin.engine.config import load_config, prediction_pipeline
 from carafe_plugin.engine.console import progress_bar
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.evaluation import drawable
+from carafe_plugin.engine.memory import add_memory_option, keep_memory
 from carafe_plugin.engine.processes import choose_device
 from carafe_plugin.images import count_pages, shorten
 
@@ -64,6 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score-thr", type=score, default=0.3, help="leave out what scores less (default: 0.3)")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU where there is one, else cpu)")
     add_config_options(parser)
+    add_memory_option(parser)
 
 
 def reason(error: Exception) -> str:
@@ -85,7 +87,9 @@ def infer(args: argparse.Namespace) -> int:
             raise UsageError(f"--out-dir is a folder; {folder.absolute()} is a file")
     prediction.check_not_overwritten(images, pictures, "--out-dir")
     cfg = load_config(args.config, args.cfg_options)
-    model = prediction.load_detector(cfg, args.checkpoint, choose_device(args.device), args.drop_in)
+    device = choose_device(args.device)
+    model = prediction.load_detector(cfg, args.checkpoint, device, args.drop_in)
+    keep_memory(args, device)
     from mmdet.registry import VISUALIZERS
 
     pipeline = prediction_pipeline(model.cfg)

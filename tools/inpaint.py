@@ -23,6 +23,7 @@ import numpy as np
 from carafe_plugin.engine import prediction
 from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.config import load_config
+from carafe_plugin.engine.memory import add_memory_option, keep_memory
 from carafe_plugin.engine.processes import choose_device
 from carafe_plugin.images import WRITTEN_ENDINGS, read_upright
 
@@ -36,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help=f"the filled picture ({endings})")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: the first GPU where there is one, else cpu)")
     add_config_options(parser, drop_in=False)
+    add_memory_option(parser)
 
 
 def inpaint(args: argparse.Namespace) -> None:
@@ -44,7 +46,9 @@ def inpaint(args: argparse.Namespace) -> None:
     picture = prediction.read_picture(args.image, read_upright)
     holes = prediction.read_holes(args.mask, (picture.height, picture.width))
     cfg = load_config(args.config, args.cfg_options)
-    model = prediction.load_inpainting_model(cfg, args.checkpoint, choose_device(args.device))
+    device = choose_device(args.device)
+    model = prediction.load_inpainting_model(cfg, args.checkpoint, device)
+    keep_memory(args, device)
     filled = prediction.fill(model, np.array(picture), holes)
     prediction.write_picture(args.out, filled, picture.info.get("icc_profile"))
     print(f"{args.out}: {holes.sum():,} of {picture.width} x {picture.height} pixels filled")

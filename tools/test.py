@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import mmengine
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
 
 from carafe_plugin.engine import evaluation
@@ -25,6 +26,7 @@ from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings, toolbox
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.memory import keep_memory
 from carafe_plugin.engine.processes import prepare_processes
 from carafe_plugin.engine.runners import build_runner, prepare_strategy
 
@@ -72,6 +74,7 @@ def test(args: argparse.Namespace) -> None:
     use_atomic_writes()
     prepare_processes(cfg)
     runner = build_runner(cfg)
+    keep_memory(args, get_device())
     runner.register_hook(evaluation.CheckWeightsHook(args.checkpoint, args.allow_mismatch))
     check_not_empty(runner, "test")
     runner.register_hook(CheckClassesHook("test"))

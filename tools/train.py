@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.device import get_device
 
 from carafe_plugin.engine.checkpoint import CheckpointPlace, check_checkpoint_exists, read_checkpoint
 from carafe_plugin.engine.checkpoint_hook import use_atomic_checkpoints
@@ -23,6 +24,7 @@ from carafe_plugin.engine.cli import add_run_options, command
 from carafe_plugin.engine.config import read_config, require_settings, type_name
 from carafe_plugin.engine.dataset_checks import check_dataset_files, check_not_empty
 from carafe_plugin.engine.errors import UsageError, reading_named_files
+from carafe_plugin.engine.memory import keep_memory
 from carafe_plugin.engine.processes import prepare_processes, require_gpu_for_amp
 from carafe_plugin.engine.runners import build_runner, prepare_strategy
 
@@ -94,6 +96,7 @@ def train(args: argparse.Namespace) -> None:
     choose_checkpoint(cfg, args.resume)
     check_dataset_files(cfg, "train", "val")
     runner = build_runner(cfg)
+    keep_memory(args, get_device())
     check_not_empty(runner, "train", "val")
     runner.register_hook(CheckClassesHook("train", "val"))
     with reading_named_files():

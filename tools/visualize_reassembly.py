@@ -27,6 +27,7 @@ from carafe_plugin.engine import bare_models, prediction, reassembly_view
 from carafe_plugin.engine.cli import add_config_options, command
 from carafe_plugin.engine.config import prediction_pipeline
 from carafe_plugin.engine.errors import UsageError
+from carafe_plugin.engine.memory import add_memory_option, keep_memory
 from carafe_plugin.engine.reassembly_pictures import Shown, draw_reassembly, page_data, write_page
 from carafe_plugin.engine.reassembly_view import CHAINS
 
@@ -56,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", type=int, help="group of channels, from 0 (default: their average)")
     parser.add_argument("--html", action="store_true", help="write a page for each chain as well")
     add_config_options(parser)
+    add_memory_option(parser)
 
 
 def visualize_reassembly(args: argparse.Namespace) -> None:
@@ -73,6 +75,7 @@ def visualize_reassembly(args: argparse.Namespace) -> None:
     model = bare_models.build_model(cfg)
     reassembly_view.check_modules(model, args.modules)
     prediction.load_weights(model, args.checkpoint)
+    keep_memory(args, "cpu")
     view = reassembly_view.view_image(cfg, model, pipeline, picture)
     chains = reassembly_view.find_chains(model, view, args.chain, args.modules)
 

@@ -13,6 +13,7 @@ import torch
 from mmengine.config import DictAction
 
 from carafe_plugin.engine.errors import ProcessError, UsageError, construction_fault
+from carafe_plugin.engine.memory import add_memory_option
 from carafe_plugin.engine.processes import LAUNCHERS, process_rank
 from carafe_plugin.openmmlab import mmcv_ops
 from carafe_plugin.openmmlab.resnet_checkpoints import CheckpointMismatch
@@ -119,6 +120,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--work-dir", help="folder for logs and results (default: work_dirs/<name of the config>)")
     add_config_options(parser)
+    add_memory_option(parser)
     parser.add_argument(
         "--launcher", choices=["none", *LAUNCHERS], default="none", help="what started the processes (default: none)"
     )

@@ -70,10 +70,11 @@ class Scratch {
   // Offsets, or pointers; one list a tile.
   template <class Item>
   Item* list(int64_t count) {
-    static_assert(sizeof(Item) == sizeof(int64_t), "one list serves both");
-    if (list_size_ < count) {
-      list_.reset(new int64_t[count]);
-      list_size_ = count;
+    static_assert(sizeof(Item) % sizeof(int64_t) == 0, "one list serves all");
+    const int64_t size = count * int64_t(sizeof(Item) / sizeof(int64_t));
+    if (list_size_ < size) {
+      list_.reset(new int64_t[size]);
+      list_size_ = size;
     }
     return reinterpret_cast<Item*>(list_.get());
   }

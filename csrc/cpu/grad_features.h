@@ -2,7 +2,7 @@
 // and taps stays in registers.
 #pragma once
 
-#include "buffer.h"
+#include "reassemble.h"
 
 namespace carafe {
 
@@ -88,12 +88,15 @@ constexpr int kSquare = 4;
 // Not an offset: only tap 0 lies within a few lanes of the start, and it shifts upwards.
 constexpr int64_t kAbsent = -1;
 
-template <class V, int C, class A>
+// The last vector steps back where `lanes` is no multiple.
+template <class V, int C, class A, class Output>
 CARAFE_INLINE void grad_features_square(
-    const Contributions& contributions, const A* masks, const Lanes<A>& grad_output, const Lanes<A>& grad,
+    const Contributions& contributions, const A* masks, const Lanes<A>& grad_output, const Output& grad,
     int64_t lanes) {
-  for (int64_t q = 0; q < lanes; q += V::lanes) {
-    typename V::type sum[kSquare][C] = {};
+  for (int64_t next = 0; next < lanes; next += V::lanes) {
+    const int64_t q = std::min(next, lanes - V::lanes);
+    grad.template prefetch<V, kSquare, C>(q);
+    typename V::type sum[C][kSquare] = {};
     for (int64_t t = 0; t < contributions.count; ++t) {
       typename V::type outer[C];
       const A* from = grad_output.data + contributions.grads[t] + q;
@@ -106,14 +109,11 @@ CARAFE_INLINE void grad_features_square(
         typename V::type mask = V::load(masks + offset + q);
         if constexpr (C > 1) mask = shared<V>(mask);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[each][c] += mask * outer[c];
+        for (int c = 0; c < C; ++c) sum[c][each] += mask * outer[c];
       }
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 4
-      for (int each = 0; each < kSquare; ++each) V::store(grad(c, each) + q, sum[each][c]);
-    }
+    for (int c = 0; c < C; ++c) grad.template put<V, kSquare>(c, q, sum[c]);
   }
 }
 
@@ -170,8 +170,8 @@ struct FeatureGradient {
 };
 
 // Rows i and i + 1, both residues. Each sum in the order of its taps, as below.
-template <class V, int BlockChannels, class A>
-CARAFE_INLINE void grad_features_two_rows(const FeatureGradient<A>& job, int64_t i) {
+template <class V, int BlockChannels, class A, class Output>
+CARAFE_INLINE void grad_features_two_rows(const FeatureGradient<A>& job, int64_t i, const Output& grad, int64_t lanes) {
   const Staged<A>&dy = job.dy, &m = job.m;
   const int64_t k = job.shape.kernel, radius = job.shape.radius();
   Contributions contributions = job.contributions(kSquare);
@@ -188,7 +188,7 @@ CARAFE_INLINE void grad_features_two_rows(const FeatureGradient<A>& job, int64_t
     }
   }
   for_each_block<BlockChannels, 1>(dy.channels, [&](auto count, int64_t c) CARAFE_ALWAYS_INLINE {
-    grad_features_square<V, count>(contributions, m.data, dy.row(0).from(c), job.row(i).from(c), job.tile.lanes);
+    grad_features_square<V, count>(contributions, m.data, dy.row(0).from(c), grad.from(c), lanes);
   });
 }
 
@@ -243,12 +243,31 @@ CARAFE_INLINE void grad_features_staged(
   const FeatureGradient<A> job{shape, tile, dy, m, dx, sums, offsets};
   for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
     if (by_squares(shape) && i + 1 < tile.row_end) {
-      grad_features_two_rows<V, block_channels>(job, i++);
+      grad_features_two_rows<V, block_channels>(job, i, target_of(dx, 2 * (i - tile.row_begin)), tile.lanes);
+      ++i;
     } else if (by_columns(shape)) {
       grad_features_by_columns<V, block_channels>(job, i);
     } else {
       grad_features_by_residues<V>(job, i);
     }
+  }
+}
+
+// Downsampling by 2 straight into `columns` of the map from the tile's first one on, two vectors at least, of the
+// channels of dy and two rows at least.
+template <class V, bool ManyRegisters, class T, class A>
+CARAFE_INLINE void grad_features_direct(
+    const Shape& shape, const Tile& tile, const Staged<A>& dy, const Staged<A>& m, const Map<T>& grad, int64_t columns,
+    int64_t* offsets) {
+  const FeatureGradient<A> job{shape, tile, dy, m, dy, dy, offsets};
+  const int64_t lanes = ceil_div(columns, 2);
+  for (int64_t place = tile.row_begin; place < tile.row_end; place += 2) {
+    const int64_t i = std::min(place, tile.row_end - 2);
+    const Target<T, 2> rows{grad.data + (i - tile.row_begin) * grad.row_stride, grad.channel_stride, grad.row_stride};
+    const auto go = [&](const auto& target) CARAFE_ALWAYS_INLINE {
+      grad_features_two_rows<V, ManyRegisters ? kBlockChannels : kBlockChannels / 2>(job, i, target, lanes);
+    };
+    columns % 2 ? go(CutTarget<T>{rows, lanes - V::lanes}) : go(rows);
   }
 }
 

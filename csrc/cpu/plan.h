@@ -8,10 +8,6 @@
 #include "../common/operators.h"
 #include "simd.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define CARAFE_X86
-#endif
-
 namespace carafe {
 
 struct Plan {

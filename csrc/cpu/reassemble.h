@@ -237,4 +237,155 @@ CARAFE_INLINE void reassemble_direct(
       });
 }
 
+// Downsampling by 2 straight from rows of the map: a tap's features are every second column. Staging them would take as
+// long as the arithmetic.
+
+// A row of all channels, from the column of the first tap of lane 0 on.
+template <class T>
+struct SourceRow {
+  const T* columns;
+  int64_t channel_step;
+
+  CARAFE_INLINE const T* at(int64_t channel, int64_t column) const { return columns + channel * channel_step + column; }
+};
+
+// How many columns of it the loops read, some of them outside the map.
+inline int64_t source_columns(const Shape& shape, int64_t lanes) { return 2 * lanes + shape.kernel - 1; }
+
+// All bits of a vector's lanes from `begin` to `end`, both of which may lie outside of it. From a table: GCC takes
+// comparisons apart before it knows the instruction set.
+template <class V>
+CARAFE_INLINE typename V::index lanes_between(int64_t begin, int64_t end) {
+  using Number = std::conditional_t<sizeof(typename V::element) == 8, int64_t, int32_t>;
+  struct Table {
+    Number numbers[3 * V::lanes] = {};
+    constexpr Table() {
+      for (int64_t i = 0; i < V::lanes; ++i) numbers[V::lanes + i] = -1;
+    }
+  };
+  static constexpr Table table;
+  const auto load = [&](int64_t place, int64_t lane) CARAFE_ALWAYS_INLINE {
+    typename V::index bits;
+    memcpy(&bits, table.numbers + place - std::clamp<int64_t>(lane, 0, V::lanes), sizeof bits);
+    return bits;
+  };
+  return load(V::lanes, begin) & load(2 * V::lanes, end);
+}
+
+// Lanes [begin, end) of one output row or two, C channels: the second one reads `rows` from the third one on. The last
+// vector steps back where the lanes are no multiple. With Cut, columns outside the `width` of the map count as zeros,
+// the rows beginning at `column` of it. Of each of the first `ahead` rows of `next`, as much is prefetched as was read.
+template <class V, bool Cut, int Rows, int C, class T, class A, class Output>
+CARAFE_INLINE void halve_rows(
+    int64_t kernel, const SourceRow<T>* rows, const SourceRow<T>* next, int64_t ahead, int64_t channel,
+    int64_t next_channel, const Lanes<A>& masks, const Output& output, int64_t begin, int64_t end, int64_t column,
+    int64_t width) {
+  for (int64_t place = begin; place < end; place += V::lanes) {
+    const int64_t q = std::min(place, end - V::lanes);
+    output.template prefetch<V, Rows, C>(q);
+    typename V::type sum[C][Rows] = {};
+    // Taps v and, where they are two, v + 1 of row u.
+    const auto add = [&](auto first, auto second, auto taps, int64_t u, int64_t v) CARAFE_ALWAYS_INLINE {
+      typename V::type mask[taps][Rows];
+      const auto load_masks = [&](int tap) CARAFE_ALWAYS_INLINE {
+        if constexpr (first) mask[tap][0] = shared<V>(V::load(masks(u * kernel + v + tap) + q));
+        if constexpr (second) mask[tap][Rows - 1] = shared<V>(V::load(masks((u - 2) * kernel + v + tap, 1) + q));
+      };
+      load_masks(0);
+      if constexpr (taps > 1) load_masks(1);
+      typename V::index inside[2];
+      if constexpr (Cut) {
+        for (const int64_t tap : {0, 1}) {
+          const int64_t from = column + 2 * q + v + tap;  // then every second column
+          inside[tap] = lanes_between<V>(ceil_div(-from, 2), ceil_div(width - from, 2));
+        }
+      }
+      const T* columns = rows[u].at(channel, 2 * q + v);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c, columns += rows[u].channel_step) {
+        typename V::type even, odd;
+        load_pairs<V>(columns, even, odd);
+        const auto multiply = [&](int tap, typename V::type value) CARAFE_ALWAYS_INLINE {
+          if constexpr (first) sum[c][0] += mask[tap][0] * value;
+          if constexpr (second) sum[c][Rows - 1] += mask[tap][Rows - 1] * value;
+        };
+        if constexpr (Cut) {
+          even = (typename V::type)((typename V::index)even & inside[0]);
+          odd = (typename V::type)((typename V::index)odd & inside[1]);
+        }
+        multiply(0, even);
+        if constexpr (taps > 1) multiply(1, odd);
+      }
+    };
+    const auto add_row = [&](auto first, auto second, int64_t u) CARAFE_ALWAYS_INLINE {
+      for (int64_t v = 0; v + 1 < kernel; v += 2) add(first, second, Constant<2>(), u, v);
+      add(first, second, Constant<1>(), u, kernel - 1);
+      if (u >= ahead) return;
+      const T* columns = next[u].at(next_channel, 2 * q);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c, columns += next[u].channel_step) {
+        __builtin_prefetch(columns, 0, 2);
+        if constexpr (sizeof(T) * V::lanes >= 64) __builtin_prefetch(columns + V::lanes, 0, 2);
+      }
+    };
+    int64_t u = 0;
+    if constexpr (Rows == 2) {
+      for (; u < 2; ++u) add_row(Constant<1>(), Constant<0>(), u);
+      for (; u < kernel; ++u) add_row(Constant<1>(), Constant<1>(), u);
+      for (; u < kernel + 2; ++u) add_row(Constant<0>(), Constant<1>(), u);
+    } else {
+      for (; u < kernel; ++u) add_row(Constant<1>(), Constant<0>(), u);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) output.template put<V, Rows>(c, q, sum[c]);
+  }
+}
+
+// The vectors of `lanes` lanes, between `begin` and `end`, that read no column outside the map.
+template <class V>
+struct Interior {
+  int64_t column, begin, end;  // `column` of the map is that of the first tap of lane 0
+
+  Interior(const Shape& shape, const Tile& tile, int64_t lanes) : column(2 * tile.lane_begin - shape.radius()) {
+    const int64_t whole = (shape.width - column - shape.kernel + 1) / 2;
+    begin = column < 0 ? ceil_div(-column, 2 * V::lanes) * V::lanes : 0;
+    end = whole >= lanes ? lanes : begin + floor_div(whole - begin, V::lanes) * V::lanes;
+    if (end - begin < V::lanes) begin = end = lanes;
+  }
+};
+
+// All outputs of the tile, `lanes` of them (a vector at least) in a row, from `count` rows.
+template <class V, class T, class A>
+CARAFE_INLINE void reassemble_halves(
+    const Shape& shape, const Tile& tile, const SourceRow<T>* source, int64_t count, const Staged<A>& m,
+    const Map<T>& y, int64_t lanes) {
+  const OutputRows rows(shape, tile.row_begin, tile.row_end);
+  const int64_t first = 2 * rows.begin - tile.row_begin, channels = shape.group_channels();
+  const Target<T, 1> output{y.data, y.channel_stride, y.row_stride};
+  const Interior<V> inside(shape, tile, lanes);
+  for_each_block<8, 1>(channels, [&](auto block, int64_t c) CARAFE_ALWAYS_INLINE {
+    for (int64_t place = 0; place < rows.count(); place += 2) {
+      const auto go = [&](auto outputs) CARAFE_ALWAYS_INLINE {
+        const SourceRow<T>* const from = source + first + 2 * place;
+        const SourceRow<T>* next = from + shape.kernel + 2 * (outputs - 1);
+        int64_t ahead = std::min<int64_t>(4, source + count - next), next_channel = c;
+        if (place + outputs >= rows.count()) {  // what follows is the next block
+          next = source + first;
+          next_channel = c + block;
+          ahead = next_channel + block <= channels ? shape.kernel + 2 * (outputs - 1) : 0;
+        }
+        const auto vectors = [&](auto cut, int64_t from_lane, int64_t to_lane) CARAFE_ALWAYS_INLINE {
+          halve_rows<V, cut, outputs, block>(
+              shape.kernel, from, next, ahead, c, next_channel, m.row(place), output.from(c, place), from_lane, to_lane,
+              inside.column, shape.width);
+        };
+        if (inside.begin > 0) vectors(Constant<1>(), 0, inside.begin);
+        if (inside.begin < inside.end) vectors(Constant<0>(), inside.begin, inside.end);
+        if (inside.end < lanes) vectors(Constant<1>(), inside.end, lanes);
+      };
+      place + 1 < rows.count() ? go(Constant<2>()) : go(Constant<1>());
+    }
+  });
+}
+
 }  // namespace carafe

@@ -8,6 +8,16 @@
 
 #include "../common/half.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CARAFE_X86
+#ifndef __clang__
+#define CARAFE_GCC_X86
+#endif
+#endif
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
+
 namespace carafe {
 
 #define CARAFE_ALWAYS_INLINE __attribute__((always_inline))
@@ -33,7 +43,7 @@ struct Vector {
 // Keeps a value that several products share in its register: GCC would rather load it again for each of two or three.
 template <class V>
 CARAFE_INLINE typename V::type shared(typename V::type value) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef CARAFE_GCC_X86
   asm("" : "+v"(value));
 #endif
   return value;
@@ -87,12 +97,66 @@ struct Words {
   static CARAFE_INLINE real to_real(bits value) { return (real)value; }
 };
 
+// Whether the processors that take vectors of V convert float16 by instructions: AVX2's and AVX-512's all have F16C.
+// Those give what half.h does, whatever becomes of subnormal floats, but for a NaN's payload.
+template <class V, class T>
+constexpr bool converts_halves = std::is_same_v<T, Half> &&
+#if defined(CARAFE_X86)
+                                 V::bytes >= 32;
+#elif defined(__aarch64__)
+                                 true;
+#else
+                                 false;
+#endif
+
+// These two are inlined into functions of the instruction set, but are none themselves: GCC would refuse intrinsics.
+template <class V>
+CARAFE_INLINE typename V::type widen_halves(typename V::halves values) {
+#if defined(__aarch64__)
+  return (typename V::type)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)values));
+#elif defined(CARAFE_GCC_X86)
+  typename V::type result;
+  asm("vcvtph2ps %1, %0" : "=v"(result) : "v"(values));
+  return result;
+#elif defined(__clang__)
+  typedef __fp16 Numbers __attribute__((vector_size(V::bytes / 2)));
+  return __builtin_convertvector((Numbers)values, typename V::type);
+#endif
+}
+template <class V>
+CARAFE_INLINE typename V::halves narrow_to_halves(typename V::type values) {
+#if defined(__aarch64__)
+  return (typename V::halves)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)values));
+#elif defined(CARAFE_GCC_X86)
+  typename V::halves result;
+  asm("vcvtps2ph $0, %1, %0" : "=v"(result) : "v"(values));  // 0: to the nearest, ties to even
+  return result;
+#elif defined(__clang__)
+  typedef __fp16 Numbers __attribute__((vector_size(V::bytes / 2)));
+  return (typename V::halves) __builtin_convertvector(values, Numbers);
+#endif
+}
+
+// The bits of half-precision numbers, each in a word of its own.
+template <class V, class T>
+CARAFE_INLINE typename V::words narrow_to_words(typename V::type values) {
+  if constexpr (converts_halves<V, T>) {
+    return __builtin_convertvector(narrow_to_halves<V>(values), typename V::words);
+  } else {
+    return T::template narrow<Words<V>>(values);
+  }
+}
+
 template <class V, class T>
 CARAFE_INLINE typename V::type load_widened(const T* from) {
   if constexpr (is_half_precision<T>) {
     typename V::halves values;
     memcpy(&values, from, sizeof values);
-    return T::template widen<Words<V>>(__builtin_convertvector(values, typename V::words));
+    if constexpr (converts_halves<V, T>) {
+      return widen_halves<V>(values);
+    } else {
+      return T::template widen<Words<V>>(__builtin_convertvector(values, typename V::words));
+    }
   } else {
     return V::load(from);
   }
@@ -101,7 +165,12 @@ CARAFE_INLINE typename V::type load_widened(const T* from) {
 template <class V, class T>
 CARAFE_INLINE void store_narrowed(T* to, typename V::type value) {
   if constexpr (is_half_precision<T>) {
-    const auto values = __builtin_convertvector(T::template narrow<Words<V>>(value), typename V::halves);
+    typename V::halves values;
+    if constexpr (converts_halves<V, T>) {
+      values = narrow_to_halves<V>(value);
+    } else {
+      values = __builtin_convertvector(narrow_to_words<V, T>(value), typename V::halves);
+    }
     memcpy(static_cast<void*>(to), &values, sizeof values);
   } else {
     V::store(to, value);
@@ -113,11 +182,27 @@ template <class V, class T>
 CARAFE_INLINE void store_pairs(T* to, typename V::type even, typename V::type odd) {
   if constexpr (is_half_precision<T>) {
     if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) std::swap(even, odd);  // the lower half comes second there
-    const typename V::words both = T::template narrow<Words<V>>(even) | T::template narrow<Words<V>>(odd) << 16;
+    const typename V::words both = narrow_to_words<V, T>(even) | narrow_to_words<V, T>(odd) << 16;
     memcpy(static_cast<void*>(to), &both, sizeof both);
   } else {
     V::store(to, zip<V, 0>(even, odd, V::all));
     V::store(to + V::lanes, zip<V, 1>(even, odd, V::all));
+  }
+}
+
+// Loads two vectors' worth of elements that take turns: the even ones and the odd ones.
+template <class V, class T>
+CARAFE_INLINE void load_pairs(const T* from, typename V::type& even, typename V::type& odd) {
+  if constexpr (std::is_same_v<T, BFloat16>) {  // half a word each, and the upper half of a float
+    typename V::words both;
+    memcpy(&both, from, sizeof both);
+    even = (typename V::type)(both << 16);
+    odd = (typename V::type)(both & 0xffff0000u);
+    if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) std::swap(even, odd);
+  } else {
+    const auto first = shared<V>(load_widened<V>(from)), second = shared<V>(load_widened<V>(from + V::lanes));
+    even = unzip<V, 0>(first, second, V::all);
+    odd = unzip<V, 1>(first, second, V::all);
   }
 }
 

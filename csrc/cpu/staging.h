@@ -71,9 +71,10 @@ template <class V, class T, class A>
 CARAFE_INLINE void copy_pairs(T* columns, int64_t count, A* even, A* odd) {
   const auto vectors = [&](int64_t q) CARAFE_ALWAYS_INLINE {
     if constexpr (std::is_const_v<T>) {
-      const auto first = load_widened<V>(columns + 2 * q), second = load_widened<V>(columns + 2 * q + V::lanes);
-      V::store(even + q, unzip<V, 0>(first, second, V::all));
-      V::store(odd + q, unzip<V, 1>(first, second, V::all));
+      typename V::type first, second;
+      load_pairs<V>(columns + 2 * q, first, second);
+      V::store(even + q, first);
+      V::store(odd + q, second);
     } else {
       store_pairs<V>(columns + 2 * q, V::load(even + q), V::load(odd + q));
     }

@@ -39,6 +39,16 @@ class TileRun {
       return I::template call<reassemble_pixels<V, I::many_registers, T, A>>(
           shape, tile_, features, m, output, make_neighbours());
     }
+    if constexpr (I::many_registers) {  // with few, taking columns apart again costs more than staging them once
+      if (by_halves(features) && output.column_stride == 1 && lanes >= V::lanes) {
+        const int64_t count = tile_.row_end - tile_.row_begin + 2 * shape.radius();
+        Map<T> target = output;
+        target.data = output.pointer(tile_.n, tile_.group * shape.group_channels(), rows.begin, tile_.lane_begin);
+        if (const SourceRow<T>* const source = take_rows(features, count, source_columns(shape, lanes))) {
+          return I::template call<reassemble_halves<V, T, A>>(shape, tile_, source, count, m, target, lanes);
+        }
+      }
+    }
     auto x = take_features(kChunk, shape.radius(), shape.radius() + 1);
     auto y = take_outputs(kChunk, rows, 0);
     int64_t* const offsets = scratch_.template list<int64_t>(most_offsets(shape));
@@ -81,10 +91,21 @@ class TileRun {
     Region to = feature_region(tile_.row_begin);
     I::template call<clear_outside<V, A>>(outputs, dy);
     sums.fill_zero();
+    // The common case of downsampling needs no copy of the gradient.
+    const int64_t columns = std::min(shape.width - 2 * tile_.lane_begin, 2 * tile_.lanes);
+    const bool direct =
+        by_squares(shape) && grad.column_stride == 1 && columns >= 2 * V::lanes && tile_.row_end - tile_.row_begin >= 2;
 
     for (; to.channel < to.last_channel; outputs.channel = to.channel += chunk) {
       dy.channels = dx.channels = std::min(chunk, to.last_channel - to.channel);
       I::template call<copy<V, const T, Staged<A>>>(grad_output, outputs, dy);
+      if (direct) {
+        Map<T> target = grad;
+        target.data = grad.pointer(tile_.n, to.channel, tile_.row_begin, 2 * tile_.lane_begin);
+        I::template call<grad_features_direct<V, I::many_registers, T, A>>(
+            shape, tile_, dy, m, target, columns, offsets);
+        continue;
+      }
       I::template call<grad_features_staged<V, I::many_registers, A>>(shape, tile_, dy, m, dx, sums, offsets);
       I::template call<copy<V, T, Staged<A>>>(grad, to, dx);
     }
@@ -107,8 +128,24 @@ class TileRun {
           shape, tile_, features, grad_output, sum, near, partial.data);
       return write_grad_kernels(grad, kernel_rows, sum);
     }
-    auto x = take_features(kChunk, shape.radius(), shape.radius() + 1);
     auto dy = take_outputs(kChunk, rows, 0);
+    if constexpr (I::many_registers) {
+      const int64_t count = tile_.row_end - tile_.row_begin + 2 * shape.radius();
+      const int64_t lanes = ceil_div(valid_lanes(shape, tile_), V::lanes) * V::lanes;
+      const SourceRow<T>* const source =
+          by_halves(features) ? take_rows(features, count, source_columns(shape, lanes)) : nullptr;
+      if (source != nullptr) {
+        Region outputs = output_region(rows.begin);
+        I::template call<clear_outside<V, A>>(outputs, dy);
+        for (int64_t c = 0; c < shape.group_channels(); c += kChunk, outputs.channel += kChunk) {
+          dy.channels = std::min(kChunk, shape.group_channels() - c);
+          I::template call<copy<V, const T, Staged<A>>>(grad_output, outputs, dy);
+          I::template call<grad_masks_halves<V, T, A>>(shape, tile_, source, count, c, dy, sum);
+        }
+        return write_grad_kernels(grad, kernel_rows, sum);
+      }
+    }
+    auto x = take_features(kChunk, shape.radius(), shape.radius() + 1);
     int64_t* const offsets = scratch_.template list<int64_t>(shape.taps());
     Region from = feature_region(tile_.row_begin - shape.radius());
     Region outputs = output_region(rows.begin);
@@ -131,6 +168,48 @@ class TileRun {
   template <class Element>
   bool by_pixels(const Map<Element>& map) const {
     return map.has_adjacent_channels() && (shape_.up == 1 || shape_.down == 1) && shape_.group_channels() >= V::lanes;
+  }
+
+  template <class Element>
+  bool by_halves(const Map<Element>& map) const {
+    return shape_.up == 1 && shape_.down == 2 && shape_.kernel > 1 && map.column_stride == 1;
+  }
+
+  // `count` rows of the map around the tile, of which so many columns may be read: they lie in the map's memory, if not
+  // in the row, or a copy does. Null where most rows would be copied, as strides of 0 have it.
+  const SourceRow<T>* take_rows(const Map<const T>& map, int64_t count, int64_t columns) {
+    const int64_t channels = shape_.group_channels(), channel = tile_.group * channels;
+    const int64_t first_row = tile_.row_begin - shape_.radius(), column = 2 * tile_.lane_begin - shape_.radius();
+    const T* const last = map.pointer(shape_.batch - 1, shape_.channels - 1, shape_.height - 1, shape_.width - 1);
+    const auto offset = [&](int64_t c, int64_t i) { return map.pointer(tile_.n, c, i, column) - map.data; };
+    const auto is_outside = [&](int64_t i) { return i < 0 || i >= shape_.height; };
+    const auto is_copied = [&](int64_t i) {
+      return offset(channel, i) < 0 || offset(channel + channels - 1, i) + columns > last - map.data + 1;
+    };
+    int64_t copies = 0;
+    for (int64_t i = first_row; i < first_row + count; ++i) copies += !is_outside(i) && is_copied(i);
+    if (2 * copies > count) return nullptr;
+    const auto memory = scratch_.take(1, 1, 1, (copies * channels + 1) * columns, 0);
+    memory.fill_zero();
+    T* copy = reinterpret_cast<T*>(memory.data);
+    SourceRow<T>* const rows = scratch_.template list<SourceRow<T>>(count);
+    const T* const zeros = copy;
+    const int64_t begin = std::max<int64_t>(0, -column), end = std::min(columns, shape_.width - column);
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t i = first_row + row;
+      if (is_outside(i)) {
+        rows[row] = {zeros, 0};
+      } else if (is_copied(i)) {
+        rows[row] = {copy + columns, columns};
+        for (int64_t c = 0; c < channels; ++c) {
+          copy += columns;
+          std::copy_n(map.pointer(tile_.n, channel + c, i, column + begin), end - begin, copy + begin);
+        }
+      } else {
+        rows[row] = {map.data + offset(channel, i), map.channel_stride};
+      }
+    }
+    return rows;
   }
 
   Neighbours<T> make_neighbours() {

@@ -13,7 +13,7 @@ from tiny_runs import call_tool, load_tool, write_config
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 
-from carafe_plugin.engine import bare_models
+from carafe_plugin.engine import bare_models, memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ("--shape", 64, 96, "--threads", 1)
@@ -62,6 +62,38 @@ def test_record_and_table(tiny: list[str], tmp_path: Path, capsys: pytest.Captur
     assert "stock" in shown
     assert "Where a prediction's milliseconds go" in shown
     assert "Seconds per prediction at 64x96, 3 rounds" in shown
+
+
+def test_memory_handed_back_is_measured_beside_memory_kept(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In a second process, which takes turns with the first; another than glibc keeps no memory to compare."""
+    file = tmp_path / "result.json"
+    arguments = (*tiny, *SMALL, "--repeats", 3, "--compare-memory", "--json", file)
+    if memory._glibc() is None:
+        assert call_tool("benchmarks.model", *arguments) == 2
+        return
+    assert call_tool("benchmarks.model", *arguments) == 0
+    report = json.loads(file.read_text())
+    other = report["handing_back"]
+    assert report["keeps_memory"] is True
+    assert min(report["resident_peak_bytes"], other["resident_peak_bytes"]) > 1e8
+    for kept, back in zip(report["models"], other["models"], strict=True):
+        assert kept["name"] == back["name"]
+        assert len(kept["samples"]) == len(back["samples"]) == 3
+        ratios = sorted(one / two for one, two in zip(back["samples"], kept["samples"], strict=True))
+        assert back["times_kept"] == pytest.approx(ratios[1], rel=1e-3)
+    assert "Seconds with freed memory kept, handed back" in capsys.readouterr().out
+
+
+def test_memory_can_be_handed_back(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "result.json"
+    assert call_tool("benchmarks.model", *tiny, *SMALL, "--repeats", 1, "--no-keep-memory", "--json", file) == 0
+    report = json.loads(file.read_text())
+    assert report["keeps_memory"] is False
+    assert "handing_back" not in report
+    assert call_tool("benchmarks.model", *tiny, *SMALL, "--no-keep-memory", "--compare-memory") == 2
+    assert "--compare-memory compares with memory kept" in capsys.readouterr().err
 
 
 def test_what_was_measured_survives_a_cut(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

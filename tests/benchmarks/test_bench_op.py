@@ -167,6 +167,22 @@ def test_record_is_complete_and_names_no_place(tmp_path: Path) -> None:
         assert measured["unfold-einsum"]["forward_backward"]["saved_bytes"] > 25 * 4 * height * width * channels
 
 
+def test_multiples_of_the_bound_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["nearest", "carafe-float16", "carafe-channels-last"]
+    code, record = run([*TINY, "6x4x4", "--peers", *names], tmp_path)
+    assert code == 0
+    shown = capsys.readouterr().out
+    first = shown.index("Multiples of the bound")
+    assert first < shown.index("4 x 3 x 5, up 2, k 5: forward") < shown.index("6 x 4 x 4, up 2, k 5: forward")
+    lines = shown[first : shown.index("4 x 3 x 5, up 2, k 5: forward")].splitlines()
+    assert not any("nearest" in line for line in lines)
+    for name in ("carafe", "fused", "carafe-float16", "carafe-channels-last"):
+        (line,) = [line for line in lines if f" {name} " in line]
+        for result in record["results"]:
+            passes = by_name(result)[name]
+            assert ", ".join(f"{passes[each]['times_bound']:.2f}" for each in comparison.PASSES) in line
+
+
 @pytest.mark.skipif(platform.system() != "Linux", reason="memory can be limited on Linux alone")
 def test_run_from_the_shell_where_a_peer_runs_out_of_memory(tmp_path: Path) -> None:
     # 105 MB unfolded where 80 may be allocated; the output has 4. In a process of its own: what an earlier test has

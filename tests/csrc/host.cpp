@@ -4,7 +4,10 @@
 
 using namespace carafe;
 
-CARAFE_TILES(baseline, 16, 16, )
+#ifndef REGISTERS
+#define REGISTERS 16
+#endif
+CARAFE_TILES(baseline, 16, REGISTERS, )
 
 namespace {
 
@@ -76,34 +79,7 @@ void carafe_run(
 
 }  // extern "C"
 
-namespace {
-
-// Both ways to convert, one number and one vector at a time; what comes back is in how many results they differ.
-template <class T>
-int64_t widen_all(int64_t count, const uint16_t* from, float* to) {
-  copy_row<Vector<float, InstructionSet::bytes>>(reinterpret_cast<const T*>(from), 1, count, to);
-  int64_t differences = 0;
-  for (int64_t i = 0; i < count; ++i) differences += Word::to_bits(to[i]) != Word::to_bits(widen(T{from[i]}));
-  return differences;
-}
-template <class T>
-int64_t narrow_all(int64_t count, const float* from, uint16_t* to) {
-  copy_row<Vector<float, InstructionSet::bytes>>(reinterpret_cast<T*>(to), 1, count, from);
-  int64_t differences = 0;
-  for (int64_t i = 0; i < count; ++i) differences += to[i] != narrow<T>(from[i]).bits;
-  return differences;
-}
-
-}  // namespace
-
 extern "C" {
-
-int64_t widen_half(int64_t count, const uint16_t* from, float* to) { return widen_all<Half>(count, from, to); }
-int64_t widen_bfloat16(int64_t count, const uint16_t* from, float* to) { return widen_all<BFloat16>(count, from, to); }
-int64_t narrow_half(int64_t count, const float* from, uint16_t* to) { return narrow_all<Half>(count, from, to); }
-int64_t narrow_bfloat16(int64_t count, const float* from, uint16_t* to) {
-  return narrow_all<BFloat16>(count, from, to);
-}
 
 // The index of the last element of a map, as the kernels compute it.
 int64_t last_offset(int64_t c, int64_t h, int64_t w) {

@@ -2,6 +2,8 @@
 compiled with g++ alone, without torch's headers, against the reference."""
 
 import ctypes
+import shutil
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +19,21 @@ from carafe_plugin.testing import SCALES, TOLERANCES, assert_close, random_case
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file runs as a script
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 from covering import pairwise
-from hosts import DTYPES, ORDERS, Emulated, compile_host, geometry, label, outputs_of, run_under_sanitizers
+from hosts import (
+    ARM_CXX,
+    ARM_EMULATOR,
+    DTYPES,
+    HERE,
+    ORDERS,
+    WARNINGS,
+    Emulated,
+    compile_host,
+    geometry,
+    label,
+    outputs_of,
+    require_arm,
+    run_under_sanitizers,
+)
 
 CROPS = ((0, 0), (1, 0), (0, 1), (1, 1), (3, 2), (9, 70))  # rows and columns of the output that are not wanted
 CASES = list(
@@ -143,7 +159,8 @@ def check_all_cases(library):
 
 
 def test_kernels_under_sanitizers(tmp_path):
-    assert run_under_sanitizers(__file__, "host.cpp", tmp_path).endswith(" cases")
+    """And what they do on processors of as many registers as AVX-512 has."""
+    assert run_under_sanitizers(__file__, "host.cpp", tmp_path, "-DREGISTERS=32").endswith(" cases")
 
 
 def test_kernels_on_64_bit_arm(tmp_path):
@@ -153,37 +170,72 @@ def test_kernels_on_64_bit_arm(tmp_path):
     emulator.close()
 
 
-def convert(library, name, source, target):
-    """In how many results a number and a vector at a time differ."""
-    function = getattr(library, name)
+@pytest.fixture(scope="module")
+def conversions(tmp_path_factory):
+    return ctypes.CDLL(str(compile_host("conversions.cpp", tmp_path_factory.mktemp("conversions"), "-O2")))
+
+
+def convert(conversions, name, source, target):
+    """In how many results a number and a vector at a time differ; NaNs count as one value."""
+    function = getattr(conversions, name)
     function.restype = ctypes.c_int64
     return function(ctypes.c_int64(len(source)), *(ctypes.c_void_p(t.data_ptr()) for t in (source, target)))
 
 
-def test_conversions_of_half_precision(library):
+@pytest.mark.parametrize("flush", [False, True], ids=["subnormals", "flushed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat16"])
+@pytest.mark.parametrize("path", ["baseline", "avx2", "avx512"])
+def test_conversions_of_half_precision(path, dtype, flush, conversions):
+    """As torch converts them, and the same with instructions and without, also where subnormal floats are zero."""
+    if path != "baseline" and not getattr(conversions, f"has_{path}")():
+        pytest.skip(f"this processor has no {path}")
+    suffix = f"{'half' if dtype == torch.float16 else 'bfloat16'}_{path}"
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
-    for dtype, suffix in ((torch.float16, "half"), (torch.bfloat16, "bfloat16")):
-        wide = torch.empty(65536)
-        assert convert(library, f"widen_{suffix}", bits, wide) == 0
-        expected = bits.view(dtype).float()
-        assert torch.equal(wide.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
-        assert torch.equal(wide.isnan(), expected.isnan())
-        # Every finite value, its neighbours half a step away (ties), just beside the ties, and float32 at random.
-        finite = expected[expected.isfinite()].double().sort().values
-        middle = ((finite[1:] + finite[:-1]) / 2).float()
-        generator = torch.Generator().manual_seed(0)
-        anything = (
-            torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
-        )
-        special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.9, 65520.0, 3.4e38, 1e-45])
-        near = (torch.nextafter(middle, torch.tensor(9e9)), torch.nextafter(middle, torch.tensor(-9e9)))
-        wide = torch.cat([finite.float(), middle, *near, anything, special])
-        narrow = torch.empty(len(wide), dtype=torch.int16)
-        assert convert(library, f"narrow_{suffix}", wide, narrow) == 0
-        got, expected = narrow.view(dtype), wide.to(dtype)
-        assert torch.equal(got.isnan(), expected.isnan())
-        keep = ~expected.isnan()
-        assert torch.equal(got[keep].view(torch.int16), expected[keep].view(torch.int16))
+    widened = bits.view(dtype).float()
+    # Every finite value, its neighbours half a step away (ties), just beside the ties, and float32 at random.
+    finite = widened[widened.isfinite()].double().sort().values
+    middle = ((finite[1:] + finite[:-1]) / 2).float()
+    generator = torch.Generator().manual_seed(0)
+    anything = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.9, 65520.0, 3.4e38, 1e-45])
+    near = (torch.nextafter(middle, torch.tensor(9e9)), torch.nextafter(middle, torch.tensor(-9e9)))
+    wide = torch.cat([finite.float(), middle, *near, anything, special])
+    wide = torch.cat([wide, wide.new_zeros(len(wide) % 2)])
+    if flush and dtype == torch.float16:  # no half is as small as a subnormal float
+        wide = wide[(wide == 0) | ~(wide.abs() < torch.finfo(torch.float32).tiny)][: len(wide) // 4 * 2]
+    narrowed = wide.to(dtype)
+    to_wide, to_narrow = torch.empty(65536), [torch.empty(len(wide), dtype=torch.int16) for _ in range(2)]
+    assert torch.set_flush_denormal(flush) or not flush
+    try:
+        differences = convert(conversions, f"widen_{suffix}", bits, to_wide)
+        for name, target in zip(("narrow", "pairs"), to_narrow, strict=True):
+            differences += convert(conversions, f"{name}_{suffix}", wide, target)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(to_wide.isnan(), widened.isnan())
+    kept = ~widened.isnan()
+    assert torch.equal(to_wide[kept].view(torch.int32), widened[kept].view(torch.int32))
+    kept = ~narrowed.isnan()
+    for each in (target.view(dtype) for target in to_narrow):
+        assert torch.equal(each.isnan(), narrowed.isnan())
+        assert torch.equal(each[kept].view(torch.int16), narrowed[kept].view(torch.int16))
+    assert differences == 0
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not on the PATH")
+@pytest.mark.parametrize("source", ["avx2", "avx512", "baseline"])
+def test_kernels_compile_with_clang(source):
+    """Which checks more of a function than GCC does before it is inlined into one of an instruction set."""
+    command = ["clang++", "-std=c++17", "-fsyntax-only", "-Wall", "-Werror", "-Wno-psabi"]
+    result = subprocess.run([*command, HERE.parents[1] / f"csrc/cpu/{source}.cpp"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[:4000]
+
+
+def test_conversions_of_half_precision_on_64_bit_arm(tmp_path):
+    require_arm(ARM_CXX, ARM_EMULATOR[0])
+    program = tmp_path / "conversions"
+    subprocess.run([ARM_CXX, *WARNINGS, "-O1", HERE / "conversions.cpp", "-o", program], check=True)
+    assert subprocess.check_output([*ARM_EMULATOR, program], text=True).strip() == "0"
 
 
 def test_offsets_of_more_than_2_to_the_31_elements(library):

@@ -115,6 +115,34 @@ def test_every_end_of_a_row(lanes, dtype, device):
         compare(*case, 5, 1, scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 37])
+def test_halving_looks_at_nothing_beside_the_map(kernel_size, dtype, device):
+    """The part of a map that is NaN elsewhere, of rows of every length: the same bits as from a map of its own."""
+    operators = torch.ops.carafe_plugin
+    grad_kernels, grad_features = operators._carafe_grad_kernels, operators._carafe_grad_features
+    sizes = [(1, 64), (2, 65), (40, 95)] + [(5, width) for width in (*range(30, 36), *range(62, 70), 399)]
+    for height, width in sizes[:4] if kernel_size > 7 else sizes:
+        size = (-(-height // 2), -(-width // 2))
+        masks = torch.randn(2, kernel_size**2, *size).softmax(1).to(dtype).to(device)
+        around = torch.full((2, 9, height + 2, width + 80), float("nan"), dtype=dtype, device=device)
+        around[:, :, 1:-1, 40:-40] = torch.randn(2, 9, height, width)
+        part = around[:, :, 1:-1, 40:-40]
+        whole = carafe(part.contiguous(), masks, kernel_size, 1, Fraction(1, 2))
+        assert whole.isfinite().all()
+        assert torch.equal(carafe(part, masks, kernel_size, 1, Fraction(1, 2)), whole)
+        repeated = part[:, :1, :1].expand(-1, 9, height, -1)  # strides of 0
+        expected = carafe(repeated.contiguous(), masks, kernel_size, 1, Fraction(1, 2))
+        assert torch.equal(carafe(repeated, masks, kernel_size, 1, Fraction(1, 2)), expected)
+        assert_close(whole, reference.reassemble(part, masks, kernel_size, 1, 1, 2))
+        grad = torch.randn(2, 9, *size).to(dtype).to(device)
+        found = grad_kernels(grad, part, masks, kernel_size, 1, 1, 2)
+        assert torch.equal(found, grad_kernels(grad, part.contiguous(), masks, kernel_size, 1, 1, 2))
+        assert_close(found, reference.grad_masks(grad, part, kernel_size, 1, 1, 2))
+        found = grad_features(grad, masks, height, width, kernel_size, 1, 1, 2)
+        assert_close(found, reference.grad_features(grad, masks, height, width, kernel_size, 1, 1, 2))
+
+
 def test_kernel_larger_than_the_map(device):
     compare(*random_case((2, 3), 4, 7, 1, 2, device=device), 7, 1, 2)
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from tiny_runs import COLOURS, ROOT, call_tool, environment, one_line, run, scene, write_config
 
+from carafe_plugin.engine import memory
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.prediction import write_picture
 from carafe_plugin.images import WRITTEN_ENDINGS
@@ -356,6 +357,7 @@ def test_command_line(trained: Callable, data: Path, tmp_path: Path) -> None:
     done = run("infer.py", data / "images/00.png", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{tmp_path}/results.json" in done.stdout
+    assert done.stdout.count("Freed memory is") == (1 if memory._glibc() else 0)
     assert (tmp_path / "pictures/00.png").is_file()
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 from tiny_runs import ROOT, call_tool, one_line, run
 
-from carafe_plugin.engine import prediction
+from carafe_plugin.engine import memory, prediction
 from carafe_plugin.engine.config import load_config
 
 pytest.importorskip("skimage", reason="tools: the metrics need scikit-image")
@@ -223,4 +223,5 @@ def test_command_line(trained: SimpleNamespace, picture: SimpleNamespace, tmp_pa
     done = run("inpaint.py", *given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pixels filled" in done.stdout
+    assert done.stdout.count("Freed memory is") == (1 if memory._glibc() else 0)
     assert Image.open(tmp_path / "filled.jpg").size == (50, 37)
