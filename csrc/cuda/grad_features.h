@@ -33,7 +33,7 @@ struct PackCall {
 };
 
 template <class T, class G>
-__global__ void __launch_bounds__(kThreads, 4) pack_weights(const __grid_constant__ PackCall<T> call) {
+__global__ void __launch_bounds__(kThreads, 3) pack_weights(const __grid_constant__ PackCall<T> call) {
   using Transfer = KernelTransfer<G, 1, kThreads / G::kPhases, kThreads>;
   __shared__ T exchange[Transfer::kExchange];
   const int columns = call.kernels.columns, rows = call.kernels.rows;
@@ -70,7 +70,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   T* const patch = reinterpret_cast<T*>(weights + Strip::kWeights);
 
   const unsigned thread = threadIdx.x;
-  const auto job = call.tiling.job(blockIdx.x, rows_of_block, Strip::kColumns);
+  __shared__ Tiling::Job job;  // not in registers, which are scarcer
+  if (thread == 0) job = call.tiling.job(blockIdx.x, rows_of_block, Strip::kColumns);
+  __syncthreads();
   const int lane = thread % Strip::kStripLanes, strip = thread / Strip::kStripLanes * kStrip;
   const int channel = lane * kQuad, column = job.column + strip;
   const T* const grad_output = call.grad_output.item(job.n) + job.first_channel * call.grad_output.channel_stride;
@@ -184,7 +186,9 @@ __global__ void __launch_bounds__(kThreads, 4) grad_features_tile(const __grid_c
   T* const patch = reinterpret_cast<T*>(weights + Weights::kSize);
 
   const unsigned thread = threadIdx.x;
-  const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
+  __shared__ Tiling::Job job;  // not in registers, which are scarcer
+  if (thread == 0) job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
+  __syncthreads();
   const auto [row, column, lane] = Place::of(thread, call.grad.channels_last);
   const T* const grad_output = call.grad_output.item(job.n);
   T* const grad = call.grad.item(job.n);

@@ -85,7 +85,9 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
   T* const grad_patch = patch + Patch::kSize;
 
   const unsigned thread = threadIdx.x;
-  const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
+  __shared__ Tiling::Job job;  // not in registers, which are scarcer
+  if (thread == 0) job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
+  __syncthreads();
   const int part = thread % Tile::kParts, strip = thread / Tile::kParts % (kTileSites / kStrip);
   const int u = thread / Tile::kRowThreads;
   const bool has_row = u < kSide;
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
 
 // The second pass: a thread adds the splits' sums of a kernel.
 template <class T, class G>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     finish_splits(const __grid_constant__ GradKernelsCall<T> call, unsigned blocks_of_row) {
   using Transfer = KernelTransfer<G, 1, kThreads / G::kPhases, kThreads>;
   __shared__ T exchange[Transfer::kExchange];

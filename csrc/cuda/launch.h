@@ -21,11 +21,12 @@ struct Queue {
 };
 
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;  // along the first axis of CUDA's grid
+constexpr int kStaticShared = 64;  // bytes of shared memory that a kernel takes beside what it is launched with
 
 template <class Kernel, class... Arguments>
 cudaError_t launch_kernel(
     const Queue& queue, Kernel kernel, int64_t blocks, int threads, int bytes, const Arguments&... arguments) {
-  if (bytes > general::kSharedDefault) {  // more than every GPU gives unasked
+  if (bytes + kStaticShared > general::kSharedDefault) {  // more than every GPU gives unasked
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
@@ -34,8 +35,15 @@ cudaError_t launch_kernel(
   return cudaGetLastError();
 }
 
-inline cudaError_t count_multiprocessors(const Queue& queue, int* multiprocessors) {
-  return cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
+// Of a device: its multiprocessors, and whether a block of it may have `bytes` of shared memory. False with an error.
+inline bool inquire(const Queue& queue, int bytes, int* multiprocessors, bool* fits, cudaError_t* error) {
+  int most = 0;
+  *error = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
+  if (*error == cudaSuccess) {
+    *error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
+  }
+  *fits = bytes + kStaticShared <= most;
+  return *error == cudaSuccess;
 }
 
 // Each sets `found` to whether the call is one of its cases, and returns what the launch did.
@@ -54,7 +62,8 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, bool* f
       make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
   if (!*found) return cudaSuccess;
   int multiprocessors = 0;
-  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
+  cudaError_t error;
+  if (!inquire(queue, Tile::kBytes, &multiprocessors, found, &error) || !*found) return error;
   arguments.tiling = Tiling::of(
       shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors,
       1 / 7.0, 0);
@@ -91,9 +100,10 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
       make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
   if (!*found) return cudaSuccess;
   int multiprocessors = 0;
-  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
+  cudaError_t error;
+  using Tile = std::conditional_t<G::kUp == 1, GradFeaturesTile<T, G>, GradFeaturesStrip<T, G>>;
+  if (!inquire(queue, Tile::kBytes, &multiprocessors, found, &error) || !*found) return error;
   if constexpr (G::kUp == 1) {
-    using Tile = GradFeaturesTile<T, G>;
     arguments.tiling = Tiling::of(
         shape, ceil_div(shape.height, G::kDown), ceil_div(shape.width, G::kDown), kTileRows, kTileColumns, Tile::kChunk,
         multiprocessors, 1 / 7.0, 0);
@@ -101,12 +111,11 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
     if (!*found) return cudaSuccess;
     return launch_kernel(queue, grad_features_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
   } else {
-    using Strip = GradFeaturesStrip<T, G>;
     const int64_t strips =
-        ceil_div(shape.width, Strip::kColumns) * ceil_div(group, Strip::kChunk) * shape.groups * shape.batch;
+        ceil_div(shape.width, Tile::kColumns) * ceil_div(group, Tile::kChunk) * shape.groups * shape.batch;
     const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, multiprocessors);
     arguments.tiling =
-        Tiling::of(shape, shape.height, shape.width, rows, Strip::kColumns, Strip::kChunk, kMostBlocks, 0, 0);
+        Tiling::of(shape, shape.height, shape.width, rows, Tile::kColumns, Tile::kChunk, kMostBlocks, 0, 0);
     PackCall<T> pack = {nullptr, arguments.kernels, arguments.normalizer, arguments.tiling.groups, 0};
     pack.blocks_of_row = static_cast<unsigned>(ceil_div(int64_t(arguments.kernels.columns) * G::kPhases, kThreads));
     const int64_t row_blocks = int64_t(pack.blocks_of_row) * arguments.kernels.rows * arguments.tiling.items;
@@ -121,7 +130,7 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
       return error;
     }
     return launch_kernel(
-        queue, grad_features_strip<T, G>, arguments.tiling.blocks, kThreads, Strip::kBytes, arguments,
+        queue, grad_features_strip<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments,
         static_cast<int>(rows));
   }
 }
@@ -141,7 +150,8 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* 
             make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels));
   if (!*found) return cudaSuccess;
   int multiprocessors = 0;
-  if (const cudaError_t error = count_multiprocessors(queue, &multiprocessors)) return error;
+  cudaError_t error;
+  if (!inquire(queue, Tile::kBytes, &multiprocessors, found, &error) || !*found) return error;
   const int rows = arguments.grad.rows, columns = arguments.grad.columns;
   arguments.tiling =
       Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors, 1 / 7.0, 1);
@@ -155,7 +165,7 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* 
     arguments.partial = static_cast<float*>(queue.allocate(queue.context, sums * int64_t(sizeof(float))));
     if (arguments.partial == nullptr) return cudaErrorMemoryAllocation;
   }
-  const cudaError_t error =
+  error =
       launch_kernel(queue, grad_kernels_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
   if (error != cudaSuccess || arguments.partial == nullptr) return error;
   return launch_kernel(

@@ -37,20 +37,20 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_tile(const __grid_cons
   T* const patch = reinterpret_cast<T*>(weights + Weights::kSize);
 
   const unsigned thread = threadIdx.x;
-  const auto job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
-  const auto [row, column, lane] = Place::of(thread, call.output.channels_last);
-  const T* const features = call.features.item(job.n);
-  T* const output = call.output.item(job.n);
-  const int first_row = job.row * G::kDown - G::kRadius, first_column = job.column * G::kDown - G::kRadius;
+  __shared__ Tiling::Job job;  // not in registers, which are scarcer
+  if (thread == 0) job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
+  __syncthreads();
 
   Weights::stage(call.kernels, call.normalizer, job.n, job.group, job.row, job.column, thread, weights);
   CARAFE_ROLLED
   for (int done = 0; done < job.channels; done += Tile::kChunk) {
     if (done > 0) __syncthreads();  // the patch has been read
     stage<Patch, kUnit<T> == 4 ? 4 : 2>(
-        call.features, features + (job.first_channel + done) * call.features.channel_stride, first_row, first_column,
-        job.channels - done, renew(thread), kThreads, patch);
+        call.features, call.features.item(job.n) + (job.first_channel + done) * call.features.channel_stride,
+        job.row * G::kDown - G::kRadius, job.column * G::kDown - G::kRadius, job.channels - done, renew(thread),
+        kThreads, patch);
     __syncthreads();
+    const auto [row, column, lane] = Place::of(renew(thread), call.output.channels_last);
     const int i = (job.row + row) * kUp, j = (job.column + column) * kUp;
     if (i < call.output.height && j < call.output.width &&
         done + lane * kUnit<T> < job.channels) {  // every thread comes to the barriers
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_tile(const __grid_cons
       for (int q = 0; q < kUnits; ++q) {
         const int channel = done + (q * kLanes + lane) * kUnit<T>;
         write_pixels<G::kUp>(
-            call.output, output + call.output.offset(job.first_channel + channel, i, j), sums[q],
+            call.output, call.output.item(job.n) + call.output.offset(job.first_channel + channel, i, j), sums[q],
             job.channels - channel, call.output.height - i, call.output.width - j);
       }
     }

@@ -102,6 +102,7 @@ struct KernelTransfer {
     T* const first = item + kernels.image.offset(0, row * Scale, column * Scale);
     CARAFE_UNROLL
     for (int e = 0; e < kEach; ++e) {
+      if (e > 0 && e % 16 == 0) thread = renew(thread);  // the addresses of more at once take too many registers
       const unsigned element = e * Threads + thread;
       if ((e + 1) * Threads > kElements && element >= kElements) continue;
       const int i = static_cast<int>(element / kRow), rest = static_cast<int>(element % kRow);
