@@ -54,7 +54,7 @@ struct GradFeaturesStrip {
   static constexpr int kChunk = kStripLanes * kQuad;
   static constexpr int kSites = kColumns + G::kSide - 1;  // of a row, that lead to the strip
   using Patch = Window<G::kUp, kSites * G::kUp, kStripLanes, kQuad>;
-  static constexpr int kTap = kSites * G::kPhases + kQuad;
+  static constexpr int kTap = kSites * G::kPhases;
   static constexpr int kWeights = G::kTaps * kTap;
   static constexpr int kBytes = kWeights * int(sizeof(float)) + Patch::kSize * int(sizeof(T));
 };
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 4) grad_features_tile(const __grid_c
   __shared__ Tiling::Job job;  // not in registers, which are scarcer
   if (thread == 0) job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
   __syncthreads();
-  const auto [row, column, lane] = Place::of(thread, call.grad.channels_last);
+  const auto [row, column, lane] = Place::of<kStrip>(thread, call.grad.channels_last);
   const T* const grad_output = call.grad_output.item(job.n);
   T* const grad = call.grad.item(job.n);
   const int first_row = job.row - Tile::kBefore, first_column = job.column - Tile::kBefore;

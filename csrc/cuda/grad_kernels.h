@@ -27,9 +27,9 @@ struct GradKernelsTile {
   static constexpr int kQuads = 128 / (kQuad * sizeof(T)), kChunk = kQuads * kQuad;
   // The quads that a warp reads at once lie in different banks: they belong to neighbouring strips, two sites apart,
   // and to both parts.
-  using Patch =
-      Window<G::kDown*(kTileRows - 1) + G::kSide, G::kDown*(kTileColumns - 1) + G::kSide, kQuads, kQuad, G::kDown>;
-  using GradPatch = Window<kTileRows * G::kUp, kTileColumns * G::kUp, kQuads, kQuad, G::kUp>;
+  using Patch = Window<
+      G::kDown*(kTileRows - 1) + G::kSide, G::kDown*(kTileColumns - 1) + G::kSide, kQuads, kQuad, G::kDown, kChunk>;
+  using GradPatch = Window<kTileRows * G::kUp, kTileColumns * G::kUp, kQuads, kQuad, G::kUp, kChunk>;
   using Sums = StagedWeights<G, kTileRows, kTileColumns>;
   static constexpr int kStaged = (Patch::kSize + GradPatch::kSize) * int(sizeof(T));
   static constexpr int kMeeting = G::kTaps * Sums::kTap * int(sizeof(float));

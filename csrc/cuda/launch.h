@@ -46,6 +46,15 @@ inline bool inquire(const Queue& queue, int bytes, int* multiprocessors, bool* f
   return *error == cudaSuccess;
 }
 
+// Elements of a row of packed weights, or of partial sums: offsets in it have 32 bits.
+constexpr int64_t kMostOffset = (int64_t(1) << 31) - 1;
+template <class G>
+int64_t packed_row_size(int64_t columns) {
+  return columns * G::kTaps * G::kPhases;
+}
+
+constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, in chunks of channels (Tiling::of)
+
 // Each sets `found` to whether the call is one of its cases, and returns what the launch did.
 
 template <class G, class T>
@@ -66,7 +75,7 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, bool* f
   if (!inquire(queue, Tile::kBytes, &multiprocessors, found, &error) || !*found) return error;
   arguments.tiling = Tiling::of(
       shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors,
-      1 / 7.0, 0);
+      kPreparing, 0);
   *found = arguments.tiling.blocks <= kMostBlocks;
   if (!*found) return cudaSuccess;
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
@@ -77,12 +86,14 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, bool* f
 inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t multiprocessors) {
   int64_t best = rows;
   double least = 0;
-  for (int64_t count = 1; count <= rows; ++count) {
-    const int64_t runs = ceil_div(rows, count), blocks = runs * strips;
-    if (ceil_div(rows, runs) != count) continue;  // fewer rows do for as many blocks
-    const double busy = double(ceil_div(blocks, multiprocessors));
+  for (int64_t count = rows;;) {  // as few rows as do for so many runs
+    const int64_t runs = ceil_div(rows, count);
+    count = ceil_div(rows, runs);
+    const double busy = double(ceil_div(runs * strips, multiprocessors));
     const double time = (busy + 1) * (double(count) + 0.4 * double(count + side - 1));
     if (least == 0 || time < least) least = time, best = count;
+    if (count == 1) break;
+    --count;
   }
   return best;
 }
@@ -106,7 +117,7 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
   if constexpr (G::kUp == 1) {
     arguments.tiling = Tiling::of(
         shape, ceil_div(shape.height, G::kDown), ceil_div(shape.width, G::kDown), kTileRows, kTileColumns, Tile::kChunk,
-        multiprocessors, 1 / 7.0, 0);
+        multiprocessors, kPreparing, 0);
     *found = arguments.tiling.blocks <= kMostBlocks;
     if (!*found) return cudaSuccess;
     return launch_kernel(queue, grad_features_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
@@ -114,12 +125,13 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
     const int64_t strips =
         ceil_div(shape.width, Tile::kColumns) * ceil_div(group, Tile::kChunk) * shape.groups * shape.batch;
     const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, multiprocessors);
-    arguments.tiling =
+    arguments.tiling =  // a chunk a block, as for any number of multiprocessors
         Tiling::of(shape, shape.height, shape.width, rows, Tile::kColumns, Tile::kChunk, kMostBlocks, 0, 0);
     PackCall<T> pack = {nullptr, arguments.kernels, arguments.normalizer, arguments.tiling.groups, 0};
     pack.blocks_of_row = static_cast<unsigned>(ceil_div(int64_t(arguments.kernels.columns) * G::kPhases, kThreads));
     const int64_t row_blocks = int64_t(pack.blocks_of_row) * arguments.kernels.rows * arguments.tiling.items;
-    *found = arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks;
+    *found = arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks &&
+             packed_row_size<G>(arguments.kernels.columns) <= kMostOffset;
     if (!*found) return cudaSuccess;
     const int64_t sites = int64_t(arguments.kernels.rows) * arguments.kernels.columns * arguments.tiling.items;
     pack.packed =
@@ -154,10 +166,11 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* 
   if (!inquire(queue, Tile::kBytes, &multiprocessors, found, &error) || !*found) return error;
   const int rows = arguments.grad.rows, columns = arguments.grad.columns;
   arguments.tiling =
-      Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors, 1 / 7.0, 1);
+      Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors, kPreparing, 1);
   const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
   const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
-  *found = arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks;
+  *found =
+      arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks && packed_row_size<G>(columns) <= kMostOffset;
   if (!*found) return cudaSuccess;
   if (arguments.tiling.splits > 1) {
     const int64_t sums =

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_tile(const __grid_cons
         job.row * G::kDown - G::kRadius, job.column * G::kDown - G::kRadius, job.channels - done, renew(thread),
         kThreads, patch);
     __syncthreads();
-    const auto [row, column, lane] = Place::of(renew(thread), call.output.channels_last);
+    const auto [row, column, lane] = Place::of<kStrip * G::kDown>(renew(thread), call.output.channels_last);
     const int i = (job.row + row) * kUp, j = (job.column + column) * kUp;
     if (i < call.output.height && j < call.output.width &&
         done + lane * kUnit<T> < job.channels) {  // every thread comes to the barriers

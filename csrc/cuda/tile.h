@@ -93,18 +93,25 @@ __device__ __forceinline__ unsigned renew(unsigned number) {
 }
 
 // A thread's place among those of a tile: its strip of sites, and which channels. Eight threads that follow one another
-// have the same four strips, whose pixels lie in different banks, and two units of channels; a warp writes as much as
-// it can of what lies together: eight strips of a row, or all channels.
+// read different banks at once: four strips, two pixels apart, and two units of channels; or, where strips lie four
+// pixels apart, two and four. A warp writes as much as it can of what lies together: eight strips of a row, or all
+// channels.
 struct Place {
   int row, column, lane;
 
+  template <int Apart>
   static __device__ __forceinline__ Place of(unsigned thread, bool channels_last) {
     static_assert(kLanes == 8 && kTileColumns / kStrip == 8, "three bits each");
-    const unsigned low = thread & 1, strips = thread >> 1 & 3, next = thread >> 3 & 3, warp = thread >> 5;
-    // The two next bits are those of the channels, or the strip's last one and another of the channels.
-    const unsigned strip = channels_last ? strips | (warp & 1) << 2 : strips | (next & 1) << 2;
-    const unsigned lane = channels_last ? low | next << 1 : low | (next & 2) | (warp & 1) << 2;
-    return {static_cast<int>(warp >> 1), static_cast<int>(strip) * kStrip, static_cast<int>(lane)};
+    const auto bit = [&](int from, int to) { return (thread >> from & 1) << to; };
+    unsigned strip, lane;
+    if (Apart == 2) {
+      strip = bit(1, 0) | bit(2, 1) | (channels_last ? bit(5, 2) : bit(3, 2));
+      lane = bit(0, 0) | (channels_last ? bit(3, 1) | bit(4, 2) : bit(4, 1) | bit(5, 2));
+    } else {
+      strip = bit(2, 0) | bit(3, 1) | (channels_last ? bit(5, 2) : bit(4, 2));
+      lane = bit(0, 0) | bit(1, 1) | (channels_last ? bit(4, 2) : bit(5, 2));
+    }
+    return {static_cast<int>(thread >> 6), static_cast<int>(strip) * kStrip, static_cast<int>(lane)};
   }
 };
 
@@ -230,15 +237,17 @@ __device__ __forceinline__ void write_pixels(
 }
 
 // How a window lies in shared memory, in elements: planes of phases (one where the window is not split), rows, pixels,
-// the channels of a pixel in units of `Unit`. A pixel takes one unit more than it needs, or an even number of them
-// two, so that neighbouring threads that write neighbouring pixels use different banks.
-template <int Rows, int Columns, int Units, int Unit, int Scale = 1>
+// the channels of a pixel in units of `Unit`. A pixel takes a unit more than it needs, an odd number of them, so that
+// neighbouring threads that write neighbouring pixels use different banks; so do planes, half of the `Banks` apart,
+// elements in one access to all banks.
+template <int Rows, int Columns, int Units, int Unit, int Scale = 1, int Banks = 1>
 struct Window {
   static constexpr int kRows = Rows, kColumns = Columns, kUnits = Units, kUnitChannels = Unit;
   static constexpr int kChannels = Units * Unit;
-  static constexpr int kPixel = (Units / 2 * 2 + 1) * Unit;
+  static constexpr int kPixel = (Units + 1) * Unit;
   static constexpr int kRow = (Columns + Scale - 1) / Scale * kPixel;
-  static constexpr int kPlane = (Rows + Scale - 1) / Scale * kRow;
+  static constexpr int kPacked = (Rows + Scale - 1) / Scale * kRow;
+  static constexpr int kPlane = kPacked + (Banks + Banks / 2 - kPacked % Banks) % Banks;
   static constexpr int kSize = Scale * Scale * kPlane;
   static_assert(Units % 2 == 0, "a pixel's last unit would be another's first");
 

@@ -80,7 +80,7 @@ template <class G, int Rows, int Columns, int Threads>
 struct KernelTransfer {
   static constexpr int kSites = Rows * Columns, kCount = kSites * G::kPhases;
   static constexpr int kElements = kCount * G::kTaps;
-  static constexpr int kEach = (kElements + Threads - 1) / Threads;  // of a thread
+  static constexpr int kAtOnce = std::min((kElements + Threads - 1) / Threads, 25);
   static constexpr int kRowPadding = G::kUp > 1 ? 16 : 0;
   static constexpr int kExchange = kElements + Rows * G::kUp * kRowPadding;
   static_assert(kCount <= Threads, "a thread has one kernel");
@@ -92,37 +92,44 @@ struct KernelTransfer {
     return kernels.template kernel<G>(n, group, row + site / Columns, column + site % Columns, kernel % G::kPhases);
   }
 
-  // An element of the thread's: where it lies in shared memory, and in global memory if it exists.
-  template <int Scale, int Channels, class T, class Function>
+  // Calls first(e, at, exists, pointer), then second(e, at, exists, pointer), for each of the thread's elements, as
+  // many at a time as its registers allow: where it lies in shared memory, and in global memory if it exists.
+  template <int Scale, int Channels, class T, class First, class Second>
   static __device__ __forceinline__ void each_element(
-      const KernelMap<T>& kernels, T* item, int row, int column, unsigned thread, const Function& function) {
+      const KernelMap<T>& kernels, T* item, int row, int column, unsigned thread, const First& first,
+      const Second& second) {
     constexpr unsigned kRow = Columns * Scale * Channels;
     const int height = Scale == G::kUp ? kernels.out_height : kernels.rows;
     const int width = Scale == G::kUp ? kernels.out_width : kernels.columns;
-    T* const first = item + kernels.image.offset(0, row * Scale, column * Scale);
-    CARAFE_UNROLL
-    for (int e = 0; e < kEach; ++e) {
-      if (e > 0 && e % 16 == 0) thread = renew(thread);  // the addresses of more at once take too many registers
-      const unsigned element = e * Threads + thread;
-      if ((e + 1) * Threads > kElements && element >= kElements) continue;
+    T* const origin = item + kernels.image.offset(0, row * Scale, column * Scale);
+    const auto visit = [&](unsigned element, int e, const auto& function) {
+      if (element >= kElements) return;
       const int i = static_cast<int>(element / kRow), rest = static_cast<int>(element % kRow);
       const int j = static_cast<int>(static_cast<unsigned>(rest) / Channels), channel = rest - j * Channels;
       const bool exists = static_cast<unsigned>(row * Scale + i) < static_cast<unsigned>(height) &&
                           static_cast<unsigned>(column * Scale + j) < static_cast<unsigned>(width);
       function(
           e, i * static_cast<int>(kRow + kRowPadding) + rest, exists,
-          first + (i * kernels.image.row_stride + j * kernels.image.column_stride + channel));
+          origin + (i * kernels.image.row_stride + j * kernels.image.column_stride + channel));
+    };
+    CARAFE_ROLLED
+    for (unsigned element = thread; element < kElements; element += kAtOnce * Threads) {
+      CARAFE_UNROLL
+      for (int e = 0; e < kAtOnce; ++e) visit(element + e * Threads, e, first);
+      CARAFE_UNROLL
+      for (int e = 0; e < kAtOnce; ++e) visit(element + e * Threads, e, second);
     }
   }
-  template <class T, class Function>
+  template <class T, class First, class Second>
   static __device__ __forceinline__ void each_element(
-      const KernelMap<T>& kernels, int n, int group, int row, int column, unsigned thread, const Function& function) {
+      const KernelMap<T>& kernels, int n, int group, int row, int column, unsigned thread, const First& first,
+      const Second& second) {
     T* const item = kernels.image.item(n);
     if (G::kPhases > 1 && kernels.from_logits) {
       constexpr int kChannels = G::kTaps * G::kPhases;
-      each_element<1, kChannels>(kernels, item + group * kChannels, row, column, thread, function);
+      each_element<1, kChannels>(kernels, item + group * kChannels, row, column, thread, first, second);
     } else {
-      each_element<G::kUp, G::kTaps>(kernels, item + group * G::kTaps, row, column, thread, function);
+      each_element<G::kUp, G::kTaps>(kernels, item + group * G::kTaps, row, column, thread, first, second);
     }
   }
   // The first tap of a kernel in shared memory; the next ones lie `step` on.
@@ -143,12 +150,11 @@ struct KernelTransfer {
     OwnKernel<G> own = {};
     const int kernel = static_cast<int>(thread);
     if (kernels.image.channels_last) {
-      T values[kEach];
-      each_element(kernels, n, group, row, column, thread, [&](int e, int, bool exists, const T* from) {
-        values[e] = exists ? *from : T{};
-      });
+      T values[kAtOnce];
       each_element(
-          kernels, n, group, row, column, thread, [&](int e, int at, bool, const T*) { exchange[at] = values[e]; });
+          kernels, n, group, row, column, thread,
+          [&](int e, int, bool exists, const T* from) { values[e] = exists ? *from : T{}; },
+          [&](int e, int at, bool, const T*) { exchange[at] = values[e]; });
       __syncthreads();
       if (kernel < kCount && pointer(kernels, n, group, row, column, kernel) != nullptr) {
         int step;
@@ -181,9 +187,11 @@ struct KernelTransfer {
         own.each([&](int tap) { to[tap * step] = narrow<T>(own.values[tap]); });
       }
       __syncthreads();
-      each_element(kernels, n, group, row, column, thread, [&](int, int at, bool exists, T* to) {
-        if (exists) *to = exchange[at];
-      });
+      each_element(
+          kernels, n, group, row, column, thread, [](int, int, bool, T*) {},
+          [&](int, int at, bool exists, T* to) {
+            if (exists) *to = exchange[at];
+          });
     } else if (kernel < kCount) {
       T* to = pointer(kernels, n, group, row, column, kernel);
       if (to == nullptr) return;
@@ -195,14 +203,13 @@ struct KernelTransfer {
   }
 };
 
-// The weights of a rectangle of sites in shared memory: [tap][site][phase], a quad more for each tap so that the taps
-// of a kernel lie in different banks.
+// The weights of a rectangle of sites in shared memory: [tap][site][phase].
 template <class G, int Rows, int Columns>
 struct StagedWeights {
   static constexpr int kSites = Rows * Columns;
-  static constexpr int kTap = (kSites * G::kPhases + kQuad - 1) / kQuad * kQuad + kQuad;
+  static constexpr int kTap = (kSites * G::kPhases + kQuad - 1) / kQuad * kQuad;
   using Transfer = KernelTransfer<G, Rows, Columns, kThreads>;  // what it exchanges lies where the weights will
-  static constexpr int kSize = std::max(G::kTaps * kTap, Transfer::kExchange / kQuad * kQuad + kQuad);
+  static constexpr int kSize = std::max(G::kTaps * kTap, (Transfer::kExchange + kQuad - 1) / kQuad * kQuad);
 
   // Of the sites from (row, column) on; zeros where there is no kernel.
   template <class T>
