@@ -103,7 +103,7 @@ struct KernelTransfer {
     const int width = Scale == G::kUp ? kernels.out_width : kernels.columns;
     T* const origin = item + kernels.image.offset(0, row * Scale, column * Scale);
     const auto visit = [&](unsigned element, int e, const auto& function) {
-      if (element >= kElements) return;
+      if (kElements % (kAtOnce * Threads) != 0 && element >= kElements) return;
       const int i = static_cast<int>(element / kRow), rest = static_cast<int>(element % kRow);
       const int j = static_cast<int>(static_cast<unsigned>(rest) / Channels), channel = rest - j * Channels;
       const bool exists = static_cast<unsigned>(row * Scale + i) < static_cast<unsigned>(height) &&
