@@ -20,7 +20,7 @@ struct Queue {
   void* context;
 };
 
-constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;  // along the first axis of CUDA's grid
+using general::kMostBlocks;
 constexpr int kStaticShared = 64;  // bytes of shared memory that a kernel takes beside what it is launched with
 
 template <class Kernel, class... Arguments>

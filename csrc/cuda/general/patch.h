@@ -7,7 +7,7 @@ namespace carafe::gpu::general {
 
 // How a window lies there: [phase row][phase column][site row][site column][channel]. The channels of a pixel are
 // neighbours so that a thread reads four of them at once; kQuad more than are used keep the 16-byte accesses of
-// neighbouring pixels in different banks (the pitch is an odd multiple of four words).
+// neighbouring pixels in different banks where there is an even number of quads.
 struct Patch {
   static constexpr int kQuad = 4;
 

@@ -4,11 +4,11 @@
 // A block kernel is a struct with
 //
 //     int steps() const                                                   the same for every thread
-//     void run(int step, int thread, State& state, A* shared) const
+//     void run(const Job& job, int step, int thread, State& state, A* shared) const
 //
 // between whose steps stands a barrier. Within a step no thread reads what another one writes, so that the CUDA kernel
-// (cuda/carafe.cu) is a loop over the steps, and the host runs the very same block by a loop over steps and threads:
-// ascending and descending give the same bits, or there is a race.
+// (run_block in launch.h) is a loop over the steps, and the host runs the very same block by a loop over steps and
+// threads: ascending and descending give the same bits, or there is a race.
 #pragma once
 
 #include <algorithm>
