@@ -206,7 +206,6 @@ cudaError_t launch_common(const Call& call, const Queue& queue, bool* found) {
 }
 
 constexpr int64_t kBlocksThatLoop = 1 << 20;  // the general kernels' blocks, which take what more there is in turns
-constexpr int64_t kSharedJob = 64;            // bytes that a block's job takes, and the alignment of what follows
 
 // The CUDA side of a block kernel (general/sites.h): its steps, and a barrier after each.
 template <class Block>
@@ -235,21 +234,15 @@ cudaError_t launch_block(const Call& call, const Queue& queue, bool* found) {
   const auto launch = [&](const auto& block) {
     using Block = std::decay_t<decltype(block)>;
     const auto bytes = static_cast<int>(block.grid.shared * sizeof(typename Block::A));
-    if (bytes > general::kSharedDefault - kSharedJob) {
-      error = cudaFuncSetAttribute(
-          reinterpret_cast<const void*>(run_block<Block>), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-      if (error != cudaSuccess) return;
-    }
     const int64_t blocks = std::min<int64_t>(block.grid.blocks, kBlocksThatLoop);
-    run_block<<<static_cast<unsigned>(blocks), block.grid.threads, bytes, queue.stream>>>(block);
-    error = cudaGetLastError();
+    error = launch_kernel(queue, run_block<Block>, blocks, block.grid.threads, bytes, block);
   };
-  *found = general::run_block(call, general::kSharedDefault - kSharedJob, launch);
+  *found = general::run_block(call, general::kSharedDefault - kStaticShared, launch);
   if (*found) return error;
   int most = 0;
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
   if (error != cudaSuccess) return error;
-  *found = general::run_block(call, most - kSharedJob, launch);
+  *found = general::run_block(call, most - kStaticShared, launch);
   return error;
 }
 
@@ -289,9 +282,8 @@ cudaError_t launch(const Call& call, int64_t channels, int64_t height, int64_t w
   if (call.kernels.normalizer != Normalizer::none) return cudaErrorNotSupported;
   const int64_t count = call.shape.batch * channels * height * width;
   const int64_t blocks = std::min(ceil_div(count, kElementThreads), kBlocksThatLoop);
-  run_elements<<<static_cast<unsigned>(blocks), kElementThreads, 0, queue.stream>>>(
-      call, call.shape.batch, channels, height, width);
-  return cudaGetLastError();
+  return launch_kernel(
+      queue, run_elements<Call>, blocks, kElementThreads, 0, call, call.shape.batch, channels, height, width);
 }
 
 template <class T>

@@ -120,8 +120,6 @@ template <class T, int Count>
 struct alignas(Count * sizeof(T)) Vector {
   T values[Count];
 };
-template <class T>
-using Quad = Vector<T, kQuad>;
 
 template <int Count, class T>
 __device__ __forceinline__ Vector<T, Count> load(const T* from) {
