@@ -8,6 +8,7 @@
 #include "grad_features.h"
 #include "grad_kernels.h"
 #include "reassemble.h"
+#include "tensor/fragments.h"
 
 namespace carafe::gpu {
 
@@ -35,15 +36,26 @@ cudaError_t launch_kernel(
   return cudaGetLastError();
 }
 
-// Of a device: its multiprocessors, and whether a block of it may have `bytes` of shared memory. False with an error.
-inline bool inquire(const Queue& queue, int bytes, int* multiprocessors, bool* fits, cudaError_t* error) {
-  int most = 0;
-  *error = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, queue.device);
-  if (*error == cudaSuccess) {
-    *error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device);
+// What a launch asks of a device.
+struct Device {
+  int multiprocessors = 0;
+  int shared = 0;  // bytes of shared memory that a block may have
+  bool has_tensor_cores = false;
+
+  bool fits(int bytes) const { return bytes + kStaticShared <= shared; }
+};
+
+inline cudaError_t inquire(const Queue& queue, Device* device) {
+  int major = 0;
+  const std::pair<cudaDeviceAttr, int*> attributes[] = {
+      {cudaDevAttrMultiProcessorCount, &device->multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared},
+      {cudaDevAttrComputeCapabilityMajor, &major}};
+  for (const auto& [attribute, value] : attributes) {
+    if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, queue.device)) return error;
   }
-  *fits = bytes + kStaticShared <= most;
-  return *error == cudaSuccess;
+  device->has_tensor_cores = major >= tensor::kLeastMajor;
+  return cudaSuccess;
 }
 
 // Elements of a row of packed weights, or of partial sums: offsets in it have 32 bits.
@@ -58,7 +70,7 @@ constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, i
 // Each sets `found` to whether the call is one of its cases, and returns what the launch did.
 
 template <class G, class T>
-cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, bool* found) {
+cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const Device& device, bool* found) {
   using Tile = ReassembleTile<T, G>;
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
@@ -70,12 +82,11 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, bool* f
       make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
       make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
   if (!*found) return cudaSuccess;
-  int multiprocessors = 0;
-  cudaError_t error;
-  if (!inquire(queue, Tile::kBytes, &multiprocessors, found, &error) || !*found) return error;
+  *found = device.fits(Tile::kBytes);
+  if (!*found) return cudaSuccess;
   arguments.tiling = Tiling::of(
-      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors,
-      kPreparing, 0);
+      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk,
+      device.multiprocessors, kPreparing, 0);
   *found = arguments.tiling.blocks <= kMostBlocks;
   if (!*found) return cudaSuccess;
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
@@ -99,7 +110,7 @@ inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t
 }
 
 template <class G, class T>
-cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool* found) {
+cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const Device& device, bool* found) {
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
   GradFeaturesCall<T> arguments = {};
@@ -110,21 +121,20 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
           call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
       make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
   if (!*found) return cudaSuccess;
-  int multiprocessors = 0;
-  cudaError_t error;
   using Tile = std::conditional_t<G::kUp == 1, GradFeaturesTile<T, G>, GradFeaturesStrip<T, G>>;
-  if (!inquire(queue, Tile::kBytes, &multiprocessors, found, &error) || !*found) return error;
+  *found = device.fits(Tile::kBytes);
+  if (!*found) return cudaSuccess;
   if constexpr (G::kUp == 1) {
     arguments.tiling = Tiling::of(
         shape, ceil_div(shape.height, G::kDown), ceil_div(shape.width, G::kDown), kTileRows, kTileColumns, Tile::kChunk,
-        multiprocessors, kPreparing, 0);
+        device.multiprocessors, kPreparing, 0);
     *found = arguments.tiling.blocks <= kMostBlocks;
     if (!*found) return cudaSuccess;
     return launch_kernel(queue, grad_features_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
   } else {
     const int64_t strips =
         ceil_div(shape.width, Tile::kColumns) * ceil_div(group, Tile::kChunk) * shape.groups * shape.batch;
-    const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, multiprocessors);
+    const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, device.multiprocessors);
     arguments.tiling =  // a chunk a block, as for any number of multiprocessors
         Tiling::of(shape, shape.height, shape.width, rows, Tile::kColumns, Tile::kChunk, kMostBlocks, 0, 0);
     PackCall<T> pack = {nullptr, arguments.kernels, arguments.normalizer, arguments.tiling.groups, 0};
@@ -148,7 +158,7 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, bool*
 }
 
 template <class G, class T>
-cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* found) {
+cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const Device& device, bool* found) {
   using Tile = GradKernelsTile<T, G>;
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
@@ -161,12 +171,11 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* 
            (arguments.normalizer == Normalizer::none ||
             make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels));
   if (!*found) return cudaSuccess;
-  int multiprocessors = 0;
-  cudaError_t error;
-  if (!inquire(queue, Tile::kBytes, &multiprocessors, found, &error) || !*found) return error;
+  *found = device.fits(Tile::kBytes);
+  if (!*found) return cudaSuccess;
   const int rows = arguments.grad.rows, columns = arguments.grad.columns;
   arguments.tiling =
-      Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, multiprocessors, kPreparing, 1);
+      Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1);
   const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
   const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
   *found =
@@ -178,7 +187,7 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, bool* 
     arguments.partial = static_cast<float*>(queue.allocate(queue.context, sums * int64_t(sizeof(float))));
     if (arguments.partial == nullptr) return cudaErrorMemoryAllocation;
   }
-  error =
+  const cudaError_t error =
       launch_kernel(queue, grad_kernels_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
   if (error != cudaSuccess || arguments.partial == nullptr) return error;
   return launch_kernel(
@@ -192,15 +201,17 @@ cudaError_t launch_common(const Call& call, const Queue& queue, bool* found) {
   if constexpr (!std::is_same_v<typename Call::type, double>) {
     const Shape& shape = call.shape;
     if (shape.group_channels() == 0 || shape.out_height == 0 || shape.out_width == 0) return cudaSuccess;
+    Device device;
+    if (const cudaError_t error = inquire(queue, &device)) return error;
     const auto is = [&](int side, int up, int down) {
       return shape.kernel == side && shape.up == up && shape.down == down;
     };
-    if (is(5, 2, 1)) return launch_common<Geometry<5, 2, 1>>(call, queue, found);
-    if (is(3, 2, 1)) return launch_common<Geometry<3, 2, 1>>(call, queue, found);
-    if (is(7, 2, 1)) return launch_common<Geometry<7, 2, 1>>(call, queue, found);
-    if (is(5, 1, 2)) return launch_common<Geometry<5, 1, 2>>(call, queue, found);
-    if (is(3, 1, 2)) return launch_common<Geometry<3, 1, 2>>(call, queue, found);
-    if (is(7, 1, 2)) return launch_common<Geometry<7, 1, 2>>(call, queue, found);
+    if (is(5, 2, 1)) return launch_common<Geometry<5, 2, 1>>(call, queue, device, found);
+    if (is(3, 2, 1)) return launch_common<Geometry<3, 2, 1>>(call, queue, device, found);
+    if (is(7, 2, 1)) return launch_common<Geometry<7, 2, 1>>(call, queue, device, found);
+    if (is(5, 1, 2)) return launch_common<Geometry<5, 1, 2>>(call, queue, device, found);
+    if (is(3, 1, 2)) return launch_common<Geometry<3, 1, 2>>(call, queue, device, found);
+    if (is(7, 1, 2)) return launch_common<Geometry<7, 1, 2>>(call, queue, device, found);
   }
   return cudaSuccess;
 }
