@@ -44,6 +44,7 @@ ANCHORS = {
     "SHFL": "shfl",
     "HMMA": "mma.sync",
     "LDSM": "ldmatrix",
+    "STSM": "stmatrix",
     "MOVM": "movmatrix",
 }
 

@@ -562,10 +562,11 @@ void reduce(Warp& w, const Ins& i) {
 
 // ------------------------------------------------------------------------------------- matrices, held by a whole warp
 
-// In an 8 x 8 matrix of 16-bit elements, lane l holds those of row l / 4 and columns 2 * (l % 4) and the next, in a
+// Of an 8 x 8 matrix of 16-bit elements, lane l has those of row l / 4 and columns 2 * (l % 4) and the next, in a
 // register, the first in its lower half.
 using Matrix = uint16_t[8][8];
 
+// To the lanes' registers, and back.
 void hold(const Matrix& matrix, bool transposed, uint32_t* to) {
   for (int l = 0; l < kLanes; ++l) {
     const int r = l / 4, c = 2 * (l % 4);
@@ -573,9 +574,11 @@ void hold(const Matrix& matrix, bool transposed, uint32_t* to) {
         transposed ? matrix[c][r] | uint32_t(matrix[c + 1][r]) << 16 : matrix[r][c] | uint32_t(matrix[r][c + 1]) << 16;
   }
 }
-void gather(const uint32_t* from, Matrix& matrix) {
+void gather(const uint32_t* from, bool transposed, Matrix& matrix) {
   for (int l = 0; l < kLanes; ++l) {
-    matrix[l / 4][2 * (l % 4)] = uint16_t(from[l]), matrix[l / 4][2 * (l % 4) + 1] = uint16_t(from[l] >> 16);
+    const int r = l / 4, c = 2 * (l % 4);
+    (transposed ? matrix[c][r] : matrix[r][c]) = uint16_t(from[l]);
+    (transposed ? matrix[c + 1][r] : matrix[r][c + 1]) = uint16_t(from[l] >> 16);
   }
 }
 
@@ -587,29 +590,47 @@ bool whole(Warp& w, const int32_t* results, int count) {
   return false;
 }
 
-// ldmatrix: n matrices to x[0] ..., the rows of matrix j at the addresses in x[n] of lanes 8 * j ...; sign: whether
-// they are transposed. The lane that gives an address is the one that reads there.
+// The addresses of n matrices' rows: those of matrix j by lanes 8 * j to 8 * j + 7.
+void row_addresses(Warp& w, const Ins& i, uint32_t* address) {
+  shared_addresses(w, i, i.x[i.n], address);
+  if (!ex.counting) return;
+  w.mask = i.n == 4 ? kAll : (1u << (8 * i.n)) - 1;
+  count_shared(w, address, 16);
+  w.mask = kAll;
+}
+
+// ldmatrix: n matrices to x[0] ..., the addresses in x[n]; sign: whether they are transposed. The lane that gives an
+// address is the one that reads there.
 void load_matrices(Warp& w, const Ins& i) {
   if (!whole(w, i.x, i.n)) return;
   uint32_t address[kLanes];
-  shared_addresses(w, i, i.x[i.n], address);
-  if (ex.counting) {
-    w.mask = i.n == 4 ? kAll : (1u << (8 * i.n)) - 1;
-    count_shared(w, address, 16);
-    w.mask = kAll;
-  }
+  row_addresses(w, i, address);
   for (int j = 0; j < i.n; ++j) {
-    Matrix matrix;
+    Matrix matrix = {};
     for (int r = 0; r < 8; ++r) {
       const int l = 8 * j + r;
-      const bool fine = in_shared(w, l, address[l], 16);
-      if (fine && ex.checks) check_shared_read(w, l, address[l], 16);
-      if (fine)
-        memcpy(matrix[r], w.block->shared.data() + address[l], 16);
-      else
-        memset(matrix[r], 0, 16);
+      if (!in_shared(w, l, address[l], 16)) continue;
+      if (ex.checks) check_shared_read(w, l, address[l], 16);
+      memcpy(matrix[r], w.block->shared.data() + address[l], 16);
     }
     hold(matrix, i.sign, row<uint32_t>(w, i.x[j]));
+  }
+}
+
+// stmatrix, likewise: from x[0] ...
+void store_matrices(Warp& w, const Ins& i) {
+  if (!whole(w, i.x, 0)) return;
+  uint32_t address[kLanes];
+  row_addresses(w, i, address);
+  for (int j = 0; j < i.n; ++j) {
+    Matrix matrix;
+    gather(row<uint32_t>(w, i.x[j]), i.sign, matrix);
+    for (int r = 0; r < 8; ++r) {
+      const int l = 8 * j + r;
+      if (!in_shared(w, l, address[l], 16)) continue;
+      if (ex.checks) check_shared_write(w, l, address[l], 16, record_of(w, l));
+      memcpy(w.block->shared.data() + address[l], matrix[r], 16);
+    }
   }
 }
 
@@ -617,7 +638,7 @@ void load_matrices(Warp& w, const Ins& i) {
 void transpose_matrix(Warp& w, const Ins& i) {
   if (!whole(w, i.x, 1)) return;
   Matrix matrix;
-  gather(row<uint32_t>(w, i.x[1]), matrix);
+  gather(row<uint32_t>(w, i.x[1]), false, matrix);
   hold(matrix, true, row<uint32_t>(w, i.x[0]));
 }
 
@@ -633,12 +654,12 @@ void multiply_matrices(Warp& w, const Ins& i) {
   Matrix matrix;
   for (int step = 0; step < Steps; ++step) {
     for (int half = 0; half < 2; ++half) {  // the upper eight rows, the lower ones
-      gather(row<uint32_t>(w, of_a[2 * step + half]), matrix);
+      gather(row<uint32_t>(w, of_a[2 * step + half]), false, matrix);
       for (int r = 0; r < 8; ++r) {
         for (int c = 0; c < 8; ++c) a[8 * half + r][8 * step + c] = H::widen(matrix[r][c]);
       }
     }
-    gather(row<uint32_t>(w, of_b[step]), matrix);  // by columns
+    gather(row<uint32_t>(w, of_b[step]), false, matrix);  // by columns
     for (int r = 0; r < 8; ++r) {
       for (int c = 0; c < 8; ++c) b[8 * step + c][r] = H::widen(matrix[r][c]);
     }
@@ -690,6 +711,7 @@ void add_memory() {
   add("cp.async.commit_group", commit_copies);
   add("cp.async.wait_group", wait_copies);
   add("ldmatrix", load_matrices);
+  add("stmatrix", store_matrices);
   add("movmatrix", transpose_matrix);
   add("mma.m16n8k8.f16", multiply_matrices<F16, 1>);
   add("mma.m16n8k16.f16", multiply_matrices<F16, 2>);

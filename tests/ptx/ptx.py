@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 OPERANDS = 14  # of an instruction in machine.h
 PLAIN, BRANCH, BRANCH_INDEXED, EXIT, BARRIER = range(5)
@@ -239,7 +240,7 @@ def _registers(i: Instruction, predicates: int) -> tuple[int, int]:
         pass
     elif name.startswith("ld."):
         to, of = x[: i.n], x[i.n :]
-    elif name.startswith(("st.", "bar.warp")):
+    elif name.startswith(("st.", "stmatrix", "bar.warp")):
         of = x
     elif name == "cp.async":
         of = x[: 2 + i.sign]
@@ -1053,16 +1054,24 @@ class _Builder:
         x += [self.source(name, "b32") for name in (*a, *b)] + [self.source(name, "f32") for name in c]
         self.emit(f"mma.{shape}.{type_}", x)
 
-    def op_ldmatrix(self, words: list[str], operands: list[str]) -> None:
+    def matrices(self, words: list[str], registers: str, place: str, architecture: int) -> tuple[list[str], int, Any]:
+        """The registers, the row of the addresses, and what else there is to say of ldmatrix and stmatrix."""
         count = {"x1": 1, "x2": 2, "x4": 4}[words[3]]
         transposed = words[4] == "trans"
-        space = words[5 if transposed else 4].split("__")[0]
+        space = words[4 + transposed].split("__")[0]
         if words[:3] != ["sync", "aligned", "m8n8"] or space != "shared" or words[5 + transposed :] != ["b16"]:
             raise self.unknown()
-        self.needs(75)
-        to = [self.destination(name) for name in self.tuple_of(operands[0], count)]
-        row, wide, offset, _ = self.address(operands[1])
-        self.emit("ldmatrix", [*to, row], n=count, sign=int(transposed), wide=wide, imm=offset)
+        self.needs(architecture)
+        row, wide, offset, _ = self.address(place)
+        return self.tuple_of(registers, count), row, dict(n=count, sign=int(transposed), wide=wide, imm=offset)
+
+    def op_ldmatrix(self, words: list[str], operands: list[str]) -> None:
+        to, row, rest = self.matrices(words, operands[0], operands[1], 75)
+        self.emit("ldmatrix", [*map(self.destination, to), row], **rest)
+
+    def op_stmatrix(self, words: list[str], operands: list[str]) -> None:
+        of, row, rest = self.matrices(words, operands[1], operands[0], 90)
+        self.emit("stmatrix", [*(self.source(name, "b32") for name in of), row], **rest)
 
     def op_movmatrix(self, words: list[str], operands: list[str]) -> None:
         if words != ["sync", "aligned", "m8n8", "trans", "b16"]:

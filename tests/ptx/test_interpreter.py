@@ -44,14 +44,14 @@ TEMPLATE = """
 """
 
 
-def execute(body, *tensors, block=32, grid=1, shared=16, dynamic=0, results=1, **options):
+def execute(body, *tensors, block=32, grid=1, shared=16, dynamic=0, results=1, target="sm_80", **options):
     """Runs a kernel; %rd0, %rd1, ... are the addresses of ``tensors``, the first ``results`` of which it writes; %r0 is
     the thread, %rd20 four times that. What was found."""
     parameters = ", ".join(f".param .u64 p{n}" for n in range(len(tensors)))
     pointers = "\n".join(f" ld.param.u64 %rd{n}, [p{n}];" for n in range(len(tensors)))
     text = TEMPLATE.format(parameters=parameters, pointers=pointers, shared=shared, body=body)
     executor.reset()
-    module = ptx.Module(text)
+    module = ptx.Module(text.replace("sm_80", target))
     number = executor.load(module, "kernel")
     executor.set_device()
     executor.set_options(**options)
@@ -691,6 +691,38 @@ def test_matrices_from_shared_memory(count, transposed):
     for j, matrix in enumerate(rows):
         wanted = fragments(matrix.T if transposed else matrix).flatten()
         assert torch.equal(got.view(32, 4)[:, j], wanted if j < count else torch.zeros_like(wanted)), j
+
+
+STMATRIX = """
+ mov.u32 %r1, buffer; shl.b32 %r2, %r0, 4; add.s32 %r3, %r1, %r2; mul.wide.u32 %rd8, %r0, 16; add.s64 %rd9, %rd8, %rd1;
+ ld.global.v4.u32 {{%r10, %r11, %r12, %r13}}, [%rd9]; {before}
+ stmatrix.sync.aligned.m8n8.{form}.shared.b16 [%r3], {to};
+ {after} ld.shared.v4.u32 {{%r14, %r15, %r16, %r17}}, [%r3];
+ add.s64 %rd9, %rd8, %rd0; st.global.v4.u32 [%rd9], {{%r14, %r15, %r16, %r17}};
+"""
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_to_shared_memory(transposed):
+    """Row r of matrix j to where lane 8 j + r says."""
+    matrices = SPREAD.view(4, 8, 8)
+    held = torch.cat([fragments(matrix.T if transposed else matrix) for matrix in matrices], 1).contiguous().flatten()
+    form = "x4" + ".trans" * transposed
+
+    def store(before="", after="", shared=512, got=None, **changes):
+        body = STMATRIX.format(**dict(form=form, to="{%r10, %r11, %r12, %r13}", before=before, after=after) | changes)
+        got = ints(128) if got is None else got
+        return {(f.problem, f.thread) for f in execute(body, got, held, shared=shared, target="sm_90")}
+
+    got = ints(128)
+    assert store(got=got) == set()  # each lane reads what it gave the address of
+    assert torch.equal(got, SPREAD.view(torch.int32).flatten())
+    assert store("xor.b32 %r3, %r3, 16;", "xor.b32 %r3, %r3, 16;") == {("race in shared memory", 0)}
+    assert store("xor.b32 %r3, %r3, 16;", "xor.b32 %r3, %r3, 16; bar.warp.sync -1;") == set()
+    assert store(shared=496) >= {("shared access out of bounds", 31)}
+    assert ("uninitialized shared memory", 8) in store(form="x1", to="{%r10}")
+    with pytest.raises(ptx.PtxError, match=r"sm_80 has no stmatrix\.sync.*sm_90"):
+        execute(STMATRIX.format(form=form, to="{%r10, %r11, %r12, %r13}", before="", after=""), ints(128), held)
 
 
 def test_what_is_read_of_matrices_is_checked():
