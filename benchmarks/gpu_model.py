@@ -3,10 +3,13 @@
 For each operator, shape, dtype and layout: nvcc compiles the project's own launcher, what it launches is executed on
 the CPU (tests/ptx), a sample of the blocks where they are many, and how often a warp issues each instruction of the
 machine code follows (benchmarks/gpu_model_sass.py). Beside it stand the bytes that must move, those that are asked of
-the caches, the wavefronts of shared memory, and how much of a kernel a multiprocessor holds. `limit` is the largest of
-the times that these take on the GPU of a data sheet: nothing can be faster. `expected` adds the clocks that a warp
-waits for what it has loaded or computed, as if nothing hid them; benchmarks/results says how far both are from measured
-times.
+the caches, the wavefronts of shared memory and of the L1 cache, the products of tensor cores, and how much of a kernel
+a multiprocessor holds. `limit` is the largest of the times that these take on the GPU of a data sheet: nothing can be
+faster. `expected` adds the clocks that a warp waits for what it has loaded or computed, as if nothing hid them;
+benchmarks/results says how far both are from measured times.
+
+gpu_model_counts.py counts, gpu_model_limits.py makes times of it, gpu_model_tables.py shows them, gpu_model_compared.py
+holds them against a profiler's counters; gpu_model_devices.py has the data sheets.
 
     python -m benchmarks.gpu_model [--gpu h100] [--shapes 256x50x84 ...] [--json FILE]
     python -m benchmarks.gpu_model --gpu h200 --compare counters.csv     # what ncu counted of benchmarks.gpu_probes

@@ -99,7 +99,7 @@ def print_comparison(records: Sequence[Record], gpu: Gpu) -> None:
     """A row for each kernel, and what they say of the model in all."""
     table = make_table(
         f"The model beside what ncu measured, {gpu.title}",
-        "us; M instructions of warps; WF: wavefronts, the model's over those measured. limit and expected: the model's.",
+        "us; M instructions of warps; WF: wavefronts, model over measured. limit and expected: the model's.",
         "call",
         [
             "kernel",

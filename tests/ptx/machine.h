@@ -1,6 +1,7 @@
 // Executes PTX on the CPU, in the place of the CUDA runtime and a GPU: what ptx.py has parsed, over host memory, a warp
 // of 32 lanes in lockstep, with the checks of racecheck, memcheck, initcheck and synccheck and the counts that a model
-// of a GPU needs. Compiled with g++ alone.
+// of a GPU needs. Compiled with g++ alone. execution.cpp: warps, barriers, blocks; arithmetic.cpp: what is computed in
+// registers; memory.cpp: what leaves them; runtime.cpp: the CUDA runtime, and what executor.py calls.
 //
 // Warps. Where lanes part they meet again at the first instruction that lies on all ways from there, as ptxas has it. A
 // warp runs up to a barrier, then the next one does.

@@ -131,7 +131,7 @@ RULES = (
     Rule("a product is not summed up", _regex(r"^fma\.rn\.(f\d+)(\s+%\w+, %\w+, %\w+), %.*$", r"mul.\1\2"), True),
     Rule(
         "a product of matrices is not summed up",
-        _regex(r"^(mma\.sync.*\}, )\{[^}]*\}$", r"\1{0f00000000, 0f00000000, 0f00000000, 0f00000000}"),
+        _regex(r"^(mma\.sync.*\},\s*)\{[^}]*\}$", r"\1{0f00000000, 0f00000000, 0f00000000, 0f00000000}"),
         True,
     ),
     Rule("a branch inverted", _regex(r"^@(!?)(?=%p\d+\s+bra)", _invert)),
@@ -151,7 +151,7 @@ RULES = (
         "a matrix transposed",
         _regex(r"^(ldmatrix\S*?x\d)(\.trans)?(?=\.)", lambda match: match[1] + ("" if match[2] else ".trans")),
     ),
-    Rule("two matrices swapped", _regex(r"^(mma\.sync[^}]*\}, \{)(%\w+), (%\w+)", r"\1\3, \2")),
+    Rule("two matrices swapped", _regex(r"^(mma\.sync[^}]*\},\s*\{)(%\w+), (%\w+)", r"\1\3, \2")),
     Rule("a sum becomes a difference", _swapped(r"add\.f32", "sub.f32")),
     Rule("maximum becomes minimum", _swapped(r"max\.(?=[fsu]\d)", "min.")),
     Rule("minimum becomes maximum", _swapped(r"min\.(?=[fsu]\d)", "max.")),
