@@ -17,7 +17,7 @@ import functools
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -222,31 +222,43 @@ def rebuilt(host: executor.Executor, kernel: str, statements: Statements) -> int
 
 # --------------------------------------------------------------------------------------------------- where it matters
 
-_RESULT = re.compile(r"^(@!?%p\d+\s+)?([a-z][\w.:]*\s+)(%(?:p|rs|rd|r|fd|f)\d+)(,.*)$", re.DOTALL)
-_KINDS = ("pred", "b16", "b32", "b64")
-_TYPES = {"p": "pred", "rs": "b16", "rd": "b64", "fd": "b64"}
+_RESULTS = re.compile(r"^(@!?%p\d+\s+)?([a-z][\w.:]*\s+)(\{[^}]*\}|%\w+)(,.*)$", re.DOTALL)
+_TYPES = {"p": "pred", "rs": "b16", "rd": "b64", "fd": "b64", "r": "b32", "f": "b32"}  # by the names of registers
 MARKS = 1 << 28  # lines beyond any PTX's, of the marks
 
 
+def results_of(text: str) -> tuple[str, str, dict[str, str], str] | None:
+    """Guard, opcode, results with their types, and the rest of an instruction; None where it writes no register."""
+    match = _RESULTS.match(text)
+    if match is None or match[2].startswith(("st", "bar", "cp", "bra")):
+        return None
+    names = re.findall(r"%\w+", match[3])
+    types = {name: _TYPES.get(re.sub(r"\d", "", name[1:]), "") for name in names}
+    return (match[1] or "", match[2], types, match[4]) if names and all(types.values()) else None
+
+
 def instrumented(statements: Statements, changes: Sequence[tuple[int, str]]) -> Statements:
-    """With, for each (place, what it becomes) that has one result, both computed, and a mark that lanes come to where
-    they differ: at line ``MARKS`` + its number."""
+    """With, for each (place, what it becomes) that has results, both computed, and a mark that lanes come to where they
+    differ: at line ``MARKS`` + its number."""
     before: dict[int, Statements] = collections.defaultdict(list)
     after: dict[int, Statements] = collections.defaultdict(list)
+    registers = {"%differs": "pred"}
     for number, (at, text) in enumerate(changes):
-        if match := _RESULT.match(text):
-            guard, opcode, result, rest = match.groups(default="")
-            type_ = _TYPES.get(re.sub(r"\d", "", result[1:]), "b32")
-            other, location = f"%changed_{type_}{number}", statements[at].location
-            differ = "xor.pred" if type_ == "pred" else f"setp.ne.{type_}"
-            before[at].append(ptx.Statement(f"{guard}{opcode}{other}{rest}", 0, location))
-            after[at] += [
-                ptx.Statement("mov.pred %differs, 0", 0, location),
-                ptx.Statement(f"{guard}{differ} %differs, {result}, {other}", 0, location),
-                ptx.Statement("@%differs membar.cta", MARKS + number, location),
-            ]
-    registers = [".reg .pred %differs", *(f".reg .{t} %changed_{t}<{len(changes)}>" for t in _KINDS)]
-    made = [ptx.Statement(text, 0, ()) for text in registers]
+        if found := results_of(text):
+            guard, opcode, types, rest = found
+            location = statements[at].location
+            others = {name: f"%changed{number}_{k}" for k, name in enumerate(types)}
+            registers |= {others[name]: type_ for name, type_ in types.items()}
+            written = "{" + ", ".join(others.values()) + "}" if len(others) > 1 else "".join(others.values())
+            before[at].append(ptx.Statement(f"{guard}{opcode}{written}{rest}", 0, location))
+            after[at].append(ptx.Statement("mov.pred %differs, 0", 0, location))
+            for name, other in others.items():
+                differ = f"xor.pred %differs, {name}, {other}"
+                if types[name] != "pred":
+                    differ = f"setp.ne.or.{types[name]} %differs, {name}, {other}, %differs"
+                after[at].append(ptx.Statement(f"{guard}{differ}", 0, location))
+            after[at].append(ptx.Statement("@%differs membar.cta", MARKS + number, location))
+    made = [ptx.Statement(f".reg .{type_} {name}", 0, ()) for name, type_ in registers.items()]
     for at, statement in enumerate(statements):
         made += [*before[at], statement, *after[at]]
     return made
@@ -256,8 +268,8 @@ def lanes_that_differ(
     host: executor.Executor, kernel: str, statements: Statements, changes: Sequence[tuple[int, str]], op: str,
     case: dict[str, Any],
 ) -> dict[int, int]:  # fmt: skip
-    """For how many lanes each change gives another value, in all calls together; for those of no single result, -1."""
-    found = {number: 0 if _RESULT.match(text) else -1 for number, (_, text) in enumerate(changes)}
+    """For how many lanes each change gives another value, in all calls together; for those of no result, -1."""
+    found = {number: 0 if results_of(text) else -1 for number, (_, text) in enumerate(changes)}
     number = rebuilt(host, kernel, instrumented(statements, changes))
     with replaced(host, kernel, number):
         for variant in VARIANTS:
@@ -347,6 +359,26 @@ def is_wrong(
 LIMIT = 400_000  # instructions of a warp: a loop that takes more does not end
 
 
+def its_rules(turn: int, only: str | None, turns: int | None) -> list[Rule]:
+    """Those that a kernel is changed by."""
+    if only:
+        return [rule for rule in RULES if rule.name == only]
+    every = turns or TURNS
+    return [r for n, r in enumerate(RULES) if (r.always and turns is None) or n % every == turn % every]
+
+
+def places_of(
+    statements: Statements, executed: Mapping[int, int], rules: Sequence[Rule]
+) -> list[tuple[Rule, int, str]]:
+    """Where the rules have something to change, and what it becomes."""
+    return [
+        (rule, at, text)
+        for rule in rules
+        for at, statement in enumerate(statements)
+        if executed[statement.line] and (text := rule.change(statement.text)) not in (None, statement.text)
+    ]
+
+
 def mutants(
     host: executor.Executor, only: str | None = None, cases: Sequence[str] | None = None, turns: int | None = None
 ) -> Iterator[Mutant]:
@@ -354,27 +386,21 @@ def mutants(
     turn = 0
     for label, (op, changes) in CASES.items():
         case = CASE | changes
+        if cases is not None and label not in cases:
+            turn += len({launch.kernel for launch in choose(host, op, case)[1]})
+            continue
         run = call(host, op, case, tensors_of(case))
         if run.error or run.findings:
             raise RuntimeError(f"{label}: error {run.error}, {[str(finding) for finding in run.findings]}")
         for launch in {each.kernel: each for each in run.launches}.values():
             turn += 1
-            if cases is not None and label not in cases:
-                continue
             executed: collections.Counter[int] = collections.Counter()
             for record in launch.records():
                 executed[record["ptx_line"]] += record["lanes"]
             statements = statements_of(host.module, launch.kernel)
-            places = []
-            for order, rule in enumerate(RULES):
-                its_turn = (
-                    rule.always or order % TURNS == turn % TURNS if turns is None else order % turns == turn % turns
-                )
-                if rule.name == only if only else its_turn:
-                    for at, statement in enumerate(statements):
-                        text = rule.change(statement.text)
-                        if executed[statement.line] and text not in (None, statement.text):
-                            places.append((rule, at, text))
+            places = places_of(statements, executed, its_rules(turn, only, turns))
+            for later in range(1, turns or 1):  # a small kernel may have nothing to change by these rules
+                places = places or places_of(statements, executed, its_rules(turn + later, only, turns))
             lanes = lanes_that_differ(host, launch.kernel, statements, [(at, text) for _, at, text in places], op, case)
             for rule in RULES:
                 choice = [n for n, place in enumerate(places) if place[0] is rule and lanes[n]]
