@@ -33,7 +33,7 @@ struct Patch {
   static constexpr int kRows = Rows, kColumns = Columns, kChannels = Channels;
   static constexpr int kPixelUnits = Channels / kMatrix + 1;
   static constexpr int kRowUnits =
-      Columns * kPixelUnits + (Strip::kWidth * kPixelUnits + 8 * Columns * kPixelUnits - Columns * kPixelUnits) % 8;
+      Columns * kPixelUnits + (Strip::kWidth % 8 == 0 ? 0 : (Strip::kWidth + 7 * Columns) * kPixelUnits % 8);
   static constexpr int kPixel = kPixelUnits * kMatrix, kRow = kRowUnits * kMatrix;
   static constexpr int kSize = Rows * kRow;
   static_assert(Channels % (2 * kMatrix) == 0, "a pixel has an odd number of units");

@@ -1,0 +1,452 @@
+// Reassembly going up, of halves: channels x pixels of a window, times pixels x outputs of a strip, on tensor cores.
+#pragma once
+
+#include "../weights.h"
+#include "strip.h"
+
+namespace carafe::gpu::tensor {
+
+constexpr int kRunOfKernels = 4;  // elements of kernels whose channels are neighbours, moved at once: a tap's phases
+constexpr int kRunOfColumns = 4;  // and columns of the output, where `wide` does not hold
+
+template <class T>
+struct ReassembleCall {
+  Image<T> output;
+  Image<const T> features;  // its runs are pairs
+  KernelMap<const T> kernels;
+  Normalizer normalizer;
+  Tiling tiling;
+  bool wide;            // kUnit columns of the output are one aligned access
+  bool kernels_by_tap;  // kRunOfKernels channels of logits that are neighbours are one
+};
+
+// A tile's weights in shared memory: of each strip B, pixels of the window x outputs, a column after the other. Column
+// n of a product is output n % 2 of a row of a site, for the sites of strip q in the order n / 2 ^ q (write_columns).
+template <class T, class G>
+struct StripWeights {
+  using Strip = StripWindow<G::kSide, 4>;
+  static constexpr int kStrips = kTileColumns / Strip::kSites;  // of a row
+  static constexpr int kColumn = Strip::kMatrices * kMatrix;    // an odd number of units, so that columns use all banks
+  static constexpr int kProduct = kMatrix * kColumn;            // of a row of outputs of a strip
+  static constexpr int kStrip = 2 * kProduct + kMatrix;         // so do strips that are written at once
+  using Transfer = KernelTransfer<G, kTileRows, kTileColumns, kThreads>;
+  static constexpr int kSize = std::max(kTileRows * kStrips * kStrip, Transfer::kExchange);
+  static_assert(Strip::kMatrices % 2 == 1 && Strip::kSites == 4 && kStrips == 4 && G::kPhases == 4);
+  static_assert(kThreads == kTileSites * G::kPhases, "a thread has a kernel");
+
+  // The thread's kernel: neighbouring threads have neighbouring sites, a warp a row of them.
+  int row, column, y, x;
+  static __device__ __forceinline__ StripWeights of(unsigned thread) {
+    const auto bits = [&](int from, int count) { return static_cast<int>(thread >> from & ((1u << count) - 1)); };
+    return {bits(6, 1), bits(0, 4), bits(4, 1), bits(5, 1)};
+  }
+
+  // What `collect` returns, if no thread has to exchange it. Otherwise writes it to shared memory.
+  static __device__ __forceinline__ void load(
+      const ReassembleCall<T>& call, const Tiling::Job& job, unsigned thread, T (&values)[G::kTaps], T* exchange) {
+    const KernelMap<const T>& kernels = call.kernels;
+    if (!kernels.image.channels_last) {
+      const auto own = of(thread);
+      const T* from = kernels.template kernel<G>(
+          job.n, job.group, job.row + own.row, job.column + own.column, own.y * G::kUp + own.x);
+      const bool exists = from != nullptr;
+      CARAFE_UNROLL
+      for (int tap = 0; tap < G::kTaps; ++tap) values[tap] = exists ? from[tap * kernels.tap_stride] : T{};
+    } else if (call.kernels_by_tap) {
+      using Run = Vector<T, kRunOfKernels>;
+      constexpr unsigned kRuns = kTileSites * G::kTaps;
+      constexpr int kAtOnce = (kRuns + kThreads - 1) / kThreads;
+      const T* const item = kernels.image.item(job.n) + job.group * G::kTaps * G::kPhases;
+      Run runs[kAtOnce];
+      const auto each = [&](const auto& function) {
+        CARAFE_UNROLL
+        for (int e = 0; e < kAtOnce; ++e) {
+          const unsigned run = thread + e * kThreads;
+          if (kRuns % kThreads == 0 || run < kRuns) {
+            function(e, static_cast<int>(run / G::kTaps), static_cast<int>(run % G::kTaps));
+          }
+        }
+      };
+      each([&](int e, int site, int tap) {
+        const int i = job.row + site / kTileColumns, j = job.column + site % kTileColumns;
+        runs[e] = {};
+        if (i < kernels.rows && j < kernels.columns) {
+          runs[e] = gpu::load<kRunOfKernels>(item + kernels.image.offset(tap * G::kPhases, i, j));
+        }
+      });
+      each([&](int e, int site, int tap) {
+        int step;
+        gpu::store(exchange + Transfer::exchanged(true, site * G::kPhases, &step) + tap * G::kPhases, runs[e]);
+      });
+    } else {
+      T elements[Transfer::kAtOnce];
+      Transfer::each_element(
+          kernels, job.n, job.group, job.row, job.column, thread,
+          [&](int e, int, bool exists, const T* from) { elements[e] = exists ? *from : T{}; },
+          [&](int e, int at, bool, const T*) { exchange[at] = elements[e]; });
+    }
+  }
+  static __device__ __forceinline__ void collect(
+      const ReassembleCall<T>& call, unsigned thread, T (&values)[G::kTaps], const T* exchange) {
+    if (!call.kernels.image.channels_last) return;
+    __syncthreads();
+    const auto own = of(thread);
+    int step;
+    const int kernel = (own.row * kTileColumns + own.column) * G::kPhases + own.y * G::kUp + own.x;
+    const T* const from = exchange + Transfer::exchanged(call.kernels.from_logits, kernel, &step);
+    CARAFE_UNROLL
+    for (int tap = 0; tap < G::kTaps; ++tap) values[tap] = from[tap * step];
+    __syncthreads();
+  }
+
+  // Normalises a kernel and writes its column, which at site s begins with s zeros.
+  static __device__ __forceinline__ void write_column(
+      Normalizer normalizer, const T (&values)[G::kTaps], unsigned thread, T* weights) {
+    OwnKernel<G> kernel;
+    kernel.each([&](int tap) { kernel.values[tap] = widen(values[tap]); });
+    kernel.normalize(normalizer);
+    const auto own = of(thread);
+    const unsigned site = own.column % Strip::kSites;
+    T* const to = weights + (own.row * kStrips + own.column / Strip::kSites) * kStrip + own.y * kProduct +
+                  (site * G::kUp + own.x) * kColumn;
+    const auto weight = [&](int w) {
+      const int tap = Strip::tap(w, 0);
+      return tap < 0 ? 0 : kernel.values[tap];
+    };
+    const unsigned odd = site % 2 ? 0x5432 : 0x7654;  // what is taken of two words
+    uint32_t before = 0, last = 0;
+    CARAFE_UNROLL
+    for (int w = 0; w < kColumn; w += kMatrix) {
+      Vector<uint32_t, kMatrix / 2> words;
+      CARAFE_UNROLL
+      for (int i = 0; i < kMatrix / 2; ++i) {
+        const uint32_t word = narrow_pair<T>(weight(w + 2 * i), weight(w + 2 * i + 1));
+        const uint32_t moved = site < 2 ? word : before;
+        words.values[i] = __byte_perm(last, moved, odd);
+        before = word, last = moved;
+      }
+      store(reinterpret_cast<uint32_t*>(to + w), words);
+    }
+  }
+};
+
+template <class T, class G, bool ChannelsLast>
+struct ReassembleStrips {
+  using Strip = typename StripWeights<T, G>::Strip;
+  static constexpr int kChunk = 64;
+  // Channels that are computed together, and as many of a block's are a multiple of: those of a product, or what lies
+  // together in memory.
+  static constexpr int kStep = ChannelsLast ? 32 : 16;
+  // Strips of a warp: all of a row, which with contiguous maps is written at once by warps that take turns with the
+  // channels; or a half of it.
+  static constexpr int kStrips = ChannelsLast ? 2 : 4;
+  static constexpr int kTurns = ChannelsLast ? 1 : 2;
+  static_assert(kTurns * kTileRows * (StripWeights<T, G>::kStrips / kStrips) * 32 == kThreads);
+  static constexpr int kLead = (G::kRadius + 1) / 2 * 2;  // columns before the tile, an even number
+  using Pixels = Patch<Strip, kTileRows + G::kSide - 1, kTileColumns + 2 * kLead, kChunk>;
+  using Weights = StripWeights<T, G>;
+  // What a block takes for its weights, in steps of channels (Tiling::of).
+  static constexpr double kPreparing = ChannelsLast ? 0.9 : 1.6;
+  static constexpr int kBytes = (Weights::kSize + Pixels::kSize) * int(sizeof(T));
+};
+
+// Writes a unit of channels of a pixel. Mixed, for an output whose channels are neighbours: positions 2t and 2t + 1 of
+// the matrices 0 to 3 of 32 channels have channels 8t to 8t + 7, which a thread then has of a product.
+template <bool Mixed>
+__device__ __forceinline__ void write_unit(uint32_t* pixel, int unit, const Vector<uint32_t, 4>& words) {
+  constexpr int kWords = kMatrix / 2;
+  if constexpr (Mixed) {
+    uint32_t* const to = pixel + unit / 4 * 4 * kWords + unit % 4;
+    CARAFE_UNROLL
+    for (int i = 0; i < 4; ++i) to[i * kWords] = words.values[i];
+  } else {
+    store(pixel + unit * kWords, words);
+  }
+}
+
+// Stages the patch that begins at (row, column), `units` of the `channels` that are left: zeros where there is nothing.
+template <class Pixels, bool Mixed, class T>
+__device__ __forceinline__ void stage_patch(
+    const Image<const T>& image, const T* item, int row, int column, int channels, int units, unsigned thread, T* to) {
+  constexpr int kWords = kMatrix / 2;
+  using Words = Vector<uint32_t, kWords>;
+  const auto join = [](T low, T high) {
+    return static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
+  };
+  if (image.channels_last) {  // neighbouring threads have neighbouring units
+    constexpr unsigned kUnits = Pixels::kChannels / kMatrix, kPlaces = Pixels::kRows * Pixels::kColumns * kUnits;
+    constexpr int kAtOnce = 4;
+    const int unit = static_cast<int>(thread % kUnits), left = channels - unit * kMatrix;
+    static_assert(kThreads % kUnits == 0);
+    if (unit >= units) return;
+    const T* const from = item + unit * kMatrix;
+    CARAFE_ROLLED
+    for (unsigned pixel = thread / kUnits; pixel < kPlaces / kUnits; pixel += kAtOnce * (kThreads / kUnits)) {
+      Words words[kAtOnce];
+      const auto each = [&](const auto& function) {
+        CARAFE_UNROLL
+        for (int b = 0; b < kAtOnce; ++b) {
+          const unsigned place = pixel + b * (kThreads / kUnits);
+          const int i = static_cast<int>(place / Pixels::kColumns), j = static_cast<int>(place % Pixels::kColumns);
+          if (i < Pixels::kRows) function(b, i, j);
+        }
+      };
+      each([&](int b, int i, int j) {
+        words[b] = {};
+        if (left <= 0 || !image.inside(row + i, column + j)) return;
+        const T* const at = from + image.offset(0, row + i, column + j);
+        if (image.units) {
+          words[b] = load<kWords>(reinterpret_cast<const uint32_t*>(at));
+        } else {
+          CARAFE_UNROLL
+          for (int c = 0; c < kMatrix; c += 2) {
+            if (c < left) words[b].values[c / 2] = join(at[c], c + 1 < left ? at[c + 1] : T{});
+          }
+        }
+      });
+      each([&](int b, int i, int j) {
+        write_unit<Mixed>(reinterpret_cast<uint32_t*>(to + Pixels::at(i, j)), unit, words[b]);
+      });
+    }
+  } else {  // neighbouring threads have neighbouring pairs of a row, and go through the channels
+    constexpr unsigned kPairs = Pixels::kRows * Pixels::kColumns / 2, kUnits = kThreads / kPairs;
+    static_assert(kUnits > 0 && Pixels::kColumns % 2 == 0);
+    if (thread >= kPairs * kUnits) return;
+    const int i = static_cast<int>(thread % kPairs / (Pixels::kColumns / 2));
+    const int j = static_cast<int>(thread % kPairs % (Pixels::kColumns / 2)) * 2;
+    const bool first = image.inside(row + i, column + j), second = image.inside(row + i, column + j + 1);
+    // Pixels of neighbouring pairs use every other bank; so half of the threads write the second pixel first.
+    const int swapped = static_cast<int>(thread / 4 % 2);
+    const unsigned low = swapped ? 0x7632 : 0x5410, high = swapped ? 0x5410 : 0x7632;
+    T* const target = to + Pixels::at(i, j);
+    CARAFE_ROLLED
+    for (int unit = static_cast<int>(thread / kPairs); unit < units; unit += static_cast<int>(kUnits)) {
+      const int left = channels - unit * kMatrix;
+      const T* from = item + image.offset(unit * kMatrix, row + i, column + j);
+      uint32_t pairs[kMatrix] = {};
+      if (image.runs && first && second && left >= kMatrix) {
+        CARAFE_UNROLL
+        for (int c = 0; c < kMatrix; ++c) {
+          pairs[c] = *reinterpret_cast<const uint32_t*>(from);
+          from += image.channel_stride;
+        }
+      } else if (first || second) {
+        CARAFE_UNROLL
+        for (int c = 0; c < kMatrix; ++c) {
+          if (c < left) pairs[c] = join(first ? from[0] : T{}, second ? from[image.column_stride] : T{});
+          from += image.channel_stride;
+        }
+      }
+      Words one, other;
+      CARAFE_UNROLL
+      for (int c = 0; c < kMatrix; c += 2) {
+        one.values[c / 2] = __byte_perm(pairs[c], pairs[c + 1], low);
+        other.values[c / 2] = __byte_perm(pairs[c], pairs[c + 1], high);
+      }
+      write_unit<Mixed>(reinterpret_cast<uint32_t*>(target + swapped * Pixels::kPixel), unit, one);
+      write_unit<Mixed>(reinterpret_cast<uint32_t*>(target + (1 - swapped) * Pixels::kPixel), unit, other);
+    }
+  }
+}
+
+// Writes the first `left` of neighbours, packed.
+template <int Words, class T>
+__device__ __forceinline__ void write_packed(
+    T* to, int stride, bool aligned, const Vector<uint32_t, Words>& words, int left) {
+  if (aligned && left >= 2 * Words) {
+    store(reinterpret_cast<uint32_t*>(to), words);
+  } else {
+    CARAFE_UNROLL
+    for (int i = 0; i < 2 * Words; ++i) {
+      if (i < left) to[i * stride].bits = static_cast<uint16_t>(words.values[i / 2] >> i % 2 * 16);
+    }
+  }
+}
+
+// A row of outputs of 16 sites and channel g of a product. A thread has of each strip two outputs, of site t ^ q of
+// strip q; it gets and writes those of all sites of strip t. `to`: the first output of that, of channel 0; left: ...
+template <class T>
+__device__ __forceinline__ void write_columns(
+    const ReassembleCall<T>& call, uint32_t (&words)[4], T* to, unsigned lane, int channels, int columns) {
+  const auto exchange = [](bool swap, uint32_t& a, uint32_t& b) {
+    const uint32_t first = swap ? b : a;
+    b = swap ? a : b, a = first;
+  };
+  exchange(lane & 1, words[0], words[1]), exchange(lane & 1, words[2], words[3]);
+  exchange(lane & 2, words[0], words[2]), exchange(lane & 2, words[1], words[3]);
+  CARAFE_UNROLL
+  for (int i = 1; i < 4; ++i) words[i] = __shfl_xor_sync(0xffffffffu, words[i], i);
+  const int channel = static_cast<int>(lane / 4), stride = call.output.column_stride;
+  if (call.wide) {
+    if (channel < channels) {
+      write_packed<4>(
+          to + channel * call.output.channel_stride, stride, true, {words[0], words[1], words[2], words[3]}, columns);
+    }
+  } else {
+    // Half as much at once: of half the channels, so that as much lies together. Threads of an even channel write the
+    // first half of both channels, of an odd one the second.
+    const bool odd = channel & 1;
+    exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
+    words[2] = __shfl_xor_sync(0xffffffffu, words[2], 4), words[3] = __shfl_xor_sync(0xffffffffu, words[3], 4);
+    exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
+    to += (channel & ~1) * call.output.channel_stride + (odd ? kRunOfColumns * stride : 0);
+    columns -= odd ? kRunOfColumns : 0;
+    CARAFE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if ((channel & ~1) + i < channels) {
+        write_packed<2>(
+            to + i * call.output.channel_stride, stride, call.output.runs, {words[2 * i], words[2 * i + 1]}, columns);
+      }
+    }
+  }
+}
+
+template <class T, class G, bool ChannelsLast>
+__global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_constant__ ReassembleCall<T> call) {
+  if constexpr (kAvailable) {
+    using Tile = ReassembleStrips<T, G, ChannelsLast>;
+    using Pixels = typename Tile::Pixels;
+    using Weights = typename Tile::Weights;
+    using Strip = typename Tile::Strip;
+    constexpr int kMatrices = Strip::kMatrices, kStrips = Tile::kStrips;
+    extern __shared__ __align__(16) unsigned char shared[];
+    T* const weights = reinterpret_cast<T*>(shared);
+    T* const patch = weights + Weights::kSize;
+
+    __shared__ Tiling::Job job;  // not in registers, which are scarcer
+    if (threadIdx.x == 0) job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
+    __syncthreads();
+
+    const auto stage = [&](int done) {
+      const int channels = job.channels - done < Tile::kChunk ? job.channels - done : Tile::kChunk;
+      const int units = (channels + Tile::kStep - 1) / Tile::kStep * (Tile::kStep / kMatrix);
+      stage_patch<Pixels, ChannelsLast>(
+          call.features, call.features.item(job.n) + (job.first_channel + done) * call.features.channel_stride,
+          job.row - G::kRadius, job.column - Tile::kLead, channels, units, renew(threadIdx.x), patch);
+    };
+    {
+      T values[G::kTaps];
+      Weights::load(call, job, threadIdx.x, values, weights);
+      stage(0);
+      Weights::collect(call, threadIdx.x, values, weights);
+      Weights::write_column(call.normalizer, values, threadIdx.x, weights);
+    }
+    __syncthreads();
+
+    const unsigned thread = renew(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int row = static_cast<int>(warp / 2), part = static_cast<int>(warp % 2);
+    const int strip = ChannelsLast ? part * kStrips : 0;  // the first of the warp's
+    uint32_t b[kStrips][2][kMatrices];
+    {
+      const T* const first = weights + row * Weights::kStrips * Weights::kStrip;
+      const int n = static_cast<int>(lane) % kMatrix, matrix = static_cast<int>(lane) / kMatrix;
+      const auto column = [&](int q) { return q * Weights::kStrip + (((n / 2) ^ q) * 2 + n % 2) * Weights::kColumn; };
+      CARAFE_UNROLL
+      for (int m = 0; m < kMatrices; ++m) {
+        uint32_t loaded[4];
+        if constexpr (ChannelsLast) {  // both rows of two strips
+          load_matrices<4, false>(
+              loaded, first + column(strip + matrix / 2) + matrix % 2 * Weights::kProduct + m * kMatrix);
+          CARAFE_UNROLL
+          for (int i = 0; i < 4; ++i) b[i / 2][i % 2][m] = loaded[i];
+        } else {
+          CARAFE_UNROLL
+          for (int y = 0; y < 2; ++y) {
+            load_matrices<4, false>(loaded, first + column(matrix) + y * Weights::kProduct + m * kMatrix);
+            CARAFE_UNROLL
+            for (int q = 0; q < 4; ++q) b[q][y][m] = loaded[q];
+          }
+        }
+      }
+    }
+    const T* rows[(kMatrices + 1) / 2];  // what the lane loads of a window, at the first channel and strip
+    CARAFE_UNROLL
+    for (int m = 0; m < kMatrices; m += 2) {
+      rows[m / 2] = patch + Pixels::at(row, strip * Strip::kSites + Tile::kLead - G::kRadius) +
+                    Pixels::channels_by_pixels(static_cast<int>(m + 1 < kMatrices ? lane : lane % 16), m * kMatrix);
+    }
+    // Packed sums of 16 channels and strip q: both rows of outputs, of channels g and g + 8.
+    const auto multiply = [&](int channel, int q, uint32_t(&words)[2][2]) {
+      float sums[2][4] = {};
+      CARAFE_UNROLL
+      for (int m = 0; m < kMatrices; m += 2) {
+        const T* const from = rows[m / 2] + q * Strip::kSites * Pixels::kPixel + channel;
+        if (m + 1 < kMatrices) {
+          uint32_t a[4];
+          load_matrices<4, true>(a, from);
+          CARAFE_UNROLL
+          for (int y = 0; y < 2; ++y) multiply_add<T>(sums[y], a, {b[q][y][m], b[q][y][m + 1]});
+        } else {
+          uint32_t a[2];
+          load_matrices<2, true>(a, from);
+          CARAFE_UNROLL
+          for (int y = 0; y < 2; ++y) multiply_add<T>(sums[y], a, b[q][y][m]);
+        }
+      }
+      CARAFE_UNROLL
+      for (int i = 0; i < 4; ++i)
+        words[i / 2][i % 2] = narrow_pair<T>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+    };
+
+    const int i = (job.row + row) * G::kUp;
+    const int height = call.output.height - i;  // of rows that are left
+    T* const output = call.output.item(job.n);
+    CARAFE_ROLLED
+    for (int done = 0;;) {
+      const int channels = job.channels - done < Tile::kChunk ? job.channels - done : Tile::kChunk;
+      if (height > 0) {
+        const int first = job.first_channel + done;
+        if constexpr (ChannelsLast) {
+          CARAFE_ROLLED
+          for (int channel = 0; channel < channels; channel += Tile::kStep) {
+            const int own = channel + static_cast<int>(lane % 4) * kMatrix;
+            CARAFE_UNROLL
+            for (int q = 0; q < kStrips; ++q) {
+              uint32_t words[2][2][2];  // of 16 channels, row, 8 of the channels
+              multiply(channel, q, words[0]), multiply(channel + 16, q, words[1]);
+              const int site = static_cast<int>(lane / 8) ^ (strip + q);
+              const int j = (job.column + (strip + q) * Strip::kSites + site) * 2 + static_cast<int>(lane / 4 % 2);
+              CARAFE_UNROLL
+              for (int y = 0; y < 2; ++y) {
+                Vector<uint32_t, 4> unit;
+                CARAFE_UNROLL
+                for (int m = 0; m < 4; ++m) unit.values[m] = transpose(words[m / 2][y][m % 2]);
+                if (y < height && j < call.output.width) {
+                  write_packed(
+                      output + call.output.offset(first + own, i + y, j), call.output.channel_stride, call.output.units,
+                      unit, channels - own);
+                }
+              }
+            }
+          }
+        } else {
+          const int j = (job.column + static_cast<int>(lane % 4) * Strip::kSites) * 2;
+          CARAFE_ROLLED
+          for (int channel = part * Tile::kStep; channel < channels; channel += Tile::kTurns * Tile::kStep) {
+            uint32_t words[kStrips][2][2];
+            CARAFE_UNROLL
+            for (int q = 0; q < kStrips; ++q) multiply(channel, q, words[q]);
+            CARAFE_UNROLL
+            for (int y = 0; y < 2; ++y) {
+              if (y >= height) continue;
+              CARAFE_UNROLL
+              for (int h = 0; h < 2; ++h) {
+                uint32_t run[4] = {words[0][y][h], words[1][y][h], words[2][y][h], words[3][y][h]};
+                write_columns(
+                    call, run, output + call.output.offset(first + channel + h * kMatrix, i + y, j), lane,
+                    channels - channel - h * kMatrix, call.output.width - j);
+              }
+            }
+          }
+        }
+      }
+      done += Tile::kChunk;
+      if (done >= job.channels) break;
+      __syncthreads();  // the patch has been read
+      stage(done);
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace carafe::gpu::tensor
