@@ -34,50 +34,49 @@ struct StripWeights {
   static_assert(Strip::kMatrices % 2 == 1 && Strip::kSites == 4 && kStrips == 4 && G::kPhases == 4);
   static_assert(kThreads == kTileSites * G::kPhases, "a thread has a kernel");
 
-  // The thread's kernel: neighbouring threads have neighbouring sites, a warp a row of them.
+  // The thread's kernel: neighbouring threads have neighbouring sites. A warp has both rows of these, which may lie
+  // together in memory; or of the outputs of one, for the banks of what is exchanged.
   int row, column, y, x;
-  static __device__ __forceinline__ StripWeights of(unsigned thread) {
-    const auto bits = [&](int from, int count) { return static_cast<int>(thread >> from & ((1u << count) - 1)); };
-    return {bits(6, 1), bits(0, 4), bits(4, 1), bits(5, 1)};
+  static __device__ __forceinline__ StripWeights of(unsigned thread, bool exchanged) {
+    const auto bit = [&](int from) { return static_cast<int>(thread >> from & 1); };
+    return {bit(exchanged ? 6 : 4), static_cast<int>(thread % kTileColumns), bit(exchanged ? 4 : 6), bit(5)};
   }
 
-  // What `collect` returns, if no thread has to exchange it. Otherwise writes it to shared memory.
+  // Loads a kernel: into `values`, or where a kernel's taps are neighbours as they lie there into shared memory.
   static __device__ __forceinline__ void load(
       const ReassembleCall<T>& call, const Tiling::Job& job, unsigned thread, T (&values)[G::kTaps], T* exchange) {
     const KernelMap<const T>& kernels = call.kernels;
     if (!kernels.image.channels_last) {
-      const auto own = of(thread);
-      const T* from = kernels.template kernel<G>(
+      const auto own = of(thread, false);
+      const T* const from = kernels.template kernel<G>(
           job.n, job.group, job.row + own.row, job.column + own.column, own.y * G::kUp + own.x);
       const bool exists = from != nullptr;
       CARAFE_UNROLL
-      for (int tap = 0; tap < G::kTaps; ++tap) values[tap] = exists ? from[tap * kernels.tap_stride] : T{};
-    } else if (call.kernels_by_tap) {
-      using Run = Vector<T, kRunOfKernels>;
-      constexpr unsigned kRuns = kTileSites * G::kTaps;
-      constexpr int kAtOnce = (kRuns + kThreads - 1) / kThreads;
-      const T* const item = kernels.image.item(job.n) + job.group * G::kTaps * G::kPhases;
-      Run runs[kAtOnce];
-      const auto each = [&](const auto& function) {
+      for (int tap = 0; tap < G::kTaps; ++tap) values[tap] = exists ? *ahead(from, kernels.tap_stride, tap) : T{};
+    } else if (call.kernels_by_tap) {  // a warp has eight sites of a row
+      using Run = Vector<uint32_t, kRunOfKernels / 2>;
+      constexpr int kSitesOfWarp = kTileSites * 32 / kThreads;
+      const int lane = static_cast<int>(thread % 32), site = static_cast<int>(thread / 32) * kSitesOfWarp;
+      const int i = job.row + site / kTileColumns, j = job.column + site % kTileColumns;
+      const int left = i < kernels.rows ? kernels.columns - j : 0;
+      const T* const from =
+          kernels.image.item(job.n) + job.group * G::kTaps * G::kPhases + kernels.image.offset(0, i, j);
+      int step;
+      T* const to = exchange + Transfer::exchanged(true, site * G::kPhases, &step);
+      CARAFE_UNROLL
+      for (int tap = lane; tap < G::kTaps; tap += 32) {
+        Run runs[kSitesOfWarp];
         CARAFE_UNROLL
-        for (int e = 0; e < kAtOnce; ++e) {
-          const unsigned run = thread + e * kThreads;
-          if (kRuns % kThreads == 0 || run < kRuns) {
-            function(e, static_cast<int>(run / G::kTaps), static_cast<int>(run % G::kTaps));
-          }
+        for (int e = 0; e < kSitesOfWarp; ++e) {
+          runs[e] = {};
+          const T* const at = ahead(from + tap * kRunOfKernels, kernels.image.column_stride, e);
+          if (e < left) runs[e] = *reinterpret_cast<const Run*>(at);
         }
-      };
-      each([&](int e, int site, int tap) {
-        const int i = job.row + site / kTileColumns, j = job.column + site % kTileColumns;
-        runs[e] = {};
-        if (i < kernels.rows && j < kernels.columns) {
-          runs[e] = gpu::load<kRunOfKernels>(item + kernels.image.offset(tap * G::kPhases, i, j));
+        CARAFE_UNROLL
+        for (int e = 0; e < kSitesOfWarp; ++e) {
+          *reinterpret_cast<Run*>(to + (e * G::kTaps + tap) * kRunOfKernels) = runs[e];
         }
-      });
-      each([&](int e, int site, int tap) {
-        int step;
-        gpu::store(exchange + Transfer::exchanged(true, site * G::kPhases, &step) + tap * G::kPhases, runs[e]);
-      });
+      }
     } else {
       T elements[Transfer::kAtOnce];
       Transfer::each_element(
@@ -90,7 +89,7 @@ struct StripWeights {
       const ReassembleCall<T>& call, unsigned thread, T (&values)[G::kTaps], const T* exchange) {
     if (!call.kernels.image.channels_last) return;
     __syncthreads();
-    const auto own = of(thread);
+    const auto own = of(thread, true);
     int step;
     const int kernel = (own.row * kTileColumns + own.column) * G::kPhases + own.y * G::kUp + own.x;
     const T* const from = exchange + Transfer::exchanged(call.kernels.from_logits, kernel, &step);
@@ -101,11 +100,11 @@ struct StripWeights {
 
   // Normalises a kernel and writes its column, which at site s begins with s zeros.
   static __device__ __forceinline__ void write_column(
-      Normalizer normalizer, const T (&values)[G::kTaps], unsigned thread, T* weights) {
+      const ReassembleCall<T>& call, const T (&values)[G::kTaps], unsigned thread, T* weights) {
     OwnKernel<G> kernel;
     kernel.each([&](int tap) { kernel.values[tap] = widen(values[tap]); });
-    kernel.normalize(normalizer);
-    const auto own = of(thread);
+    kernel.normalize(call.normalizer);
+    const auto own = of(thread, call.kernels.image.channels_last);
     const unsigned site = own.column % Strip::kSites;
     T* const to = weights + (own.row * kStrips + own.column / Strip::kSites) * kStrip + own.y * kProduct +
                   (site * G::kUp + own.x) * kColumn;
@@ -146,7 +145,7 @@ struct ReassembleStrips {
   using Pixels = Patch<Strip, kTileRows + G::kSide - 1, kTileColumns + 2 * kLead, kChunk>;
   using Weights = StripWeights<T, G>;
   // What a block takes for its weights, in steps of channels (Tiling::of).
-  static constexpr double kPreparing = ChannelsLast ? 0.9 : 1.6;
+  static constexpr double kPreparing = ChannelsLast ? 2 : 1.6;
   static constexpr int kBytes = (Weights::kSize + Pixels::kSize) * int(sizeof(T));
 };
 
@@ -174,77 +173,87 @@ __device__ __forceinline__ void stage_patch(
     return static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
   };
   if (image.channels_last) {  // neighbouring threads have neighbouring units
-    constexpr unsigned kUnits = Pixels::kChannels / kMatrix, kPlaces = Pixels::kRows * Pixels::kColumns * kUnits;
-    constexpr int kAtOnce = 4;
-    const int unit = static_cast<int>(thread % kUnits), left = channels - unit * kMatrix;
-    static_assert(kThreads % kUnits == 0);
-    if (unit >= units) return;
-    const T* const from = item + unit * kMatrix;
-    CARAFE_ROLLED
-    for (unsigned pixel = thread / kUnits; pixel < kPlaces / kUnits; pixel += kAtOnce * (kThreads / kUnits)) {
-      Words words[kAtOnce];
-      const auto each = [&](const auto& function) {
+    constexpr int kUnits = Pixels::kChannels / kMatrix;
+    const auto walk = [&](const auto& read) {
+      CARAFE_ROLLED
+      for (int place = static_cast<int>(thread); place < Pixels::kColumns * kUnits; place += kThreads) {
+        const int unit = place % kUnits, j = place / kUnits, left = channels - unit * kMatrix;
+        if (unit >= units) continue;
+        const bool inside = left > 0 && image.inside(0, column + j);
+        const T* const from = item + image.offset(unit * kMatrix, row, column + j);
+        uint32_t* const target = reinterpret_cast<uint32_t*>(to + Pixels::at(0, j));
+        Words words[Pixels::kRows];
         CARAFE_UNROLL
-        for (int b = 0; b < kAtOnce; ++b) {
-          const unsigned place = pixel + b * (kThreads / kUnits);
-          const int i = static_cast<int>(place / Pixels::kColumns), j = static_cast<int>(place % Pixels::kColumns);
-          if (i < Pixels::kRows) function(b, i, j);
+        for (int i = 0; i < Pixels::kRows; ++i) {
+          words[i] = {};
+          if (inside && image.inside(row + i, 0)) read(words[i], ahead(from, image.row_stride, i), left);
         }
-      };
-      each([&](int b, int i, int j) {
-        words[b] = {};
-        if (left <= 0 || !image.inside(row + i, column + j)) return;
-        const T* const at = from + image.offset(0, row + i, column + j);
-        if (image.units) {
-          words[b] = load<kWords>(reinterpret_cast<const uint32_t*>(at));
-        } else {
-          CARAFE_UNROLL
-          for (int c = 0; c < kMatrix; c += 2) {
-            if (c < left) words[b].values[c / 2] = join(at[c], c + 1 < left ? at[c + 1] : T{});
-          }
+        CARAFE_UNROLL
+        for (int i = 0; i < Pixels::kRows; ++i) write_unit<Mixed>(target + Pixels::at(i, 0) / 2, unit, words[i]);
+      }
+    };
+    if (image.units) {
+      walk([&](Words& words, const T* at, int) { words = load<kWords>(reinterpret_cast<const uint32_t*>(at)); });
+    } else {
+      walk([&](Words& words, const T* at, int left) {
+        CARAFE_UNROLL
+        for (int c = 0; c < kMatrix; c += 2) {
+          if (c < left) words.values[c / 2] = join(at[c], c + 1 < left ? at[c + 1] : T{});
         }
-      });
-      each([&](int b, int i, int j) {
-        write_unit<Mixed>(reinterpret_cast<uint32_t*>(to + Pixels::at(i, j)), unit, words[b]);
       });
     }
   } else {  // neighbouring threads have neighbouring pairs of a row, and go through the channels
-    constexpr unsigned kPairs = Pixels::kRows * Pixels::kColumns / 2, kUnits = kThreads / kPairs;
-    static_assert(kUnits > 0 && Pixels::kColumns % 2 == 0);
-    if (thread >= kPairs * kUnits) return;
-    const int i = static_cast<int>(thread % kPairs / (Pixels::kColumns / 2));
-    const int j = static_cast<int>(thread % kPairs % (Pixels::kColumns / 2)) * 2;
+    constexpr int kPairs = Pixels::kRows * Pixels::kColumns / 2, kPass = kThreads / kPairs, kAtOnce = 2;
+    static_assert(kPass > 0 && Pixels::kColumns % 2 == 0);
+    const int begin = static_cast<int>(thread) / kPairs, pair = static_cast<int>(thread) % kPairs;
+    if (begin >= kPass) return;
+    const int i = pair / (Pixels::kColumns / 2), j = pair % (Pixels::kColumns / 2) * 2;
     const bool first = image.inside(row + i, column + j), second = image.inside(row + i, column + j + 1);
     // Pixels of neighbouring pairs use every other bank; so half of the threads write the second pixel first.
     const int swapped = static_cast<int>(thread / 4 % 2);
     const unsigned low = swapped ? 0x7632 : 0x5410, high = swapped ? 0x5410 : 0x7632;
-    T* const target = to + Pixels::at(i, j);
-    CARAFE_ROLLED
-    for (int unit = static_cast<int>(thread / kPairs); unit < units; unit += static_cast<int>(kUnits)) {
-      const int left = channels - unit * kMatrix;
-      const T* from = item + image.offset(unit * kMatrix, row + i, column + j);
-      uint32_t pairs[kMatrix] = {};
-      if (image.runs && first && second && left >= kMatrix) {
+    uint32_t* const one = reinterpret_cast<uint32_t*>(to + Pixels::at(i, j + swapped));
+    uint32_t* const other = reinterpret_cast<uint32_t*>(to + Pixels::at(i, j + 1 - swapped));
+    const T* const from = item + image.offset(0, row + i, column + j);
+    const auto walk = [&](const auto& read) {
+      CARAFE_ROLLED
+      for (int unit = begin; unit < units; unit += kAtOnce * kPass) {
+        uint32_t pairs[kAtOnce][kMatrix] = {};
         CARAFE_UNROLL
-        for (int c = 0; c < kMatrix; ++c) {
-          pairs[c] = *reinterpret_cast<const uint32_t*>(from);
-          from += image.channel_stride;
+        for (int b = 0; b < kAtOnce; ++b) {
+          const int channel = (unit + b * kPass) * kMatrix;
+          if (channel < channels) read(pairs[b], ahead(from, image.channel_stride, channel), channels - channel);
         }
-      } else if (first || second) {
         CARAFE_UNROLL
-        for (int c = 0; c < kMatrix; ++c) {
-          if (c < left) pairs[c] = join(first ? from[0] : T{}, second ? from[image.column_stride] : T{});
-          from += image.channel_stride;
+        for (int b = 0; b < kAtOnce; ++b) {
+          if (unit + b * kPass >= units) continue;
+          Words first_words, other_words;
+          CARAFE_UNROLL
+          for (int c = 0; c < kMatrix; c += 2) {
+            first_words.values[c / 2] = __byte_perm(pairs[b][c], pairs[b][c + 1], low);
+            other_words.values[c / 2] = __byte_perm(pairs[b][c], pairs[b][c + 1], high);
+          }
+          write_unit<Mixed>(one, unit + b * kPass, first_words);
+          write_unit<Mixed>(other, unit + b * kPass, other_words);
         }
       }
-      Words one, other;
-      CARAFE_UNROLL
-      for (int c = 0; c < kMatrix; c += 2) {
-        one.values[c / 2] = __byte_perm(pairs[c], pairs[c + 1], low);
-        other.values[c / 2] = __byte_perm(pairs[c], pairs[c + 1], high);
-      }
-      write_unit<Mixed>(reinterpret_cast<uint32_t*>(target + swapped * Pixels::kPixel), unit, one);
-      write_unit<Mixed>(reinterpret_cast<uint32_t*>(target + (1 - swapped) * Pixels::kPixel), unit, other);
+    };
+    if (image.runs && first == second && channels % kMatrix == 0) {
+      walk([&](uint32_t(&pairs)[kMatrix], const T* at, int) {
+        CARAFE_UNROLL
+        for (int c = 0; c < kMatrix; ++c) {
+          if (first) pairs[c] = *reinterpret_cast<const uint32_t*>(ahead(at, image.channel_stride, c));
+        }
+      });
+    } else {
+      walk([&](uint32_t(&pairs)[kMatrix], const T* at, int left) {
+        CARAFE_UNROLL
+        for (int c = 0; c < kMatrix; ++c) {
+          if (c >= left) continue;
+          const T* const pixel = ahead(at, image.channel_stride, c);
+          pairs[c] = join(first ? *pixel : T{}, second ? pixel[image.column_stride] : T{});
+        }
+      });
     }
   }
 }
@@ -263,8 +272,19 @@ __device__ __forceinline__ void write_packed(
   }
 }
 
-// A row of outputs of 16 sites and channel g of a product. A thread has of each strip two outputs, of site t ^ q of
-// strip q; it gets and writes those of all sites of strip t. `to`: the first output of that, of channel 0; left: ...
+// Where the thread writes what it gets of a row of outputs: it has channel g of a product, of 16 sites. Of `wide`
+// outputs it gets those of the four sites of strip t; of others half as many, of channel g and of the one that shares a
+// bit with it, so that as much lies together: the first of them of an even channel, the last of an odd one.
+struct Columns {
+  int channel, column;  // of the product and the tile
+  static __device__ __forceinline__ Columns of(unsigned lane, bool wide) {
+    const int channel = static_cast<int>(lane / 4), column = static_cast<int>(lane % 4) * 8;
+    return {wide ? channel : channel & ~1, wide ? column : column + channel % 2 * kRunOfColumns};
+  }
+};
+
+// Writes a row of outputs of eight channels and 16 sites. A thread has of each strip q the two outputs of site t ^ q.
+// `to`: the thread's first one; `channels` and `columns` are left from there.
 template <class T>
 __device__ __forceinline__ void write_columns(
     const ReassembleCall<T>& call, uint32_t (&words)[4], T* to, unsigned lane, int channels, int columns) {
@@ -276,26 +296,20 @@ __device__ __forceinline__ void write_columns(
   exchange(lane & 2, words[0], words[2]), exchange(lane & 2, words[1], words[3]);
   CARAFE_UNROLL
   for (int i = 1; i < 4; ++i) words[i] = __shfl_xor_sync(0xffffffffu, words[i], i);
-  const int channel = static_cast<int>(lane / 4), stride = call.output.column_stride;
+  const int stride = call.output.column_stride;
   if (call.wide) {
-    if (channel < channels) {
-      write_packed<4>(
-          to + channel * call.output.channel_stride, stride, true, {words[0], words[1], words[2], words[3]}, columns);
-    }
+    if (channels > 0) write_packed<4>(to, stride, true, {words[0], words[1], words[2], words[3]}, columns);
   } else {
-    // Half as much at once: of half the channels, so that as much lies together. Threads of an even channel write the
-    // first half of both channels, of an odd one the second.
-    const bool odd = channel & 1;
+    const bool odd = lane & 4;
     exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
     words[2] = __shfl_xor_sync(0xffffffffu, words[2], 4), words[3] = __shfl_xor_sync(0xffffffffu, words[3], 4);
     exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
-    to += (channel & ~1) * call.output.channel_stride + (odd ? kRunOfColumns * stride : 0);
-    columns -= odd ? kRunOfColumns : 0;
     CARAFE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if ((channel & ~1) + i < channels) {
+      if (channels > i) {
         write_packed<2>(
-            to + i * call.output.channel_stride, stride, call.output.runs, {words[2 * i], words[2 * i + 1]}, columns);
+            ahead(to, call.output.channel_stride, i), stride, call.output.runs, {words[2 * i], words[2 * i + 1]},
+            columns);
       }
     }
   }
@@ -329,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
       Weights::load(call, job, threadIdx.x, values, weights);
       stage(0);
       Weights::collect(call, threadIdx.x, values, weights);
-      Weights::write_column(call.normalizer, values, threadIdx.x, weights);
+      Weights::write_column(call, values, threadIdx.x, weights);
     }
     __syncthreads();
 
@@ -388,41 +402,46 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
         words[i / 2][i % 2] = narrow_pair<T>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
     };
 
-    const int i = (job.row + row) * G::kUp;
-    const int height = call.output.height - i;  // of rows that are left
-    T* const output = call.output.item(job.n);
+    const Image<T>& image = call.output;
+    const int i = (job.row + row) * G::kUp, height = image.height - i;  // rows that are left
+    const auto place = Columns::of(lane, call.wide);
+    T* const output =
+        image.item(job.n) +
+        (ChannelsLast ? image.offset(job.first_channel, i, job.column * G::kUp)
+                      : image.offset(job.first_channel + place.channel, i, job.column * G::kUp + place.column));
     CARAFE_ROLLED
     for (int done = 0;;) {
-      const int channels = job.channels - done < Tile::kChunk ? job.channels - done : Tile::kChunk;
+      const int end = job.channels - done < Tile::kChunk ? job.channels - done : Tile::kChunk;
       if (height > 0) {
-        const int first = job.first_channel + done;
         if constexpr (ChannelsLast) {
           CARAFE_ROLLED
-          for (int channel = 0; channel < channels; channel += Tile::kStep) {
+          for (int channel = 0; channel < end; channel += Tile::kStep) {
             const int own = channel + static_cast<int>(lane % 4) * kMatrix;
+            T* const to = output + (done + own);
             CARAFE_UNROLL
             for (int q = 0; q < kStrips; ++q) {
               uint32_t words[2][2][2];  // of 16 channels, row, 8 of the channels
               multiply(channel, q, words[0]), multiply(channel + 16, q, words[1]);
-              const int site = static_cast<int>(lane / 8) ^ (strip + q);
-              const int j = (job.column + (strip + q) * Strip::kSites + site) * 2 + static_cast<int>(lane / 4 % 2);
+              const int site = (strip + q) * Strip::kSites + (static_cast<int>(lane / 8) ^ (strip + q));
+              const int j = site * G::kUp + static_cast<int>(lane / 4 % 2);
               CARAFE_UNROLL
               for (int y = 0; y < 2; ++y) {
                 Vector<uint32_t, 4> unit;
                 CARAFE_UNROLL
                 for (int m = 0; m < 4; ++m) unit.values[m] = transpose(words[m / 2][y][m % 2]);
-                if (y < height && j < call.output.width) {
+                if (y < height && job.column * G::kUp + j < image.width) {
                   write_packed(
-                      output + call.output.offset(first + own, i + y, j), call.output.channel_stride, call.output.units,
-                      unit, channels - own);
+                      to + (y * image.row_stride + j * image.column_stride), image.channel_stride, image.units, unit,
+                      end - own);
                 }
               }
             }
           }
         } else {
-          const int j = (job.column + static_cast<int>(lane % 4) * Strip::kSites) * 2;
+          const int columns = image.width - job.column * G::kUp - place.column;
           CARAFE_ROLLED
-          for (int channel = part * Tile::kStep; channel < channels; channel += Tile::kTurns * Tile::kStep) {
+          for (int channel = part * Tile::kStep; channel < end; channel += Tile::kTurns * Tile::kStep) {
+            T* const to = ahead(output, image.channel_stride, done + channel);
             uint32_t words[kStrips][2][2];
             CARAFE_UNROLL
             for (int q = 0; q < kStrips; ++q) multiply(channel, q, words[q]);
@@ -433,8 +452,8 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
               for (int h = 0; h < 2; ++h) {
                 uint32_t run[4] = {words[0][y][h], words[1][y][h], words[2][y][h], words[3][y][h]};
                 write_columns(
-                    call, run, output + call.output.offset(first + channel + h * kMatrix, i + y, j), lane,
-                    channels - channel - h * kMatrix, call.output.width - j);
+                    call, run, ahead(to + y * image.row_stride, image.channel_stride, h * kMatrix), lane,
+                    end - channel - h * kMatrix - place.channel, columns);
               }
             }
           }

@@ -8,6 +8,14 @@ namespace carafe::gpu::tensor {
 
 constexpr int kMatrix = 8;  // rows of a matrix that ldmatrix loads, and elements of a row
 
+// The element that is so many strides on: one instruction, as the product has 64 bits.
+template <class T>
+__device__ __forceinline__ T* ahead(T* from, int stride, int count) {
+  T* to;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(stride), "r"(count * int(sizeof(T))), "l"(from));
+  return to;
+}
+
 // The pixels that `Sites` windows have together, row by row: pixel w is (w / kWidth, w % kWidth) of them.
 template <int Side, int Sites>
 struct StripWindow {
