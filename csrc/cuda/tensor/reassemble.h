@@ -22,16 +22,19 @@ struct ReassembleCall {
 
 // A tile's weights in shared memory: of each strip B, pixels of the window x outputs, a column after the other. Column
 // n of a product is output n % 2 of a row of a site, for the sites of strip q in the order n / 2 ^ q (write_columns).
-template <class T, class G>
+// Where a warp has `Rows` of sites, the second begins in matrix kFirst of what their windows have together.
+template <class T, class G, int Rows>
 struct StripWeights {
-  using Strip = StripWindow<G::kSide, 4>;
+  using Strip = StripWindow<G::kSide, 4, Rows>;
   static constexpr int kStrips = kTileColumns / Strip::kSites;  // of a row
-  static constexpr int kColumn = Strip::kMatrices * kMatrix;    // an odd number of units, so that columns use all banks
-  static constexpr int kProduct = kMatrix * kColumn;            // of a row of outputs of a strip
-  static constexpr int kStrip = 2 * kProduct + kMatrix;         // so do strips that are written at once
+  static constexpr int kFirst = Rows > 1 ? Strip::kWidth / kMatrix : 0, kShift = Rows > 1 ? Strip::kWidth % kMatrix : 0;
+  static constexpr int kMatrices = (G::kSide * Strip::kWidth + kShift + kMatrix - 1) / kMatrix;
+  static constexpr int kColumn = kMatrices * kMatrix;    // an odd number of units, so that columns use all banks
+  static constexpr int kProduct = kMatrix * kColumn;     // of a row of outputs of a strip
+  static constexpr int kStrip = 2 * kProduct + kMatrix;  // so do strips that are written at once
   using Transfer = KernelTransfer<G, kTileRows, kTileColumns, kThreads>;
   static constexpr int kSize = std::max(kTileRows * kStrips * kStrip, Transfer::kExchange);
-  static_assert(Strip::kMatrices % 2 == 1 && Strip::kSites == 4 && kStrips == 4 && G::kPhases == 4);
+  static_assert(kMatrices % 2 == 1 && kShift % 2 == 0 && Strip::kSites == 4 && kStrips == 4 && G::kPhases == 4);
   static_assert(kThreads == kTileSites * G::kPhases, "a thread has a kernel");
 
   // The thread's kernel: neighbouring threads have neighbouring sites. A warp has both rows of these, which may lie
@@ -98,7 +101,7 @@ struct StripWeights {
     __syncthreads();
   }
 
-  // Normalises a kernel and writes its column, which at site s begins with s zeros.
+  // Normalises a kernel and writes its column, which at site s begins with s zeros, in the second row kShift more.
   static __device__ __forceinline__ void write_column(
       const ReassembleCall<T>& call, const T (&values)[G::kTaps], unsigned thread, T* weights) {
     OwnKernel<G> kernel;
@@ -113,37 +116,42 @@ struct StripWeights {
       return tap < 0 ? 0 : kernel.values[tap];
     };
     const unsigned odd = site % 2 ? 0x5432 : 0x7654;  // what is taken of two words
-    uint32_t before = 0, last = 0;
+    uint32_t words[kColumn / 2], last = 0;
     CARAFE_UNROLL
-    for (int w = 0; w < kColumn; w += kMatrix) {
-      Vector<uint32_t, kMatrix / 2> words;
+    for (int i = 0; i < kColumn / 2; ++i) words[i] = narrow_pair<T>(weight(2 * i), weight(2 * i + 1));
+    const auto moved = [&](int i) {
+      const auto word = [&](int at) { return at < 0 ? 0 : words[at]; };
+      const auto of_row = [&](int at) { return kShift > 0 && own.row > 0 ? word(at - kShift / 2) : word(at); };
+      return site < 2 ? of_row(i) : of_row(i - 1);
+    };
+    CARAFE_UNROLL
+    for (int i = 0; i < kColumn / 2; i += kMatrix / 2) {
+      Vector<uint32_t, kMatrix / 2> four;
       CARAFE_UNROLL
-      for (int i = 0; i < kMatrix / 2; ++i) {
-        const uint32_t word = narrow_pair<T>(weight(w + 2 * i), weight(w + 2 * i + 1));
-        const uint32_t moved = site < 2 ? word : before;
-        words.values[i] = __byte_perm(last, moved, odd);
-        before = word, last = moved;
+      for (int j = 0; j < kMatrix / 2; ++j) {
+        const uint32_t next = moved(i + j);
+        four.values[j] = __byte_perm(last, next, odd);
+        last = next;
       }
-      store(reinterpret_cast<uint32_t*>(to + w), words);
+      store(reinterpret_cast<uint32_t*>(to) + i, four);
     }
   }
 };
 
 template <class T, class G, bool ChannelsLast>
 struct ReassembleStrips {
-  using Strip = typename StripWeights<T, G>::Strip;
   static constexpr int kChunk = 64;
   // Channels that are computed together, and as many of a block's are a multiple of: those of a product, or what lies
   // together in memory.
   static constexpr int kStep = ChannelsLast ? 32 : 16;
-  // Strips of a warp: all of a row, which with contiguous maps is written at once by warps that take turns with the
-  // channels; or a half of it.
-  static constexpr int kStrips = ChannelsLast ? 2 : 4;
-  static constexpr int kTurns = ChannelsLast ? 1 : 2;
-  static_assert(kTurns * kTileRows * (StripWeights<T, G>::kStrips / kStrips) * 32 == kThreads);
+  // A warp has all strips of a row, which with contiguous maps it writes at once, in turns with another warp; or both
+  // rows of a strip, whose windows have most of their pixels together.
+  static constexpr int kRows = ChannelsLast ? 2 : 1, kStrips = ChannelsLast ? 1 : 4, kTurns = ChannelsLast ? 1 : 2;
+  using Weights = StripWeights<T, G, kRows>;
+  using Strip = typename Weights::Strip;
+  static_assert(kTileSites / (kRows * kStrips * Strip::kSites) * kTurns * 32 == kThreads);
   static constexpr int kLead = (G::kRadius + 1) / 2 * 2;  // columns before the tile, an even number
   using Pixels = Patch<Strip, kTileRows + G::kSide - 1, kTileColumns + 2 * kLead, kChunk>;
-  using Weights = StripWeights<T, G>;
   // What a block takes for its weights, in steps of channels (Tiling::of).
   static constexpr double kPreparing = ChannelsLast ? 2 : 1.6;
   static constexpr int kBytes = (Weights::kSize + Pixels::kSize) * int(sizeof(T));
@@ -272,12 +280,19 @@ __device__ __forceinline__ void write_packed(
   }
 }
 
-// Where the thread writes what it gets of a row of outputs: it has channel g of a product, of 16 sites. Of `wide`
-// outputs it gets those of the four sites of strip t; of others half as many, of channel g and of the one that shares a
-// bit with it, so that as much lies together: the first of them of an even channel, the last of an odd one.
-struct Columns {
-  int channel, column;  // of the product and the tile
-  static __device__ __forceinline__ Columns of(unsigned lane, bool wide) {
+// Where a thread writes in a product and the tile: what it has, or gets from others.
+struct Place {
+  int channel, column;
+
+  // Its column of a product is output n of strip q; of it it gets, transposed, a unit of channels.
+  static __device__ __forceinline__ Place of_pixel(unsigned lane, int q) {
+    const int n = static_cast<int>(lane / 4);
+    return {0, (q * 4 + ((n / 2) ^ q)) * 2 + n % 2};
+  }
+  // It has channel g of a product, of 16 sites. Of `wide` outputs it gets those of the four sites of strip t. Of others
+  // half as many, of channel g and of the one that shares a bit with it, so that as much lies together: the first of
+  // them of an even channel, the last of an odd one.
+  static __device__ __forceinline__ Place of_columns(unsigned lane, bool wide) {
     const int channel = static_cast<int>(lane / 4), column = static_cast<int>(lane % 4) * 8;
     return {wide ? channel : channel & ~1, wide ? column : column + channel % 2 * kRunOfColumns};
   }
@@ -322,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
     using Pixels = typename Tile::Pixels;
     using Weights = typename Tile::Weights;
     using Strip = typename Tile::Strip;
-    constexpr int kMatrices = Strip::kMatrices, kStrips = Tile::kStrips;
+    constexpr int kMatrices = Weights::kMatrices, kRows = Tile::kRows, kStrips = Tile::kStrips;
     extern __shared__ __align__(16) unsigned char shared[];
     T* const weights = reinterpret_cast<T*>(shared);
     T* const patch = weights + Weights::kSize;
@@ -348,67 +363,84 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
     __syncthreads();
 
     const unsigned thread = renew(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int row = static_cast<int>(warp / 2), part = static_cast<int>(warp % 2);
-    const int strip = ChannelsLast ? part * kStrips : 0;  // the first of the warp's
-    uint32_t b[kStrips][2][kMatrices];
+    const int row = ChannelsLast ? 0 : static_cast<int>(warp / 2), strip = ChannelsLast ? static_cast<int>(warp) : 0;
+    uint32_t b[kRows][kStrips][2][kMatrices];
     {
-      const T* const first = weights + row * Weights::kStrips * Weights::kStrip;
       const int n = static_cast<int>(lane) % kMatrix, matrix = static_cast<int>(lane) / kMatrix;
-      const auto column = [&](int q) { return q * Weights::kStrip + (((n / 2) ^ q) * 2 + n % 2) * Weights::kColumn; };
+      const auto column = [&](int r, int q) {
+        return weights + (r * Weights::kStrips + q) * Weights::kStrip + (((n / 2) ^ q) * 2 + n % 2) * Weights::kColumn;
+      };
       CARAFE_UNROLL
       for (int m = 0; m < kMatrices; ++m) {
         uint32_t loaded[4];
-        if constexpr (ChannelsLast) {  // both rows of two strips
-          load_matrices<4, false>(
-              loaded, first + column(strip + matrix / 2) + matrix % 2 * Weights::kProduct + m * kMatrix);
+        if constexpr (ChannelsLast) {
+          load_matrices<4, false>(loaded, column(matrix / 2, strip) + matrix % 2 * Weights::kProduct + m * kMatrix);
           CARAFE_UNROLL
-          for (int i = 0; i < 4; ++i) b[i / 2][i % 2][m] = loaded[i];
+          for (int i = 0; i < 4; ++i) b[i / 2][0][i % 2][m] = loaded[i];
         } else {
           CARAFE_UNROLL
           for (int y = 0; y < 2; ++y) {
-            load_matrices<4, false>(loaded, first + column(matrix) + y * Weights::kProduct + m * kMatrix);
+            load_matrices<4, false>(loaded, column(row, matrix) + y * Weights::kProduct + m * kMatrix);
             CARAFE_UNROLL
-            for (int q = 0; q < 4; ++q) b[q][y][m] = loaded[q];
+            for (int q = 0; q < 4; ++q) b[0][q][y][m] = loaded[q];
           }
         }
       }
     }
-    const T* rows[(kMatrices + 1) / 2];  // what the lane loads of a window, at the first channel and strip
+    const T* rows[(Strip::kMatrices + 1) / 2];  // what the lane loads of a window, at the first channel and strip
     CARAFE_UNROLL
-    for (int m = 0; m < kMatrices; m += 2) {
-      rows[m / 2] = patch + Pixels::at(row, strip * Strip::kSites + Tile::kLead - G::kRadius) +
-                    Pixels::channels_by_pixels(static_cast<int>(m + 1 < kMatrices ? lane : lane % 16), m * kMatrix);
+    for (int m = 0; m < Strip::kMatrices; m += 2) {
+      rows[m / 2] =
+          patch + Pixels::at(row, strip * Strip::kSites + Tile::kLead - G::kRadius) +
+          Pixels::channels_by_pixels(static_cast<int>(m + 1 < Strip::kMatrices ? lane : lane % 16), m * kMatrix);
     }
-    // Packed sums of 16 channels and strip q: both rows of outputs, of channels g and g + 8.
-    const auto multiply = [&](int channel, int q, uint32_t(&words)[2][2]) {
-      float sums[2][4] = {};
+    // Packed sums of 16 channels and a strip: of each row of sites both rows of outputs, of channels g and g + 8.
+    const auto multiply = [&](int channel, int q, uint32_t(&words)[kRows][2][2]) {
+      float sums[kRows][2][4] = {};
       CARAFE_UNROLL
-      for (int m = 0; m < kMatrices; m += 2) {
+      for (int m = 0; m < Strip::kMatrices; m += 2) {
         const T* const from = rows[m / 2] + q * Strip::kSites * Pixels::kPixel + channel;
-        if (m + 1 < kMatrices) {
-          uint32_t a[4];
+        uint32_t a[4] = {};
+        if (m + 1 < Strip::kMatrices) {
           load_matrices<4, true>(a, from);
-          CARAFE_UNROLL
-          for (int y = 0; y < 2; ++y) multiply_add<T>(sums[y], a, {b[q][y][m], b[q][y][m + 1]});
         } else {
-          uint32_t a[2];
-          load_matrices<2, true>(a, from);
+          uint32_t last[2];
+          load_matrices<2, true>(last, from);
+          a[0] = last[0], a[1] = last[1];
+        }
+        CARAFE_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const int own = m - r * Weights::kFirst;  // the row's matrix
+          const bool first = own >= 0 && own < kMatrices, second = own + 1 >= 0 && own + 1 < kMatrices;
           CARAFE_UNROLL
-          for (int y = 0; y < 2; ++y) multiply_add<T>(sums[y], a, b[q][y][m]);
+          for (int y = 0; y < 2; ++y) {
+            const auto& weights = b[r][q][y];
+            if (first && second) {
+              multiply_add<T>(sums[r][y], a, {weights[own], weights[own + 1]});
+            } else if (first) {
+              multiply_add<T>(sums[r][y], {a[0], a[1]}, weights[own]);
+            } else if (second) {
+              multiply_add<T>(sums[r][y], {a[2], a[3]}, weights[own + 1]);
+            }
+          }
         }
       }
       CARAFE_UNROLL
-      for (int i = 0; i < 4; ++i)
-        words[i / 2][i % 2] = narrow_pair<T>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+      for (int r = 0; r < kRows; ++r) {
+        CARAFE_UNROLL
+        for (int y = 0; y < 2; ++y) {
+          CARAFE_UNROLL
+          for (int h = 0; h < 2; ++h) words[r][y][h] = narrow_pair<T>(sums[r][y][2 * h], sums[r][y][2 * h + 1]);
+        }
+      }
     };
 
     const Image<T>& image = call.output;
     const int i = (job.row + row) * G::kUp, height = image.height - i;  // rows that are left
-    const auto place = Columns::of(lane, call.wide);
+    const auto place = ChannelsLast ? Place::of_pixel(lane, strip) : Place::of_columns(lane, call.wide);
+    const int columns = image.width - job.column * G::kUp;
     T* const output =
-        image.item(job.n) +
-        (ChannelsLast ? image.offset(job.first_channel, i, job.column * G::kUp)
-                      : image.offset(job.first_channel + place.channel, i, job.column * G::kUp + place.column));
+        image.item(job.n) + image.offset(job.first_channel + place.channel, i, job.column * G::kUp + place.column);
     CARAFE_ROLLED
     for (int done = 0;;) {
       const int end = job.channels - done < Tile::kChunk ? job.channels - done : Tile::kChunk;
@@ -417,32 +449,26 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
           CARAFE_ROLLED
           for (int channel = 0; channel < end; channel += Tile::kStep) {
             const int own = channel + static_cast<int>(lane % 4) * kMatrix;
-            T* const to = output + (done + own);
+            uint32_t words[2][kRows][2][2];  // of 16 channels, row, row of outputs, 8 of the channels
+            multiply(channel, 0, words[0]), multiply(channel + 16, 0, words[1]);
             CARAFE_UNROLL
-            for (int q = 0; q < kStrips; ++q) {
-              uint32_t words[2][2][2];  // of 16 channels, row, 8 of the channels
-              multiply(channel, q, words[0]), multiply(channel + 16, q, words[1]);
-              const int site = (strip + q) * Strip::kSites + (static_cast<int>(lane / 8) ^ (strip + q));
-              const int j = site * G::kUp + static_cast<int>(lane / 4 % 2);
+            for (int y = 0; y < kRows * 2; ++y) {
+              Vector<uint32_t, 4> unit;
               CARAFE_UNROLL
-              for (int y = 0; y < 2; ++y) {
-                Vector<uint32_t, 4> unit;
-                CARAFE_UNROLL
-                for (int m = 0; m < 4; ++m) unit.values[m] = transpose(words[m / 2][y][m % 2]);
-                if (y < height && job.column * G::kUp + j < image.width) {
-                  write_packed(
-                      to + (y * image.row_stride + j * image.column_stride), image.channel_stride, image.units, unit,
-                      end - own);
-                }
+              for (int m = 0; m < 4; ++m) unit.values[m] = transpose(words[m / 2][y / 2][y % 2][m % 2]);
+              if (y < height && place.column < columns) {
+                write_packed(
+                    ahead(output, image.row_stride, y) + (done + own) * image.channel_stride, image.channel_stride,
+                    image.units, unit, end - own);
               }
             }
           }
         } else {
-          const int columns = image.width - job.column * G::kUp - place.column;
           CARAFE_ROLLED
-          for (int channel = part * Tile::kStep; channel < end; channel += Tile::kTurns * Tile::kStep) {
+          for (int channel = static_cast<int>(warp % Tile::kTurns) * Tile::kStep; channel < end;
+               channel += Tile::kTurns * Tile::kStep) {
             T* const to = ahead(output, image.channel_stride, done + channel);
-            uint32_t words[kStrips][2][2];
+            uint32_t words[kStrips][1][2][2];
             CARAFE_UNROLL
             for (int q = 0; q < kStrips; ++q) multiply(channel, q, words[q]);
             CARAFE_UNROLL
@@ -450,10 +476,10 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
               if (y >= height) continue;
               CARAFE_UNROLL
               for (int h = 0; h < 2; ++h) {
-                uint32_t run[4] = {words[0][y][h], words[1][y][h], words[2][y][h], words[3][y][h]};
+                uint32_t run[4] = {words[0][0][y][h], words[1][0][y][h], words[2][0][y][h], words[3][0][y][h]};
                 write_columns(
                     call, run, ahead(to + y * image.row_stride, image.channel_stride, h * kMatrix), lane,
-                    end - channel - h * kMatrix - place.channel, columns);
+                    end - channel - h * kMatrix - place.channel, columns - place.column);
               }
             }
           }

@@ -8,18 +8,18 @@ namespace carafe::gpu::tensor {
 
 constexpr int kMatrix = 8;  // rows of a matrix that ldmatrix loads, and elements of a row
 
-// The element that is so many strides on: one instruction, as the product has 64 bits.
+// The element of a map that is so many strides on: one instruction, though the product has 64 bits.
 template <class T>
 __device__ __forceinline__ T* ahead(T* from, int stride, int count) {
-  T* to;
-  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(stride), "r"(count * int(sizeof(T))), "l"(from));
-  return to;
+  uint64_t address = __cvta_generic_to_global(from);
+  asm("mad.wide.s32 %0, %1, %2, %0;" : "+l"(address) : "r"(stride), "r"(count * int(sizeof(T))));
+  return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
-// The pixels that `Sites` windows have together, row by row: pixel w is (w / kWidth, w % kWidth) of them.
-template <int Side, int Sites>
+// The pixels that the windows of Rows x Sites sites have together, row by row: pixel w is (w / kWidth, w % kWidth).
+template <int Side, int Sites, int Rows = 1>
 struct StripWindow {
-  static constexpr int kSites = Sites, kWidth = Side + Sites - 1, kPixels = Side * kWidth;
+  static constexpr int kSites = Sites, kWidth = Side + Sites - 1, kPixels = (Side + Rows - 1) * kWidth;
   static constexpr int kMatrices = (kPixels + kMatrix - 1) / kMatrix;
 
   // Beyond the last pixel come others of this window again, of the same banks, to be multiplied by zero: nothing else
@@ -27,10 +27,10 @@ struct StripWindow {
   static __host__ __device__ constexpr int pixel(int w) {
     return w < kPixels ? w : kPixels - kMatrix + (w - kPixels) % kMatrix;
   }
-  // The tap by which a site of the strip reads pixel w; -1 where it does not.
+  // The tap by which a site of the first row reads pixel w; -1 where it does not.
   static __host__ __device__ constexpr int tap(int w, int site) {
     const int row = w / kWidth, column = w % kWidth - site;
-    return w < kPixels && column >= 0 && column < Side ? row * Side + column : -1;
+    return row < Side && column >= 0 && column < Side ? row * Side + column : -1;
   }
 };
 
