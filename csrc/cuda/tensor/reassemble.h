@@ -51,11 +51,20 @@ struct StripWeights {
     const KernelMap<const T>& kernels = call.kernels;
     if (!kernels.image.channels_last) {
       const auto own = of(thread, false);
-      const T* const from = kernels.template kernel<G>(
-          job.n, job.group, job.row + own.row, job.column + own.column, own.y * G::kUp + own.x);
-      const bool exists = from != nullptr;
+      const auto least = [](int a, int b) { return a < b ? a : b; };
+      // Beyond the map that of another output, as what is computed with it is not written.
+      const int i = job.row + own.row, j = job.column + own.column;
+      const T* from =
+          kernels.image.item(job.n) +
+          (kernels.from_logits ? kernels.image.offset(
+                                     job.group * G::kTaps * G::kPhases + own.y * G::kUp + own.x,
+                                     least(i, kernels.rows - 1), least(j, kernels.columns - 1))
+                               : kernels.image.offset(
+                                     job.group * G::kTaps, least(i * G::kUp + own.y, kernels.out_height - 1),
+                                     least(j * G::kUp + own.x, kernels.out_width - 1)));
+      const int64_t stride = kernels.tap_stride;
       CARAFE_UNROLL
-      for (int tap = 0; tap < G::kTaps; ++tap) values[tap] = exists ? *ahead(from, kernels.tap_stride, tap) : T{};
+      for (int tap = 0; tap < G::kTaps; ++tap, from += stride) values[tap] = *from;
     } else if (call.kernels_by_tap) {  // a warp has eight sites of a row
       using Run = Vector<uint32_t, kRunOfKernels / 2>;
       constexpr int kSitesOfWarp = kTileSites * 32 / kThreads;
@@ -64,16 +73,18 @@ struct StripWeights {
       const int left = i < kernels.rows ? kernels.columns - j : 0;
       const T* const from =
           kernels.image.item(job.n) + job.group * G::kTaps * G::kPhases + kernels.image.offset(0, i, j);
+      const int64_t stride = kernels.image.column_stride;
       int step;
       T* const to = exchange + Transfer::exchanged(true, site * G::kPhases, &step);
       CARAFE_UNROLL
       for (int tap = lane; tap < G::kTaps; tap += 32) {
         Run runs[kSitesOfWarp];
+        const T* at = from + tap * kRunOfKernels;
         CARAFE_UNROLL
         for (int e = 0; e < kSitesOfWarp; ++e) {
           runs[e] = {};
-          const T* const at = ahead(from + tap * kRunOfKernels, kernels.image.column_stride, e);
           if (e < left) runs[e] = *reinterpret_cast<const Run*>(at);
+          at += stride;
         }
         CARAFE_UNROLL
         for (int e = 0; e < kSitesOfWarp; ++e) {
@@ -188,13 +199,15 @@ __device__ __forceinline__ void stage_patch(
         const int unit = place % kUnits, j = place / kUnits, left = channels - unit * kMatrix;
         if (unit >= units) continue;
         const bool inside = left > 0 && image.inside(0, column + j);
-        const T* const from = item + image.offset(unit * kMatrix, row, column + j);
+        const T* from = item + image.offset(unit * kMatrix, row, column + j);
+        const int64_t stride = image.row_stride;
         uint32_t* const target = reinterpret_cast<uint32_t*>(to + Pixels::at(0, j));
         Words words[Pixels::kRows];
         CARAFE_UNROLL
         for (int i = 0; i < Pixels::kRows; ++i) {
           words[i] = {};
-          if (inside && image.inside(row + i, 0)) read(words[i], ahead(from, image.row_stride, i), left);
+          if (inside && image.inside(row + i, 0)) read(words[i], from, left);
+          from += stride;
         }
         CARAFE_UNROLL
         for (int i = 0; i < Pixels::kRows; ++i) write_unit<Mixed>(target + Pixels::at(i, 0) / 2, unit, words[i]);
@@ -222,45 +235,42 @@ __device__ __forceinline__ void stage_patch(
     const unsigned low = swapped ? 0x7632 : 0x5410, high = swapped ? 0x5410 : 0x7632;
     uint32_t* const one = reinterpret_cast<uint32_t*>(to + Pixels::at(i, j + swapped));
     uint32_t* const other = reinterpret_cast<uint32_t*>(to + Pixels::at(i, j + 1 - swapped));
-    const T* const from = item + image.offset(0, row + i, column + j);
+    const int most = (units + kPass - 1) / kPass;
+    const int last = units < (begin + 1) * most ? units : (begin + 1) * most;
+    const T* from = item + image.offset(begin * most * kMatrix, row + i, column + j);
+    const int64_t stride = image.channel_stride;
     const auto walk = [&](const auto& read) {
       CARAFE_ROLLED
-      for (int unit = begin; unit < units; unit += kAtOnce * kPass) {
+      for (int unit = begin * most; unit < last; unit += kAtOnce) {
         uint32_t pairs[kAtOnce][kMatrix] = {};
         CARAFE_UNROLL
         for (int b = 0; b < kAtOnce; ++b) {
-          const int channel = (unit + b * kPass) * kMatrix;
-          if (channel < channels) read(pairs[b], ahead(from, image.channel_stride, channel), channels - channel);
+          CARAFE_UNROLL
+          for (int c = 0; c < kMatrix; ++c, from += stride)
+            read(pairs[b][c], unit + b < last, (unit + b) * kMatrix + c);
         }
         CARAFE_UNROLL
         for (int b = 0; b < kAtOnce; ++b) {
-          if (unit + b * kPass >= units) continue;
+          if (unit + b >= last) continue;
           Words first_words, other_words;
           CARAFE_UNROLL
           for (int c = 0; c < kMatrix; c += 2) {
             first_words.values[c / 2] = __byte_perm(pairs[b][c], pairs[b][c + 1], low);
             other_words.values[c / 2] = __byte_perm(pairs[b][c], pairs[b][c + 1], high);
           }
-          write_unit<Mixed>(one, unit + b * kPass, first_words);
-          write_unit<Mixed>(other, unit + b * kPass, other_words);
+          write_unit<Mixed>(one, unit + b, first_words);
+          write_unit<Mixed>(other, unit + b, other_words);
         }
       }
     };
-    if (image.runs && first == second && channels % kMatrix == 0) {
-      walk([&](uint32_t(&pairs)[kMatrix], const T* at, int) {
-        CARAFE_UNROLL
-        for (int c = 0; c < kMatrix; ++c) {
-          if (first) pairs[c] = *reinterpret_cast<const uint32_t*>(ahead(at, image.channel_stride, c));
-        }
+    if (image.runs && first == second && channels == units * kMatrix) {
+      walk([&](uint32_t& pair, bool exists, int) {
+        if (first && exists) pair = *reinterpret_cast<const uint32_t*>(from);
       });
     } else {
-      walk([&](uint32_t(&pairs)[kMatrix], const T* at, int left) {
-        CARAFE_UNROLL
-        for (int c = 0; c < kMatrix; ++c) {
-          if (c >= left) continue;
-          const T* const pixel = ahead(at, image.channel_stride, c);
-          pairs[c] = join(first ? *pixel : T{}, second ? pixel[image.column_stride] : T{});
-        }
+      walk([&](uint32_t& pair, bool exists, int channel) {
+        if (!exists || channel >= channels) return;
+        pair = join(first ? *from : T{}, second ? from[image.column_stride] : T{});
       });
     }
   }
@@ -272,7 +282,7 @@ __device__ __forceinline__ void write_packed(
     T* to, int stride, bool aligned, const Vector<uint32_t, Words>& words, int left) {
   if (aligned && left >= 2 * Words) {
     store(reinterpret_cast<uint32_t*>(to), words);
-  } else {
+  } else if (left > 0) {
     CARAFE_UNROLL
     for (int i = 0; i < 2 * Words; ++i) {
       if (i < left) to[i * stride].bits = static_cast<uint16_t>(words.values[i / 2] >> i % 2 * 16);
@@ -298,11 +308,9 @@ struct Place {
   }
 };
 
-// Writes a row of outputs of eight channels and 16 sites. A thread has of each strip q the two outputs of site t ^ q.
-// `to`: the thread's first one; `channels` and `columns` are left from there.
-template <class T>
-__device__ __forceinline__ void write_columns(
-    const ReassembleCall<T>& call, uint32_t (&words)[4], T* to, unsigned lane, int channels, int columns) {
+// A row of outputs of eight channels and 16 sites: of each strip q a thread has the two outputs of site t ^ q, and gets
+// what it writes.
+__device__ __forceinline__ void exchange_columns(uint32_t (&words)[4], unsigned lane, bool wide) {
   const auto exchange = [](bool swap, uint32_t& a, uint32_t& b) {
     const uint32_t first = swap ? b : a;
     b = swap ? a : b, a = first;
@@ -311,21 +319,27 @@ __device__ __forceinline__ void write_columns(
   exchange(lane & 2, words[0], words[2]), exchange(lane & 2, words[1], words[3]);
   CARAFE_UNROLL
   for (int i = 1; i < 4; ++i) words[i] = __shfl_xor_sync(0xffffffffu, words[i], i);
+  if (wide) return;
+  const bool odd = lane & 4;
+  exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
+  words[2] = __shfl_xor_sync(0xffffffffu, words[2], 4), words[3] = __shfl_xor_sync(0xffffffffu, words[3], 4);
+  exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
+}
+
+// Writes them. `to`: the thread's first one; `channels` and `columns` are left from there.
+template <class T>
+__device__ __forceinline__ void write_columns(
+    const ReassembleCall<T>& call, const uint32_t (&words)[4], T* to, int channels, int columns) {
   const int stride = call.output.column_stride;
   if (call.wide) {
     if (channels > 0) write_packed<4>(to, stride, true, {words[0], words[1], words[2], words[3]}, columns);
-  } else {
-    const bool odd = lane & 4;
-    exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
-    words[2] = __shfl_xor_sync(0xffffffffu, words[2], 4), words[3] = __shfl_xor_sync(0xffffffffu, words[3], 4);
-    exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
-    CARAFE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (channels > i) {
-        write_packed<2>(
-            ahead(to, call.output.channel_stride, i), stride, call.output.runs, {words[2 * i], words[2 * i + 1]},
-            columns);
-      }
+    return;
+  }
+  CARAFE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (channels > i) {
+      write_packed<2>(
+          to + i * call.output.channel_stride, stride, call.output.runs, {words[2 * i], words[2 * i + 1]}, columns);
     }
   }
 }
@@ -364,25 +378,31 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
 
     const unsigned thread = renew(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int row = ChannelsLast ? 0 : static_cast<int>(warp / 2), strip = ChannelsLast ? static_cast<int>(warp) : 0;
+    constexpr int kProducts = kRows * kStrips * 2;  // of a warp, which has as many B
     uint32_t b[kRows][kStrips][2][kMatrices];
     {
       const int n = static_cast<int>(lane) % kMatrix, matrix = static_cast<int>(lane) / kMatrix;
       const auto column = [&](int r, int q) {
         return weights + (r * Weights::kStrips + q) * Weights::kStrip + (((n / 2) ^ q) * 2 + n % 2) * Weights::kColumn;
       };
+      // Two matrices that follow one another have the registers that they are used in.
       CARAFE_UNROLL
       for (int m = 0; m < kMatrices; ++m) {
-        uint32_t loaded[4];
-        if constexpr (ChannelsLast) {
-          load_matrices<4, false>(loaded, column(matrix / 2, strip) + matrix % 2 * Weights::kProduct + m * kMatrix);
+        const bool pair = m % 2 == 0 && m + 1 < kMatrices;
+        if (m % 2 == 1) continue;
+        CARAFE_UNROLL
+        for (int i = 0; i < kProducts / (pair ? 2 : 4); ++i) {
+          // Which of the products the lane's matrix is of, and which of the loaded one each is.
+          const auto which = [&](int matrix) { return pair ? 2 * i + matrix / 2 : 4 * i + matrix; };
+          const int own = which(matrix);
+          const T* const from =
+              (ChannelsLast ? column(own / 2, strip) : column(row, own / 2)) + own % 2 * Weights::kProduct;
+          uint32_t loaded[4];
+          load_matrices<4, false>(loaded, from + (m + (pair ? matrix % 2 : 0)) * kMatrix);
           CARAFE_UNROLL
-          for (int i = 0; i < 4; ++i) b[i / 2][0][i % 2][m] = loaded[i];
-        } else {
-          CARAFE_UNROLL
-          for (int y = 0; y < 2; ++y) {
-            load_matrices<4, false>(loaded, column(row, matrix) + y * Weights::kProduct + m * kMatrix);
-            CARAFE_UNROLL
-            for (int q = 0; q < 4; ++q) b[0][q][y][m] = loaded[q];
+          for (int j = 0; j < 4; ++j) {
+            b[ChannelsLast ? which(j) / 2 : 0][ChannelsLast ? 0 : which(j) / 2][which(j) % 2][m + (pair ? j % 2 : 0)] =
+                loaded[j];
           }
         }
       }
@@ -458,7 +478,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
               for (int m = 0; m < 4; ++m) unit.values[m] = transpose(words[m / 2][y / 2][y % 2][m % 2]);
               if (y < height && place.column < columns) {
                 write_packed(
-                    ahead(output, image.row_stride, y) + (done + own) * image.channel_stride, image.channel_stride,
+                    output + (y * image.row_stride + (done + own) * image.channel_stride), image.channel_stride,
                     image.units, unit, end - own);
               }
             }
@@ -467,19 +487,23 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
           CARAFE_ROLLED
           for (int channel = static_cast<int>(warp % Tile::kTurns) * Tile::kStep; channel < end;
                channel += Tile::kTurns * Tile::kStep) {
-            T* const to = ahead(output, image.channel_stride, done + channel);
-            uint32_t words[kStrips][1][2][2];
+            uint32_t words[kStrips][1][2][2], runs[2][2][4];
             CARAFE_UNROLL
             for (int q = 0; q < kStrips; ++q) multiply(channel, q, words[q]);
             CARAFE_UNROLL
-            for (int y = 0; y < 2; ++y) {
-              if (y >= height) continue;
+            for (int k = 0; k < 4; ++k) {
               CARAFE_UNROLL
-              for (int h = 0; h < 2; ++h) {
-                uint32_t run[4] = {words[0][0][y][h], words[1][0][y][h], words[2][0][y][h], words[3][0][y][h]};
+              for (int q = 0; q < kStrips; ++q) runs[k / 2][k % 2][q] = words[q][0][k / 2][k % 2];
+              exchange_columns(runs[k / 2][k % 2], lane, call.wide);
+            }
+            T* const to = output + (done + channel) * int64_t(image.channel_stride);
+            CARAFE_UNROLL
+            for (int k = 0; k < 4; ++k) {
+              const int y = k / 2, above = k % 2 * kMatrix;
+              if (y < height) {
                 write_columns(
-                    call, run, ahead(to + y * image.row_stride, image.channel_stride, h * kMatrix), lane,
-                    end - channel - h * kMatrix - place.channel, columns - place.column);
+                    call, runs[y][k % 2], to + (above * image.channel_stride + y * image.row_stride),
+                    end - channel - above - place.channel, columns - place.column);
               }
             }
           }

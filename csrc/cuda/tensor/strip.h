@@ -8,14 +8,6 @@ namespace carafe::gpu::tensor {
 
 constexpr int kMatrix = 8;  // rows of a matrix that ldmatrix loads, and elements of a row
 
-// The element of a map that is so many strides on: one instruction, though the product has 64 bits.
-template <class T>
-__device__ __forceinline__ T* ahead(T* from, int stride, int count) {
-  uint64_t address = __cvta_generic_to_global(from);
-  asm("mad.wide.s32 %0, %1, %2, %0;" : "+l"(address) : "r"(stride), "r"(count * int(sizeof(T))));
-  return static_cast<T*>(__cvta_global_to_generic(address));
-}
-
 // The pixels that the windows of Rows x Sites sites have together, row by row: pixel w is (w / kWidth, w % kWidth).
 template <int Side, int Sites, int Rows = 1>
 struct StripWindow {
