@@ -127,24 +127,20 @@ struct StripWeights {
       return tap < 0 ? 0 : kernel.values[tap];
     };
     const unsigned odd = site % 2 ? 0x5432 : 0x7654;  // what is taken of two words
-    uint32_t words[kColumn / 2], last = 0;
+    uint32_t words[kColumn / 2], moved[kColumn / 2];
     CARAFE_UNROLL
     for (int i = 0; i < kColumn / 2; ++i) words[i] = narrow_pair<T>(weight(2 * i), weight(2 * i + 1));
-    const auto moved = [&](int i) {
+    CARAFE_UNROLL
+    for (int i = 0; i < kColumn / 2; ++i) {
       const auto word = [&](int at) { return at < 0 ? 0 : words[at]; };
       const auto of_row = [&](int at) { return kShift > 0 && own.row > 0 ? word(at - kShift / 2) : word(at); };
-      return site < 2 ? of_row(i) : of_row(i - 1);
-    };
+      moved[i] = site < 2 ? of_row(i) : of_row(i - 1);
+    }
+    CARAFE_UNROLL
+    for (int i = kColumn / 2 - 1; i >= 0; --i) moved[i] = __byte_perm(i > 0 ? moved[i - 1] : 0, moved[i], odd);
     CARAFE_UNROLL
     for (int i = 0; i < kColumn / 2; i += kMatrix / 2) {
-      Vector<uint32_t, kMatrix / 2> four;
-      CARAFE_UNROLL
-      for (int j = 0; j < kMatrix / 2; ++j) {
-        const uint32_t next = moved(i + j);
-        four.values[j] = __byte_perm(last, next, odd);
-        last = next;
-      }
-      store(reinterpret_cast<uint32_t*>(to) + i, four);
+      store_row(to + 2 * i, {moved[i], moved[i + 1], moved[i + 2], moved[i + 3]});
     }
   }
 };
@@ -178,7 +174,7 @@ __device__ __forceinline__ void write_unit(uint32_t* pixel, int unit, const Vect
     CARAFE_UNROLL
     for (int i = 0; i < 4; ++i) to[i * kWords] = words.values[i];
   } else {
-    store(pixel + unit * kWords, words);
+    store_row(pixel + unit * kWords, words);
   }
 }
 
