@@ -21,9 +21,10 @@ struct ReassembleCall {
 };
 
 // A tile's weights in shared memory: of each strip B, pixels of the window x outputs, a column after the other. Column
-// n of a product is output n % 2 of a row of a site, for the sites of strip q in the order n / 2 ^ q (write_columns).
-// Where a warp has `Rows` of sites, the second begins in matrix kFirst of what their windows have together.
-template <class T, class G, int Rows>
+// n of a product is output n % 2 of a row of a site: n / 2 is the site's place. A warp has `Strips` strips, whose order
+// is exchange_columns', of `Rows` rows of sites; the second begins in matrix kFirst of what their windows have
+// together.
+template <class T, class G, int Rows, int Strips>
 struct StripWeights {
   using Strip = StripWindow<G::kSide, 4, Rows>;
   static constexpr int kStrips = kTileColumns / Strip::kSites;  // of a row
@@ -36,6 +37,10 @@ struct StripWeights {
   static constexpr int kSize = std::max(kTileRows * kStrips * kStrip, Transfer::kExchange);
   static_assert(kMatrices % 2 == 1 && kShift % 2 == 0 && Strip::kSites == 4 && kStrips == 4 && G::kPhases == 4);
   static_assert(kThreads == kTileSites * G::kPhases, "a thread has a kernel");
+
+  static __device__ __forceinline__ unsigned place(unsigned site, unsigned strip) {
+    return Strips == 2 ? site / 2 + (site ^ strip) % 2 * 2 : site ^ strip;
+  }
 
   // The thread's kernel: neighbouring threads have neighbouring sites. A warp has both rows of these, which may lie
   // together in memory; or of the outputs of one, for the banks of what is exchanged.
@@ -119,9 +124,9 @@ struct StripWeights {
     kernel.each([&](int tap) { kernel.values[tap] = widen(values[tap]); });
     kernel.normalize(call.normalizer);
     const auto own = of(thread, call.kernels.image.channels_last);
-    const unsigned site = own.column % Strip::kSites;
-    T* const to = weights + (own.row * kStrips + own.column / Strip::kSites) * kStrip + own.y * kProduct +
-                  (site * G::kUp + own.x) * kColumn;
+    const unsigned site = own.column % Strip::kSites, strip = own.column / Strip::kSites;
+    T* const to = weights + (own.row * kStrips + strip) * kStrip + own.y * kProduct +
+                  (place(site, strip) * G::kUp + own.x) * kColumn;
     const auto weight = [&](int w) {
       const int tap = Strip::tap(w, 0);
       return tap < 0 ? 0 : kernel.values[tap];
@@ -151,16 +156,19 @@ struct ReassembleStrips {
   // Channels that are computed together, and as many of a block's are a multiple of: those of a product, or what lies
   // together in memory.
   static constexpr int kStep = ChannelsLast ? 32 : 16;
-  // A warp has all strips of a row, which with contiguous maps it writes at once, in turns with another warp; or both
-  // rows of a strip, whose windows have most of their pixels together.
-  static constexpr int kRows = ChannelsLast ? 2 : 1, kStrips = ChannelsLast ? 1 : 4, kTurns = ChannelsLast ? 1 : 2;
-  using Weights = StripWeights<T, G, kRows>;
+  // With contiguous maps a warp has all strips of a row, and writes them at once, in turns with another warp; or with
+  // k = 7, as registers go, half of them. With others it has both rows of a strip, whose windows have most of their
+  // pixels together.
+  static constexpr int kRows = ChannelsLast ? 2 : 1, kStrips = ChannelsLast ? 1 : G::kSide > 5 ? 2 : 4;
+  static constexpr int kTurns = kStrips == 4 ? 2 : 1;
+  using Weights = StripWeights<T, G, kRows, kStrips>;
   using Strip = typename Weights::Strip;
   static_assert(kTileSites / (kRows * kStrips * Strip::kSites) * kTurns * 32 == kThreads);
   static constexpr int kLead = (G::kRadius + 1) / 2 * 2;  // columns before the tile, an even number
   using Pixels = Patch<Strip, kTileRows + G::kSide - 1, kTileColumns + 2 * kLead, kChunk>;
   // What a block takes for its weights, in steps of channels (Tiling::of).
   static constexpr double kPreparing = ChannelsLast ? 2 : 1.6;
+  static constexpr int kResident = kStrips == 4 && G::kSide > 3 || G::kSide > 5 ? 4 : 5;  // blocks, as registers go
   static constexpr int kBytes = (Weights::kSize + Pixels::kSize) * int(sizeof(T));
 };
 
@@ -189,6 +197,8 @@ __device__ __forceinline__ void stage_patch(
   };
   if (image.channels_last) {  // neighbouring threads have neighbouring units
     constexpr int kUnits = Pixels::kChannels / kMatrix;
+    constexpr int kAtOnce = Pixels::kRows > 6 ? Pixels::kRows / 2 : Pixels::kRows;  // rows, as registers go
+    static_assert(Pixels::kRows % kAtOnce == 0);
     const auto walk = [&](const auto& read) {
       CARAFE_ROLLED
       for (int place = static_cast<int>(thread); place < Pixels::kColumns * kUnits; place += kThreads) {
@@ -197,16 +207,20 @@ __device__ __forceinline__ void stage_patch(
         const bool inside = left > 0 && image.inside(0, column + j);
         const T* from = item + image.offset(unit * kMatrix, row, column + j);
         const int64_t stride = image.row_stride;
-        uint32_t* const target = reinterpret_cast<uint32_t*>(to + Pixels::at(0, j));
-        Words words[Pixels::kRows];
-        CARAFE_UNROLL
-        for (int i = 0; i < Pixels::kRows; ++i) {
-          words[i] = {};
-          if (inside && image.inside(row + i, 0)) read(words[i], from, left);
-          from += stride;
+        uint32_t* target = reinterpret_cast<uint32_t*>(to + Pixels::at(0, j));
+        CARAFE_ROLLED
+        for (int first = 0; first < Pixels::kRows; first += kAtOnce) {
+          Words words[kAtOnce];
+          CARAFE_UNROLL
+          for (int i = 0; i < kAtOnce; ++i) {
+            words[i] = {};
+            if (inside && image.inside(row + first + i, 0)) read(words[i], from, left);
+            from += stride;
+          }
+          CARAFE_UNROLL
+          for (int i = 0; i < kAtOnce; ++i) write_unit<Mixed>(target + Pixels::at(i, 0) / 2, unit, words[i]);
+          target += Pixels::at(kAtOnce, 0) / 2;
         }
-        CARAFE_UNROLL
-        for (int i = 0; i < Pixels::kRows; ++i) write_unit<Mixed>(target + Pixels::at(i, 0) / 2, unit, words[i]);
       }
     };
     if (image.units) {
@@ -220,7 +234,7 @@ __device__ __forceinline__ void stage_patch(
       });
     }
   } else {  // neighbouring threads have neighbouring pairs of a row, and go through the channels
-    constexpr int kPairs = Pixels::kRows * Pixels::kColumns / 2, kPass = kThreads / kPairs, kAtOnce = 2;
+    constexpr int kPairs = Pixels::kRows * Pixels::kColumns / 2, kPass = kThreads / kPairs, kAtOnce = kPass > 1 ? 2 : 1;
     static_assert(kPass > 0 && Pixels::kColumns % 2 == 0);
     const int begin = static_cast<int>(thread) / kPairs, pair = static_cast<int>(thread) % kPairs;
     if (begin >= kPass) return;
@@ -280,8 +294,8 @@ __device__ __forceinline__ void write_packed(
     store(reinterpret_cast<uint32_t*>(to), words);
   } else if (left > 0) {
     CARAFE_UNROLL
-    for (int i = 0; i < 2 * Words; ++i) {
-      if (i < left) to[i * stride].bits = static_cast<uint16_t>(words.values[i / 2] >> i % 2 * 16);
+    for (int i = 0; i < 2 * Words; ++i, to += stride) {
+      if (i < left) to->bits = static_cast<uint16_t>(words.values[i / 2] >> i % 2 * 16);
     }
   }
 }
@@ -295,22 +309,25 @@ struct Place {
     const int n = static_cast<int>(lane / 4);
     return {0, (q * 4 + ((n / 2) ^ q)) * 2 + n % 2};
   }
-  // It has channel g of a product, of 16 sites. Of `wide` outputs it gets those of the four sites of strip t. Of others
+  // It has channel g of a product. Of `wide` outputs of 16 sites it gets those of the four sites of strip t. Of others
   // half as many, of channel g and of the one that shares a bit with it, so that as much lies together: the first of
-  // them of an even channel, the last of an odd one.
+  // them of an even channel, the last of an odd one. Of eight sites it gets those of two sites of strip t / 2.
+  template <int Strips>
   static __device__ __forceinline__ Place of_columns(unsigned lane, bool wide) {
-    const int channel = static_cast<int>(lane / 4), column = static_cast<int>(lane % 4) * 8;
-    return {wide ? channel : channel & ~1, wide ? column : column + channel % 2 * kRunOfColumns};
+    const int channel = static_cast<int>(lane / 4), t = static_cast<int>(lane % 4);
+    if (Strips == 2) return {channel, t * kRunOfColumns};
+    return {wide ? channel : channel & ~1, t * 8 + (wide ? 0 : channel % 2 * kRunOfColumns)};
   }
 };
 
-// A row of outputs of eight channels and 16 sites: of each strip q a thread has the two outputs of site t ^ q, and gets
-// what it writes.
+__device__ __forceinline__ void exchange(bool swap, uint32_t& a, uint32_t& b) {
+  const uint32_t first = swap ? b : a;
+  b = swap ? a : b, a = first;
+}
+
+// A row of outputs of eight channels and all sites of a warp, of which a thread gets what it writes: of each of four
+// strips q it has the two outputs of site t ^ q, of each of two those of site t % 2 * 2 + (t / 2 ^ q).
 __device__ __forceinline__ void exchange_columns(uint32_t (&words)[4], unsigned lane, bool wide) {
-  const auto exchange = [](bool swap, uint32_t& a, uint32_t& b) {
-    const uint32_t first = swap ? b : a;
-    b = swap ? a : b, a = first;
-  };
   exchange(lane & 1, words[0], words[1]), exchange(lane & 1, words[2], words[3]);
   exchange(lane & 2, words[0], words[2]), exchange(lane & 2, words[1], words[3]);
   CARAFE_UNROLL
@@ -321,18 +338,24 @@ __device__ __forceinline__ void exchange_columns(uint32_t (&words)[4], unsigned 
   words[2] = __shfl_xor_sync(0xffffffffu, words[2], 4), words[3] = __shfl_xor_sync(0xffffffffu, words[3], 4);
   exchange(odd, words[0], words[2]), exchange(odd, words[1], words[3]);
 }
+__device__ __forceinline__ void exchange_columns(uint32_t (&words)[2], unsigned lane, bool) {
+  exchange(lane & 2, words[0], words[1]);
+  words[1] = __shfl_xor_sync(0xffffffffu, words[1], 2);
+}
 
 // Writes them. `to`: the thread's first one; `channels` and `columns` are left from there.
-template <class T>
+template <int Strips, class T>
 __device__ __forceinline__ void write_columns(
-    const ReassembleCall<T>& call, const uint32_t (&words)[4], T* to, int channels, int columns) {
+    const ReassembleCall<T>& call, const uint32_t (&words)[Strips], T* to, int channels, int columns) {
   const int stride = call.output.column_stride;
-  if (call.wide) {
-    if (channels > 0) write_packed<4>(to, stride, true, {words[0], words[1], words[2], words[3]}, columns);
-    return;
+  if constexpr (Strips == 4) {
+    if (call.wide) {
+      if (channels > 0) write_packed<4>(to, stride, true, {words[0], words[1], words[2], words[3]}, columns);
+      return;
+    }
   }
   CARAFE_UNROLL
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < Strips / 2; ++i) {
     if (channels > i) {
       write_packed<2>(
           to + i * call.output.channel_stride, stride, call.output.runs, {words[2 * i], words[2 * i + 1]}, columns);
@@ -341,7 +364,8 @@ __device__ __forceinline__ void write_columns(
 }
 
 template <class T, class G, bool ChannelsLast>
-__global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_constant__ ReassembleCall<T> call) {
+__global__ void __launch_bounds__(kThreads, ReassembleStrips<T, G, ChannelsLast>::kResident)
+    reassemble_strips(const __grid_constant__ ReassembleCall<T> call) {
   if constexpr (kAvailable) {
     using Tile = ReassembleStrips<T, G, ChannelsLast>;
     using Pixels = typename Tile::Pixels;
@@ -373,14 +397,16 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
     __syncthreads();
 
     const unsigned thread = renew(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int row = ChannelsLast ? 0 : static_cast<int>(warp / 2), strip = ChannelsLast ? static_cast<int>(warp) : 0;
+    const int row = ChannelsLast ? 0 : static_cast<int>(warp / 2),
+              strip = static_cast<int>(ChannelsLast ? warp : warp * kStrips % Weights::kStrips);
     constexpr int kProducts = kRows * kStrips * 2;  // of a warp, which has as many B
     uint32_t b[kRows][kStrips][2][kMatrices];
+    const int matrix = static_cast<int>(lane) / kMatrix;                        // that the lane loads a row of
+    const T* const columns_of_b = weights + lane % kMatrix * Weights::kColumn;  // and of which column
+    const auto product = [&](int r, int q, int y) {
+      return columns_of_b + (r * Weights::kStrips + q) * Weights::kStrip + y * Weights::kProduct;
+    };
     {
-      const int n = static_cast<int>(lane) % kMatrix, matrix = static_cast<int>(lane) / kMatrix;
-      const auto column = [&](int r, int q) {
-        return weights + (r * Weights::kStrips + q) * Weights::kStrip + (((n / 2) ^ q) * 2 + n % 2) * Weights::kColumn;
-      };
       // Two matrices that follow one another have the registers that they are used in.
       CARAFE_UNROLL
       for (int m = 0; m < kMatrices; ++m) {
@@ -392,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
           const auto which = [&](int matrix) { return pair ? 2 * i + matrix / 2 : 4 * i + matrix; };
           const int own = which(matrix);
           const T* const from =
-              (ChannelsLast ? column(own / 2, strip) : column(row, own / 2)) + own % 2 * Weights::kProduct;
+              ChannelsLast ? product(own / 2, strip, own % 2) : product(row, strip + own / 2, own % 2);
           uint32_t loaded[4];
           load_matrices<4, false>(loaded, from + (m + (pair ? matrix % 2 : 0)) * kMatrix);
           CARAFE_UNROLL
@@ -430,13 +456,13 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
           const bool first = own >= 0 && own < kMatrices, second = own + 1 >= 0 && own + 1 < kMatrices;
           CARAFE_UNROLL
           for (int y = 0; y < 2; ++y) {
-            const auto& weights = b[r][q][y];
+            const auto& own_b = b[r][q][y];
             if (first && second) {
-              multiply_add<T>(sums[r][y], a, {weights[own], weights[own + 1]});
+              multiply_add<T>(sums[r][y], a, {own_b[own], own_b[own + 1]});
             } else if (first) {
-              multiply_add<T>(sums[r][y], {a[0], a[1]}, weights[own]);
+              multiply_add<T>(sums[r][y], {a[0], a[1]}, own_b[own]);
             } else if (second) {
-              multiply_add<T>(sums[r][y], {a[2], a[3]}, weights[own + 1]);
+              multiply_add<T>(sums[r][y], {a[2], a[3]}, own_b[own + 1]);
             }
           }
         }
@@ -453,15 +479,15 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
 
     const Image<T>& image = call.output;
     const int i = (job.row + row) * G::kUp, height = image.height - i;  // rows that are left
-    const auto place = ChannelsLast ? Place::of_pixel(lane, strip) : Place::of_columns(lane, call.wide);
     const int columns = image.width - job.column * G::kUp;
-    T* const output =
-        image.item(job.n) + image.offset(job.first_channel + place.channel, i, job.column * G::kUp + place.column);
+    T* const output = image.item(job.n) + image.offset(job.first_channel, i, job.column * G::kUp);
     CARAFE_ROLLED
     for (int done = 0;;) {
       const int end = job.channels - done < Tile::kChunk ? job.channels - done : Tile::kChunk;
       if (height > 0) {
         if constexpr (ChannelsLast) {
+          const auto place = Place::of_pixel(lane, strip);
+          T* const to = output + place.column * image.column_stride;
           CARAFE_ROLLED
           for (int channel = 0; channel < end; channel += Tile::kStep) {
             const int own = channel + static_cast<int>(lane % 4) * kMatrix;
@@ -474,7 +500,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
               for (int m = 0; m < 4; ++m) unit.values[m] = transpose(words[m / 2][y / 2][y % 2][m % 2]);
               if (y < height && place.column < columns) {
                 write_packed(
-                    output + (y * image.row_stride + (done + own) * image.channel_stride), image.channel_stride,
+                    to + (y * image.row_stride + (done + own) * image.channel_stride), image.channel_stride,
                     image.units, unit, end - own);
               }
             }
@@ -483,7 +509,7 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
           CARAFE_ROLLED
           for (int channel = static_cast<int>(warp % Tile::kTurns) * Tile::kStep; channel < end;
                channel += Tile::kTurns * Tile::kStep) {
-            uint32_t words[kStrips][1][2][2], runs[2][2][4];
+            uint32_t words[kStrips][1][2][2], runs[2][2][kStrips];
             CARAFE_UNROLL
             for (int q = 0; q < kStrips; ++q) multiply(channel, q, words[q]);
             CARAFE_UNROLL
@@ -492,14 +518,16 @@ __global__ void __launch_bounds__(kThreads, 4) reassemble_strips(const __grid_co
               for (int q = 0; q < kStrips; ++q) runs[k / 2][k % 2][q] = words[q][0][k / 2][k % 2];
               exchange_columns(runs[k / 2][k % 2], lane, call.wide);
             }
-            T* const to = output + (done + channel) * int64_t(image.channel_stride);
+            const auto place = Place::of_columns<kStrips>(renew(lane), call.wide);
+            T* const to =
+                output + image.offset(done + channel + place.channel, 0, strip * Strip::kSites * G::kUp + place.column);
             CARAFE_UNROLL
             for (int k = 0; k < 4; ++k) {
               const int y = k / 2, above = k % 2 * kMatrix;
               if (y < height) {
                 write_columns(
                     call, runs[y][k % 2], to + (above * image.channel_stride + y * image.row_stride),
-                    end - channel - above - place.channel, columns - place.column);
+                    end - channel - above - place.channel, columns - strip * Strip::kSites * G::kUp - place.column);
               }
             }
           }
