@@ -8,7 +8,7 @@
 #include "grad_features.h"
 #include "grad_kernels.h"
 #include "reassemble.h"
-#include "tensor/fragments.h"
+#include "tensor/reassemble.h"
 
 namespace carafe::gpu {
 
@@ -69,11 +69,48 @@ constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, i
 
 // Each sets `found` to whether the call is one of its cases, and returns what the launch did.
 
+template <class G, bool ChannelsLast, class T>
+cudaError_t launch_tensor(const Reassemble<T>& call, const Queue& queue, const Device& device, bool* found) {
+  using Tile = tensor::ReassembleStrips<T, G, ChannelsLast>;
+  const Shape& shape = call.shape;
+  const int64_t group = shape.group_channels();
+  const Map<const T>& map = call.kernels.map;
+  tensor::ReassembleCall<T> arguments = {};
+  arguments.normalizer = call.kernels.normalizer;
+  *found = device.fits(Tile::kBytes) &&
+           make_image(
+               call.result, shape.channels, shape.out_height, shape.out_width, group, tensor::kRunOfColumns,
+               &arguments.output) &&
+           make_image(call.features, shape.channels, shape.height, shape.width, group, 2, &arguments.features) &&
+           make_kernel_map<G>(map, shape, arguments.normalizer, true, &arguments.kernels);
+  if (!*found) return cudaSuccess;
+  arguments.wide =
+      is_aligned(call.result, call.result.column_stride, call.result.row_stride, call.result.channel_stride, kUnit<T>);
+  arguments.kernels_by_tap =
+      arguments.kernels.from_logits &&
+      is_aligned(map, map.channel_stride, map.row_stride, map.column_stride, tensor::kRunOfKernels);
+  arguments.tiling = Tiling::of(
+      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kStep,
+      device.multiprocessors, Tile::kPreparing, 0);
+  *found = arguments.tiling.blocks <= kMostBlocks;
+  if (!*found) return cudaSuccess;
+  return launch_kernel(
+      queue, tensor::reassemble_strips<T, G, ChannelsLast>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
+}
+
 template <class G, class T>
 cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const Device& device, bool* found) {
   using Tile = ReassembleTile<T, G>;
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
+  if constexpr (G::kUp == 2 && is_half_precision<T>) {
+    if (device.has_tensor_cores) {
+      const cudaError_t error = call.result.has_adjacent_channels()
+                                    ? launch_tensor<G, true>(call, queue, device, found)
+                                    : launch_tensor<G, false>(call, queue, device, found);
+      if (*found || error != cudaSuccess) return error;
+    }
+  }
   ReassembleCall<T> arguments = {};
   arguments.normalizer = call.kernels.normalizer;
   *found =
