@@ -181,11 +181,14 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
       });
 }
 
+constexpr int kFinishThreads =
+    32;  // of a block of the second pass: a map that is small enough for splits has few sites
+
 // The second pass: a thread adds the splits' sums of a kernel.
 template <class T, class G>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kFinishThreads, 12)
     finish_splits(const __grid_constant__ GradKernelsCall<T> call, unsigned blocks_of_row) {
-  using Transfer = KernelTransfer<G, 1, kThreads / G::kPhases, kThreads>;
+  using Transfer = KernelTransfer<G, 1, kFinishThreads / G::kPhases, kFinishThreads>;
   __shared__ T exchange[Transfer::kExchange];
   const int rows = call.tiling.rows, pitch = call.tiling.columns * G::kPhases;
   const unsigned strip = blockIdx.x % blocks_of_row, above = blockIdx.x / blocks_of_row;

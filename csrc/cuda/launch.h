@@ -8,7 +8,7 @@
 #include "grad_features.h"
 #include "grad_kernels.h"
 #include "reassemble.h"
-#include "tensor/fragments.h"
+#include "tensor/grad_kernels.h"
 
 namespace carafe::gpu {
 
@@ -157,6 +157,60 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const
   }
 }
 
+// How tensor::grad_kernels_products is cut: the sites of a tile, in units, and the shares of the channels, such that
+// the busiest multiprocessor has least to do. That is counted in what shared memory and caches hand out, 128 bytes at a
+// time.
+template <class Products>
+Tiling tile_products(
+    const Shape& shape, int64_t rows, int64_t columns, bool channels_last, int64_t multiprocessors, int* units) {
+  constexpr double kLine = 128;
+  const int64_t steps = ceil_div(shape.group_channels(), Products::kDepth);
+  const int64_t items = shape.batch * shape.groups;
+  double least = 0;
+  Tiling best = {};
+  const auto consider = [&](int64_t width, int64_t share) {
+    const auto tile = static_cast<double>(width * Products::kUnitColumns);
+    const double patch_rows = Products::Patch::kRows, grad_rows = Products::GradPatch::kRows;
+    const double patch = 2 * (tile + 2 * Products::kBefore), grad = 2 * 2 * tile;  // bytes of a row
+    const double staged = (patch_rows * patch + grad_rows * grad) / kLine;         // of a channel
+    const double read = channels_last ? staged : patch_rows * (1 + patch / kLine) + grad_rows * (1 + grad / kLine);
+    const double products = double(width) * Products::kLoads / Products::kDepth;
+    const int64_t splits = ceil_div(steps, share);
+    const int64_t tile_rows = ceil_div(rows, kTileRows),
+                  tile_columns = ceil_div(columns, width * Products::kUnitColumns);
+    const int64_t blocks = tile_rows * tile_columns * items * splits;
+    const auto busiest = [&](int64_t number) { return double(ceil_div(number, multiprocessors)); };
+    constexpr double kTaps = Products::kTaps;
+    const double finish = splits > 1 ? 10 * kTaps : 40 * kTaps;
+    double time = busiest(blocks) * (double(share) * Products::kDepth * (read + staged + products) + finish);
+    if (splits > 1)
+      time += busiest(rows * ceil_div(columns, kFinishThreads / 4) * items) * double(splits + 8) * kTaps + 1000;
+    if (least != 0 && time >= least) return;
+    const auto number = [](int64_t value) { return static_cast<int>(value); };
+    least = time, *units = number(width);
+    best = {
+        number(rows),
+        number(columns),
+        number(tile_rows),
+        number(tile_columns),
+        number(items),
+        number(shape.groups),
+        number(shape.group_channels()),
+        number(splits),
+        number(share * Products::kDepth),
+        blocks};
+  };
+  for (int64_t width = Products::kWarps; width >= 1; --width) {
+    const int64_t tiles = ceil_div(rows, kTileRows) * ceil_div(columns, width * Products::kUnitColumns) * items;
+    consider(width, steps);
+    for (const int64_t splits :
+         {multiprocessors / tiles, ceil_div(multiprocessors, tiles), 2 * multiprocessors / tiles}) {
+      if (splits > 1) consider(width, std::max<int64_t>(ceil_div(steps, splits), 1));
+    }
+  }
+  return best;
+}
+
 template <class G, class T>
 cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const Device& device, bool* found) {
   using Tile = GradKernelsTile<T, G>;
@@ -166,32 +220,42 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
   arguments.normalizer = call.kernels.normalizer;
   *found = make_kernel_map<G>(call.result, shape, arguments.normalizer, false, &arguments.grad) &&
            make_image(
-               call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
-           make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
+               call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 2, &arguments.grad_output) &&
+           make_image(call.features, shape.channels, shape.height, shape.width, group, 2, &arguments.features) &&
            (arguments.normalizer == Normalizer::none ||
             make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels));
   if (!*found) return cudaSuccess;
+  const int rows = arguments.grad.rows, columns = arguments.grad.columns;
+  const auto launch = [&](auto kernel, int threads, int bytes, const auto&... more) {
+    const Tiling& tiling = arguments.tiling;
+    const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kFinishThreads);
+    const int64_t row_blocks = blocks_of_row * rows * tiling.items;
+    *found = tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks && packed_row_size<G>(columns) <= kMostOffset;
+    if (!*found) return cudaSuccess;
+    if (tiling.splits > 1) {
+      const int64_t sums = int64_t(tiling.splits) * tiling.items * rows * columns * G::kTaps * G::kPhases;
+      arguments.partial = static_cast<float*>(queue.allocate(queue.context, sums * int64_t(sizeof(float))));
+      if (arguments.partial == nullptr) return cudaErrorMemoryAllocation;
+    }
+    const cudaError_t error = launch_kernel(queue, kernel, tiling.blocks, threads, bytes, arguments, more...);
+    if (error != cudaSuccess || arguments.partial == nullptr) return error;
+    return launch_kernel(
+        queue, finish_splits<T, G>, row_blocks, kFinishThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
+  };
+  if constexpr (G::kUp > 1 && is_half_precision<T>) {
+    using Products = tensor::GradKernelsProducts<T, G>;
+    if (device.has_tensor_cores && device.fits(Products::kBytes)) {
+      int units = 0;
+      arguments.tiling = tile_products<Products>(
+          shape, rows, columns, call.grad_output.has_adjacent_channels(), device.multiprocessors, &units);
+      return launch(tensor::grad_kernels_products<T, G>, kThreads, Products::kBytes, units);
+    }
+  }
   *found = device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
-  const int rows = arguments.grad.rows, columns = arguments.grad.columns;
   arguments.tiling =
       Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1);
-  const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
-  const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
-  *found =
-      arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks && packed_row_size<G>(columns) <= kMostOffset;
-  if (!*found) return cudaSuccess;
-  if (arguments.tiling.splits > 1) {
-    const int64_t sums =
-        int64_t(arguments.tiling.splits) * arguments.tiling.items * rows * columns * G::kTaps * G::kPhases;
-    arguments.partial = static_cast<float*>(queue.allocate(queue.context, sums * int64_t(sizeof(float))));
-    if (arguments.partial == nullptr) return cudaErrorMemoryAllocation;
-  }
-  const cudaError_t error =
-      launch_kernel(queue, grad_kernels_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
-  if (error != cudaSuccess || arguments.partial == nullptr) return error;
-  return launch_kernel(
-      queue, finish_splits<T, G>, row_blocks, kThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
+  return launch(grad_kernels_tile<T, G>, Tile::kThreads, Tile::kBytes);
 }
 
 // The common cases: up or down by 2, k = 3, 5 or 7, not float64.
