@@ -160,7 +160,7 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const
 // How tensor::grad_kernels_products is cut: the sites of a tile, in units, and the shares of the channels, such that
 // the busiest multiprocessor has least to do. That is counted in what shared memory and caches hand out, 128 bytes at a
 // time.
-template <class Products>
+template <class Products, class G>
 Tiling tile_products(
     const Shape& shape, int64_t rows, int64_t columns, bool channels_last, int64_t multiprocessors, int* units) {
   constexpr double kLine = 128;
@@ -180,7 +180,7 @@ Tiling tile_products(
                   tile_columns = ceil_div(columns, width * Products::kUnitColumns);
     const int64_t blocks = tile_rows * tile_columns * items * splits;
     const auto busiest = [&](int64_t number) { return double(ceil_div(number, multiprocessors)); };
-    constexpr double kTaps = Products::kTaps;
+    constexpr double kTaps = G::kTaps;
     const double finish = splits > 1 ? 10 * kTaps : 40 * kTaps;
     double time = busiest(blocks) * (double(share) * Products::kDepth * (read + staged + products) + finish);
     if (splits > 1)
@@ -246,9 +246,9 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
     using Products = tensor::GradKernelsProducts<T, G>;
     if (device.has_tensor_cores && device.fits(Products::kBytes)) {
       int units = 0;
-      arguments.tiling = tile_products<Products>(
+      arguments.tiling = tile_products<Products, G>(
           shape, rows, columns, call.grad_output.has_adjacent_channels(), device.multiprocessors, &units);
-      return launch(tensor::grad_kernels_products<T, G>, kThreads, Products::kBytes, units);
+      return launch(tensor::grad_kernels_products<T, G>, Products::kThreads, Products::kBytes, units);
     }
   }
   *found = device.fits(Tile::kBytes);

@@ -24,9 +24,9 @@ struct Staged {
 // eight pixels wide. A warp has a unit of 2 x 4 sites, which is two quads.
 template <class T, class G>
 struct GradKernelsProducts {
-  static constexpr int kWarps = kThreads / 32, kQuads = 2;
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kQuads = 2, kUnitColumns = 4, kMostColumns = kWarps * kUnitColumns;
   static constexpr int kDepth = 16;  // channels of a product
-  static constexpr int kUnitColumns = kTileColumns / kWarps;
   static constexpr int kQuadRows = G::kSide > 5 ? 2 : 1, kQuadColumns = 4 / kQuadRows;
   static constexpr int kTiles = kQuadRows - 1 + G::kSide;  // rows of features that are read, a product each
   // Columns of the patch before the tile's: an even number, since pairs of columns are staged. Where a quad's pixels
@@ -36,14 +36,13 @@ struct GradKernelsProducts {
   static constexpr int kFirst = kQuadColumns + G::kSide - 1 + kSpare <= 8 ? kSpare : 0;  // the first tap's pixel
   static_assert(kQuadColumns + G::kSide - 1 + kFirst <= 8 && kUnitColumns * kTileRows == kQuads * 4);
 
-  using Patch = Staged<kTileRows + G::kSide - 1, kTileColumns + 2 * kBefore, 0>;
+  using Patch = Staged<kTileRows + G::kSide - 1, kMostColumns + 2 * kBefore, 0>;
   // A quad of 2 x 2 sites has eight outputs in two rows, which are half of the banks apart.
-  using GradPatch = Staged<kTileRows * G::kUp, kTileColumns * G::kUp, kQuadRows == 2 ? 32 : 0>;
+  using GradPatch = Staged<kTileRows * G::kUp, kMostColumns * G::kUp, kQuadRows == 2 ? 32 : 0>;
   static constexpr int kChunk = Patch::kChannels;
   static_assert(Patch::kRows % 2 == 0, "two rows are loaded at once");
   // Matrices of eight rows that a warp loads for its products.
   static constexpr int kLoads = kQuads * 4 + Patch::kRows * 2 * kQuadRows;
-  static constexpr int kTaps = G::kTaps;
 
   // Products in shared memory, [warp][quad][row of features][output][pixel], such that 32 threads of one row of sites
   // read a tap of each kernel from different banks.
@@ -56,7 +55,7 @@ struct GradKernelsProducts {
     return output * 8 + output / kRun * 4 + pixel;
   }
 
-  using Transfer = KernelTransfer<G, kTileRows, kTileColumns, kThreads>;
+  using Transfer = KernelTransfer<G, kTileRows, kMostColumns, kThreads>;
   static constexpr int kStaged = (Patch::kSize + GradPatch::kSize) * int(sizeof(T));
   static constexpr int kMeeting = kWarps * kUnit * int(sizeof(float));
   static constexpr int kBytes = std::max(kStaged, kMeeting + Transfer::kExchange * int(sizeof(T)));
@@ -71,8 +70,9 @@ __device__ __forceinline__ void copy_unit(void* to, const void* from, bool exist
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Stages the first `columns` columns of a patch that begins at (row, column), of as many of its channels as products
-// take: zeros where there is nothing. `channels` are left. Copies may be on their way (wait_for_copies).
-template <class Patch, int AtOnce, class T>
+// take: zeros where there is nothing. `channels` are left. Copies may be on their way (wait_for_copies). Of a
+// contiguous map that is narrow, half of the threads stage half of the rows.
+template <class Patch, unsigned Threads, bool Narrow, class T>
 __device__ __forceinline__ void stage_patch(
     const Image<const T>& image, const T* item, int row, int column, int channels, int columns, unsigned thread,
     T* to) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void stage_patch(
     const int first = static_cast<int>(thread % Patch::kUnits) * kUnit;
     if (first >= (channels + 15) / 16 * 16) return;
     CARAFE_ROLLED
-    for (int j = static_cast<int>(thread / Patch::kUnits); j < columns; j += kThreads / Patch::kUnits) {
+    for (int j = static_cast<int>(thread / Patch::kUnits); j < columns; j += Threads / Patch::kUnits) {
       const bool inside = first < channels && image.inside(0, column + j);
       const T* const from = item + (inside ? image.offset(first, row, column + j) : 0);
       CARAFE_UNROLL
@@ -91,49 +91,52 @@ __device__ __forceinline__ void stage_patch(
       }
     }
   } else if (!image.channels_last && image.runs && image.width % 2 == 0) {
-    // A thread has a pair of columns of a unit, and goes down the rows. Eight of them that follow one another have four
-    // pairs, two pixels apart, of two units, and so use all banks.
-    static_assert(Patch::kColumns <= 32 && Patch::kRows % AtOnce == 0 && kThreads / 16 == Patch::kUnits);
-    const int first = static_cast<int>(thread / 32 * 2 + thread % 2) * kUnit;
-    const int j = static_cast<int>(thread % 32 / 2) * 2;
-    if (j >= columns || first >= (channels + 15) / 16 * 16) return;
-    const int left = image.inside(0, column + j) ? channels - first : 0;
-    const auto stride = image.channel_stride / 2;
-    const auto* const from =
-        reinterpret_cast<const uint32_t*>(item + (left > 0 ? image.offset(first, row, column + j) : 0));
-    T* const target = to + Patch::at(0, j) + first;
+    // A thread has a pair of columns of a unit, and goes down the rows. Eight of them that follow one another use all
+    // banks: they have four pairs, two pixels apart, of two units; or eight pairs, of which half are stored in reverse.
+    constexpr int kRows = Narrow ? Patch::kRows / 2 : Patch::kRows, kPairs = Narrow ? 16 : 32;
+    static_assert(Threads == 32 * Patch::kUnits && Patch::kRows % 2 == 0);
+    const int warp = static_cast<int>(thread / 32), lane = static_cast<int>(thread % 32);
+    const int first = (Narrow ? warp % (Patch::kUnits / 2) * 2 + lane % 2 : warp) * kUnit;
+    if (first >= (channels + 15) / 16 * 16) return;
+    const int i = Narrow ? warp / (Patch::kUnits / 2) * kRows : 0, stride = image.channel_stride / 2;
+    const int reverse = Narrow ? 0 : lane / 4 % 2;
+    const unsigned earlier = reverse ? 0x7632 : 0x5410, later = reverse ? 0x5410 : 0x7632;
     CARAFE_ROLLED
-    for (int i = 0; i < Patch::kRows; i += AtOnce) {
-      uint32_t words[AtOnce][kUnit] = {};
+    for (int j = (Narrow ? lane / 2 : lane) * 2; j < columns; j += 2 * kPairs) {
+      const int left = image.inside(0, column + j) ? channels - first : 0;
+      const auto* from =
+          reinterpret_cast<const uint32_t*>(item + (left > 0 ? image.offset(first, row + i, column + j) : 0));
+      uint32_t words[kRows][kUnit] = {};
       CARAFE_UNROLL
-      for (int b = 0; b < AtOnce; ++b) {
+      for (int b = 0; b < kRows; ++b) {
+        const uint32_t* at = from + b * (image.row_stride / 2);
         if (!image.inside(row + i + b, 0)) continue;
-        const uint32_t* const at = from + (i + b) * (image.row_stride / 2);
         if (left >= kUnit) {
           CARAFE_UNROLL
-          for (int c = 0; c < kUnit; ++c) words[b][c] = at[c * stride];
+          for (int c = 0; c < kUnit; ++c, at += stride) words[b][c] = *at;
         } else {
           CARAFE_UNROLL
-          for (int c = 0; c < kUnit; ++c) {
-            if (c < left) words[b][c] = at[c * stride];
+          for (int c = 0; c < kUnit; ++c, at += stride) {
+            if (c < left) words[b][c] = *at;
           }
         }
       }
       CARAFE_UNROLL
-      for (int b = 0; b < AtOnce; ++b) {
-        Vector<uint32_t, kWords> low, high;
+      for (int b = 0; b < kRows; ++b) {
+        uint32_t one[kWords], other[kWords];
         CARAFE_UNROLL
         for (int c = 0; c < kWords; ++c) {
-          low.values[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], 0x5410);
-          high.values[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], 0x7632);
+          one[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], earlier);
+          other[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], later);
         }
-        auto* const pixel = reinterpret_cast<uint32_t*>(target + (i + b) * Patch::kRow);
-        store(pixel, low);
-        store(pixel + Patch::kPixel / 2, high);
+        T* const pixel = to + Patch::at(i + b, j) + first;
+        *reinterpret_cast<uint4*>(pixel + reverse * Patch::kPixel) = make_uint4(one[0], one[1], one[2], one[3]);
+        *reinterpret_cast<uint4*>(pixel + (1 - reverse) * Patch::kPixel) =
+            make_uint4(other[0], other[1], other[2], other[3]);
       }
     }
   } else {
-    stage<Patch, 2>(image, item, row, column, channels, thread, kThreads, to);
+    stage<Patch, 2>(image, item, row, column, channels, thread, Threads, to);
   }
 }
 
@@ -194,7 +197,7 @@ __device__ __forceinline__ void limit(KernelMap<T>& kernels, int columns) {
 
 // A tile has `units` units of sites: one a warp, or the warps that have the same share the channels.
 template <class T, class G>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(GradKernelsProducts<T, G>::kThreads, 2)
     grad_kernels_products(const __grid_constant__ GradKernelsCall<T> call, int units) {
   if constexpr (kAvailable) {
     using Products = GradKernelsProducts<T, G>;
@@ -218,10 +221,10 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int done = 0; done < job.channels; done += Products::kChunk) {
       if (done > 0) __syncthreads();  // what was staged has been read
       const int channel = job.first_channel + done, left = job.channels - done;
-      stage_patch<GradPatch, 4>(
+      stage_patch<GradPatch, Products::kThreads, false>(
           call.grad_output, call.grad_output.item(job.n) + channel * call.grad_output.channel_stride, job.row * kUp,
           job.column * kUp, left, tile_columns * kUp, renew(thread), grad_patch);
-      stage_patch<Patch, kSide == 5 ? 3 : 2>(
+      stage_patch<Patch, Products::kThreads, true>(
           call.features, call.features.item(job.n) + channel * call.features.channel_stride, job.row - G::kRadius,
           job.column - Products::kBefore, left, tile_columns + 2 * Products::kBefore, renew(thread), patch);
       wait_for_copies();
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     __syncthreads();
 
     const auto add = [&](int kernel, OwnKernel<G>& grad) {
-      const int row = kernel / (kTileColumns * kPhases), column = kernel / kPhases % kTileColumns;
+      const int row = kernel / (Products::kMostColumns * kPhases), column = kernel / kPhases % Products::kMostColumns;
       const int y = kernel / kUp % kUp, x = kernel % kUp;
       const int unit = column / Products::kUnitColumns, j = column % Products::kQuadColumns;
       if (unit >= units) return;
@@ -267,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int rows = call.tiling.rows, columns = call.tiling.columns;
     if (call.partial != nullptr) {
       const int kernel = static_cast<int>(renew(thread));
-      const int row = kernel / (kTileColumns * kPhases), column = kernel / kPhases % kTileColumns;
+      const int row = kernel / (Products::kMostColumns * kPhases), column = kernel / kPhases % Products::kMostColumns;
       const int i = job.row + row, j = job.column + column;
       if (column >= tile_columns || i >= rows || j >= columns) return;
       OwnKernel<G> grad = {};
