@@ -158,33 +158,41 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const
 }
 
 // How tensor::grad_kernels_products is cut: the sites of a tile, in units, and the shares of the channels, such that
-// the busiest multiprocessor has least to do. That is counted in what shared memory and caches hand out, 128 bytes at a
-// time.
+// the busiest multiprocessor has least to do. That is counted in clocks, of shared memory and the L1 cache, which hand
+// out 128 bytes, and of instructions, by what the model (benchmarks.gpu_model) says of the code as it is.
 template <class Products, class G>
 Tiling tile_products(
     const Shape& shape, int64_t rows, int64_t columns, bool channels_last, int64_t multiprocessors, int* units) {
-  constexpr double kLine = 128;
-  const int64_t steps = ceil_div(shape.group_channels(), Products::kDepth);
-  const int64_t items = shape.batch * shape.groups;
+  constexpr int64_t kShare = Products::kDepth / 2;
+  constexpr double kLine = 128, kTaps = G::kTaps, kSecondLaunch = 1500;
+  const int64_t most = ceil_div(shape.group_channels(), kShare), items = shape.batch * shape.groups;
+  const int64_t tile_rows = ceil_div(rows, kTileRows);
+  const auto busiest = [&](int64_t blocks) { return ceil_div(blocks, multiprocessors); };
   double least = 0;
   Tiling best = {};
   const auto consider = [&](int64_t width, int64_t share) {
-    const auto tile = static_cast<double>(width * Products::kUnitColumns);
+    const double sites = double(width * Products::kUnitColumns);
     const double patch_rows = Products::Patch::kRows, grad_rows = Products::GradPatch::kRows;
-    const double patch = 2 * (tile + 2 * Products::kBefore), grad = 2 * 2 * tile;  // bytes of a row
-    const double staged = (patch_rows * patch + grad_rows * grad) / kLine;         // of a channel
+    const double patch = 2 * (sites + 2 * Products::kBefore), grad = 2 * G::kUp * sites;  // bytes of a row
+    const double staged = (patch_rows * patch + grad_rows * grad) / kLine;                // of a channel
     const double read = channels_last ? staged : patch_rows * (1 + patch / kLine) + grad_rows * (1 + grad / kLine);
     const double products = double(width) * Products::kLoads / Products::kDepth;
-    const int64_t splits = ceil_div(steps, share);
-    const int64_t tile_rows = ceil_div(rows, kTileRows),
-                  tile_columns = ceil_div(columns, width * Products::kUnitColumns);
+    const double channels = double(share * kShare);
+    const int64_t splits = ceil_div(most, share), tile_columns = ceil_div(columns, width * Products::kUnitColumns);
     const int64_t blocks = tile_rows * tile_columns * items * splits;
-    const auto busiest = [&](int64_t number) { return double(ceil_div(number, multiprocessors)); };
-    constexpr double kTaps = G::kTaps;
-    const double finish = splits > 1 ? 10 * kTaps : 40 * kTaps;
-    double time = busiest(blocks) * (double(share) * Products::kDepth * (read + staged + products) + finish);
-    if (splits > 1)
-      time += busiest(rows * ceil_div(columns, kFinishThreads / 4) * items) * double(splits + 8) * kTaps + 1000;
+    const double lines = splits > 1      ? 24
+                         : channels_last ? 40
+                                         : 64,
+                 instructions = splits > 1      ? 20
+                                : channels_last ? 176
+                                                : 88;
+    const double moved = channels * (read + staged + products) + lines * kTaps;
+    const double issued = channels * staged * (channels_last ? 2 : 3.2) + instructions * kTaps;
+    double time = double(busiest(blocks)) * std::max(moved, issued);
+    if (splits > 1) {
+      const int64_t finishing = rows * ceil_div(columns * G::kPhases, kFinishThreads) * items;
+      time += double(ceil_div(busiest(finishing), 4)) * double(31 + 3 * splits) * kTaps + kSecondLaunch;
+    }
     if (least != 0 && time >= least) return;
     const auto number = [](int64_t value) { return static_cast<int>(value); };
     least = time, *units = number(width);
@@ -197,15 +205,15 @@ Tiling tile_products(
         number(shape.groups),
         number(shape.group_channels()),
         number(splits),
-        number(share * Products::kDepth),
+        number(share * kShare),
         blocks};
   };
   for (int64_t width = Products::kWarps; width >= 1; --width) {
-    const int64_t tiles = ceil_div(rows, kTileRows) * ceil_div(columns, width * Products::kUnitColumns) * items;
-    consider(width, steps);
-    for (const int64_t splits :
-         {multiprocessors / tiles, ceil_div(multiprocessors, tiles), 2 * multiprocessors / tiles}) {
-      if (splits > 1) consider(width, std::max<int64_t>(ceil_div(steps, splits), 1));
+    const int64_t tiles = tile_rows * ceil_div(columns, width * Products::kUnitColumns) * items;
+    consider(width, most);
+    for (const int64_t generations : {1, 2}) {
+      const int64_t splits = std::min(most, generations * multiprocessors / tiles);
+      if (splits > 1) consider(width, ceil_div(most, splits));
     }
   }
   return best;

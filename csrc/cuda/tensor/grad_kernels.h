@@ -8,7 +8,7 @@
 namespace carafe::gpu::tensor {
 
 // What of a map lies in shared memory: rows, pixels, the channels of a pixel. Eight neighbouring pixels of a row use
-// all banks once; with `Padding` elements a row, so may others.
+// all banks once; with `Padding` elements more a row, so may those of several rows.
 template <int Rows, int Columns, int Padding>
 struct Staged {
   static constexpr int kRows = Rows, kColumns = Columns, kUnitChannels = 8, kUnits = 8;
@@ -26,7 +26,7 @@ template <class T, class G>
 struct GradKernelsProducts {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kQuads = 2, kUnitColumns = 4, kMostColumns = kWarps * kUnitColumns;
-  static constexpr int kDepth = 16;  // channels of a product
+  static constexpr int kDepth = 16;  // channels of a product; splits may have half of one
   static constexpr int kQuadRows = G::kSide > 5 ? 2 : 1, kQuadColumns = 4 / kQuadRows;
   static constexpr int kTiles = kQuadRows - 1 + G::kSide;  // rows of features that are read, a product each
   // Columns of the patch before the tile's: an even number, since pairs of columns are staged. Where a quad's pixels
@@ -36,7 +36,7 @@ struct GradKernelsProducts {
   static constexpr int kFirst = kQuadColumns + G::kSide - 1 + kSpare <= 8 ? kSpare : 0;  // the first tap's pixel
   static_assert(kQuadColumns + G::kSide - 1 + kFirst <= 8 && kUnitColumns * kTileRows == kQuads * 4);
 
-  using Patch = Staged<kTileRows + G::kSide - 1, kMostColumns + 2 * kBefore, 0>;
+  using Patch = Staged<kTileRows + G::kSide - 1, kMostColumns + 2 * kBefore, 8>;
   // A quad of 2 x 2 sites has eight outputs in two rows, which are half of the banks apart.
   using GradPatch = Staged<kTileRows * G::kUp, kMostColumns * G::kUp, kQuadRows == 2 ? 32 : 0>;
   static constexpr int kChunk = Patch::kChannels;
@@ -61,6 +61,14 @@ struct GradKernelsProducts {
   static constexpr int kBytes = std::max(kStaged, kMeeting + Transfer::kExchange * int(sizeof(T)));
 };
 
+// Stores 16 bytes to shared memory, by one instruction.
+__device__ __forceinline__ void store_unit(void* to, const uint32_t (&words)[4]) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
+
 // Copies 16 bytes to shared memory, or zeros.
 __device__ __forceinline__ void copy_unit(void* to, const void* from, bool exists) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -70,8 +78,8 @@ __device__ __forceinline__ void copy_unit(void* to, const void* from, bool exist
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Stages the first `columns` columns of a patch that begins at (row, column), of as many of its channels as products
-// take: zeros where there is nothing. `channels` are left. Copies may be on their way (wait_for_copies). Of a
-// contiguous map that is narrow, half of the threads stage half of the rows.
+// take: zeros where there is nothing. `channels` are left. Copies may be on their way (wait_for_copies). `Narrow`:
+// half of a warp has the columns of most windows.
 template <class Patch, unsigned Threads, bool Narrow, class T>
 __device__ __forceinline__ void stage_patch(
     const Image<const T>& image, const T* item, int row, int column, int channels, int columns, unsigned thread,
@@ -91,26 +99,27 @@ __device__ __forceinline__ void stage_patch(
       }
     }
   } else if (!image.channels_last && image.runs && image.width % 2 == 0) {
-    // A thread has a pair of columns of a unit, and goes down the rows. Eight of them that follow one another use all
-    // banks: they have four pairs, two pixels apart, of two units; or eight pairs, of which half are stored in reverse.
-    constexpr int kRows = Narrow ? Patch::kRows / 2 : Patch::kRows, kPairs = Narrow ? 16 : 32;
-    static_assert(Threads == 32 * Patch::kUnits && Patch::kRows % 2 == 0);
-    const int warp = static_cast<int>(thread / 32), lane = static_cast<int>(thread % 32);
-    const int first = (Narrow ? warp % (Patch::kUnits / 2) * 2 + lane % 2 : warp) * kUnit;
+    // A warp has a unit, and a thread a pair of columns of it; of a narrow map, of every other row. Eight threads that
+    // follow one another use all banks: they have four pairs, two pixels apart, of two rows; or eight pairs, of which
+    // half are stored in reverse.
+    constexpr int kStep = Narrow ? 2 : 1, kRows = Patch::kRows / kStep;
+    static_assert(Threads == 32 * Patch::kUnits && Patch::kRows % kStep == 0);
+    static_assert(!Narrow || Patch::kRow / kUnit % 2 == 1, "two rows use different banks");
+    const int first = static_cast<int>(thread / 32) * kUnit, lane = static_cast<int>(thread % 32);
     if (first >= (channels + 15) / 16 * 16) return;
-    const int i = Narrow ? warp / (Patch::kUnits / 2) * kRows : 0, stride = image.channel_stride / 2;
+    const int i = Narrow ? lane % 2 : 0, stride = image.channel_stride / 2;
     const int reverse = Narrow ? 0 : lane / 4 % 2;
     const unsigned earlier = reverse ? 0x7632 : 0x5410, later = reverse ? 0x5410 : 0x7632;
     CARAFE_ROLLED
-    for (int j = (Narrow ? lane / 2 : lane) * 2; j < columns; j += 2 * kPairs) {
+    for (int j = (Narrow ? lane / 2 : lane) * 2; j < columns; j += 64 / kStep) {
       const int left = image.inside(0, column + j) ? channels - first : 0;
       const auto* from =
           reinterpret_cast<const uint32_t*>(item + (left > 0 ? image.offset(first, row + i, column + j) : 0));
       uint32_t words[kRows][kUnit] = {};
       CARAFE_UNROLL
       for (int b = 0; b < kRows; ++b) {
-        const uint32_t* at = from + b * (image.row_stride / 2);
-        if (!image.inside(row + i + b, 0)) continue;
+        const uint32_t* at = from + b * kStep * (image.row_stride / 2);
+        if (!image.inside(row + i + b * kStep, 0)) continue;
         if (left >= kUnit) {
           CARAFE_UNROLL
           for (int c = 0; c < kUnit; ++c, at += stride) words[b][c] = *at;
@@ -129,10 +138,9 @@ __device__ __forceinline__ void stage_patch(
           one[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], earlier);
           other[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], later);
         }
-        T* const pixel = to + Patch::at(i + b, j) + first;
-        *reinterpret_cast<uint4*>(pixel + reverse * Patch::kPixel) = make_uint4(one[0], one[1], one[2], one[3]);
-        *reinterpret_cast<uint4*>(pixel + (1 - reverse) * Patch::kPixel) =
-            make_uint4(other[0], other[1], other[2], other[3]);
+        T* const pixel = to + Patch::at(i + b * kStep, j) + first;
+        store_unit(pixel + reverse * Patch::kPixel, one);
+        store_unit(pixel + (1 - reverse) * Patch::kPixel, other);
       }
     }
   } else {
