@@ -89,23 +89,25 @@ __global__ void __launch_bounds__(kThreads, 4)
       const float* const packed = call.packed +
                                   packed_row<G>(rows, columns, job.n * call.tiling.groups + job.group, row) +
                                   first_site * kPhases;
-      constexpr unsigned kStaged = G::kTaps * Strip::kSites;
-      constexpr int kEach = (kStaged + kThreads - 1) / kThreads;
-      const unsigned own = renew(thread);
-      Vector<float, kPhases> staged[kEach] = {};
-      CARAFE_UNROLL
-      for (int e = 0; e < kEach; ++e) {
-        const unsigned item = e * kThreads + own;
-        const int tap = static_cast<int>(item / Strip::kSites), site = static_cast<int>(item % Strip::kSites);
-        if (item < kStaged && first_site + site >= 0 && first_site + site < columns) {
-          staged[e] = load<kPhases>(packed + (tap * columns + site) * kPhases);
+      // A warp has a tap, a thread a site.
+      constexpr int kWarps = kThreads / 32, kEach = 7;
+      static_assert(Strip::kSites <= 32 && G::kTaps <= 2 * kEach * kWarps);
+      const int site = static_cast<int>(renew(thread) % 32), first_tap = static_cast<int>(renew(thread) / 32);
+      const bool exists = first_site + site >= 0 && first_site + site < columns;
+      const float* from = packed + (first_tap * columns + site) * kPhases;
+      CARAFE_ROLLED
+      for (int tap = first_tap; site < Strip::kSites && tap < G::kTaps; tap += kEach * kWarps) {
+        Vector<float, kPhases> staged[kEach] = {};
+        CARAFE_UNROLL
+        for (int e = 0; e < kEach; ++e, from += kWarps * columns * kPhases) {
+          if (exists && tap + e * kWarps < G::kTaps) staged[e] = load<kPhases>(from);
         }
-      }
-      CARAFE_UNROLL
-      for (int e = 0; e < kEach; ++e) {
-        const unsigned item = e * kThreads + own;
-        if (item >= kStaged) continue;
-        store(weights + item / Strip::kSites * Strip::kTap + item % Strip::kSites * kPhases, staged[e]);
+        CARAFE_UNROLL
+        for (int e = 0; e < kEach; ++e) {
+          if (tap + e * kWarps < G::kTaps) {
+            store_shared(weights + (tap + e * kWarps) * Strip::kTap + site * kPhases, staged[e]);
+          }
+        }
       }
       stage<Patch, 8>(
           call.grad_output, grad_output, row * kUp, first_site * kUp, job.channels, renew(thread), kThreads, patch);

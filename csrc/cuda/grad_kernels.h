@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
   using GradPatch = typename Tile::GradPatch;
   using Sums = typename Tile::Sums;
   constexpr int kUp = G::kUp, kDown = G::kDown, kPhases = G::kPhases, kSide = G::kSide;
+  constexpr int kAtOnce = 16 / sizeof(T);
   extern __shared__ __align__(16) unsigned char shared[];
   T* const patch = reinterpret_cast<T*>(shared);
   T* const grad_patch = patch + Patch::kSize;
@@ -102,10 +103,10 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
   for (int done = 0; done < job.channels; done += Tile::kChunk) {
     if (done > 0) __syncthreads();  // what was staged has been read
     const int channel = job.first_channel + done, left = job.channels - done;
-    stage<Patch, 8>(
+    stage<Patch, kAtOnce>(
         call.features, features + channel * call.features.channel_stride, job.row * kDown - G::kRadius,
         job.column * kDown - G::kRadius, left, renew(thread), Tile::kThreads, patch);
-    stage<GradPatch, 8>(
+    stage<GradPatch, kAtOnce>(
         call.grad_output, grad_output + channel * call.grad_output.channel_stride, job.row * kUp, job.column * kUp,
         left, renew(thread), Tile::kThreads, grad_patch);
     __syncthreads();
@@ -140,38 +141,33 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
     }
   }
 
-  const int rows = call.tiling.rows, columns = call.tiling.columns;
-  if (call.partial != nullptr) {
-    const int64_t item = int64_t(job.split) * call.tiling.items + job.n * call.tiling.groups + job.group;
-    const int i = job.row + row, j = job.column + column;
-    float* const to = call.partial + ((item * rows + i) * G::kTaps + u * kSide) * columns * kPhases + j * kPhases;
-    if (part != 0 || !has_row || i >= rows) return;
+  // Of the first `left` sites; `to`: the first tap, `pitch` from the next.
+  const auto write = [&](float* to, int pitch, int left) {
     CARAFE_UNROLL
-    for (int v = 0; v < kSide; ++v) {
+    for (int v = 0; v < kSide; ++v, to += pitch) {
       CARAFE_UNROLL
       for (int s = 0; s < kStrip; ++s) {
         Vector<float, kPhases> own;
         CARAFE_UNROLL
         for (int p = 0; p < kPhases; ++p) own.values[p] = sums[s][v][p];
-        if (j + s < columns) store(to + (v * columns + s) * kPhases, own);
+        if (s < left) store(to + s * kPhases, own);
       }
     }
+  };
+  const bool writes = part == 0 && has_row;
+  if (call.partial != nullptr) {
+    const int rows = call.tiling.rows, columns = call.tiling.columns;
+    const int64_t item = int64_t(job.split) * call.tiling.items + job.n * call.tiling.groups + job.group;
+    const int i = job.row + row, j = job.column + column, pitch = columns * kPhases;
+    float* const to = call.partial + ((item * rows + i) * G::kTaps + u * kSide) * pitch + j * kPhases;
+    if (writes && i < rows) write(to, pitch, columns - j);
     return;
   }
 
   __syncthreads();  // what was staged has been read
   float* const meeting = reinterpret_cast<float*>(shared);
-  if (part == 0 && has_row) {
-    CARAFE_UNROLL
-    for (int v = 0; v < kSide; ++v) {
-      CARAFE_UNROLL
-      for (int s = 0; s < kStrip; ++s) {
-        Vector<float, kPhases> own;
-        CARAFE_UNROLL
-        for (int p = 0; p < kPhases; ++p) own.values[p] = sums[s][v][p];
-        store(meeting + (u * kSide + v) * Sums::kTap + (row * kTileColumns + column + s) * kPhases, own);
-      }
-    }
+  if (writes) {
+    write(meeting + u * kSide * Sums::kTap + (row * kTileColumns + column) * kPhases, Sums::kTap, kStrip);
   }
   __syncthreads();
   finish_kernels<typename Tile::Transfer, G>(

@@ -65,7 +65,9 @@ int64_t packed_row_size(int64_t columns) {
   return columns * G::kTaps * G::kPhases;
 }
 
-constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, in chunks of channels (Tiling::of)
+// See Tiling::of.
+constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, in chunks of channels
+constexpr double kLeastBusy = 7 / 8.0;
 
 // Each sets `found` to whether the call is one of its cases, and returns what the launch did.
 
@@ -85,8 +87,8 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const D
   *found = device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   arguments.tiling = Tiling::of(
-      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk,
-      device.multiprocessors, kPreparing, 0);
+      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kOfLanes,
+      device.multiprocessors, Tile::kUnits * kPreparing, 0, kLeastBusy, Tile::kUnits);
   *found = arguments.tiling.blocks <= kMostBlocks;
   if (!*found) return cudaSuccess;
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
@@ -174,8 +176,9 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
   *found = device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   const int rows = arguments.grad.rows, columns = arguments.grad.columns;
-  arguments.tiling =
-      Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1);
+  arguments.tiling = Tiling::of(
+      shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1, 1, 1,
+      Tile::kThreads / 32);
   const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
   const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
   *found =
