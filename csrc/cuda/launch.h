@@ -179,7 +179,7 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
   arguments.tiling = Tiling::of(
       shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1, 1, 1,
       Tile::kThreads / 32);
-  const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
+  const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kFinishThreads);
   const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
   *found =
       arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks && packed_row_size<G>(columns) <= kMostOffset;
@@ -194,7 +194,7 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
       launch_kernel(queue, grad_kernels_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
   if (error != cudaSuccess || arguments.partial == nullptr) return error;
   return launch_kernel(
-      queue, finish_splits<T, G>, row_blocks, kThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
+      queue, finish_splits<T, G>, row_blocks, kFinishThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
 }
 
 // The common cases: up or down by 2, k = 3, 5 or 7, not float64.

@@ -94,26 +94,15 @@ __device__ __forceinline__ unsigned renew(unsigned number) {
   return number;
 }
 
-// A thread's place among those of a tile: its strip of sites, and which channels. Eight threads that follow one another
-// read different banks at once: four strips, two pixels apart, and two units of channels; or, where strips lie four
-// pixels apart, two and four. A warp writes as much as it can of what lies together: eight strips of a row, or all
-// channels.
+// A thread's place among those of a tile: its strip of sites, and which channels. Threads that follow one another read
+// and write what lies together: eight strips of a row, or all channels.
 struct Place {
   int row, column, lane;
 
-  template <int Apart>
   static __device__ __forceinline__ Place of(unsigned thread, bool channels_last) {
     static_assert(kLanes == 8 && kTileColumns / kStrip == 8, "three bits each");
-    const auto bit = [&](int from, int to) { return (thread >> from & 1) << to; };
-    unsigned strip, lane;
-    if (Apart == 2) {
-      strip = bit(1, 0) | bit(2, 1) | (channels_last ? bit(5, 2) : bit(3, 2));
-      lane = bit(0, 0) | (channels_last ? bit(3, 1) | bit(4, 2) : bit(4, 1) | bit(5, 2));
-    } else {
-      strip = bit(2, 0) | bit(3, 1) | (channels_last ? bit(5, 2) : bit(4, 2));
-      lane = bit(0, 0) | bit(1, 1) | (channels_last ? bit(4, 2) : bit(5, 2));
-    }
-    return {static_cast<int>(thread >> 6), static_cast<int>(strip) * kStrip, static_cast<int>(lane)};
+    const auto low = static_cast<int>(thread % 8), high = static_cast<int>(thread / 8 % 8);
+    return {static_cast<int>(thread / 64), (channels_last ? high : low) * kStrip, channels_last ? low : high};
   }
 };
 
@@ -255,43 +244,44 @@ __device__ __forceinline__ void write_pixels(
   }
 }
 
-// How a window lies in shared memory, in elements: planes of phases (one where the window is not split), rows, pixels,
-// the channels of a pixel in units of `Unit`. A pixel takes a unit more than it needs, an odd number of them, so that
-// neighbouring threads that write neighbouring pixels use different banks; so do planes, half of the `Banks` apart,
-// elements in one access to all banks.
-template <int Rows, int Columns, int Units, int Unit, int Scale = 1, int Banks = 1>
+// How a window lies in shared memory, in elements: planes, rows, pixels, the channels of a pixel in units of `Unit`.
+// Every column in so many as there are planes, one a strip, lies in the same plane; and a pixel takes a unit more than
+// it needs, an odd number of them. So threads that have neighbouring strips use different banks, and so do those that
+// write neighbouring pixels, because planes begin a part of all banks apart: `Banks`, elements in one access to all.
+template <int Rows, int Columns, int Units, int Unit, int Planes, int Banks>
 struct Window {
   static constexpr int kRows = Rows, kColumns = Columns, kUnits = Units, kUnitChannels = Unit;
-  static constexpr int kChannels = Units * Unit, kScale = Scale;
+  static constexpr int kChannels = Units * Unit;
   static constexpr int kPixel = (Units + 1) * Unit;
-  static constexpr int kRow = (Columns + Scale - 1) / Scale * kPixel;
-  static constexpr int kPacked = (Rows + Scale - 1) / Scale * kRow;
-  static constexpr int kPlane = kPacked + (Banks + Banks / 2 - kPacked % Banks) % Banks;
-  static constexpr int kSize = Scale * Scale * kPlane;
+  static constexpr int kRow = (Columns + Planes - 1) / Planes * kPixel;
+  static constexpr int kPacked = Rows * kRow;
+  static constexpr int kPlane = kPacked + (Banks + Banks / Planes - kPacked % Banks) % Banks;
+  static constexpr int kSize = Planes * kPlane;
   static_assert(Units % 2 == 0, "a pixel's last unit would be another's first");
 
   static __device__ __forceinline__ constexpr int at(int row, int column) {
-    return (row % Scale * Scale + column % Scale) * kPlane + row / Scale * kRow + column / Scale * kPixel;
+    return column % Planes * kPlane + row * kRow + column / Planes * kPixel;
   }
 };
+template <class T>
+constexpr int kBanks = 128 / sizeof(T);
 
 // Stages a window of which neighbouring columns are neighbours in memory: neighbouring threads have neighbouring runs
-// of `Run` columns, of which so many threads share the units.
+// of `Run` columns, and so many threads, which do not follow one another, share the units.
 template <class Window, int AtOnce, int Run, class T>
 __device__ __forceinline__ void stage_columns(
     const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, unsigned threads,
-    T* to) {
+    T* to, int wanted) {
   constexpr int kChannels = Window::kUnitChannels, kParts = Run, kAtOnce = AtOnce / Run;
   static_assert(kAtOnce > 0 && Window::kUnits % (kParts * kAtOnce) == 0, "no load is left over");
   constexpr unsigned kRuns = (Window::kColumns + Run - 1) / Run, kPlaces = Window::kRows * kRuns;
-  // So many runs do not meet in a bank, and leave to another part's what they do not use.
-  constexpr unsigned kNext = 128 / (kChannels * sizeof(T)) / kParts * Window::kScale;
+  constexpr unsigned kWhole = (kPlaces + 15) / 16 * 16;  // half a warp
   using Unit = Vector<T, kChannels>;
   CARAFE_ROLLED
-  for (unsigned place = thread; place < (kPlaces + kNext - 1) / kNext * kNext * kParts; place += threads) {
-    const unsigned run = place % kNext + place / (kNext * kParts) * kNext;
-    if (kPlaces % kNext != 0 && run >= kPlaces) continue;
-    const int part = static_cast<int>(place / kNext % kParts) * kChannels;
+  for (unsigned place = thread; place < kWhole * kParts; place += threads) {
+    const unsigned run = place % kWhole;
+    if (run >= kPlaces) continue;
+    const int part = static_cast<int>(place / kWhole) * kChannels;
     const int i = static_cast<int>(run / kRuns), j = static_cast<int>(run % kRuns) * Run;
     const int left = (image.inside(row + i, column + j) ? channels : 0) - part;
     const T* from = item + image.offset(part, row + i, column + j);
@@ -319,7 +309,7 @@ __device__ __forceinline__ void stage_columns(
       }
     };
     CARAFE_ROLLED
-    for (int first = 0; first < Window::kChannels; first += AtOnce * kChannels) {
+    for (int first = 0; first < wanted; first += AtOnce * kChannels) {
       if (first + ((kAtOnce - 1) * kParts + 1) * kChannels <= left) {
         move(first, std::integral_constant<int, 2>{});
       } else if (first < left) {
@@ -332,12 +322,12 @@ __device__ __forceinline__ void stage_columns(
 }
 
 // Stages the window whose first pixel is (row, column); `channels` are left, from the one that `item` points at. Zeros
-// where there is nothing. A thread has a place along one axis and walks along another, AtOnce units at
-// a time, as its registers allow.
+// where there is nothing, and what lies beyond the first `wanted` channels may stay as it was. A thread has a place
+// along one axis and walks along another, AtOnce units at a time, as its registers allow.
 template <class Window, int AtOnce, class T>
 __device__ __forceinline__ void stage(
     const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, unsigned threads,
-    T* to) {
+    T* to, int wanted = Window::kChannels) {
   constexpr int kAtOnce = AtOnce, kChannels = Window::kUnitChannels;
   static_assert(Window::kUnits % kAtOnce == 0, "no load is left over");
   using Unit = Vector<T, kChannels>;
@@ -372,9 +362,9 @@ __device__ __forceinline__ void stage(
       }
     }
   } else if (image.pairs && column % 2 == 0) {
-    stage_columns<Window, AtOnce, 2>(image, item, row, column, channels, thread, threads, to);
+    stage_columns<Window, AtOnce, 2>(image, item, row, column, channels, thread, threads, to, wanted);
   } else {
-    stage_columns<Window, AtOnce, 1>(image, item, row, column, channels, thread, threads, to);
+    stage_columns<Window, AtOnce, 1>(image, item, row, column, channels, thread, threads, to, wanted);
   }
 }
 

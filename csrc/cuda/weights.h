@@ -203,13 +203,20 @@ struct KernelTransfer {
   }
 };
 
-// The weights of a rectangle of sites in shared memory: [tap][site][phase].
+// The weights of a rectangle of sites in shared memory: [tap][site of a strip][strip][phase], so that threads that have
+// neighbouring strips load from different banks; or, where a site has one, [tap][site].
 template <class G, int Rows, int Columns>
 struct StagedWeights {
   static constexpr int kSites = Rows * Columns;
   static constexpr int kTap = (kSites * G::kPhases + kQuad - 1) / kQuad * kQuad;
+  static constexpr int kApart = G::kPhases > 1 ? kStrip : 1, kSite = kTap / kApart;  // from a strip's site to the next
   using Transfer = KernelTransfer<G, Rows, Columns, kThreads>;  // what it exchanges lies where the weights will
   static constexpr int kSize = std::max(G::kTaps * kTap, (Transfer::kExchange + kQuad - 1) / kQuad * kQuad);
+
+  static __device__ __forceinline__ constexpr int at(int kernel) {
+    const int site = kernel / G::kPhases;
+    return site % kApart * kSite + site / kApart * G::kPhases + kernel % G::kPhases;
+  }
 
   // Of the sites from (row, column) on; zeros where there is no kernel.
   template <class T>
@@ -219,7 +226,8 @@ struct StagedWeights {
     auto own = Transfer::load(kernels, n, group, row, column, thread, reinterpret_cast<T*>(to));
     if (thread >= Transfer::kCount) return;
     own.normalize(normalizer);
-    own.each([&](int tap) { to[tap * kTap + thread] = own.values[tap]; });
+    to += at(static_cast<int>(thread));
+    own.each([&](int tap) { to[tap * kTap] = own.values[tap]; });
   }
 };
 
