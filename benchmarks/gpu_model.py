@@ -115,7 +115,7 @@ class Issue:
 
     issued: float  # times
     sectors: float = 0.0  # of 32 bytes of global memory
-    lines: float = 0.0  # of 128 bytes
+    global_wavefronts: float = 0.0
     wavefronts: float = 0.0  # of shared memory
     ideal_wavefronts: float = 0.0  # with no conflict of banks
 
@@ -151,7 +151,7 @@ class Counts:
     sectors_written: float
     shared_wavefronts: float
     ideal_wavefronts: float
-    global_wavefronts: float  # a line of 128 bytes each
+    global_wavefronts: float  # of the L1 cache, by banks as those of shared memory
     latency: float = 0.0  # clocks of a warp, on average, that has a scheduler for itself
     guessed: float = 0.0  # share of the instructions whose count nothing vouched for
     checks: tuple[Check, ...] = ()  # of the machine code's counts against the PTX's
@@ -224,7 +224,7 @@ def counts_of(launch: Launch, code: Code, statements: Sequence[Statement]) -> Co
         total("sectors", "st"),
         total("wavefronts"),
         total("ideal_wavefronts"),
-        total("lines"),
+        total("global_wavefronts"),
         clocks / (launch.blocks * math.ceil(launch.threads / WARP)),
         guessed / max(1.0, sum(kinds.values())),
         tuple(gpu_model_sass.checks(code, statements, issued)),
@@ -337,7 +337,7 @@ def sampling_step(blocks: int, sample: int) -> int:
 def launch_of(seen: Any) -> Launch:
     """What is needed of the executor's own record."""
     blocks = math.prod(seen.grid)
-    names = ("issued", "sectors", "lines", "wavefronts", "ideal_wavefronts")
+    names = tuple(Issue.__dataclass_fields__)
     lines: dict[int, Issue] = {}
     sources: dict[int, str] = {}
     for record in seen.records():

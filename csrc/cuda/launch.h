@@ -65,7 +65,9 @@ int64_t packed_row_size(int64_t columns) {
   return columns * G::kTaps * G::kPhases;
 }
 
-constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, in chunks of channels (Tiling::of)
+// See Tiling::of.
+constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, in chunks of channels
+constexpr double kLeastBusy = 7 / 8.0;
 
 // Each sets `found` to whether the call is one of its cases, and returns what the launch did.
 
@@ -85,8 +87,8 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const D
   *found = device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   arguments.tiling = Tiling::of(
-      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk,
-      device.multiprocessors, kPreparing, 0);
+      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kOfLanes,
+      device.multiprocessors, Tile::kUnits * kPreparing, 0, kLeastBusy, Tile::kUnits);
   *found = arguments.tiling.blocks <= kMostBlocks;
   if (!*found) return cudaSuccess;
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
@@ -184,7 +186,7 @@ Tiling tile_products(
                          : channels_last ? 40
                                          : 64,
                  instructions = splits > 1      ? 20
-                                : channels_last ? 176
+                                : channels_last ? 115
                                                 : 88;
     const double moved = channels * (read + staged + products) + lines * kTaps;
     const double issued = channels * staged * (channels_last ? 2 : 3.2) + instructions * kTaps;
@@ -228,8 +230,8 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
   arguments.normalizer = call.kernels.normalizer;
   *found = make_kernel_map<G>(call.result, shape, arguments.normalizer, false, &arguments.grad) &&
            make_image(
-               call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 2, &arguments.grad_output) &&
-           make_image(call.features, shape.channels, shape.height, shape.width, group, 2, &arguments.features) &&
+               call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
+           make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
            (arguments.normalizer == Normalizer::none ||
             make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels));
   if (!*found) return cudaSuccess;
@@ -261,8 +263,9 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
   }
   *found = device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
-  arguments.tiling =
-      Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1);
+  arguments.tiling = Tiling::of(
+      shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1, 1, 1,
+      Tile::kThreads / 32);
   return launch(grad_kernels_tile<T, G>, Tile::kThreads, Tile::kBytes);
 }
 

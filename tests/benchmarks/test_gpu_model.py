@@ -369,7 +369,10 @@ def test_counts_of_a_launch() -> None:
     code, statements = parse_sass(SASS)["sums"], gpu_model_sass.ptx_statements(PTX)["sums"]
     code.registers, code.shared = 40, 32
     lines = {line: Issue(4.0) for line in (7, 8, 18)} | {line: Issue(16.0) for line in (12, 13, 14)}
-    lines |= {11: Issue(16.0, wavefronts=64.0, ideal_wavefronts=16.0), 17: Issue(4.0, sectors=20.0, lines=8.0)}
+    lines |= {
+        11: Issue(16.0, wavefronts=64.0, ideal_wavefronts=16.0),
+        17: Issue(4.0, sectors=20.0, global_wavefronts=8.0),
+    }
     counts = gpu_model.counts_of(Launch("sums", 2, 64, 1000, lines, 2, {12: "sums.h:5"}), code, statements)
     assert counts.instructions == 4 * 3 + 4 * 9 + 4 * 2
     assert counts.kinds["FFMA"] == 16

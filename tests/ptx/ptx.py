@@ -1,5 +1,5 @@
-"""PTX, as nvcc writes it, into the flat programs that executor.cpp executes: an instruction is an operation by its
-number, rows of registers, and numbers. What is not known is an error that names it and its line."""
+"""PTX, as nvcc writes it, into the flat programs that the executor (machine.h) takes: an instruction is an operation by
+its number, rows of registers, and numbers. What is not known is an error that names it and its line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-OPERANDS = 14  # of an instruction in executor.cpp
+OPERANDS = 14  # of an instruction in machine.h
 PLAIN, BRANCH, BRANCH_INDEXED, EXIT, BARRIER = range(5)
 
 WIDTHS = {
@@ -1156,7 +1156,7 @@ class _Builder:
 
 
 def pack(kernel: Kernel, operations: Mapping[str, int], variables: Mapping[str, int]) -> dict[str, object]:
-    """The kernel as the numbers that executor.cpp takes."""
+    """The kernel as the numbers that runtime.cpp takes."""
     words: list[int] = []
     for i in kernel.code:
         if i.operation not in operations:

@@ -375,7 +375,7 @@ def test_lanes_part_and_meet_again():
     heads = [r for r in executor.launches()[0].records() if r["ptx"].startswith("setp.ge")]
     assert [(r["issued"], r["lanes"]) for r in heads] == [(32, sum(range(1, 33)))]
     after = [r for r in executor.launches()[0].records() if r["ptx"].startswith("st.global")]
-    assert [(r["issued"], r["lanes"], r["sectors"], r["lines"]) for r in after] == [(1, 32, 4, 1)]
+    assert [(r["issued"], r["lanes"], r["sectors"], r["global_wavefronts"]) for r in after] == [(1, 32, 4, 1)]
 
 
 def test_branches_by_a_table():
@@ -905,6 +905,33 @@ def test_shared_memory_wavefronts():
     assert count(store.format(32, "v4.u32", "{%r0, %r0, %r0, %r0}")) == (8, 4)
     assert count(store.format(144, "v4.u32", "{%r0, %r0, %r0, %r0}")) == (4, 4)
     assert count(store.format(2, "u16", "%h1")) == (1, 1)
+    pairs = "shr.u32 %r2, %r0, 1; mad.lo.s32 %r2, %r2, 128, %r1; st.shared.u32 [%r2], %r0;"  # two lanes of each word
+    assert count(pairs) == (16, 1)
+
+
+def test_global_memory_wavefronts():
+    def count(text):
+        execute("mov.u32 %r1, 0;" + text, ints(32 * 64), ints(32 * 64), shared=512)
+        (record,) = (
+            r for r in executor.launches()[0].records() if r["ptx"].startswith(("ld.global", "st.global", "cp"))
+        )
+        return record["global_wavefronts"], record["sectors"], record["wavefronts"]
+
+    load = "mul.wide.u32 %rd8, %r0, {}; add.s64 %rd8, %rd8, %rd1; ld.global.{} {}, [%rd8+{}];"
+    assert count(load.format(4, "u32", "%r9", 0)) == (1, 4, 0)
+    assert count(load.format(4, "u32", "%r9", 4)) == (1, 5, 0)  # of two lines
+    assert count(load.format(0, "u32", "%r9", 0)) == (1, 1, 0)
+    assert count(load.format(2, "u16", "%h1", 0)) == (1, 2, 0)
+    assert count(load.format(128, "u32", "%r9", 0)) == (32, 32, 0)  # one bank
+    assert count(load.format(132, "u32", "%r9", 0)) == (1, 32, 0)
+    assert count(load.format(64, "u32", "%r9", 0)) == (16, 32, 0)
+    assert count(load.format(16, "v4.u32", "{%r6, %r7, %r8, %r9}", 0)) == (4, 16, 0)
+    assert count(load.format(128, "v4.u32", "{%r6, %r7, %r8, %r9}", 0)) == (32, 32, 0)
+    store = "mul.wide.u32 %rd8, %r0, 8; add.s64 %rd8, %rd8, %rd0; st.global.u32 [%rd8], %r0;"
+    assert count(store) == (2, 8, 0)
+    # What is copied to shared memory passes once, when it is written there.
+    copy = "mul.wide.u32 %rd8, %r0, 16; add.s64 %rd8, %rd8, %rd1; mov.u32 %r1, buffer; mad.lo.s32 %r1, %r0, 16, %r1;"
+    assert count(f"{copy} cp.async.cg.shared.global [%r1], [%rd8], 16;") == (0, 16, 4)
 
 
 @pytest.mark.parametrize(("text", "message"), [

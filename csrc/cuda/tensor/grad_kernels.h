@@ -61,14 +61,6 @@ struct GradKernelsProducts {
   static constexpr int kBytes = std::max(kStaged, kMeeting + Transfer::kExchange * int(sizeof(T)));
 };
 
-// Stores 16 bytes to shared memory, by one instruction.
-__device__ __forceinline__ void store_unit(void* to, const uint32_t (&words)[4]) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-               "r"(words[3])
-               : "memory");
-}
-
 // Copies 16 bytes to shared memory, or zeros.
 __device__ __forceinline__ void copy_unit(void* to, const void* from, bool exists) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -98,7 +90,7 @@ __device__ __forceinline__ void stage_patch(
         copy_unit(to + Patch::at(i, j) + first, exists ? from + i * image.row_stride : item, exists);
       }
     }
-  } else if (!image.channels_last && image.runs && image.width % 2 == 0) {
+  } else if (!image.channels_last && image.pairs) {
     // A warp has a unit, and a thread a pair of columns of it; of a narrow map, of every other row. Eight threads that
     // follow one another use all banks: they have four pairs, two pixels apart, of two rows; or eight pairs, of which
     // half are stored in reverse.
@@ -132,15 +124,15 @@ __device__ __forceinline__ void stage_patch(
       }
       CARAFE_UNROLL
       for (int b = 0; b < kRows; ++b) {
-        uint32_t one[kWords], other[kWords];
+        Vector<uint32_t, kWords> one, other;
         CARAFE_UNROLL
         for (int c = 0; c < kWords; ++c) {
-          one[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], earlier);
-          other[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], later);
+          one.values[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], earlier);
+          other.values[c] = __byte_perm(words[b][2 * c], words[b][2 * c + 1], later);
         }
-        T* const pixel = to + Patch::at(i + b * kStep, j) + first;
-        store_unit(pixel + reverse * Patch::kPixel, one);
-        store_unit(pixel + (1 - reverse) * Patch::kPixel, other);
+        auto* const pixel = reinterpret_cast<uint32_t*>(to + Patch::at(i + b * kStep, j) + first);
+        store_shared(pixel + reverse * (Patch::kPixel / 2), one);
+        store_shared(pixel + (1 - reverse) * (Patch::kPixel / 2), other);
       }
     }
   } else {
