@@ -8,6 +8,7 @@
 #include "grad_features.h"
 #include "grad_kernels.h"
 #include "reassemble.h"
+#include "tensor/grad_kernels.h"
 #include "tensor/reassemble.h"
 
 namespace carafe::gpu {
@@ -65,7 +66,9 @@ int64_t packed_row_size(int64_t columns) {
   return columns * G::kTaps * G::kPhases;
 }
 
-constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, in chunks of channels (Tiling::of)
+// See Tiling::of.
+constexpr double kPreparing = 1 / 7.0;  // what a block takes for its weights, in chunks of channels
+constexpr double kLeastBusy = 7 / 8.0;
 
 // Each sets `found` to whether the call is one of its cases, and returns what the launch did.
 
@@ -122,8 +125,8 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const D
   *found = device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   arguments.tiling = Tiling::of(
-      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kChunk,
-      device.multiprocessors, kPreparing, 0);
+      shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kOfLanes,
+      device.multiprocessors, Tile::kUnits * kPreparing, 0, kLeastBusy, Tile::kUnits);
   *found = arguments.tiling.blocks <= kMostBlocks;
   if (!*found) return cudaSuccess;
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
@@ -194,6 +197,68 @@ cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const
   }
 }
 
+// How tensor::grad_kernels_products is cut: the sites of a tile, in units, and the shares of the channels, such that
+// the busiest multiprocessor has least to do. That is counted in clocks, of shared memory and the L1 cache, which hand
+// out 128 bytes, and of instructions, by what the model (benchmarks.gpu_model) says of the code as it is.
+template <class Products, class G>
+Tiling tile_products(
+    const Shape& shape, int64_t rows, int64_t columns, bool channels_last, int64_t multiprocessors, int* units) {
+  constexpr int64_t kShare = Products::kDepth / 2;
+  constexpr double kLine = 128, kTaps = G::kTaps, kSecondLaunch = 1500;
+  const int64_t most = ceil_div(shape.group_channels(), kShare), items = shape.batch * shape.groups;
+  const int64_t tile_rows = ceil_div(rows, kTileRows);
+  const auto busiest = [&](int64_t blocks) { return ceil_div(blocks, multiprocessors); };
+  double least = 0;
+  Tiling best = {};
+  const auto consider = [&](int64_t width, int64_t share) {
+    const double sites = double(width * Products::kUnitColumns);
+    const double patch_rows = Products::Patch::kRows, grad_rows = Products::GradPatch::kRows;
+    const double patch = 2 * (sites + 2 * Products::kBefore), grad = 2 * G::kUp * sites;  // bytes of a row
+    const double staged = (patch_rows * patch + grad_rows * grad) / kLine;                // of a channel
+    const double read = channels_last ? staged : patch_rows * (1 + patch / kLine) + grad_rows * (1 + grad / kLine);
+    const double products = double(width) * Products::kLoads / Products::kDepth;
+    const double channels = double(share * kShare);
+    const int64_t splits = ceil_div(most, share), tile_columns = ceil_div(columns, width * Products::kUnitColumns);
+    const int64_t blocks = tile_rows * tile_columns * items * splits;
+    const double lines = splits > 1      ? 24
+                         : channels_last ? 40
+                                         : 64,
+                 instructions = splits > 1      ? 20
+                                : channels_last ? 115
+                                                : 88;
+    const double moved = channels * (read + staged + products) + lines * kTaps;
+    const double issued = channels * staged * (channels_last ? 2 : 3.2) + instructions * kTaps;
+    double time = double(busiest(blocks)) * std::max(moved, issued);
+    if (splits > 1) {
+      const int64_t finishing = rows * ceil_div(columns * G::kPhases, kFinishThreads) * items;
+      time += double(ceil_div(busiest(finishing), 4)) * double(31 + 3 * splits) * kTaps + kSecondLaunch;
+    }
+    if (least != 0 && time >= least) return;
+    const auto number = [](int64_t value) { return static_cast<int>(value); };
+    least = time, *units = number(width);
+    best = {
+        number(rows),
+        number(columns),
+        number(tile_rows),
+        number(tile_columns),
+        number(items),
+        number(shape.groups),
+        number(shape.group_channels()),
+        number(splits),
+        number(share * kShare),
+        blocks};
+  };
+  for (int64_t width = Products::kWarps; width >= 1; --width) {
+    const int64_t tiles = tile_rows * ceil_div(columns, width * Products::kUnitColumns) * items;
+    consider(width, most);
+    for (const int64_t generations : {1, 2}) {
+      const int64_t splits = std::min(most, generations * multiprocessors / tiles);
+      if (splits > 1) consider(width, ceil_div(most, splits));
+    }
+  }
+  return best;
+}
+
 template <class G, class T>
 cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const Device& device, bool* found) {
   using Tile = GradKernelsTile<T, G>;
@@ -208,27 +273,38 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
            (arguments.normalizer == Normalizer::none ||
             make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels));
   if (!*found) return cudaSuccess;
+  const int rows = arguments.grad.rows, columns = arguments.grad.columns;
+  const auto launch = [&](auto kernel, int threads, int bytes, const auto&... more) {
+    const Tiling& tiling = arguments.tiling;
+    const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kFinishThreads);
+    const int64_t row_blocks = blocks_of_row * rows * tiling.items;
+    *found = tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks && packed_row_size<G>(columns) <= kMostOffset;
+    if (!*found) return cudaSuccess;
+    if (tiling.splits > 1) {
+      const int64_t sums = int64_t(tiling.splits) * tiling.items * rows * columns * G::kTaps * G::kPhases;
+      arguments.partial = static_cast<float*>(queue.allocate(queue.context, sums * int64_t(sizeof(float))));
+      if (arguments.partial == nullptr) return cudaErrorMemoryAllocation;
+    }
+    const cudaError_t error = launch_kernel(queue, kernel, tiling.blocks, threads, bytes, arguments, more...);
+    if (error != cudaSuccess || arguments.partial == nullptr) return error;
+    return launch_kernel(
+        queue, finish_splits<T, G>, row_blocks, kFinishThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
+  };
+  if constexpr (G::kUp > 1 && is_half_precision<T>) {
+    using Products = tensor::GradKernelsProducts<T, G>;
+    if (device.has_tensor_cores && device.fits(Products::kBytes)) {
+      int units = 0;
+      arguments.tiling = tile_products<Products, G>(
+          shape, rows, columns, call.grad_output.has_adjacent_channels(), device.multiprocessors, &units);
+      return launch(tensor::grad_kernels_products<T, G>, Products::kThreads, Products::kBytes, units);
+    }
+  }
   *found = device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
-  const int rows = arguments.grad.rows, columns = arguments.grad.columns;
-  arguments.tiling =
-      Tiling::of(shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1);
-  const int64_t blocks_of_row = ceil_div(int64_t(columns) * G::kPhases, kThreads);
-  const int64_t row_blocks = blocks_of_row * rows * arguments.tiling.items;
-  *found =
-      arguments.tiling.blocks <= kMostBlocks && row_blocks <= kMostBlocks && packed_row_size<G>(columns) <= kMostOffset;
-  if (!*found) return cudaSuccess;
-  if (arguments.tiling.splits > 1) {
-    const int64_t sums =
-        int64_t(arguments.tiling.splits) * arguments.tiling.items * rows * columns * G::kTaps * G::kPhases;
-    arguments.partial = static_cast<float*>(queue.allocate(queue.context, sums * int64_t(sizeof(float))));
-    if (arguments.partial == nullptr) return cudaErrorMemoryAllocation;
-  }
-  const cudaError_t error =
-      launch_kernel(queue, grad_kernels_tile<T, G>, arguments.tiling.blocks, Tile::kThreads, Tile::kBytes, arguments);
-  if (error != cudaSuccess || arguments.partial == nullptr) return error;
-  return launch_kernel(
-      queue, finish_splits<T, G>, row_blocks, kThreads, 0, arguments, static_cast<unsigned>(blocks_of_row));
+  arguments.tiling = Tiling::of(
+      shape, rows, columns, kTileRows, kTileColumns, Tile::kChunk, device.multiprocessors, kPreparing, 1, 1, 1,
+      Tile::kThreads / 32);
+  return launch(grad_kernels_tile<T, G>, Tile::kThreads, Tile::kBytes);
 }
 
 // The common cases: up or down by 2, k = 3, 5 or 7, not float64.

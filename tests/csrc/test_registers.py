@@ -22,6 +22,7 @@ RESIDENT = {
     "grad_features_tile": 512,
     "grad_features_strip": 512,
     "grad_kernels_tile": 448,  # k = 7: two blocks of 224; the others five or four, of 128 and 160
+    "grad_kernels_products": 512,
     "ReassembleBlock": 3 * 256,
     "GradFeaturesBlock": 3 * 128,
     "GradKernelsBlock": 640,

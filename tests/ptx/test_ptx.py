@@ -247,6 +247,32 @@ def test_the_launcher_on_other_devices(gpu):
         check(host, CASE | dict(batch=1) | changes)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_tiles_of_every_width(kernel, layout, monkeypatch):
+    """The fewer multiprocessors, the wider are tiles of the gradient to the kernels on tensor cores, or the fewer the
+    splits of their channels."""
+    multiprocessors = 16  # cudaDevAttrMultiProcessorCount
+    grids = set()
+    for number, width, channels, dtype in (
+        (1, 12, 72, torch.float16),
+        (1, 20, 24, torch.bfloat16),
+        (1, 24, 12, torch.float16),
+        (1, 28, 130, torch.float16),
+        (1, 32, 72, torch.bfloat16),
+        (8, 18, 300, torch.float16),
+        (8, 34, 104, torch.bfloat16),
+    ):
+        monkeypatch.setitem(executor.DEVICES, "few", {**executor.DEVICES["h100"], multiprocessors: number})
+        case = CASE | dict(kernel=kernel, size=(3, width), channels=channels, dtype=dtype, layout=layout, batch=1)
+        host = machine(device="few")
+        check(host, case, ("grad_kernels",))
+        _, launches = choose(host, "grad_kernels", case)
+        assert "grad_kernels_products" in launches[0].kernel
+        grids.add((launches[0].grid, len(launches)))
+    assert len(grids) > 1
+
+
 def test_a_gradient_that_is_expanded():
     """That of a sum has strides of 0."""
     for ratio in ((2, 1), (1, 2), (3, 1)):
