@@ -82,9 +82,8 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const D
       make_image(
           call.result, shape.channels, shape.out_height, shape.out_width, group, kStrip * G::kUp, &arguments.output) &&
       make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
-      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
-  if (!*found) return cudaSuccess;
-  *found = device.fits(Tile::kBytes);
+      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels) &&
+      device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   arguments.tiling = Tiling::of(
       shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kOfLanes,
@@ -115,16 +114,15 @@ template <class G, class T>
 cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const Device& device, bool* found) {
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
+  using Tile = std::conditional_t<G::kUp == 1, GradFeaturesTile<T, G>, GradFeaturesStrip<T, G>>;
   GradFeaturesCall<T> arguments = {};
   arguments.normalizer = call.kernels.normalizer;
   *found =
       make_image(call.result, shape.channels, shape.height, shape.width, group, kStrip * G::kDown, &arguments.grad) &&
       make_image(
           call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
-      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
-  if (!*found) return cudaSuccess;
-  using Tile = std::conditional_t<G::kUp == 1, GradFeaturesTile<T, G>, GradFeaturesStrip<T, G>>;
-  *found = device.fits(Tile::kBytes);
+      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels) &&
+      device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   if constexpr (G::kUp == 1) {
     arguments.tiling = Tiling::of(
@@ -171,9 +169,8 @@ cudaError_t launch_common(const GradKernels<T>& call, const Queue& queue, const 
                call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
            make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
            (arguments.normalizer == Normalizer::none ||
-            make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels));
-  if (!*found) return cudaSuccess;
-  *found = device.fits(Tile::kBytes);
+            make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, false, &arguments.kernels)) &&
+           device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   const int rows = arguments.grad.rows, columns = arguments.grad.columns;
   arguments.tiling = Tiling::of(
