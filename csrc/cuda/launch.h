@@ -93,16 +93,16 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const D
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
 }
 
-// How many rows a block of the gradient to the features goes down. It stages K - 1 more than that, at about four tenths
-// of the cost of computing one; and a multiprocessor that has one block alone waits for memory half of the time.
-inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t multiprocessors) {
+// How many rows a block of the gradient to the features goes down. It stages K - 1 more than that, at `staging` of the
+// cost of computing one; and a multiprocessor that has one block alone waits for memory half of the time.
+inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t multiprocessors, double staging = 1) {
   int64_t best = rows;
   double least = 0;
   for (int64_t count = rows;;) {  // as few rows as do for so many runs
     const int64_t runs = ceil_div(rows, count);
     count = ceil_div(rows, runs);
     const double busy = double(ceil_div(runs * strips, multiprocessors));
-    const double time = (busy + 1) * (double(count) + 0.4 * double(count + side - 1));
+    const double time = (busy + 1) * (double(count) + staging * double(count + side - 1));
     if (least == 0 || time < least) least = time, best = count;
     if (count == 1) break;
     --count;
