@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 4)
                                   first_site * kPhases;
       // A warp has a tap, a thread a site.
       constexpr int kWarps = kThreads / 32, kEach = 7;
-      static_assert(Strip::kSites <= 32 && G::kTaps <= 2 * kEach * kWarps);
+      static_assert(Strip::kSites <= 32, "a thread has one");
       const int site = static_cast<int>(renew(thread) % 32), first_tap = static_cast<int>(renew(thread) / 32);
       const bool exists = first_site + site >= 0 && first_site + site < columns;
       const float* from = packed + (first_tap * columns + site) * kPhases;

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
   using GradPatch = typename Tile::GradPatch;
   using Sums = typename Tile::Sums;
   constexpr int kUp = G::kUp, kDown = G::kDown, kPhases = G::kPhases, kSide = G::kSide;
-  constexpr int kAtOnce = 16 / sizeof(T);
+  constexpr int kAtOnce = sizeof(T) == 4 || kSide == 7 ? 4 : 8;  // as registers allow
   extern __shared__ __align__(16) unsigned char shared[];
   T* const patch = reinterpret_cast<T*>(shared);
   T* const grad_patch = patch + Patch::kSize;

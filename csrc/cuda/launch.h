@@ -120,9 +120,8 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const D
       make_image(
           call.result, shape.channels, shape.out_height, shape.out_width, group, kStrip * G::kUp, &arguments.output) &&
       make_image(call.features, shape.channels, shape.height, shape.width, group, 1, &arguments.features) &&
-      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
-  if (!*found) return cudaSuccess;
-  *found = device.fits(Tile::kBytes);
+      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels) &&
+      device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   arguments.tiling = Tiling::of(
       shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kOfLanes,
@@ -132,16 +131,16 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const D
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
 }
 
-// How many rows a block of the gradient to the features goes down. It stages K - 1 more than that, at about four tenths
-// of the cost of computing one; and a multiprocessor that has one block alone waits for memory half of the time.
-inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t multiprocessors) {
+// How many rows a block of the gradient to the features goes down. It stages K - 1 more than that, at `staging` of the
+// cost of computing one; and a multiprocessor that has one block alone waits for memory half of the time.
+inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t multiprocessors, double staging = 1) {
   int64_t best = rows;
   double least = 0;
   for (int64_t count = rows;;) {  // as few rows as do for so many runs
     const int64_t runs = ceil_div(rows, count);
     count = ceil_div(rows, runs);
     const double busy = double(ceil_div(runs * strips, multiprocessors));
-    const double time = (busy + 1) * (double(count) + 0.4 * double(count + side - 1));
+    const double time = (busy + 1) * (double(count) + staging * double(count + side - 1));
     if (least == 0 || time < least) least = time, best = count;
     if (count == 1) break;
     --count;
@@ -153,16 +152,15 @@ template <class G, class T>
 cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const Device& device, bool* found) {
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
+  using Tile = std::conditional_t<G::kUp == 1, GradFeaturesTile<T, G>, GradFeaturesStrip<T, G>>;
   GradFeaturesCall<T> arguments = {};
   arguments.normalizer = call.kernels.normalizer;
   *found =
       make_image(call.result, shape.channels, shape.height, shape.width, group, kStrip * G::kDown, &arguments.grad) &&
       make_image(
           call.grad_output, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
-      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
-  if (!*found) return cudaSuccess;
-  using Tile = std::conditional_t<G::kUp == 1, GradFeaturesTile<T, G>, GradFeaturesStrip<T, G>>;
-  *found = device.fits(Tile::kBytes);
+      make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels) &&
+      device.fits(Tile::kBytes);
   if (!*found) return cudaSuccess;
   if constexpr (G::kUp == 1) {
     arguments.tiling = Tiling::of(

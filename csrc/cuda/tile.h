@@ -357,7 +357,7 @@ __device__ __forceinline__ void stage(
         }
         CARAFE_UNROLL
         for (int b = 0; b < kAtOnce; ++b) {
-          if (i + b < Window::kRows) store(to + Window::at(i + b, j) + first, units[b]);
+          if (i + b < Window::kRows) store_shared(to + Window::at(i + b, j) + first, units[b]);
         }
       }
     }
