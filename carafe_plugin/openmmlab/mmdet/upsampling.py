@@ -33,14 +33,16 @@ class _TopDownPath:
     backbone_end_level: int
     add_extra_convs: bool | str
     relu_before_extra_convs: bool
+    upsample_cfg: dict
     lateral_convs: nn.ModuleList
     fpn_convs: nn.ModuleList
 
     def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
+        align_corners = self.upsample_cfg.get("align_corners")
         self.upsample_modules = ModuleList(
-            build_upsampler(carafe_cfg, self.out_channels) for _ in range(len(self.lateral_convs) - 1)
+            build_upsampler(carafe_cfg, self.out_channels, align_corners=align_corners) for _ in self.lateral_convs[1:]
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
