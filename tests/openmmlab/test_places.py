@@ -169,13 +169,19 @@ def test_inpainting_networks_keep_their_start(monkeypatch):
     """Within modules that MMEngine's init_weights does not enter."""
     from carafe_plugin.inpainting.networks import InpaintingGenerator
 
-    switches = dict(down=True, up=True)
     for partial in (False, True):
+        switches = dict(down=True, up=True)
         model = InpaintingGenerator(32, partial, carafe_cfg=switches, init_cfg=dict(type="Normal", layer="Conv2d"))
         found = initialise(model, monkeypatch)
         assert list(wrong_starts(model)) == []
         named = [text for name, text in found.items() if name.endswith("content_encoder.weight")]
         assert [re.search(r"in (Masked)?CARAFE(Down|Up)sample", text) is not None for text in named] == [True] * 4
+
+        switches = dict(down=dict(init="stride"), up=dict(init="nearest"))
+        model = InpaintingGenerator(32, partial, carafe_cfg=switches, init_cfg=dict(type="Normal", layer="Conv2d"))
+        initialise(model, monkeypatch)
+        biases = [value for name, value in model.named_parameters() if name.endswith("content_encoder.bias")]
+        assert [value.unique().numel() for value in biases] == [2] * 4
 
 
 def reset(model, parents_first):
