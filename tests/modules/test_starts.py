@@ -101,6 +101,17 @@ def test_every_parameter_learns_from_the_first_step(cls, init, normalizer, sprea
             assert name in idle or parameter.grad.abs().max() > 0, name
 
 
+def test_normalised_sigmoids_learn_as_fast_as_a_softmax():
+    """The largest weight's logit as well, though its sigmoid could be near 1."""
+    features = torch.randn(2, 8, 6, 7)
+    gradients = []
+    for normalizer in ("softmax", "sigmoid_normalized"):
+        module = CARAFEUpsample(8, normalizer=normalizer, init="nearest")
+        module(features).pow(2).sum().backward()
+        gradients.append(module.content_encoder.bias.grad.abs())
+    assert (gradients[1] > gradients[0] / 3).all()
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize(("cls", "init"), STARTS)
 def test_fine_tuning_moves(cls, init, optimizer):

@@ -39,8 +39,8 @@ class _TopDownPath:
 
     def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
         align_corners = self.upsample_cfg.get("align_corners")
+        # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
         self.upsample_modules = ModuleList(
             build_upsampler(carafe_cfg, self.out_channels, align_corners=align_corners) for _ in self.lateral_convs[1:]
         )
@@ -83,7 +83,8 @@ class CARAFEFPN(_TopDownPath, FPN):
     Takes FPN's arguments and loads FPN's checkpoints: the only new parameters are in ``upsample_modules``, where
     ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have any size: see
     :func:`~carafe_plugin.openmmlab.layers.fit_to_size`. FPN's ``upsample_cfg`` describes the interpolation that
-    CARAFE++ stands in for: it is accepted, so that changing ``type`` is enough, and has no effect.
+    CARAFE++ stands in for: it is accepted, so that changing ``type`` is enough, and has no effect, except that
+    ``carafe_cfg=dict(init="bilinear")`` is refused where it aligns corners.
 
     Args:
         carafe_cfg (dict | None): the upsampler, described and checked by
