@@ -32,7 +32,7 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAll = ~0u;
-constexpr int kOperands = 12;
+constexpr int kOperands = 14;
 constexpr uint64_t kSharedWindow = uint64_t(1) << 60, kLocalWindow = uint64_t(2) << 60;
 constexpr uint64_t kWindow = ~uint64_t(0) << 60;
 
@@ -74,6 +74,7 @@ enum Problem : int32_t {
   kInactiveLane,
   kEndless,
   kBadBarrier,
+  kLanesApart,
   kProblems
 };
 
@@ -152,7 +153,8 @@ Executor ex;
 
 struct Copy {  // cp.async that has not been waited for
   int lane;
-  uint32_t to, bytes, group;
+  uint32_t to, bytes, group, read;
+  uint64_t from;
   uint8_t data[16];
 };
 
@@ -631,15 +633,21 @@ Range* range_of(uint64_t address) {
   return address < range->high ? range : nullptr;
 }
 
-INLINE uint64_t global_record(const Warp& w, int lane) { return (w.block->index + 1) << 32 | record_of(w, lane); }
+INLINE uint64_t global_record(const Warp& w, uint32_t record) { return (w.block->index + 1) << 32 | record; }
 
 INLINE bool globally_ordered(const Warp& w, uint64_t record, int lane) {
   if (record == 0) return true;
   return record >> 32 == w.block->index + 1 && ordered(w, uint32_t(record), w.index * kLanes + lane);
 }
 
-// Whether a lane may access these bytes; `range` is where the last access was.
-INLINE bool may_access(Warp& w, int lane, uint64_t address, uint32_t bytes, bool write, Range*& range) {
+INLINE uint32_t pending_record_of(const Warp& w, int lane) {
+  return kPendingClock << kThreadBits | uint32_t(w.index * kLanes + lane);
+}
+
+// Whether a lane may access these bytes; `range` is where the last access was. `pending`: a copy reads them until it is
+// waited for.
+INLINE bool may_access(
+    Warp& w, int lane, uint64_t address, uint32_t bytes, bool write, Range*& range, bool pending = false) {
   if (!range || address < range->low || address >= range->high) range = range_of(address);
   if (!range || address + bytes > range->high) {
     report(kGlobalBounds, w, lane, address, bytes);
@@ -654,7 +662,7 @@ INLINE bool may_access(Warp& w, int lane, uint64_t address, uint32_t bytes, bool
   const uint64_t first = (address - range->low) >> range->granule,
                  last = (address + bytes - 1 - range->low) >> range->granule;
   const size_t granules = ((range->high - range->low) >> range->granule) + 1;
-  const uint64_t record = global_record(w, lane);
+  const uint64_t record = global_record(w, pending ? pending_record_of(w, lane) : record_of(w, lane));
   if (range->writer.empty()) range->writer.assign(granules, 0);
   bool raced = false, uninitialized = false;
   uint64_t with = 0;
@@ -673,7 +681,8 @@ INLINE bool may_access(Warp& w, int lane, uint64_t address, uint32_t bytes, bool
       if (range->reader.empty()) range->reader.assign(granules, 0), range->other_reader.assign(granules, 0);
       if (range->reader[g] != record) {
         const uint64_t before = range->reader[g];
-        if (before >> 32 != record >> 32 || ((before ^ record) & kThreadMask)) range->other_reader[g] = before;
+        const bool own = before >> 32 == record >> 32 && ((before ^ record) & kThreadMask) == 0;
+        if (!own || uint32_t(before) >> kThreadBits == kPendingClock) range->other_reader[g] = before;
         range->reader[g] = record;
       }
     }
@@ -949,27 +958,40 @@ void copy_async(Warp& w, const Ins& i) {
   }
   Range* range = nullptr;
   lanes(w.mask, [&](int l) {
-    Copy copy = {l, to[l], uint32_t(i.size), w.groups[l], {}};
     const uint32_t read = i.sign ? std::min<uint32_t>(sizes[l], i.size) : i.size;
+    Copy copy = {l, to[l], uint32_t(i.size), w.groups[l], 0, from[l], {}};
     if (from[l] % i.size) report(kMisaligned, w, l, from[l], i.size);
     if (read != 0) {
       // A part is read as bytes: what follows it need not be there.
       bool fine = true;
       for (uint32_t byte = 0; byte < read && fine; byte += read == uint32_t(i.size) ? read : 1) {
-        fine = may_access(w, l, from[l] + byte, read == uint32_t(i.size) ? read : 1, false, range);
+        fine = may_access(w, l, from[l] + byte, read == uint32_t(i.size) ? read : 1, false, range, true);
       }
-      if (fine) memcpy(copy.data, reinterpret_cast<const uint8_t*>(from[l]), read);
+      if (fine) memcpy(copy.data, reinterpret_cast<const uint8_t*>(from[l]), copy.read = read);
     }
     if (!in_shared(w, l, to[l], i.size)) return;
-    if (ex.checks) {
-      check_shared_write(w, l, to[l], i.size, kPendingClock << kThreadBits | uint32_t(w.index * kLanes + l));
-    }
+    if (ex.checks) check_shared_write(w, l, to[l], i.size, pending_record_of(w, l));
     w.copies.push_back(copy);
   });
 }
 
 void commit_copies(Warp& w, const Ins&) {
   lanes(w.mask, [&](int l) { ++w.groups[l]; });
+}
+
+// What a copy has read may be written from now on.
+void release_source(Warp& w, const Copy& copy) {
+  if (copy.read == 0) return;
+  Range* const range = range_of(copy.from);
+  if (!range || range->reader.empty()) return;
+  const uint64_t pending = global_record(w, pending_record_of(w, copy.lane));
+  const uint64_t record = global_record(w, record_of(w, copy.lane));
+  const uint64_t first = (copy.from - range->low) >> range->granule,
+                 last = (copy.from + copy.read - 1 - range->low) >> range->granule;
+  for (uint64_t g = first; g <= last; ++g) {
+    if (range->reader[g] == pending) range->reader[g] = record;
+    if (range->other_reader[g] == pending) range->other_reader[g] = record;
+  }
 }
 
 void land_copies(Warp& w, bool all, uint32_t but) {
@@ -983,6 +1005,7 @@ void land_copies(Warp& w, bool all, uint32_t but) {
     }
     memcpy(b.shared.data() + copy.to, copy.data, copy.bytes);
     if (!ex.checks) continue;
+    release_source(w, copy);
     for (uint32_t g = copy.to >> b.granule; g <= (copy.to + copy.bytes - 1) >> b.granule; ++g) {
       b.writer[g] = record_of(w, copy.lane);
     }
@@ -1089,6 +1112,104 @@ void reduce(Warp& w, const Ins& i) {
     }
   });
   each<uint32_t>(w, i.x[0], [&](int) { return value; });
+}
+
+// ------------------------------------------------------------------------------------- matrices, held by a whole warp
+
+// In an 8 x 8 matrix of 16-bit elements, lane l holds those of row l / 4 and columns 2 * (l % 4) and the next, in a
+// register, the first in its lower half.
+using Matrix = uint16_t[8][8];
+
+void hold(const Matrix& matrix, bool transposed, uint32_t* to) {
+  for (int l = 0; l < kLanes; ++l) {
+    const int r = l / 4, c = 2 * (l % 4);
+    to[l] =
+        transposed ? matrix[c][r] | uint32_t(matrix[c + 1][r]) << 16 : matrix[r][c] | uint32_t(matrix[r][c + 1]) << 16;
+  }
+}
+void gather(const uint32_t* from, Matrix& matrix) {
+  for (int l = 0; l < kLanes; ++l) {
+    matrix[l / 4][2 * (l % 4)] = uint16_t(from[l]), matrix[l / 4][2 * (l % 4) + 1] = uint16_t(from[l] >> 16);
+  }
+}
+
+// Whether all 32 lanes are here; where they are not, the results are not a number.
+bool whole(Warp& w, const int32_t* results, int count) {
+  if (__builtin_expect(w.mask == kAll, 1)) return true;
+  report(kLanesApart, w, __builtin_ctz(w.mask));
+  for (int k = 0; k < count; ++k) each<uint32_t>(w, results[k], [](int) { return kAll; });
+  return false;
+}
+
+// ldmatrix: n matrices to x[0] ..., the rows of matrix j at the addresses in x[n] of lanes 8 * j ...; sign: whether
+// they are transposed. The lane that gives an address is the one that reads there.
+void load_matrices(Warp& w, const Ins& i) {
+  if (!whole(w, i.x, i.n)) return;
+  uint32_t address[kLanes];
+  shared_addresses(w, i, i.x[i.n], address);
+  if (ex.counting) {
+    w.mask = i.n == 4 ? kAll : (1u << (8 * i.n)) - 1;
+    count_shared(w, address, 16);
+    w.mask = kAll;
+  }
+  for (int j = 0; j < i.n; ++j) {
+    Matrix matrix;
+    for (int r = 0; r < 8; ++r) {
+      const int l = 8 * j + r;
+      const bool fine = in_shared(w, l, address[l], 16);
+      if (fine && ex.checks) check_shared_read(w, l, address[l], 16);
+      if (fine)
+        memcpy(matrix[r], w.block->shared.data() + address[l], 16);
+      else
+        memset(matrix[r], 0, 16);
+    }
+    hold(matrix, i.sign, row<uint32_t>(w, i.x[j]));
+  }
+}
+
+// movmatrix.trans: x = to, from.
+void transpose_matrix(Warp& w, const Ins& i) {
+  if (!whole(w, i.x, 1)) return;
+  Matrix matrix;
+  gather(row<uint32_t>(w, i.x[1]), matrix);
+  hold(matrix, true, row<uint32_t>(w, i.x[0]));
+}
+
+// mma.m16n8k(8 * Steps), of 16-bit floats, in float32: D = A * B + C. x: 4 rows of D, 2 * Steps of A, Steps of B, 4 of
+// C. Products are exact (but for bfloat16's beyond float32's range) and added one by one to C's element, each sum
+// rounded to the nearest. A GPU adds several products at once, with fewer bits of those that are small beside others,
+// and cuts off what is left: its last bits differ, and are specified by nobody.
+template <class H, int Steps>
+void multiply_matrices(Warp& w, const Ins& i) {
+  if (!whole(w, i.x, 4)) return;
+  const int32_t *const of_a = i.x + 4, *const of_b = of_a + 2 * Steps, *const of_c = of_b + Steps;
+  float a[16][8 * Steps], b[8 * Steps][8], d[16][8];
+  Matrix matrix;
+  for (int step = 0; step < Steps; ++step) {
+    for (int half = 0; half < 2; ++half) {  // the upper eight rows, the lower ones
+      gather(row<uint32_t>(w, of_a[2 * step + half]), matrix);
+      for (int r = 0; r < 8; ++r) {
+        for (int c = 0; c < 8; ++c) a[8 * half + r][8 * step + c] = H::widen(matrix[r][c]);
+      }
+    }
+    gather(row<uint32_t>(w, of_b[step]), matrix);  // by columns
+    for (int r = 0; r < 8; ++r) {
+      for (int c = 0; c < 8; ++c) b[8 * step + c][r] = H::widen(matrix[r][c]);
+    }
+  }
+  for (int k = 0; k < 4; ++k) {
+    const float* const c = row<float>(w, of_c[k]);
+    for (int l = 0; l < kLanes; ++l) d[l / 4 + 8 * (k / 2)][2 * (l % 4) + k % 2] = c[l];
+  }
+  for (int r = 0; r < 16; ++r) {
+    for (int k = 0; k < 8 * Steps; ++k) {
+      for (int c = 0; c < 8; ++c) d[r][c] += a[r][k] * b[k][c];
+    }
+  }
+  for (int k = 0; k < 4; ++k) {
+    float* const to = row<float>(w, i.x[k]);
+    for (int l = 0; l < kLanes; ++l) to[l] = d[l / 4 + 8 * (k / 2)][2 * (l % 4) + k % 2];
+  }
 }
 
 // --------------------------------------------------------------------------------------------------------- operations
@@ -1618,6 +1739,12 @@ void add_operations() {
   add("cp.async", copy_async);
   add("cp.async.commit_group", commit_copies);
   add("cp.async.wait_group", wait_copies);
+  add("ldmatrix", load_matrices);
+  add("movmatrix", transpose_matrix);
+  add("mma.m16n8k8.f16", multiply_matrices<F16, 1>);
+  add("mma.m16n8k16.f16", multiply_matrices<F16, 2>);
+  add("mma.m16n8k8.bf16", multiply_matrices<BF16, 1>);
+  add("mma.m16n8k16.bf16", multiply_matrices<BF16, 2>);
   add("shfl.sync", shuffle);
   add("bar.warp.sync", warp_barrier);
   add("vote.sync", vote);

@@ -65,6 +65,7 @@ PROBLEMS = (
     "uninitialized register", "race in shared memory", "race in global memory",
     "shared memory that a copy is on its way to", "write to an input", "barrier that not all threads reach",
     "barrier in divergent code", "lane that is not there", "endless loop", "invalid barrier or trap",
+    "instruction of the whole warp in divergent code",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-OPERANDS = 12  # of an instruction in executor.cpp
+OPERANDS = 14  # of an instruction in executor.cpp
 PLAIN, BRANCH, BRANCH_INDEXED, EXIT, BARRIER = range(5)
 
 WIDTHS = {
@@ -247,6 +247,10 @@ def _registers(i: Instruction, predicates: int) -> tuple[int, int]:
         pass
     elif name.startswith("mov.unpack"):
         to, of = x[:-1], x[-1:]
+    elif name.startswith("mma."):
+        to, of = x[:4], x[4:]
+    elif name == "ldmatrix":
+        to, of = x[: i.n], x[i.n :]
     elif name.startswith(("setp", "testp", "isspacep")):
         p_to, of = x[:1], x[1:]
     elif name == "set.b32.pred":
@@ -998,6 +1002,7 @@ class _Builder:
     def op_cp(self, words: list[str], operands: list[str]) -> None:
         if words[0] != "async" or "bulk" in words or "mbarrier" in words:
             raise self.unknown()
+        self.needs(80)
         if words[1:2] == ["commit_group"]:
             self.emit("cp.async.commit_group", [])
         elif words[1:2] == ["wait_group"]:
@@ -1022,6 +1027,48 @@ class _Builder:
                     given = self.source(operands[3], "u32")
                 sized = 1
             self.emit("cp.async", [to, row, given], size=size, sign=sized, wide=to_wide, imm=to_offset, target=offset)
+
+    # Matrices
+
+    def needs(self, architecture: int) -> None:
+        has = re.match(r"sm_(\d+)", self.module.target)
+        if not has or int(has.group(1)) < architecture:
+            raise self.error(f"{self.module.target} has no {self.opcode}, which begins with sm_{architecture}")
+
+    def tuple_of(self, text: str, count: int) -> list[str]:
+        names = _operands(text.strip("{} "))
+        if len(names) != count:
+            raise self.error(f"{len(names)} registers of {count}")
+        return names
+
+    def op_mma(self, words: list[str], operands: list[str]) -> None:
+        shape, type_ = words[2], words[6]
+        steps = {"m16n8k8": 1, "m16n8k16": 2}[shape]
+        types = ["f32", type_, type_, "f32"]
+        if type_ not in ("f16", "bf16") or words != ["sync", "aligned", shape, "row", "col", *types]:
+            raise self.unknown()
+        self.needs(75 if (shape, type_) == ("m16n8k8", "f16") else 80)
+        to, a, b, c = map(self.tuple_of, operands, (4, 2 * steps, steps, 4))
+        x = [self.destination(name) for name in to]
+        x += [self.source(name, "b32") for name in (*a, *b)] + [self.source(name, "f32") for name in c]
+        self.emit(f"mma.{shape}.{type_}", x)
+
+    def op_ldmatrix(self, words: list[str], operands: list[str]) -> None:
+        count = {"x1": 1, "x2": 2, "x4": 4}[words[3]]
+        transposed = words[4] == "trans"
+        space = words[5 if transposed else 4].split("__")[0]
+        if words[:3] != ["sync", "aligned", "m8n8"] or space != "shared" or words[5 + transposed :] != ["b16"]:
+            raise self.unknown()
+        self.needs(75)
+        to = [self.destination(name) for name in self.tuple_of(operands[0], count)]
+        row, wide, offset, _ = self.address(operands[1])
+        self.emit("ldmatrix", [*to, row], n=count, sign=int(transposed), wide=wide, imm=offset)
+
+    def op_movmatrix(self, words: list[str], operands: list[str]) -> None:
+        if words != ["sync", "aligned", "m8n8", "trans", "b16"]:
+            raise self.unknown()
+        self.needs(75)
+        self.simple("movmatrix", operands, "b32")
 
     # Control
 
