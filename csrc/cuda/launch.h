@@ -8,7 +8,7 @@
 #include "grad_features.h"
 #include "grad_kernels.h"
 #include "reassemble.h"
-#include "tensor/fragments.h"
+#include "tensor/grad_features.h"
 
 namespace carafe::gpu {
 
@@ -92,16 +92,17 @@ cudaError_t launch_common(const Reassemble<T>& call, const Queue& queue, const D
   return launch_kernel(queue, reassemble_tile<T, G>, arguments.tiling.blocks, kThreads, Tile::kBytes, arguments);
 }
 
-// How many rows a block of the gradient to the features goes down. It stages K - 1 more than that, at about four tenths
-// of the cost of computing one; and a multiprocessor that has one block alone waits for memory half of the time.
-inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t multiprocessors) {
+// How many rows a block of the gradient to the features goes down. It stages K - 1 more than that, at `staging` of the
+// cost of computing one; and a multiprocessor that has one block alone waits for memory half of the time.
+inline int64_t rows_of_strip(
+    int64_t rows, int64_t side, int64_t strips, int64_t multiprocessors, double staging = 0.4) {
   int64_t best = rows;
   double least = 0;
   for (int64_t count = rows;;) {  // as few rows as do for so many runs
     const int64_t runs = ceil_div(rows, count);
     count = ceil_div(rows, runs);
     const double busy = double(ceil_div(runs * strips, multiprocessors));
-    const double time = (busy + 1) * (double(count) + 0.4 * double(count + side - 1));
+    const double time = (busy + 1) * (double(count) + staging * double(count + side - 1));
     if (least == 0 || time < least) least = time, best = count;
     if (count == 1) break;
     --count;
@@ -109,8 +110,62 @@ inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t
   return best;
 }
 
+template <class G, bool ChannelsLast, class T>
+cudaError_t launch_tensor(const GradFeatures<T>& call, const Queue& queue, const Device& device, bool* found) {
+  using Strip = tensor::GradFeaturesStrip<T, G, ChannelsLast>;
+  using Weights = typename Strip::Weights;
+  const Shape& shape = call.shape;
+  const Map<const T>& map = call.grad_output;
+  const int64_t group = shape.group_channels();
+  tensor::GradFeaturesCall<T> arguments = {};
+  tensor::PackCall<T> pack = {};
+  pack.normalizer = call.kernels.normalizer;
+  *found = device.fits(Strip::kBytes) &&
+           make_image(call.result, shape.channels, shape.height, shape.width, group, 2, &arguments.grad) &&
+           make_image(map, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
+           make_kernel_map<G>(call.kernels.map, shape, pack.normalizer, true, &pack.kernels);
+  if (!*found) return cudaSuccess;
+  const auto aligned = [&](int count) {
+    return is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, count);
+  };
+  arguments.copied = ChannelsLast ? (arguments.grad_output.units ? kUnit<T> : 1) : aligned(4) ? 4 : aligned(2) ? 2 : 1;
+  const int64_t strips =
+      ceil_div(shape.width, Strip::kColumns) * ceil_div(group, Strip::kChunk) * shape.groups * shape.batch;
+  const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, device.multiprocessors, Strip::kStaging);
+  arguments.tiling =  // a chunk a block, as for any number of multiprocessors
+      Tiling::of(shape, shape.height, shape.width, rows, Strip::kColumns, Strip::kChunk, kMostBlocks, 0, 0);
+  arguments.rows_of_block = static_cast<int>(rows);
+  arguments.rows = pack.kernels.rows;
+  const int64_t tiles = ceil_div(shape.width, Weights::kColumns);
+  pack.tiles = arguments.tiles = static_cast<int>(tiles);
+  pack.groups = arguments.tiling.groups;
+  pack.blocks_of_row = static_cast<unsigned>(ceil_div(tiles, tensor::kPackTiles));
+  const int64_t all_rows = int64_t(arguments.rows) * arguments.tiling.items;
+  *found = arguments.tiling.blocks <= kMostBlocks && all_rows * pack.blocks_of_row <= kMostBlocks;
+  if (!*found) return cudaSuccess;
+  pack.packed =
+      static_cast<T*>(queue.allocate(queue.context, all_rows * tiles * Weights::kSize * int64_t(sizeof(T))));
+  if (pack.packed == nullptr) return cudaErrorMemoryAllocation;
+  arguments.packed = pack.packed;
+  if (const cudaError_t error =
+          launch_kernel(queue, tensor::pack_weights<T, G>, all_rows * pack.blocks_of_row, kThreads, 0, pack)) {
+    return error;
+  }
+  return launch_kernel(
+      queue, tensor::grad_features_strip<T, G, ChannelsLast>, arguments.tiling.blocks, Strip::kThreads, Strip::kBytes,
+      arguments);
+}
+
 template <class G, class T>
 cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const Device& device, bool* found) {
+  if constexpr (G::kUp == 2 && is_half_precision<T>) {
+    if (device.has_tensor_cores) {
+      const cudaError_t error = call.grad_output.has_adjacent_channels()
+                                    ? launch_tensor<G, true>(call, queue, device, found)
+                                    : launch_tensor<G, false>(call, queue, device, found);
+      if (*found || error != cudaSuccess) return error;
+    }
+  }
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
   GradFeaturesCall<T> arguments = {};
