@@ -34,6 +34,8 @@ from typing import Any
 
 import torch
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks import command, gpu_model_sass, measure
 from benchmarks.comparison import Inputs, Problem
 from benchmarks.gpu_model_devices import GPUS, SECTOR, WARP, Gpu, Occupancy, occupancy
@@ -58,6 +60,10 @@ PIPES = {
     "special": "MUFU I2F F2I F2F FRND POPC FLO BREV",
     "double": "DFMA DADD DMUL DSETP",
 }
+# Multiply-adds of a warp instruction, where they are not one of each lane.
+PRODUCTS = {"HMMA.16816": 16 * 8 * 16, "HMMA.1688": 16 * 8 * 8}
+MULTIPLY_ADDS = {"FFMA": WARP, "DFMA": WARP, "FFMA2": 2 * WARP, **PRODUCTS}
+EXCHANGES = ("SHFL", "MOVM")  # between lanes: through the data path of shared memory, a warp a clock
 PIPES_OF = {name: frozenset(kinds.split()) for name, kinds in PIPES.items()}
 
 console = table_console(210)
@@ -89,9 +95,9 @@ class Case:
         again = kernels if self.operator == "grad-kernels" and self.kernels == "logits" else 0
         return (features + kernels + output + again) * self.problem.dtype.itemsize
 
-    def useful(self) -> float:
-        """Warp instructions of the definition: a multiply-add for each output and tap."""
-        return self.problem.elements()[2] * self.problem.taps / WARP
+    def multiply_adds(self) -> float:
+        """Those of the definition: one for each output and tap."""
+        return float(self.problem.elements()[2] * self.problem.taps)
 
     @property
     def dtype(self) -> str:
@@ -156,6 +162,15 @@ class Counts:
     @property
     def instructions(self) -> float:
         return sum(self.kinds.values())
+
+    @property
+    def multiply_adds(self) -> float:
+        return sum(number * MULTIPLY_ADDS.get(kind, 0) for kind, number in self.kinds.items())
+
+    @property
+    def capacity(self) -> float:
+        """Multiply-adds, had every instruction been one: a lane's, or a product of matrices."""
+        return sum(number * max(WARP, MULTIPLY_ADDS.get(kind, 0)) for kind, number in self.kinds.items())
 
     @property
     def difference(self) -> float:
@@ -350,6 +365,8 @@ def times(counts: Counts, gpu: Gpu) -> dict[str, float]:
         work = sum(number for kind, number in counts.kinds.items() if kind in PIPES_OF[name])
         return work * WARP / lanes * share * uneven
 
+    wavefronts = counts.shared_wavefronts + counts.global_wavefronts + sum(counts.kinds.get(k, 0) for k in EXCHANGES)
+    of_matrices = sum(counts.kinds.get(kind, 0) * multiply_adds for kind, multiply_adds in PRODUCTS.items())
     moved = SECTOR * (counts.sectors_read + counts.sectors_written)
     return {
         "issue": counts.instructions / 4 * share * uneven,
@@ -358,7 +375,8 @@ def times(counts: Counts, gpu: Gpu) -> dict[str, float]:
         "integer": pipe("integer", unit.integer_lanes),
         "special": pipe("special", unit.special_lanes),
         "double": pipe("double", unit.double_lanes),
-        "wavefronts": (counts.shared_wavefronts + counts.global_wavefronts) / unit.wavefronts * share,
+        "tensor": of_matrices / gpu.tensor * share * uneven,
+        "wavefronts": wavefronts / unit.wavefronts * share,
         "L2": max(moved / gpu.l2_bandwidth, moved / 64 * share),
     }
 
@@ -380,7 +398,7 @@ class Prediction:
     expected: float  # seconds
 
     def record(self, gpu: Gpu) -> Record:
-        outputs = self.case.problem.elements()[2]
+        outputs, wanted = self.case.problem.elements()[2], self.case.multiply_adds()
         instructions = sum(each.instructions for each in self.launches)
         return {
             **self.case.record(),
@@ -395,13 +413,18 @@ class Prediction:
                 sum(SECTOR * (each.sectors_read + each.sectors_written) for each in self.launches)
             ),
             "instructions_per_output": round(WARP * instructions / outputs, 2),
-            "useful_share": round(self.case.useful() / instructions, 4),
+            "useful_share": share_of(wanted, sum(each.capacity for each in self.launches)),
+            "useful_multiply_adds": share_of(wanted, sum(each.multiply_adds for each in self.launches)),
             "launches": [launch_record(each, gpu) for each in self.launches],
         }
 
 
 def most_common(kinds: Mapping[str, float], most: int) -> list[tuple[str, float]]:
     return sorted(kinds.items(), key=lambda item: -item[1])[:most]
+
+
+def share_of(part: float, whole: float) -> float | None:
+    return round(part / whole, 4) if whole else None
 
 
 def micro(seconds: float) -> float:
@@ -463,8 +486,9 @@ def print_predictions(predictions: Sequence[Prediction], gpu: Gpu) -> None:
         table = make_table(
             f"Model, not measured: {problem}, {gpu.title}",
             f"us. bound: each tensor once at {gpu.bandwidth / 1e12:.3g} TB/s; limit: the busiest part; expected: with "
-            "latencies. waves: blocks over what the GPU holds at once. /output: instructions of a thread; useful: of "
-            "these the multiply-adds of the definition. moved: bytes asked of the caches over the bound's. "
+            "latencies. waves: blocks over what the GPU holds at once. /output: instructions of a thread; useful: the "
+            "definition's multiply-adds, of what so many instructions can (a lane one, a tensor core 1024 or 2048 at "
+            "once). moved: bytes asked of the caches over the bound's. "
             "conflicts: wavefronts of shared memory over those without.",
             "operator",
             [

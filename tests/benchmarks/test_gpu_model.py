@@ -7,6 +7,9 @@ import ctypes
 import dataclasses
 import json
 import math
+import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +157,17 @@ def test_ptx_is_read_line_by_line() -> None:
     ]
 
 
+def test_a_statement_of_several_lines_is_at_its_last() -> None:
+    product = "\tmma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32\n\t{%f1, %f2},\n\t{%f1, %f2};\n"
+    text = PTX.replace("\tadd.s32", f"{product}\tadd.s32")
+    statements = gpu_model_sass.ptx_statements(text)["sums"]
+    assert [(each.line, each.opcode.split(".")[0]) for each in statements[3:6]] == [
+        (12, "fma"),
+        (15, "mma"),
+        (16, "add"),
+    ]
+
+
 def test_sass_is_cut_into_blocks() -> None:
     code = parse_sass(SASS)["sums"]
     assert [len(block.instructions) for block in code.blocks] == [3, 9, 3, 2]  # without the padding
@@ -229,6 +243,20 @@ def test_asynchronous_copies_are_waited_for_by_group() -> None:
     assert pending.after(100.0).before(instruction("DEPBAR.LE", "SB0, 0x1"), free) == wait - 100
 
 
+def test_products_of_matrices_wait_for_what_they_add_to() -> None:
+    pending = gpu_model_sass.Pending()
+    free = gpu_model_sass.Control(1, 7, 7, 0)
+
+    def product(operands: str) -> gpu_model_sass.Instruction:
+        return gpu_model_sass.Instruction(0, "HMMA.16816.F32", False, operands, 0)
+
+    pending.issue(product("R8, R2, R4.reuse, RZ"), free, 10.0)
+    ready = 10.0 + gpu_model_sass.PRODUCT_LATENCIES["HMMA.16816"]
+    assert pending.before(product("R8, R2, R4, R8.reuse"), free) == ready
+    assert pending.before(product("R12, R2, R4, R12"), free) == 0
+    assert pending.after(20.0).before(product("R8, R2, R4, R8"), free) == ready - 20
+
+
 def test_what_ptxas_says_of_resources() -> None:
     code = parse_sass(SASS)
     gpu_model_sass.add_resources(
@@ -260,6 +288,47 @@ def test_times_are_the_busiest_multiprocessors() -> None:
     assert fewer_lanes["float"] == pytest.approx(2 * fewer_lanes["issue"])
     five_warps = gpu_model.times(dataclasses.replace(COUNTS, threads=160), h100)
     assert five_warps["issue"] == pytest.approx(times["issue"] * 8 / 5)  # one of the schedulers has two
+
+
+def test_tensor_cores_take_their_time() -> None:
+    for name, clocks in (("a100", 8), ("l4", 16), ("h100", 6.4)):  # for 2048 multiply-adds, of a scheduler
+        gpu = GPUS[name]
+        product = dataclasses.replace(
+            COUNTS, blocks=gpu.multiprocessors, kinds={"HMMA.16816": gpu.multiprocessors * 4e3}
+        )
+        times = gpu_model.times(product, gpu)
+        assert times["tensor"] == pytest.approx(1e3 * clocks / gpu.clock), name
+        assert times["issue"] == pytest.approx(1e3 / gpu.clock)
+        half = dataclasses.replace(product, kinds={"HMMA.1688": gpu.multiprocessors * 4e3})
+        assert gpu_model.times(half, gpu)["tensor"] == pytest.approx(times["tensor"] / 2)
+
+
+def test_rates_of_tensor_cores_are_the_data_sheets() -> None:
+    sheets = {"t4": 65, "a100": 312, "rtx3090": 71, "l4": 121, "rtx4090": 165.2, "rtx5090": 209.5}  # TFLOPS, dense
+    for name, tera in sheets.items():
+        gpu = GPUS[name]
+        assert 2 * gpu.tensor * gpu.multiprocessors * gpu.clock == pytest.approx(tera * 1e12, rel=0.01), name
+
+
+def test_exchanges_between_lanes_are_wavefronts() -> None:
+    gpu = GPUS["h100"]
+    shuffled = dataclasses.replace(COUNTS, kinds={"SHFL": 132e3, "MOVM": 132e3}, shared_wavefronts=132e3)
+    assert gpu_model.times(shuffled, gpu)["wavefronts"] == pytest.approx(3000 / gpu.clock)
+
+
+def test_what_is_useful() -> None:
+    problem = Problem(32, 10, 10)  # 32 x 400 outputs of 25 taps
+    case = Case(problem, "forward", "contiguous", "logits")
+    assert case.multiply_adds() == 320_000
+    kinds = {"FFMA": 10_000.0, "IADD3": 10_000.0}
+    record = gpu_model.predict(case, [dataclasses.replace(COUNTS, kinds=kinds)], GPUS["h100"]).record(GPUS["h100"])
+    assert (record["useful_share"], record["useful_multiply_adds"]) == (0.5, 1.0)
+    kinds = {"HMMA.16816": 250.0, "HMMA.1688": 125.0, "IADD3": 20_000.0}  # 640,000 multiply-adds, as many other lanes
+    record = gpu_model.predict(case, [dataclasses.replace(COUNTS, kinds=kinds)], GPUS["h100"]).record(GPUS["h100"])
+    assert (record["useful_share"], record["useful_multiply_adds"]) == (0.25, 0.5)
+    kinds = {"IADD3": 20_000.0}
+    record = gpu_model.predict(case, [dataclasses.replace(COUNTS, kinds=kinds)], GPUS["h100"]).record(GPUS["h100"])
+    assert record["useful_multiply_adds"] is None
 
 
 def test_bytes_and_wavefronts() -> None:
@@ -441,7 +510,7 @@ def test_machine_code_agrees_with_the_executed_ptx(tally: gpu_model.Tally, opera
     assert all(each.guessed < 0.01 for each in counts)
     assert all(each.difference < gpu_model.CONTRADICTION for each in counts)
     # Every multiply-add of the definition is issued, by lanes that may be idle at the map's ends.
-    assert sum(each.kinds["FFMA"] for each in counts) >= case.useful()
+    assert sum(each.multiply_adds for each in counts) >= case.multiply_adds()
     # Of one statement comes about one instruction.
     executed = sum(issue.issued for launch in launches for issue in launch.lines.values())
     assert 0.5 < sum(each.instructions for each in counts) / executed < 1.5
@@ -486,6 +555,84 @@ def test_loops_that_ptxas_unrolls_are_counted(tmp_path: Path, trips: int) -> Non
     assert counts.kinds["STG"] == 1
     assert counts.difference == 0
     assert counts.guessed < 0.1  # what leads from one copy to the next
+
+
+@needs_tools
+def test_products_of_matrices_are_counted(tmp_path: Path) -> None:
+    executor, _ = gpu_model.import_executor()
+    import ptx
+
+    source = tmp_path / "products.cu"
+    source.write_text(
+        "#include <cstdint>\n"
+        'extern "C" __global__ void products(const uint32_t* from, float* to, int n) {\n'
+        "  __shared__ alignas(16) uint32_t staged[32][4];\n"
+        "  float d[4] = {};\n"
+        "  uint32_t a[4];\n"
+        "  const uint32_t to_shared = static_cast<uint32_t>(__cvta_generic_to_shared(staged[threadIdx.x]));\n"
+        "  for (int i = 0; i < n; ++i) {\n"
+        '    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\\n"\n'
+        '        :: "r"(to_shared), "l"(from + threadIdx.x * 4));\n'
+        '    asm volatile("cp.async.wait_all;\\n" ::: "memory");\n'
+        "    __syncwarp();\n"
+        '    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16\\n {%0, %1, %2, %3}, [%4];\\n"\n'
+        '        : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(to_shared));\n'
+        '    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32\\n"\n'
+        '        " {%0, %1, %2, %3}, {%4, %5, %6, %7},\\n {%4, %5}, {%0, %1, %2, %3};\\n"\n'
+        '        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));\n'
+        "    __syncwarp();\n"
+        "  }\n"
+        "  to[threadIdx.x] = d[0] + d[1] + d[2] + d[3];\n"
+        "}\n"
+    )
+    text = executor.compile_ptx(source)
+    module = ptx.Module(text)
+    for architecture in ("sm_80", "sm_90"):
+        code = gpu_model_sass.assemble(text, architecture)["products"]
+        data, result = torch.zeros(128, dtype=torch.int32), torch.zeros(32)
+        executor.reset()
+        number = executor.load(module, "products")
+        executor.set_device("h100")
+        executor.set_options()
+        executor.add_range(data, 0)
+        executor.add_range(result, 1)
+        pointers = [ctypes.c_uint64(tensor.data_ptr()) for tensor in (data, result)]
+        assert executor.launch(number, (1,), (32,), [*pointers, ctypes.c_int32(7)]) == 0
+        assert not executor.findings()
+        counts = gpu_model.counts_of(
+            gpu_model.launch_of(executor.launches()[0]), code, gpu_model_sass.ptx_statements(text)["products"]
+        )
+        assert {kind: counts.kinds[kind] for kind in ("HMMA.16816", "LDSM", "LDGSTS")} == {
+            "HMMA.16816": 7, "LDSM": 7, "LDGSTS": 7
+        }, architecture  # fmt: skip
+        assert {check.kind for check in counts.checks} >= {"HMMA", "LDSM", "LDGSTS"}
+        assert counts.difference == 0
+        # Four matrices of 128 bytes come, and four go.
+        assert (counts.shared_wavefronts, counts.ideal_wavefronts) == (7 * 8, 7 * 8)
+        assert counts.latency > 7 * (gpu_model_sass.COPY_LATENCY + gpu_model_sass.LATENCIES["LDSM"])
+
+
+COMMANDS = sorted(
+    path
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if {"argparse", "__main__"} <= set(re.findall(r"\w+", path.read_text()))
+)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_commands_can_be_run_as_files(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(
+        sys, "path", [str(path.parent), *(each for each in sys.path if Path(each or ".").resolve() != ROOT)]
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
 
 
 @needs_tools
