@@ -126,7 +126,8 @@ cudaError_t launch_tensor(const GradFeatures<T>& call, const Queue& queue, const
            make_kernel_map<G>(call.kernels.map, shape, pack.normalizer, true, &pack.kernels);
   if (!*found) return cudaSuccess;
   const auto aligned = [&](int count) {
-    return is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, count);
+    return shape.out_width % count == 0 &&
+           is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, count);
   };
   arguments.copied = ChannelsLast ? (arguments.grad_output.units ? kUnit<T> : 1) : aligned(4) ? 4 : aligned(2) ? 2 : 1;
   const int64_t strips =

@@ -105,6 +105,7 @@ struct GradFeaturesCall {
 template <class T, class G, bool ChannelsLast>
 struct GradFeaturesStrip {
   using Weights = Packed<G>;
+  static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kTiles = ChannelsLast ? 1 : 3, kParts = ChannelsLast ? 4 : 1;  // of warps
   static constexpr int kThreads = kTiles * kParts * 32;
   static constexpr int kColumns = kTiles * Weights::kColumns, kChunk = kParts * 16;
@@ -124,16 +125,20 @@ struct GradFeaturesStrip {
   }
 };
 
-// Starts to copy so many elements from global to shared memory, the first `count` of them; zeros in place of the others.
-template <int Elements, class T>
-__device__ __forceinline__ void copy_async(T* to, const T* from, int count) {
-  constexpr int kBytes = Elements * int(sizeof(T));
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  const int bytes = count * int(sizeof(T));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+// An address in shared memory that stays in a register, instead of being computed anew.
+template <class T>
+__device__ __forceinline__ uint32_t shared_address(const T* pointer) {
+  return renew(static_cast<uint32_t>(__cvta_generic_to_shared(pointer)));
+}
+
+// Starts to copy so many bytes from global to shared memory, or zeros where there is nothing.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool exists) {
+  const int read = exists ? Bytes : 0;
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from), "r"(bytes), "n"(kBytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(read), "n"(Bytes)
                  : "memory");
   }
 }
@@ -144,206 +149,226 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(But) : "memory");
 }
 
-// Stages the rows of pixels of a row of sites, from (row, column) on; zeros where there is nothing.
-template <class Strip, int Elements, class T>
-__device__ __forceinline__ void copy_columns(
-    const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, T* to) {
-  constexpr int kLanes = Elements == 4 ? 16 : 32;  // of a run of pixels
-  constexpr int kCopies = Strip::kFine / Elements, kRuns = Strip::kThreads / kLanes;
-  static_assert(kCopies <= kLanes, "a run at once");
-  const int lane = static_cast<int>(thread) % kLanes * Elements, first = static_cast<int>(thread) / kLanes;
-  const int left = column + lane < 0 ? 0 : min(max(image.width - column - lane, 0), Elements);
-  const T* from = item + image.offset(first, row, column + lane);
-  T* target = to + Strip::at(0, first, lane);
-  if (lane >= Strip::kFine) return;
-  CARAFE_UNROLL
-  for (int channel = 0; channel < Strip::kChunk; channel += kRuns) {
-    if (Strip::kChunk % kRuns != 0 && channel + first >= Strip::kChunk) break;
-    CARAFE_UNROLL
-    for (int y = 0; y < Strip::kStage / Strip::kPlane; ++y) {
-      const bool inside = channel + first < channels && image.inside(row + y, 0);
-      copy_async<Elements>(target + Strip::at(y, channel, 0), from + y * image.row_stride, inside ? left : 0);
-    }
-    from += kRuns * image.channel_stride;
-  }
-}
-template <class Strip, class T>
-__device__ __forceinline__ void copy_channels(
-    const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, T* to) {
-  constexpr int kEach = kUnit<T>, kLanes = Strip::kChunk / kEach, kRuns = Strip::kThreads / kLanes;
-  const int lane = static_cast<int>(thread) % kLanes * kEach, first = static_cast<int>(thread) / kLanes;
-  const T* from = item + image.offset(lane, row, column + first);
-  T* target = to + Strip::at(0, lane, first);
-  CARAFE_UNROLL
-  for (int j = 0; j < Strip::kFine; j += kRuns) {
-    if (Strip::kFine % kRuns != 0 && j + first >= Strip::kFine) break;
-    CARAFE_UNROLL
-    for (int y = 0; y < Strip::kStage / Strip::kPlane; ++y) {
-      const bool inside = lane < channels && image.inside(row + y, column + first + j);
-      copy_async<kEach>(target + Strip::at(y, 0, j), from + y * image.row_stride, inside ? kEach : 0);
-    }
-    from += kRuns * image.column_stride;
-  }
-}
-template <class Strip, class T>
-__device__ __forceinline__ void copy_elements(
-    const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, T* to) {
-  CARAFE_ROLLED
-  for (int i = static_cast<int>(thread); i < Strip::kMiddle * Strip::kInner; i += Strip::kThreads) {
-    const int middle = i / Strip::kInner, inner = i % Strip::kInner;
-    const bool by_channels = Strip::kChunk == Strip::kInner;
-    const int channel = by_channels ? inner : middle, j = by_channels ? middle : inner;
-    CARAFE_UNROLL
-    for (int y = 0; y < Strip::kStage / Strip::kPlane; ++y) {
-      const bool inside = channel < channels && image.inside(row + y, column + j);
-      to[Strip::at(y, channel, j)] = inside ? item[image.offset(channel, row + y, column + j)] : T{};
-    }
-  }
+// Loads two words where the condition holds, without a branch.
+__device__ __forceinline__ void load_if(bool condition, const void* from, uint32_t (&words)[2]) {
+  asm("{ .reg .pred condition; setp.ne.b32 condition, %3, 0; @condition ld.global.v2.b32 {%0, %1}, [%2]; }"
+      : "+r"(words[0]), "+r"(words[1])
+      : "l"(from), "r"(int(condition)));
 }
 
-template <class T, class G, bool ChannelsLast>
-__global__ void __launch_bounds__(GradFeaturesStrip<T, G, ChannelsLast>::kThreads, ChannelsLast ? 4 : G::kSide == 7 ? 5 : 6)
-    grad_features_strip(const __grid_constant__ GradFeaturesCall<T> call) {
+// How a thread stages the rows of sites of a strip, one after the other: `Elements` neighbours at its place along the
+// inner axis, and a walk along the middle one. Zeros where there is nothing.
+template <class Strip, int Elements, class T>
+struct Stager {
+  static constexpr bool kLast = Strip::kChannelsLast;
+  static constexpr int kNeeded = Strip::kInner / Elements;
+  static constexpr int kLanes = kNeeded <= 8 ? 8 : kNeeded <= 16 ? 16 : 32;  // of the inner axis
+  static constexpr int kApart = Strip::kThreads / kLanes;
+  static constexpr int kSteps = (Strip::kMiddle + kApart - 1) / kApart;
+  static_assert(kNeeded <= kLanes && Strip::kInner % Elements == 0, "all at once");
+  const T* from;
+  uint32_t to;
+  int column;  // of its first place
+  int count;   // of what is left of the middle axis
+
+  __device__ __forceinline__ Stager(
+      const Image<const T>& image, const T* item, int row, int first_column, int channels, unsigned thread, T* patch) {
+    const int inner = static_cast<int>(thread) % kLanes * Elements, middle = static_cast<int>(thread) / kLanes;
+    const int channel = kLast ? inner : middle;
+    column = first_column + (kLast ? middle : inner);
+    from = item + image.offset(channel, row, column);
+    to = shared_address(patch + middle * Strip::kPitch + inner);
+    count = inner >= Strip::kInner || channel >= channels ? 0 : kLast ? Strip::kMiddle : min(channels, Strip::kMiddle);
+    count = static_cast<int>(renew(static_cast<unsigned>(count - middle)));
+  }
+  // The two rows of pixels from `row` on.
+  __device__ __forceinline__ void stage(const Image<const T>& image, int row, int slot) {
+    const bool above = image.inside(row, 0), below = image.inside(row + 1, 0);
+    const T* source = from;
+    CARAFE_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      const bool inside = image.inside(0, column + (kLast ? step * kApart : 0));
+      if (step * kApart < count) {
+        constexpr int kBytes = Elements * int(sizeof(T)), kSize = int(sizeof(T));
+        copy_async<kBytes>(to + slot + step * kApart * Strip::kPitch * kSize, source, inside && above);
+        copy_async<kBytes>(
+            to + slot + (step * kApart * Strip::kPitch + Strip::kPlane) * kSize, source + image.row_stride,
+            inside && below);
+      }
+      source += kApart * (kLast ? image.column_stride : image.channel_stride);
+    }
+    from += 2 * image.row_stride;
+  }
+};
+
+// The same of any strides, an element at a time.
+template <class Strip, class T>
+struct Stager<Strip, 1, T> {
+  const T* item;
+  T* patch;
+  int first_column, channels;
+  unsigned thread;
+
+  __device__ __forceinline__ Stager(
+      const Image<const T>&, const T* item, int, int first_column, int channels, unsigned thread, T* patch)
+      : item(item), patch(patch), first_column(first_column), channels(channels), thread(thread) {}
+  __device__ __forceinline__ void stage(const Image<const T>& image, int row, int slot) {
+    CARAFE_ROLLED
+    for (int i = static_cast<int>(thread); i < Strip::kMiddle * Strip::kInner; i += Strip::kThreads) {
+      const int middle = i / Strip::kInner, inner = i % Strip::kInner;
+      const int channel = Strip::kChannelsLast ? inner : middle;
+      const int column = first_column + (Strip::kChannelsLast ? middle : inner);
+      CARAFE_UNROLL
+      for (int y = 0; y < 2; ++y) {
+        const bool exists = channel < channels && image.inside(row + y, column);
+        patch[slot / int(sizeof(T)) + y * Strip::kPlane + middle * Strip::kPitch + inner] =
+            exists ? item[image.offset(channel, row + y, column)] : T{};
+      }
+    }
+  }
+};
+
+template <class T, class G, bool ChannelsLast, int Elements>
+__device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch) {
   using Strip = GradFeaturesStrip<T, G, ChannelsLast>;
   using Weights = typename Strip::Weights;
-  constexpr int kSide = G::kSide, kSteps = Weights::kSteps;
-  if constexpr (kAvailable) {
-    extern __shared__ __align__(16) unsigned char shared[];
-    T* const patch = reinterpret_cast<T*>(shared);
-    __shared__ Tiling::Job job;  // not in registers, which are scarcer
-    const unsigned thread = threadIdx.x;
-    if (thread == 0) job = call.tiling.job(blockIdx.x, call.rows_of_block, Strip::kColumns);
+  constexpr int kSide = G::kSide, kRadius = G::kRadius, kSteps = Weights::kSteps;
+  constexpr int kSlot = Strip::kStage * int(sizeof(T)), kLastSlot = (Strip::kStages - 1) * kSlot;
+  const unsigned thread = threadIdx.x;
+  const Tiling::Job job = call.tiling.job(blockIdx.x, call.rows_of_block, Strip::kColumns);
+  const int warp = static_cast<int>(thread / 32), lane = static_cast<int>(thread % 32), g = lane / 4, t = lane % 4;
+  const int tile = job.column / Weights::kColumns + warp % Strip::kTiles;
+  const int channel = warp / Strip::kTiles * 16;
+  const int end = min(job.row + call.rows_of_block, call.grad.height);  // of the features' rows,
+  const int last = min(end + kRadius, call.rows);                       // and of those that lead to them
+  int row = max(job.row - kRadius, 0);
+  const bool computes = tile < call.tiles && channel < job.channels;
+
+  if (job.channels < Strip::kChunk) {  // channels that are not there are multiplied, too
+    for (unsigned i = thread * kUnit<T>; i < Strip::kStages * Strip::kStage; i += Strip::kThreads * kUnit<T>) {
+      store(patch + i, Vector<T, kUnit<T>>{});
+    }
     __syncthreads();
+  }
+  const auto& image = call.grad_output;
+  Stager<Strip, Elements, T> stager(
+      image, image.item(job.n) + job.first_channel * image.channel_stride, row * G::kUp,
+      (job.column - Weights::kPad) * G::kUp, job.channels, thread, patch);
+  CARAFE_ROLLED
+  for (int s = 0; s + 1 < Strip::kStages; ++s) {
+    if (row + s < last) stager.stage(image, (row + s) * G::kUp, s * kSlot);
+    end_copies();
+  }
 
-    const int warp = static_cast<int>(thread / 32), lane = static_cast<int>(thread % 32), g = lane / 4, t = lane % 4;
-    const int tile = job.column / Weights::kColumns + warp % Strip::kTiles;
-    const int channel = warp / Strip::kTiles * 16;
-    const int end = min(job.row + call.rows_of_block, call.grad.height);  // of the features' rows,
-    const int last = min(end + G::kRadius, call.rows);                    // and of those that lead to them
-    int row = max(job.row - G::kRadius, 0);
-    const bool computes = tile < call.tiles && channel < job.channels;
+  // The weights of a row, of each tap row. What leads to none of the block's rows is not loaded: what was there before is
+  // multiplied instead, and the sum is not written.
+  uint32_t first[kSide][2] = {}, second[kSide][2] = {};
+  const T* weights = call.packed + ((int64_t(job.n * call.tiling.groups + job.group) * call.rows + row) * call.tiles +
+                                    tile) * Weights::kSize + lane * G::kPhases;
+  // The place of the first site that leads to the thread's column, among those of the products.
+  const int begin = g + Weights::kBefore + ((t - g - Weights::kBefore) & 3);
+  const int step = static_cast<int>(renew(static_cast<unsigned>(begin / 4)));
+  const bool has_second = Weights::kSeconds == 32 || (Weights::kSeconds == 8 && begin == g + Weights::kBefore);
+  const int of_second = kSide * Weights::kFirstRow + (Weights::kSeconds == 8 ? g - lane : 0) * G::kPhases;
+  const T* seconds = weights + of_second;
+  const int pitch = call.tiles * Weights::kSize;
+  const auto load_weights = [&](int which) {
+    const unsigned rows = which < last ? end - job.row : 0;
+    CARAFE_UNROLL
+    for (int u = 0; u < kSide; ++u) {
+      const bool leads = static_cast<unsigned>(which - kRadius - job.row + u) < rows;
+      load_if(leads, weights + u * Weights::kFirstRow, first[u]);
+      if (Weights::kSeconds > 0) load_if(leads && has_second, seconds + u * Weights::kSecondRow, second[u]);
+    }
+    weights += pitch, seconds += pitch;
+  };
+  if (computes) load_weights(row);
 
-    const T* const item = call.grad_output.item(job.n) + job.first_channel * call.grad_output.channel_stride;
-    const auto stage = [&](int which, T* to) {
-      const int i = which * G::kUp, j = (job.column - Weights::kPad) * G::kUp;
-      if (which < last) {
-        if (ChannelsLast && call.copied > 1) {
-          copy_channels<Strip>(call.grad_output, item, i, j, job.channels, thread, to);
-        } else if (!ChannelsLast && call.copied == 4) {
-          copy_columns<Strip, 4>(call.grad_output, item, i, j, job.channels, thread, to);
-        } else if (!ChannelsLast && call.copied == 2) {
-          copy_columns<Strip, 2>(call.grad_output, item, i, j, job.channels, thread, to);
-        } else {
-          copy_elements<Strip>(call.grad_output, item, i, j, job.channels, thread, to);
-        }
-      }
+  // The rows of the matrices that the thread gives the addresses of.
+  const int matrix = lane / 8, line = lane % 8, fine = warp % Strip::kTiles * Weights::kColumns * G::kUp;
+  const uint32_t matrices =
+      shared_address(patch + (ChannelsLast ? Strip::at(matrix / 2, channel + matrix % 2 * 8, fine + line)
+                                           : Strip::at(matrix / 2, channel + matrix % 2 * 8 + line, fine)));
+  // What the thread writes: two columns of channels g and g + 8, or, exchanged, four channels of column g.
+  const bool exchanges = call.grad.channels_last && call.grad.units;
+  const int written = channel + (exchanges ? t % 2 * 8 + t / 2 * 4 : g);
+  const int column = tile * Weights::kColumns + (exchanges ? g : 2 * t);
+  T* to = call.grad.item(job.n) + call.grad.offset(job.first_channel + written, job.row, column);
+
+  int slot = 0, free_slot = kLastSlot;
+  float sums[kSide][4] = {};  // of the rows from row - radius on
+  CARAFE_ROLLED
+  for (; row < end + kRadius; ++row) {
+    if (row < last) {
+      wait_for_copies<Strip::kStages - 2>();
+      __syncthreads();  // the row is there, and the one before has been read
+      const int next = row + Strip::kStages - 1;
+      if (next < last) stager.stage(image, next * G::kUp, free_slot);
       end_copies();
-    };
-    CARAFE_ROLLED
-    for (int s = 0; s + 1 < Strip::kStages; ++s) stage(row + s, patch + s * Strip::kStage);
-
-    // Of a row's weights: those of each tap row.
-    using Pair = Vector<uint32_t, 2>;
-    struct Row {
-      Pair first[kSide], second[kSide];
-    };
-    const T* weights =
-        call.packed + ((int64_t(job.n * call.tiling.groups + job.group) * call.rows + row) * call.tiles + tile) *
-                          Weights::kSize;
-    // Where the first site that leads to the thread's column is among those of the products.
-    const int begin = g + Weights::kBefore + (t - g - Weights::kBefore & 3), step = begin / 4;
-    const bool has_second = Weights::kSeconds == 32 || (Weights::kSeconds == 8 && begin == g + Weights::kBefore);
-    const auto load_row = [&](int which, const T* from) {
-      Row loaded = {};
-      CARAFE_UNROLL
-      for (int u = 0; u < kSide; ++u) {
-        const int leads_to = which + u - G::kRadius;
-        if (!computes || which >= last || leads_to < job.row || leads_to >= end) continue;
-        const auto* const words = reinterpret_cast<const uint32_t*>(from);
-        loaded.first[u] = load<2>(words + (u * Weights::kFirstRow + lane * G::kPhases) / 2);
-        if (has_second) {
-          const int at = (Weights::kSeconds == 8 ? g : lane) * G::kPhases;
-          loaded.second[u] = load<2>(words + (kSide * Weights::kFirstRow + u * Weights::kSecondRow + at) / 2);
-        }
-      }
-      return loaded;
-    };
-    Row own = load_row(row, weights);
-
-    // The rows of the matrices that the thread gives the addresses of.
-    const int matrix = lane / 8, line = lane % 8;
-    const int from =
-        ChannelsLast
-            ? Strip::at(matrix / 2, channel + matrix % 2 * 8, warp % Strip::kTiles * Weights::kColumns * G::kUp + line)
-            : Strip::at(matrix / 2, channel + matrix % 2 * 8 + line, warp % Strip::kTiles * Weights::kColumns * G::kUp);
-    int slot = 0, next_slot = (Strip::kStages - 1) * Strip::kStage;
-    float sums[kSide][4] = {};  // of the rows from row - radius on
-    CARAFE_ROLLED
-    for (; row < end + G::kRadius; ++row) {
-      if (row < last) {
-        wait_for_copies<Strip::kStages - 2>();
-        __syncthreads();  // the row is there, and the one before has been read
-        stage(row + Strip::kStages - 1, patch + next_slot);
-        next_slot = slot;
-        weights += int64_t(call.tiles) * Weights::kSize;
-        const Row next = load_row(row + 1, weights);
+      if (computes) {
         uint32_t a[kSteps][4];
         CARAFE_UNROLL
-        for (int j = 0; j < kSteps; ++j)
-          load_matrices<4, ChannelsLast>(a[j], patch + slot + from + Strip::at(0, 0, 4 * G::kUp * j));
+        for (int j = 0; j < kSteps; ++j) {
+          load_matrices<4, ChannelsLast>(
+              a[j], static_cast<const T*>(__cvta_shared_to_generic(matrices + slot)) + Strip::at(0, 0, 4 * G::kUp * j));
+        }
         CARAFE_UNROLL
         for (int j = 0; j < kSteps; ++j) {
           CARAFE_UNROLL
           for (int u = 0; u < kSide; ++u) {
             uint32_t b[2];
             CARAFE_UNROLL
-            for (int r = 0; r < 2; ++r) {
-              b[r] = step == j       ? own.first[u].values[r]
-                     : step == j - 1 ? own.second[u].values[r]
-                                     : 0;
-            }
+            for (int r = 0; r < 2; ++r) b[r] = step == j ? first[u][r] : step == j - 1 ? second[u][r] : 0;
             multiply_add<T>(sums[u], a[j], b);
           }
         }
-        own = next;
-        slot = slot + Strip::kStage == Strip::kStages * Strip::kStage ? 0 : slot + Strip::kStage;
+        load_weights(row + 1);
       }
-      // No later row leads to the first of the rows.
-      const int i = row - G::kRadius;
-      if (computes && i >= job.row) {
-        if (call.grad.channels_last && call.grad.units) {
-          const uint32_t low = transpose(narrow_pair<T>(sums[0][0], sums[0][1]));
-          const uint32_t high = transpose(narrow_pair<T>(sums[0][2], sums[0][3]));
-          // Column g, two channels of the lower and two of the higher eight: neighbours exchange, for four of either.
-          const bool odd = t % 2 != 0;
-          const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
-          const Pair four = {{odd ? other : low, odd ? high : other}};
-          const int c = channel + (odd ? 8 : 0) + t / 2 * 4, j = tile * Weights::kColumns + g;
-          if (c < job.channels && j < call.grad.width) {
-            store(
-                reinterpret_cast<uint32_t*>(
-                    call.grad.item(job.n) + call.grad.offset(job.first_channel + c, i, j)),
-                four);
-          }
-        } else {
-          const int j = tile * Weights::kColumns + 2 * t;
-          CARAFE_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int c = channel + half * 8 + g;
-            const float run[2] = {sums[0][2 * half], sums[0][2 * half + 1]};
-            if (c < job.channels) {
-              write_run(
-                  call.grad, call.grad.item(job.n) + call.grad.offset(job.first_channel + c, i, j), run,
-                  call.grad.width - j);
-            }
+      free_slot = slot;
+      slot = slot == kLastSlot ? 0 : slot + kSlot;
+    }
+    // No later row leads to the first of the rows.
+    if (row - kRadius >= job.row && computes) {
+      if (exchanges) {
+        const uint32_t low = transpose(narrow_pair<T>(sums[0][0], sums[0][1]));
+        const uint32_t high = transpose(narrow_pair<T>(sums[0][2], sums[0][3]));
+        // Column g, two of the lower eight channels and two of the higher: a pair of threads has four of either.
+        const bool odd = t % 2 != 0;
+        const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+        const Vector<uint32_t, 2> four = {{odd ? other : low, odd ? high : other}};
+        if (written < job.channels && column < call.grad.width) store(reinterpret_cast<uint32_t*>(to), four);
+      } else {
+        CARAFE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float run[2] = {sums[0][2 * half], sums[0][2 * half + 1]};
+          if (written + half * 8 < job.channels) {
+            write_run(call.grad, to + half * 8 * call.grad.channel_stride, run, call.grad.width - column);
           }
         }
       }
+      to += call.grad.row_stride;
+    }
+    CARAFE_UNROLL
+    for (int u = 0; u < kSide; ++u) {
       CARAFE_UNROLL
-      for (int u = 0; u < kSide; ++u) {
-        CARAFE_UNROLL
-        for (int s = 0; s < 4; ++s) sums[u][s] = u + 1 < kSide ? sums[u + 1 < kSide ? u + 1 : u][s] : 0;
-      }
+      for (int s = 0; s < 4; ++s) sums[u][s] = u + 1 < kSide ? sums[u + 1 < kSide ? u + 1 : u][s] : 0;
+    }
+  }
+}
+
+template <class T, class G, bool ChannelsLast>
+__global__ void __launch_bounds__(
+    GradFeaturesStrip<T, G, ChannelsLast>::kThreads, ChannelsLast ? 4 : G::kSide == 7 ? 5 : 6)
+    grad_features_strip(const __grid_constant__ GradFeaturesCall<T> call) {
+  if constexpr (kAvailable) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    T* const patch = reinterpret_cast<T*>(shared);
+    if (call.copied == (ChannelsLast ? kUnit<T> : 4)) {
+      march<T, G, ChannelsLast, ChannelsLast ? kUnit<T> : 4>(call, patch);
+    } else if (!ChannelsLast && call.copied == 2) {
+      if constexpr (!ChannelsLast) march<T, G, false, 2>(call, patch);
+    } else {
+      march<T, G, ChannelsLast, 1>(call, patch);
     }
   }
 }
