@@ -9,27 +9,47 @@
 
 namespace carafe::gpu::tensor {
 
-// The weights of a row of sites, normalised and rounded to T, in the order in which a warp multiplies with them, for
-// each `kColumns` columns of features. The thread of column g and t = lane % 4 has, of tap row u, the sites whose number
-// is t modulo 4: the first and the second of them that lead to its column, in all phases.
+// The weights of a row of sites, normalised and rounded to T, in the order in which a warp multiplies with them: for each
+// eight columns of features, for each tap row, for each product, whose depth is four sites in all phases, those of the
+// threads that have a tap: thread (g, t) that which joins column g to site t of the four. What pads is zero.
 template <class G>
 struct Packed {
+  static constexpr int kSide = G::kSide, kPhases = G::kPhases;
   static constexpr int kColumns = 8;
-  static constexpr int kPhases = G::kPhases, kSide = G::kSide;
-  static constexpr int kPad = (G::kRadius + 1) / 2 * 2;   // sites that are staged before the first column, and after
-  static constexpr int kSites = kColumns + 2 * kPad;      // the last
-  static constexpr int kSteps = kSites / 4;               // products: of four sites each
-  static constexpr int kBefore = kPad - G::kRadius;       // of these lead to no column
-  static constexpr int kSeconds = kSide <= 4 ? 0 : kSide == 5 ? 8 : 32;  // threads that have a second one
-  static constexpr int kFirstRow = 32 * kPhases, kSecondRow = kSeconds * kPhases;
-  static constexpr int kSize = kSide * (kFirstRow + kSecondRow);
+  static constexpr int kPad = (G::kRadius + 1) / 2 * 2;   // sites that are staged before the columns, and after
+  static constexpr int kProducts = (kColumns + 2 * kPad) / 4;
+  static constexpr int kRow = kSide == 5 ? 48 : kSide == 3 ? 32 : 64;  // of all phases, of a tap row: 128 bytes each 16
+  static constexpr int kSize = kSide * kRow * kPhases;
 
-  // Where the weights of tap (u, K - 1 - i), which join column g, lie: the i-th site that leads to it.
-  static __device__ __forceinline__ constexpr int at(int u, int i, int g) {
-    const int lane = 4 * g + (g + kBefore + i) % 4;
-    return i < 4 ? u * kFirstRow + lane * kPhases
-                 : kSide * kFirstRow + u * kSecondRow + (kSeconds == 8 ? g : lane) * kPhases;
+  // The first of a product: each in as few lines of 128 bytes as can be.
+  static __host__ __device__ constexpr int first(int product) {
+    return product == 0 ? 0 : kSide == 5 ? 20 * product - 8 : product == kProducts - 1 ? 8 : 24 * product - 8;
   }
+  // By which of the sites that lead to column g, in ascending order, thread (g, t) joins it; has() if it is one of them.
+  static __host__ __device__ constexpr int site(int product, int g, int t) {
+    return 4 * product + t - g - (kPad - G::kRadius);
+  }
+  static __host__ __device__ constexpr bool has(int product, int g, int t) {
+    return site(product, g, t) >= 0 && site(product, g, t) < kSide;
+  }
+  // The place of the i-th site that leads to column g, of tap v = K - 1 - i: a byte for each g.
+  static __host__ __device__ constexpr uint64_t places(int i) {
+    uint64_t all = 0;
+    for (int product = 0; product < kProducts; ++product) {
+      int place = first(product);
+      for (int lane = 0; lane < 32; ++lane) {
+        if (site(product, lane / 4, lane % 4) == i) all |= uint64_t(place) << (lane / 4 * 8);
+        place += has(product, lane / 4, lane % 4);
+      }
+    }
+    return all;
+  }
+  struct Places {
+    uint64_t of[kSide] = {};
+    constexpr Places() {
+      for (int i = 0; i < kSide; ++i) of[i] = places(i);
+    }
+  };
 };
 
 template <class T>
@@ -62,30 +82,24 @@ __global__ void __launch_bounds__(kThreads, 3) pack_weights(const __grid_constan
   const int first = tile * Packed::kColumns - G::kRadius;
   auto own = Transfer::load(call.kernels, item / call.groups, item % call.groups, row, first, thread, shared);
   own.normalize(call.normalizer);
+  constexpr int kEach = kUnit<T>;
+  static_assert(Packed::kSize % kEach == 0, "whole units");
+  for (int i = static_cast<int>(thread) * kEach; i < kPacked; i += kThreads * kEach) store(shared + i, Vector<T, kEach>{});
+  __syncthreads();
   const int site = static_cast<int>(thread) / G::kPhases, phase = static_cast<int>(thread) % G::kPhases;
+  constexpr typename Packed::Places places;
   CARAFE_UNROLL
   for (int v = 0; v < kSide; ++v) {
     const int column = site + v - 2 * G::kRadius, g = column % Packed::kColumns;
     if (column < 0 || column >= kColumns) continue;
-    T* const to = shared + column / Packed::kColumns * Packed::kSize + phase;
+    const int place = static_cast<int>(places.of[kSide - 1 - v] >> (g * 8) & 255);
+    T* const to = shared + column / Packed::kColumns * Packed::kSize + place * G::kPhases + phase;
     CARAFE_UNROLL
-    for (int u = 0; u < kSide; ++u) {
-      to[Packed::at(u, kSide - 1 - v, g)] = narrow<T>(own.values[u * kSide + v]);
-    }
-  }
-  if constexpr (kSide % 4 == 3) {  // a thread of each four has a site less
-    for (unsigned i = thread; i < kColumns * kSide; i += kThreads) {
-      const int column = static_cast<int>(i) % kColumns, u = static_cast<int>(i) / kColumns;
-      store(
-          shared + column / Packed::kColumns * Packed::kSize + Packed::at(u, kSide, column % Packed::kColumns),
-          Vector<T, G::kPhases>{});
-    }
+    for (int u = 0; u < kSide; ++u) to[u * Packed::kRow * G::kPhases] = narrow<T>(own.values[u * kSide + v]);
   }
   __syncthreads();
   const int tiles = min(kPackTiles, call.tiles - tile);
   T* const to = call.packed + ((int64_t(item) * rows + row) * call.tiles + tile) * Packed::kSize;
-  constexpr int kEach = kUnit<T>;
-  static_assert(Packed::kSize % kEach == 0, "whole units");
   for (int i = static_cast<int>(thread) * kEach; i < tiles * Packed::kSize; i += kThreads * kEach) {
     store(to + i, load<kEach>(shared + i));
   }
@@ -147,13 +161,6 @@ __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_gro
 template <int But>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(But) : "memory");
-}
-
-// Loads two words where the condition holds, without a branch.
-__device__ __forceinline__ void load_if(bool condition, const void* from, uint32_t (&words)[2]) {
-  asm("{ .reg .pred condition; setp.ne.b32 condition, %3, 0; @condition ld.global.v2.b32 {%0, %1}, [%2]; }"
-      : "+r"(words[0]), "+r"(words[1])
-      : "l"(from), "r"(int(condition)));
 }
 
 // How a thread stages the rows of sites of a strip, one after the other: `Elements` neighbours at its place along the
@@ -232,7 +239,7 @@ template <class T, class G, bool ChannelsLast, int Elements>
 __device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch) {
   using Strip = GradFeaturesStrip<T, G, ChannelsLast>;
   using Weights = typename Strip::Weights;
-  constexpr int kSide = G::kSide, kRadius = G::kRadius, kSteps = Weights::kSteps;
+  constexpr int kSide = G::kSide, kRadius = G::kRadius, kProducts = Weights::kProducts;
   constexpr int kSlot = Strip::kStage * int(sizeof(T)), kLastSlot = (Strip::kStages - 1) * kSlot;
   const unsigned thread = threadIdx.x;
   const Tiling::Job job = call.tiling.job(blockIdx.x, call.rows_of_block, Strip::kColumns);
@@ -260,27 +267,33 @@ __device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch)
     end_copies();
   }
 
-  // The weights of a row, of each tap row. What leads to none of the block's rows is not loaded: what was there before is
-  // multiplied instead, and the sum is not written.
-  uint32_t first[kSide][2] = {}, second[kSide][2] = {};
+  // The weights of a row: of each tap row, of each product. What leads to none of the block's rows is not loaded: what was
+  // there before is multiplied instead, and the sum is not written.
+  uint32_t b[kSide][kProducts][2] = {};
   const T* weights = call.packed + ((int64_t(job.n * call.tiling.groups + job.group) * call.rows + row) * call.tiles +
-                                    tile) * Weights::kSize + lane * G::kPhases;
-  // The place of the first site that leads to the thread's column, among those of the products.
-  const int begin = g + Weights::kBefore + ((t - g - Weights::kBefore) & 3);
-  const int step = static_cast<int>(renew(static_cast<unsigned>(begin / 4)));
-  const bool has_second = Weights::kSeconds == 32 || (Weights::kSeconds == 8 && begin == g + Weights::kBefore);
-  const int of_second = kSide * Weights::kFirstRow + (Weights::kSeconds == 8 ? g - lane : 0) * G::kPhases;
-  const T* seconds = weights + of_second;
+                                    tile) * Weights::kSize;
   const int pitch = call.tiles * Weights::kSize;
+  bool has[kProducts];
+  int place[kProducts];
+  CARAFE_UNROLL
+  for (int j = 0; j < kProducts; ++j) {
+    has[j] = Weights::has(j, g, t);
+    const unsigned before = __ballot_sync(~0u, has[j]) & ((1u << lane) - 1);
+    place[j] = (Weights::first(j) + __popc(before)) * G::kPhases;
+  }
   const auto load_weights = [&](int which) {
     const unsigned rows = which < last ? end - job.row : 0;
     CARAFE_UNROLL
     for (int u = 0; u < kSide; ++u) {
-      const bool leads = static_cast<unsigned>(which - kRadius - job.row + u) < rows;
-      load_if(leads, weights + u * Weights::kFirstRow, first[u]);
-      if (Weights::kSeconds > 0) load_if(leads && has_second, seconds + u * Weights::kSecondRow, second[u]);
+      if (static_cast<unsigned>(which - kRadius - job.row + u) >= rows) continue;
+      CARAFE_UNROLL
+      for (int j = 0; j < kProducts; ++j) {
+        if (!has[j]) continue;
+        const auto both = load<2>(reinterpret_cast<const uint32_t*>(weights + place[j] + u * Weights::kRow * G::kPhases));
+        b[u][j][0] = both.values[0], b[u][j][1] = both.values[1];
+      }
     }
-    weights += pitch, seconds += pitch;
+    weights += pitch;
   };
   if (computes) load_weights(row);
 
@@ -306,20 +319,17 @@ __device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch)
       if (next < last) stager.stage(image, next * G::kUp, free_slot);
       end_copies();
       if (computes) {
-        uint32_t a[kSteps][4];
+        uint32_t a[kProducts][4];
         CARAFE_UNROLL
-        for (int j = 0; j < kSteps; ++j) {
+        for (int j = 0; j < kProducts; ++j) {
           load_matrices<4, ChannelsLast>(
               a[j], static_cast<const T*>(__cvta_shared_to_generic(matrices + slot)) + Strip::at(0, 0, 4 * G::kUp * j));
         }
         CARAFE_UNROLL
-        for (int j = 0; j < kSteps; ++j) {
+        for (int j = 0; j < kProducts; ++j) {
           CARAFE_UNROLL
           for (int u = 0; u < kSide; ++u) {
-            uint32_t b[2];
-            CARAFE_UNROLL
-            for (int r = 0; r < 2; ++r) b[r] = step == j ? first[u][r] : step == j - 1 ? second[u][r] : 0;
-            multiply_add<T>(sums[u], a[j], b);
+            multiply_add<T>(sums[u], a[j], b[u][j]);
           }
         }
         load_weights(row + 1);
