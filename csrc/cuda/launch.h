@@ -8,6 +8,7 @@
 #include "grad_features.h"
 #include "grad_kernels.h"
 #include "reassemble.h"
+#include "tensor/grad_features.h"
 #include "tensor/grad_kernels.h"
 #include "tensor/reassemble.h"
 
@@ -148,8 +149,63 @@ inline int64_t rows_of_strip(int64_t rows, int64_t side, int64_t strips, int64_t
   return best;
 }
 
+template <class G, bool ChannelsLast, class T>
+cudaError_t launch_tensor(const GradFeatures<T>& call, const Queue& queue, const Device& device, bool* found) {
+  using Strip = tensor::GradFeaturesStrip<T, G, ChannelsLast>;
+  using Weights = typename Strip::Weights;
+  const Shape& shape = call.shape;
+  const Map<const T>& map = call.grad_output;
+  const int64_t group = shape.group_channels();
+  tensor::GradFeaturesCall<T> arguments = {};
+  tensor::PackCall<T> pack = {};
+  pack.normalizer = call.kernels.normalizer;
+  *found = device.fits(Strip::kBytes) &&
+           make_image(call.result, shape.channels, shape.height, shape.width, group, 2, &arguments.grad) &&
+           make_image(map, shape.channels, shape.out_height, shape.out_width, group, 1, &arguments.grad_output) &&
+           make_kernel_map<G>(call.kernels.map, shape, pack.normalizer, true, &pack.kernels);
+  if (!*found) return cudaSuccess;
+  const auto aligned = [&](int count) {
+    return shape.out_width % count == 0 &&
+           is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, count);
+  };
+  arguments.copied = ChannelsLast ? (arguments.grad_output.units ? kUnit<T> : 1) : aligned(4) ? 4 : aligned(2) ? 2 : 1;
+  const int64_t strips =
+      ceil_div(shape.width, Strip::kColumns) * ceil_div(group, Strip::kChunk) * shape.groups * shape.batch;
+  const int64_t rows = rows_of_strip(shape.height, G::kSide, strips, device.multiprocessors, Strip::kStaging);
+  arguments.tiling =  // a chunk a block, as for any number of multiprocessors
+      Tiling::of(shape, shape.height, shape.width, rows, Strip::kColumns, Strip::kChunk, kMostBlocks, 0, 0);
+  arguments.rows_of_block = static_cast<int>(rows);
+  arguments.rows = pack.kernels.rows;
+  const int64_t tiles = ceil_div(shape.width, Weights::kColumns);
+  pack.tiles = arguments.tiles = static_cast<int>(tiles);
+  pack.groups = arguments.tiling.groups;
+  pack.blocks_of_row = static_cast<unsigned>(ceil_div(tiles, tensor::kPackTiles));
+  const int64_t all_rows = int64_t(arguments.rows) * arguments.tiling.items;
+  *found = arguments.tiling.blocks <= kMostBlocks && all_rows * pack.blocks_of_row <= kMostBlocks;
+  if (!*found) return cudaSuccess;
+  pack.packed =
+      static_cast<T*>(queue.allocate(queue.context, all_rows * tiles * Weights::kSize * int64_t(sizeof(T))));
+  if (pack.packed == nullptr) return cudaErrorMemoryAllocation;
+  arguments.packed = pack.packed;
+  if (const cudaError_t error =
+          launch_kernel(queue, tensor::pack_weights<T, G>, all_rows * pack.blocks_of_row, kThreads, 0, pack)) {
+    return error;
+  }
+  return launch_kernel(
+      queue, tensor::grad_features_strip<T, G, ChannelsLast>, arguments.tiling.blocks, Strip::kThreads, Strip::kBytes,
+      arguments);
+}
+
 template <class G, class T>
 cudaError_t launch_common(const GradFeatures<T>& call, const Queue& queue, const Device& device, bool* found) {
+  if constexpr (G::kUp == 2 && is_half_precision<T>) {
+    if (device.has_tensor_cores) {
+      const cudaError_t error = call.grad_output.has_adjacent_channels()
+                                    ? launch_tensor<G, true>(call, queue, device, found)
+                                    : launch_tensor<G, false>(call, queue, device, found);
+      if (*found || error != cudaSuccess) return error;
+    }
+  }
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
   using Tile = std::conditional_t<G::kUp == 1, GradFeaturesTile<T, G>, GradFeaturesStrip<T, G>>;
