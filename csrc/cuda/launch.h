@@ -183,8 +183,7 @@ cudaError_t launch_tensor(const GradFeatures<T>& call, const Queue& queue, const
   const int64_t all_rows = int64_t(arguments.rows) * arguments.tiling.items;
   *found = arguments.tiling.blocks <= kMostBlocks && all_rows * pack.blocks_of_row <= kMostBlocks;
   if (!*found) return cudaSuccess;
-  pack.packed =
-      static_cast<T*>(queue.allocate(queue.context, all_rows * tiles * Weights::kSize * int64_t(sizeof(T))));
+  pack.packed = static_cast<T*>(queue.allocate(queue.context, all_rows * tiles * Weights::kSize * int64_t(sizeof(T))));
   if (pack.packed == nullptr) return cudaErrorMemoryAllocation;
   arguments.packed = pack.packed;
   if (const cudaError_t error =

@@ -165,13 +165,16 @@ def assert_rounded(got, wanted, terms, weights=0.0):
 
 def error_of_weights(op, case, tensors):
     """What the result of tensor cores may be off by: they multiply weights that are rounded to halves."""
-    if case["normalizer"] == "none" or op != "reassemble":
+    if case["normalizer"] == "none" or op == "grad_kernels":
         return 0.0
-    sizes_of = tensors[0].double().abs()
+    features, kernels, grad = tensors
+    sizes_of = (features if op == "reassemble" else grad).double().abs()
     dtype, geometry = case["dtype"], (case["kernel"], case["group"], *case["ratio"])
-    sizes = expected(op, (sizes_of, *tensors[1:]), case["normalizer"], *geometry)
+    absolute = (sizes_of, kernels, grad) if op == "reassemble" else (features, kernels, sizes_of)
+    sizes = expected(op, absolute, case["normalizer"], *geometry)
     # Below the normal numbers a half has no more than its last place.
-    least = 2.0**-25 * case["kernel"] ** 2 * sizes_of.max() if dtype == torch.float16 else 0.0
+    terms = case["kernel"] ** 2 * (1 if op == "reassemble" else case["ratio"][0] ** 2)
+    least = 2.0**-25 * terms * sizes_of.max() if dtype == torch.float16 else 0.0
     return 2.0 ** -DIGITS[dtype] * sizes + least
 
 

@@ -9,14 +9,14 @@
 
 namespace carafe::gpu::tensor {
 
-// The weights of a row of sites, normalised and rounded to T, in the order in which a warp multiplies with them: for each
-// eight columns of features, for each tap row, for each product, whose depth is four sites in all phases, those of the
-// threads that have a tap: thread (g, t) that which joins column g to site t of the four. What pads is zero.
+// The weights of a row of sites, normalised and rounded to T, in the order in which a warp multiplies with them: for
+// each eight columns of features, for each tap row, for each product, whose depth is four sites in all phases, those of
+// the threads that have a tap: thread (g, t) that which joins column g to site t of the four. What pads is zero.
 template <class G>
 struct Packed {
   static constexpr int kSide = G::kSide, kPhases = G::kPhases;
   static constexpr int kColumns = 8;
-  static constexpr int kPad = (G::kRadius + 1) / 2 * 2;   // sites that are staged before the columns, and after
+  static constexpr int kPad = (G::kRadius + 1) / 2 * 2;  // sites that are staged before the columns, and after
   static constexpr int kProducts = (kColumns + 2 * kPad) / 4;
   static constexpr int kRow = kSide == 5 ? 48 : kSide == 3 ? 32 : 64;  // of all phases, of a tap row: 128 bytes each 16
   static constexpr int kSize = kSide * kRow * kPhases;
@@ -25,7 +25,8 @@ struct Packed {
   static __host__ __device__ constexpr int first(int product) {
     return product == 0 ? 0 : kSide == 5 ? 20 * product - 8 : product == kProducts - 1 ? 8 : 24 * product - 8;
   }
-  // By which of the sites that lead to column g, in ascending order, thread (g, t) joins it; has() if it is one of them.
+  // By which of the sites that lead to column g, in ascending order, thread (g, t) joins it; has() if it is one of
+  // them.
   static __host__ __device__ constexpr int site(int product, int g, int t) {
     return 4 * product + t - g - (kPad - G::kRadius);
   }
@@ -84,7 +85,8 @@ __global__ void __launch_bounds__(kThreads, 3) pack_weights(const __grid_constan
   own.normalize(call.normalizer);
   constexpr int kEach = kUnit<T>;
   static_assert(Packed::kSize % kEach == 0, "whole units");
-  for (int i = static_cast<int>(thread) * kEach; i < kPacked; i += kThreads * kEach) store(shared + i, Vector<T, kEach>{});
+  for (int i = static_cast<int>(thread) * kEach; i < kPacked; i += kThreads * kEach)
+    store(shared + i, Vector<T, kEach>{});
   __syncthreads();
   const int site = static_cast<int>(thread) / G::kPhases, phase = static_cast<int>(thread) % G::kPhases;
   constexpr typename Packed::Places places;
@@ -130,7 +132,7 @@ struct GradFeaturesStrip {
   static constexpr int kPitch = (kInner / kUnit<T> | 1) * kUnit<T>;
   static constexpr int kPlane = kMiddle * kPitch, kStage = G::kUp * kPlane;
   static constexpr double kStaging = ChannelsLast ? 1.5 : 1.4;  // of the cost of computing a row (rows_of_strip)
-  static constexpr int kStages = 4;  // rows that are in shared memory, or on their way
+  static constexpr int kStages = 4;                             // rows that are in shared memory, or on their way
   static constexpr int kBytes = kStages * kStage * int(sizeof(T));
   static_assert(kInner % kUnit<T> == 0, "whole units");
 
@@ -216,8 +218,8 @@ struct Stager<Strip, 1, T> {
   int first_column, channels;
   unsigned thread;
 
-  __device__ __forceinline__ Stager(
-      const Image<const T>&, const T* item, int, int first_column, int channels, unsigned thread, T* patch)
+  __device__ __forceinline__
+  Stager(const Image<const T>&, const T* item, int, int first_column, int channels, unsigned thread, T* patch)
       : item(item), patch(patch), first_column(first_column), channels(channels), thread(thread) {}
   __device__ __forceinline__ void stage(const Image<const T>& image, int row, int slot) {
     CARAFE_ROLLED
@@ -267,11 +269,12 @@ __device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch)
     end_copies();
   }
 
-  // The weights of a row: of each tap row, of each product. What leads to none of the block's rows is not loaded: what was
-  // there before is multiplied instead, and the sum is not written.
+  // The weights of a row: of each tap row, of each product. What leads to none of the block's rows is not loaded: what
+  // was there before is multiplied instead, and the sum is not written.
   uint32_t b[kSide][kProducts][2] = {};
-  const T* weights = call.packed + ((int64_t(job.n * call.tiling.groups + job.group) * call.rows + row) * call.tiles +
-                                    tile) * Weights::kSize;
+  const T* weights =
+      call.packed +
+      ((int64_t(job.n * call.tiling.groups + job.group) * call.rows + row) * call.tiles + tile) * Weights::kSize;
   const int pitch = call.tiles * Weights::kSize;
   bool has[kProducts];
   int place[kProducts];
@@ -289,7 +292,8 @@ __device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch)
       CARAFE_UNROLL
       for (int j = 0; j < kProducts; ++j) {
         if (!has[j]) continue;
-        const auto both = load<2>(reinterpret_cast<const uint32_t*>(weights + place[j] + u * Weights::kRow * G::kPhases));
+        const auto both =
+            load<2>(reinterpret_cast<const uint32_t*>(weights + place[j] + u * Weights::kRow * G::kPhases));
         b[u][j][0] = both.values[0], b[u][j][1] = both.values[1];
       }
     }
@@ -299,9 +303,9 @@ __device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch)
 
   // The rows of the matrices that the thread gives the addresses of.
   const int matrix = lane / 8, line = lane % 8, fine = warp % Strip::kTiles * Weights::kColumns * G::kUp;
-  const uint32_t matrices =
-      shared_address(patch + (ChannelsLast ? Strip::at(matrix / 2, channel + matrix % 2 * 8, fine + line)
-                                           : Strip::at(matrix / 2, channel + matrix % 2 * 8 + line, fine)));
+  const uint32_t matrices = shared_address(
+      patch + (ChannelsLast ? Strip::at(matrix / 2, channel + matrix % 2 * 8, fine + line)
+                            : Strip::at(matrix / 2, channel + matrix % 2 * 8 + line, fine)));
   // What the thread writes: two columns of channels g and g + 8, or, exchanged, four channels of column g.
   const bool exchanges = call.grad.channels_last && call.grad.units;
   const int written = channel + (exchanges ? t % 2 * 8 + t / 2 * 4 : g);
@@ -368,7 +372,9 @@ __device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch)
 
 template <class T, class G, bool ChannelsLast>
 __global__ void __launch_bounds__(
-    GradFeaturesStrip<T, G, ChannelsLast>::kThreads, ChannelsLast ? 4 : G::kSide == 7 ? 5 : 6)
+    GradFeaturesStrip<T, G, ChannelsLast>::kThreads, ChannelsLast    ? 4
+                                                     : G::kSide == 7 ? 5
+                                                                     : 6)
     grad_features_strip(const __grid_constant__ GradFeaturesCall<T> call) {
   if constexpr (kAvailable) {
     extern __shared__ __align__(16) unsigned char shared[];
