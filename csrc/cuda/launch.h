@@ -273,14 +273,10 @@ Tiling tile_products(
     const double channels = double(share * kShare);
     const int64_t splits = ceil_div(most, share), tile_columns = ceil_div(columns, width * Products::kUnitColumns);
     const int64_t blocks = tile_rows * tile_columns * items * splits;
-    const double lines = splits > 1      ? 24
-                         : channels_last ? 40
-                                         : 64,
-                 instructions = splits > 1      ? 20
-                                : channels_last ? 115
-                                                : 88;
-    const double moved = channels * (read + staged + products) + lines * kTaps;
-    const double issued = channels * staged * (channels_last ? 2 : 3.2) + instructions * kTaps;
+    using Fixed = std::pair<double, double>;  // for each tap, to add up and to finish
+    const Fixed fixed = splits > 1 ? Fixed{24, 20} : channels_last ? Fixed{40, 115} : Fixed{64, 88};
+    const double moved = channels * (read + staged + products) + fixed.first * kTaps;
+    const double issued = channels * staged * (channels_last ? 2 : 3.2) + fixed.second * kTaps;
     double time = double(busiest(blocks)) * std::max(moved, issued);
     if (splits > 1) {
       const int64_t finishing = rows * ceil_div(columns * G::kPhases, kFinishThreads) * items;
