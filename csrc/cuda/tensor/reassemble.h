@@ -167,7 +167,7 @@ struct ReassembleStrips {
   static constexpr int kLead = (G::kRadius + 1) / 2 * 2;  // columns before the tile, an even number
   using Pixels = Patch<Strip, kTileRows + G::kSide - 1, kTileColumns + 2 * kLead, kChunk>;
   // What a block takes for its weights, in steps of channels (Tiling::of).
-  static constexpr double kPreparing = ChannelsLast ? 2 : 1.6;
+  static constexpr double kPreparing = ChannelsLast ? 2 : 1.2;
   static constexpr int kResident = kStrips == 4 && G::kSide > 3 || G::kSide > 5 ? 4 : 5;  // blocks, as registers go
   static constexpr int kBytes = (Weights::kSize + Pixels::kSize) * int(sizeof(T));
 };
