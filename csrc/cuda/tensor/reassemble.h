@@ -42,12 +42,15 @@ struct StripWeights {
     return Strips == 2 ? site / 2 + (site ^ strip) % 2 * 2 : site ^ strip;
   }
 
-  // The thread's kernel: neighbouring threads have neighbouring sites. A warp has both rows of these, which may lie
-  // together in memory; or of the outputs of one, for the banks of what is exchanged.
+  // The thread's kernel. A warp has what may lie together in memory: of logits both rows of sites, of masks a row of
+  // outputs; or of what is exchanged, for its banks, both rows of outputs of a row of sites.
   int row, column, y, x;
-  static __device__ __forceinline__ StripWeights of(unsigned thread, bool exchanged) {
+  static __device__ __forceinline__ StripWeights of(const KernelMap<const T>& kernels, unsigned thread) {
     const auto bit = [&](int from) { return static_cast<int>(thread >> from & 1); };
-    return {bit(exchanged ? 6 : 4), static_cast<int>(thread % kTileColumns), bit(exchanged ? 4 : 6), bit(5)};
+    const int column = static_cast<int>(thread % kTileColumns);
+    if (kernels.image.channels_last) return {bit(6), column, bit(4), bit(5)};
+    if (kernels.from_logits) return {bit(4), column, bit(6), bit(5)};
+    return {bit(6), static_cast<int>(thread % 32 / 2), bit(5), bit(0)};
   }
 
   // Loads a kernel: into `values`, or where a kernel's taps are neighbours as they lie there into shared memory.
@@ -55,7 +58,7 @@ struct StripWeights {
       const ReassembleCall<T>& call, const Tiling::Job& job, unsigned thread, T (&values)[G::kTaps], T* exchange) {
     const KernelMap<const T>& kernels = call.kernels;
     if (!kernels.image.channels_last) {
-      const auto own = of(thread, false);
+      const auto own = of(kernels, thread);
       const auto least = [](int a, int b) { return a < b ? a : b; };
       // Beyond the map that of another output, as what is computed with it is not written.
       const int i = job.row + own.row, j = job.column + own.column;
@@ -108,7 +111,7 @@ struct StripWeights {
       const ReassembleCall<T>& call, unsigned thread, T (&values)[G::kTaps], const T* exchange) {
     if (!call.kernels.image.channels_last) return;
     __syncthreads();
-    const auto own = of(thread, true);
+    const auto own = of(call.kernels, thread);
     int step;
     const int kernel = (own.row * kTileColumns + own.column) * G::kPhases + own.y * G::kUp + own.x;
     const T* const from = exchange + Transfer::exchanged(call.kernels.from_logits, kernel, &step);
@@ -123,7 +126,7 @@ struct StripWeights {
     OwnKernel<G> kernel;
     kernel.each([&](int tap) { kernel.values[tap] = widen(values[tap]); });
     kernel.normalize(call.normalizer);
-    const auto own = of(thread, call.kernels.image.channels_last);
+    const auto own = of(call.kernels, thread);
     const unsigned site = own.column % Strip::kSites, strip = own.column / Strip::kSites;
     T* const to = weights + (own.row * kStrips + strip) * kStrip + own.y * kProduct +
                   (place(site, strip) * G::kUp + own.x) * kColumn;
@@ -167,7 +170,7 @@ struct ReassembleStrips {
   static constexpr int kLead = (G::kRadius + 1) / 2 * 2;  // columns before the tile, an even number
   using Pixels = Patch<Strip, kTileRows + G::kSide - 1, kTileColumns + 2 * kLead, kChunk>;
   // What a block takes for its weights, in steps of channels (Tiling::of).
-  static constexpr double kPreparing = ChannelsLast ? 2 : 1.6;
+  static constexpr double kPreparing = ChannelsLast ? 2 : 1.2;
   static constexpr int kResident = kStrips == 4 && G::kSide > 3 || G::kSide > 5 ? 4 : 5;  // blocks, as registers go
   static constexpr int kBytes = (Weights::kSize + Pixels::kSize) * int(sizeof(T));
 };
