@@ -80,6 +80,9 @@ MORE = [
         dict(kernel=3, size=(2, 3), channels=70, batch=200),
         dict(kernel=3, size=(2, 3), channels=64, batch=200, ratio=(1, 2)),
         dict(size=(40, 6), channels=16, batch=1),
+        # As many blocks of the general kernels as make each go over all channels, in two turns.
+        dict(kernel=1, size=(1, 1), channels=40, batch=1024, ratio=(3, 1), normalizer="none"),
+        dict(kernel=3, size=(1, 2), channels=40, batch=1024, ratio=(1, 3), layout="channels_last"),
         dict(dtype=torch.float64, normalizer="none"),
         dict(dtype=torch.float64, ratio=(1, 2)),
         *(dict(dtype=dtype, ratio=(3, 2), normalizer="none") for dtype in reference.DTYPES),
