@@ -1,10 +1,12 @@
 """Options shared by all tests."""
 
+import gc
 import importlib.util
 import os
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,11 @@ if importlib.util.find_spec("mmcv") is not None:
     mmcv_ops.install()  # where it has no compiled operators, torchvision's, in the processes that tests start too
 
 sys.path.append(str(Path(__file__).parent / "support" / "stand_ins"))  # last: a package that is installed comes first
+
+# What the tools would keep for the next tensors (carafe_plugin/engine/memory.py) adds up in a process that runs hundreds
+# of them. These are the values at which glibc itself arrives; tests/engine/test_memory.py has processes without them.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**26))
 
 # Tests are many and small: two threads are enough, and where several processes run them, they share the cores.
 _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -45,6 +52,27 @@ def device_params():
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", device_params())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_texts_of_configurations():
+    """MMEngine has yapf lay out a configuration's text five times a run: most of what a small one takes. Tools in
+    processes of their own do so here, too.
+    """
+    if importlib.util.find_spec("yapf") is None:
+        yield
+        return
+    from yapf.yapflib import yapf_api
+
+    with mock.patch.object(yapf_api, "FormatCode", lambda text, **_: (text, True)):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_old_objects_to_look_through():
+    """MMEngine collects garbage for every dataset: what imports and files before have left is no garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
