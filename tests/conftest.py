@@ -20,8 +20,8 @@ if importlib.util.find_spec("mmcv") is not None:
 
 sys.path.append(str(Path(__file__).parent / "support" / "stand_ins"))  # last: a package that is installed comes first
 
-# What the tools would keep for the next tensors (carafe_plugin/engine/memory.py) adds up in a process that runs hundreds
-# of them. These are the values at which glibc itself arrives; tests/engine/test_memory.py has processes without them.
+# What the tools would keep for the next tensors (carafe_plugin/engine/memory.py) adds up in a process that runs
+# hundreds of them. These are glibc's own values in the end; tests/engine/test_memory.py has processes without them.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**26))
 
@@ -94,7 +94,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Seven images (odd, so that two processes get unequal shares) in all three layouts."""
-    from tiny_runs import write_scenes
+    from tiny_models import write_scenes
 
     return write_scenes(tmp_path_factory.mktemp("data"), 7)
 
@@ -102,7 +102,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, data):
     """Train the tiny model of a toolbox, once per session, in this process: ``trained('mmdet')``."""
-    from tiny_runs import Trained, call_tool, write_config
+    from tiny_models import write_config
+    from tool_runs import Trained, call_tool
 
     done = {}
 

@@ -23,7 +23,8 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
-from tiny_runs import KILL_MODULE, call_tool, forget_runs, run, write_toy
+from tiny_models import KILL_MODULE, write_toy
+from tool_runs import call_tool, forget_runs, run
 
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.engine.atomic import AtomicLocalBackend

@@ -17,7 +17,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
-from tiny_runs import ROOT, call_tool, free_port, last_metrics, run, weights, write_toy
+from tiny_models import write_toy
+from tool_runs import ROOT, call_tool, free_port, last_metrics, run, weights
 
 from carafe_plugin.engine import processes
 from carafe_plugin.engine.cli import run_tool

@@ -10,7 +10,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, environment, write_toy
+from tiny_models import write_toy
+from tool_runs import ROOT, environment
 
 from carafe_plugin.engine import memory
 

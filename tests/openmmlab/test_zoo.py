@@ -23,7 +23,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.registry import DefaultScope
 from pycocotools import mask as coco_mask
-from tiny_runs import last_metrics, run
+from tool_runs import last_metrics, run
 from zoo_models import ZOO, carafe_keys, stock_model, textbook, zoo_config
 
 from carafe_plugin.engine.checkpoint import read_checkpoint

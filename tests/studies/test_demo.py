@@ -22,7 +22,7 @@ pytest.importorskip("mmseg", reason="the demo trains segmentation models: mmseg 
 from mmdet.registry import DATASETS
 from mmengine.dataset import pseudo_collate
 from tiny_demos import COMMANDS, COMPARISONS, ITERATIONS, arguments, demo_in, is_alive, wait_for
-from tiny_runs import ROOT
+from tool_runs import ROOT
 
 from studies.common import console
 from studies.demo import run as demo_run

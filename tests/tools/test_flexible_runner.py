@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ROOT, call_tool, free_port, last_metrics, one_line, run, weights, write_toy
+from tiny_models import write_toy
+from tool_runs import ROOT, call_tool, free_port, last_metrics, one_line, run, weights
 from toolkit import TORCH
 
 from carafe_plugin.engine.atomic import move_into_place, restore_superseded
