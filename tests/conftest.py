@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import sys
+from collections import Counter
 from importlib.machinery import PathFinder
 from pathlib import Path
 from unittest import mock
@@ -28,6 +29,34 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**26))
 # Tests are many and small: two threads are enough, and where several processes run them, they share the cores.
 _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _processes)))
+
+
+# The files that take longest, which begin first: at the end no process waits for one of them.
+LONGEST = (
+    *("packaging", "gpu_check", "ptx", "kernels", "gpu_model", "fuzz", "reliability", "distributed", "backends"),
+    *("flexible_runner", "panoptic_models", "annotations_fuzz", "zoo", "kills", "memory", "ablation", "demo", "train"),
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="of each test's cases, the first and every N-th after it"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    counts, left = Counter(), []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if counts[test] % config.option.every:
+            left.append(item)
+        counts[test] += 1
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    if left:
+        config.hook.pytest_deselected(items=left)
+        without = set(left)
+        items[:] = [item for item in items if item not in without]
 
 
 def pytest_report_header():

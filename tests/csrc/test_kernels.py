@@ -133,7 +133,7 @@ FROM_LOGITS = list(
             "kernel_size": (1, 3, 5),
             "group_size": (1, 2),
             "scale": (1, 2, 3, Fraction(1, 2), Fraction(1, 3)),
-            "size": ((6, 8), (1, 1), (19, 209)),
+            "size": ((6, 8), (1, 1), (19, 9), (3, 209)),
             "channels": (8, 38),
             "normalizer": NORMALIZERS,
             "dtype": reference.DTYPES,
