@@ -150,7 +150,7 @@ def test_wheel_brings_its_commands(installed, tmp_path):
 HELP = """
 import os, runpy, sys
 import mmengine.runner, torch
-print(__import__("carafe_plugin").__file__)
+print(__import__("carafe_plugin").__file__, flush=True)
 for script in sys.argv[1:]:
     if (child := os.fork()) == 0:
         file = os.open(os.path.basename(script) + ".txt", os.O_CREAT | os.O_WRONLY)

@@ -90,6 +90,19 @@ def run_in_process(tool: str, *arguments: object, path: Path, log: Path, **varia
     return process
 
 
+def run_in_two_processes(tool: str, *arguments: object, path: Path, folder: Path) -> tuple[list[int | None], str]:
+    """What ``dist_<tool>.sh`` starts for ``--launcher pytorch``, but forked: both exit codes, and what the two said."""
+    variables = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    logs = [folder / f"{tool}_{rank}.log" for rank in range(2)]
+    processes = [
+        run_in_process(tool, *arguments, path=path, log=log, RANK=str(rank), LOCAL_RANK=str(rank), **variables)
+        for rank, log in enumerate(logs)
+    ]
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes], "".join(log.read_text() for log in logs)
+
+
 def _process(tool: str, arguments: tuple, path: str, log: str, variables: dict[str, str]) -> None:
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
