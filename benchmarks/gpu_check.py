@@ -40,6 +40,8 @@ from typing import Any
 
 import torch
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks import gpu_reports, measure, mmcv_operator
 from benchmarks.gpu_build import ROOT, working_compiler
 from benchmarks.gpu_steps import Step, all_steps, prepare_rehearsal

@@ -54,6 +54,7 @@ class Gpu:
     bandwidth: float  # bytes/s of its memory
     l2_bytes_per_clock: int  # of all slices of the L2 cache together
     l2_bytes: int
+    tensor: int  # multiply-adds of halves a clock and multiprocessor, summed up in float32, by mma.sync
 
     @property
     def multiprocessor(self) -> Multiprocessor:
@@ -74,17 +75,23 @@ class Gpu:
 # preliminary one; H200: what ncu's counters in results/ show), memory bandwidth, L2 cache. L2 bytes a clock: A100's
 # whitepaper says 5120, and H100's cache is no slower; for the others, of which NVIDIA says nothing, 64 for each
 # multiprocessor. Copies within the L2 cache reach some two thirds of it.
+#
+# Tensor cores: the published dense TFLOPS of halves with float32 sums, over 2 x multiprocessors x boost clock: T4 65,
+# A100 312, RTX 3090 71, L4 121, RTX 4090 165, RTX 5090 210 (a GeForce has half the rate where sums are float32). H100's
+# 989, at 1.83 GHz 2048 a clock, and B200's 2250 are those of wgmma and tcgen05, which take their operands from shared
+# memory; by mma.sync, microbenchmarks of Hopper reach 0.62 to 0.65 of it, for which 1280 stands. Of B200 nothing is
+# known: A100's rate is assumed.
 MIB = 1024 * KIB
 GPUS = {
-    "t4": Gpu("T4", "7.5", 40, 1.590e9, 320e9, 64 * 40, 4 * MIB),
-    "a100": Gpu("A100 80 GB SXM", "8.0", 108, 1.410e9, 2039e9, 5120, 40 * MIB),
-    "rtx3090": Gpu("GeForce RTX 3090", "8.6", 82, 1.695e9, 936e9, 64 * 82, 6 * MIB),
-    "l4": Gpu("L4", "8.9", 58, 2.040e9, 300e9, 64 * 58, 48 * MIB),
-    "rtx4090": Gpu("GeForce RTX 4090", "8.9", 128, 2.520e9, 1008e9, 64 * 128, 72 * MIB),
-    "h100": Gpu("H100 SXM", "9.0", 132, 1.755e9, 3350e9, 5120, 50 * MIB),
-    "h200": Gpu("H200 SXM", "9.0", 132, 1.980e9, 4800e9, 5120, 50 * MIB),
-    "b200": Gpu("B200", "10.0", 148, 1.965e9, 8000e9, 5120, 126 * MIB),
-    "rtx5090": Gpu("GeForce RTX 5090", "12.0", 170, 2.407e9, 1792e9, 64 * 170, 96 * MIB),
+    "t4": Gpu("T4", "7.5", 40, 1.590e9, 320e9, 64 * 40, 4 * MIB, 512),
+    "a100": Gpu("A100 80 GB SXM", "8.0", 108, 1.410e9, 2039e9, 5120, 40 * MIB, 1024),
+    "rtx3090": Gpu("GeForce RTX 3090", "8.6", 82, 1.695e9, 936e9, 64 * 82, 6 * MIB, 256),
+    "l4": Gpu("L4", "8.9", 58, 2.040e9, 300e9, 64 * 58, 48 * MIB, 512),
+    "rtx4090": Gpu("GeForce RTX 4090", "8.9", 128, 2.520e9, 1008e9, 64 * 128, 72 * MIB, 256),
+    "h100": Gpu("H100 SXM", "9.0", 132, 1.755e9, 3350e9, 5120, 50 * MIB, 1280),
+    "h200": Gpu("H200 SXM", "9.0", 132, 1.980e9, 4800e9, 5120, 50 * MIB, 1280),
+    "b200": Gpu("B200", "10.0", 148, 1.965e9, 8000e9, 5120, 126 * MIB, 1024),
+    "rtx5090": Gpu("GeForce RTX 5090", "12.0", 170, 2.407e9, 1792e9, 64 * 170, 96 * MIB, 256),
 }
 
 

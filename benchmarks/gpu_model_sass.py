@@ -42,6 +42,10 @@ ANCHORS = {
     "BRA": "bra",
     "MUFU": "ex2",
     "SHFL": "shfl",
+    "HMMA": "mma.sync",
+    "LDSM": "ldmatrix",
+    "STSM": "stmatrix",
+    "MOVM": "movmatrix",
 }
 
 
@@ -82,15 +86,15 @@ def call(command: Sequence[str]) -> str:
 
 @dataclass
 class Statement:
-    """A line of PTX that is an instruction."""
+    """An instruction of the PTX."""
 
-    line: int
+    line: int  # its last
     opcode: str  # with its suffixes
     predicated: bool
     block: int = 0
 
 
-_STATEMENT = re.compile(r"\s*(@!?%\w+\s+)?([a-z][\w.:]*)\b[^;]*;")
+_STATEMENT = re.compile(r"\s*(@!?%\w+\s+)?([a-z][\w.:]*)\b")
 _LABEL = re.compile(r"\s*([$\w]+):")
 
 
@@ -98,6 +102,7 @@ def ptx_statements(text: str) -> dict[str, list[Statement]]:
     """The instructions of each kernel, in order, with the number of their basic block in it."""
     kernels: dict[str, list[Statement]] = {}
     current: list[Statement] | None = None
+    begun: re.Match[str] | None = None  # on a line before
     depth = block = 0
     for number, line in enumerate(text.splitlines(), 1):
         code = line.partition("//")[0]
@@ -107,11 +112,13 @@ def ptx_statements(text: str) -> dict[str, list[Statement]]:
         depth += code.count("{") - code.count("}") if "%" not in code else 0
         if current is None or depth == 0:
             continue
-        if _LABEL.match(code):
+        if begun is None and _LABEL.match(code):
             block += 1
-        elif found := _STATEMENT.match(code):
-            current.append(Statement(number, found[2], bool(found[1]), block))
-            block += found[2].startswith(("bra", "ret", "exit", "brx"))
+        elif found := begun or _STATEMENT.match(code):
+            begun = None if ";" in code else found
+            if begun is None:
+                current.append(Statement(number, found[2], bool(found[1]), block))
+                block += found[2].startswith(("bra", "ret", "exit", "brx"))
     return kernels
 
 
@@ -132,6 +139,11 @@ class Instruction:
     @property
     def base(self) -> str:
         return self.opcode.partition(".")[0]
+
+    @property
+    def kind(self) -> str:
+        """What it is counted as: a product of matrices by its shape ('HMMA.16816'), anything else by its base."""
+        return ".".join(self.opcode.split(".")[:2]) if self.base == "HMMA" else self.base
 
 
 @dataclass
@@ -443,7 +455,7 @@ def totals(code: Code) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for block in code.blocks:
         for instruction in block.instructions:
-            found[instruction.base] += block.count or 0.0
+            found[instruction.kind] += block.count or 0.0
     return dict(found)
 
 
@@ -460,7 +472,7 @@ class Check:
         return abs(self.sass - self.ptx) / max(self.ptx, 1.0)
 
 
-CHECKED = ("FFMA", "LDS", "STS", "LDG", "STG")
+CHECKED = ("FFMA", "HMMA", "LDS", "LDSM", "STS", "LDG", "LDGSTS", "STG")
 
 
 def checks(code: Code, statements: Sequence[Statement], issued: Mapping[int, float]) -> list[Check]:
@@ -491,15 +503,20 @@ LATENCIES = {
     "LDG": 400.0,  # between a hit in the L2 cache (270) and the memory (800)
     "LDL": 40.0,
     "LDS": 30.0,
+    "LDSM": 33.0,
     "LDC": 30.0,
     "ULDC": 30.0,
     "MUFU": 25.0,
     "SHFL": 25.0,
+    "MOVM": 25.0,  # nobody has published it: as an exchange between lanes
     "S2R": 30.0,
     "S2UR": 30.0,
     "ATOM": 500.0,
 }
 OTHER_LATENCY = 20.0  # conversions, products of 64 bits, doubles
+# Until the next product of matrices can add to what one has summed up: Hopper's. ptxas sets no barrier for it, and no
+# stall where the next one is a product too: the pipe itself waits.
+PRODUCT_LATENCIES = {"HMMA.16816": 33.0, "HMMA.1688": 24.0}
 COPY_LATENCY = 400.0  # of a group of asynchronous copies
 READ_LATENCY = 15.0  # until an instruction has read its operands
 BRANCH_CLOCKS = 8.0  # until the next instruction is there, after a branch that is taken
@@ -528,17 +545,22 @@ class Pending:
 
     barriers: list[float] = field(default_factory=lambda: [0.0] * 6)
     copies: list[float] = field(default_factory=list)  # of each group of asynchronous copies
+    sums: dict[str, float] = field(default_factory=dict)  # of products of matrices, by their first register
 
     def before(self, instruction: Instruction, control: Control) -> float:
         """When the instruction can be issued."""
         times = [self.barriers[number] for number in range(6) if control.wait >> number & 1]
         if instruction.opcode.startswith("DEPBAR.LE") and (found := re.search(r"0x([0-9a-f]+)", instruction.operands)):
             times += self.copies[: len(self.copies) - int(found[1], 16)]  # all groups but so many
+        if instruction.kind in PRODUCT_LATENCIES:  # result, A, B, what is added
+            times.append(self.sums.get(_registers(instruction)[3], 0.0))
         return max(times, default=0.0)
 
     def issue(self, instruction: Instruction, control: Control, now: float) -> None:
         if instruction.base == "LDGDEPBAR":  # ends a group
             self.copies = [*self.copies[-8:], now + COPY_LATENCY]
+        if instruction.kind in PRODUCT_LATENCIES:
+            self.sums[_registers(instruction)[0]] = now + PRODUCT_LATENCIES[instruction.kind]
         result = now + LATENCIES.get(instruction.base, OTHER_LATENCY)
         for number, time in ((control.write_barrier, result), (control.read_barrier, now + READ_LATENCY)):
             if number < 6:
@@ -546,8 +568,14 @@ class Pending:
 
     def after(self, clocks: float) -> Pending:
         return Pending(
-            [max(0.0, time - clocks) for time in self.barriers], [max(0.0, time - clocks) for time in self.copies]
+            [max(0.0, time - clocks) for time in self.barriers],
+            [max(0.0, time - clocks) for time in self.copies],
+            {register: time - clocks for register, time in self.sums.items() if time > clocks},
         )
+
+
+def _registers(instruction: Instruction) -> list[str]:
+    return [operand.strip().partition(".")[0] for operand in instruction.operands.split(",")]
 
 
 def latency(code: Code) -> tuple[float, dict[int, float]]:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks.comparison import Problem
 
 LAUNCHERS = Path("pytorch/cuda/carafe_cuda.cu")

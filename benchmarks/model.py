@@ -41,6 +41,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import benchmark
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks import command, measure, report
 from carafe_plugin.engine import bare_models
 from carafe_plugin.engine.atomic import AtomicLocalBackend

@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks import command
 from benchmarks.comparison import Peer, Problem
 from benchmarks.peers import OTHERS, Reassembly, in_steps, mmcv, of_module, shifted_madd, unfold_einsum

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks import command, report
 from benchmarks.comparison import PASSES, Problem
 from benchmarks.peers import OURS, PEERS

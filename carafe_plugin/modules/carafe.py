@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from ..ops.functional import scale_ratio
 from ..ops.fused import reassemble_logits
 from ..ops.reference import NORMALIZERS, masks_from_logits
 from .checks import check_features, odd, positive
-from .starts import KeepsItsStart, near_zero_, starting, xavier_
+from .starts import KeepsItsStart, interpolating_, near_zero_, starting, xavier_
 
 
 class KernelPrediction(KeepsItsStart):
@@ -23,6 +24,7 @@ class KernelPrediction(KeepsItsStart):
     """
 
     downsamples = False
+    starts: tuple[str, ...] = ("average", "nearest", "bilinear")
     __prepare_scriptable__ = staticmethod(refuse_scripting)
 
     def __init__(
@@ -37,6 +39,8 @@ class KernelPrediction(KeepsItsStart):
         normalizer: str,
         norm: Callable[[int], nn.Module] | None,
         act: Callable[[], nn.Module] | None,
+        init: str,
+        init_spread: float,
     ) -> None:
         super().__init__()
         self.channels = positive("channels", channels)
@@ -54,6 +58,7 @@ class KernelPrediction(KeepsItsStart):
         self.encoder_dilation = positive("encoder_dilation", encoder_dilation)
         self.compressed_channels = compressed_channels
         self.normalizer = normalizer
+        self.init, self.init_spread = init, init_spread
         if compressed_channels is not None:
             positive("compressed_channels", compressed_channels)
         if channels % group_size:
@@ -62,6 +67,12 @@ class KernelPrediction(KeepsItsStart):
             raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}")
         if compressed_channels is None and (norm is not None or act is not None):
             raise ValueError("norm and act follow the channel compressor: compressed_channels=None admits neither")
+        if init not in self.starts:
+            raise ValueError(f"init must be one of {', '.join(self.starts)}, got {init!r}")
+        if init in ("bilinear", "average3") and kernel_size == 1:
+            raise ValueError(f"{direction}_kernel must be at least 3 for init={init!r}, got 1")
+        if isinstance(init_spread, bool) or not isinstance(init_spread, (int, float)) or not 1e-6 <= init_spread <= 1:
+            raise ValueError(f"init_spread must be a number from 1e-06 to 1, got {init_spread!r}")
 
         self.channel_compressor = None
         if compressed_channels is not None:
@@ -78,11 +89,14 @@ class KernelPrediction(KeepsItsStart):
             padding=(encoder_kernel - 1) * encoder_dilation // 2,
             dilation=encoder_dilation,
         )
-        self.content_encoder = starting(content_encoder, near_zero_)
+        start: Callable[[nn.Conv2d], None] = near_zero_
+        if init != "average":
+            start = partial(interpolating_, init=init, spread=init_spread, settings=self.settings)
+        self.content_encoder = starting(content_encoder, start)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform convolutions, then a content encoder near zero: reassembly starts as a plain average."""
+        """A Xavier-uniform compressor, and a content encoder whose kernels are what ``init`` says."""
         self.init_weights()
 
     @property
@@ -141,6 +155,13 @@ class CARAFEUpsample(KernelPrediction):
         norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor, e.g.
             ``nn.BatchNorm2d``.
         act (Callable[[], nn.Module] | None): builds an activation after that, e.g. ``nn.ReLU``.
+        init (str): what a fresh module computes. 'average', the paper's: kernels near uniform. 'nearest' or 'bilinear'
+            (``align_corners=False``): that interpolation, for a module that takes its place in a trained network.
+            Bilinear kernels read zeros beyond the border, which ``F.interpolate`` repeats: the outermost ``sigma / 2``
+            rows and columns are darker. State dicts are the same.
+        init_spread (float): the share of a kernel that 'nearest' and 'bilinear' spread evenly over its window, 1e-6 to
+            1: at first the output is ``1 - init_spread`` times the interpolation and ``init_spread`` times the window's
+            average. The less, the closer to the trained network, and the longer it takes to learn.
 
     Raises:
         ValueError: an argument is out of its range, or the input has other channels.
@@ -152,6 +173,11 @@ class CARAFEUpsample(KernelPrediction):
         torch.Size([1, 256, 50, 84])
         >>> CARAFEUpsample(256)(torch.rand(1, 256, 25, 42), output_size=(49, 84)).shape
         torch.Size([1, 256, 49, 84])
+
+        >>> upsampler, features = CARAFEUpsample(256, init="nearest"), torch.rand(1, 256, 25, 42)
+        >>> change = upsampler(features) - torch.nn.functional.interpolate(features, scale_factor=2)
+        >>> bool(change.abs().max() < 0.05)
+        True
     """
 
     def __init__(
@@ -166,9 +192,13 @@ class CARAFEUpsample(KernelPrediction):
         normalizer: str = "softmax",
         norm: Callable[[int], nn.Module] | None = None,
         act: Callable[[], nn.Module] | None = None,
+        init: str = "average",
+        init_spread: float = 0.05,
     ) -> None:
         kernel, encoder = (up_kernel, up_group), (encoder_kernel, encoder_dilation)
-        super().__init__(channels, scale_factor, *kernel, *encoder, compressed_channels, normalizer, norm, act)
+        super().__init__(
+            channels, scale_factor, *kernel, *encoder, compressed_channels, normalizer, norm, act, init, init_spread
+        )
 
 
 class CARAFEDownsample(KernelPrediction):
@@ -189,6 +219,10 @@ class CARAFEDownsample(KernelPrediction):
         normalizer (str): the kernel normaliser, 'softmax', 'sigmoid' or 'sigmoid_normalized' (Table 14).
         norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor.
         act (Callable[[], nn.Module] | None): builds an activation after that.
+        init (str): what a fresh module computes. 'average', the paper's: kernels near uniform. 'stride':
+            ``features[..., ::sigma, ::sigma]``; 'average3': ``F.avg_pool2d(features, 3, sigma, 1)``, for a module that
+            takes its place in a trained network. State dicts are the same.
+        init_spread (float): as for :class:`CARAFEUpsample`.
 
     Raises:
         ValueError: an argument is out of its range, or the input has other channels.
@@ -201,6 +235,7 @@ class CARAFEDownsample(KernelPrediction):
     """
 
     downsamples = True
+    starts = ("average", "stride", "average3")
 
     def __init__(
         self,
@@ -214,6 +249,10 @@ class CARAFEDownsample(KernelPrediction):
         normalizer: str = "softmax",
         norm: Callable[[int], nn.Module] | None = None,
         act: Callable[[], nn.Module] | None = None,
+        init: str = "average",
+        init_spread: float = 0.05,
     ) -> None:
         kernel, encoder = (down_kernel, down_group), (encoder_kernel, encoder_dilation)
-        super().__init__(channels, scale_factor, *kernel, *encoder, compressed_channels, normalizer, norm, act)
+        super().__init__(
+            channels, scale_factor, *kernel, *encoder, compressed_channels, normalizer, norm, act, init, init_spread
+        )

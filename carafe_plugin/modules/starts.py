@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -62,6 +63,33 @@ def near_zero_(conv: nn.Conv2d) -> None:
     nn.init.xavier_uniform_(conv.weight)  # drawn first as in mmcv's CARAFEPack: a seed gives the same values
     nn.init.normal_(conv.weight, std=0.001)
     _zero_bias(conv)
+
+
+def interpolating_(conv: nn.Conv2d, init: str, spread: float, settings: tuple[int, int, int, int, str]) -> None:
+    """Biases that make the kernels of CARAFE++ an interpolation's, and weights that leave them so but let all learn.
+
+    Weights of zero would keep the gradient from what is before the convolution.
+    """
+    near_zero_(conv)
+    with torch.no_grad():
+        conv.weight.mul_(1e-5)
+        conv.bias.copy_(interpolation_logits(init, spread, *settings))  # type: ignore[union-attr]
+
+
+def interpolation_logits(init: str, spread: float, k: int, g: int, up: int, down: int, normalizer: str) -> Tensor:
+    """The content encoder's biases, (G * k^2 * up^2,), for a start of the modules other than 'average'."""
+    # On the CPU, whatever the default device is: some have no float64.
+    taps, phases = (torch.arange(length, dtype=torch.float64, device="cpu") for length in (k, up))
+    taps, phases = taps - k // 2, phases[:, None]
+    # Where phase p reads along an axis, from the source location on: corners are not aligned.
+    place = (2 * phases + down - up) / (2 * up) if init == "bilinear" else 0 * phases
+    axis = (
+        (taps.abs() <= 1).double() / 3 + 0 * phases if init == "average3" else (1 - (taps - place).abs()).clamp(min=0)
+    )
+    kernels = (1 - spread) * torch.einsum("ru,sv->uvrs", axis, axis) + spread / k**2
+    # Normalised sigmoids forget the factor, which keeps the largest from saturating.
+    sigmoids = kernels / 2 if normalizer == "sigmoid_normalized" else kernels
+    return (kernels.log() if normalizer == "softmax" else sigmoids.logit()).flatten().repeat(g)
 
 
 def zero_(conv: nn.Conv2d) -> None:

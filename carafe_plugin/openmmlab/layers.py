@@ -130,7 +130,9 @@ def pop_switch(cfg: dict[str, Any], name: str, default: bool) -> bool:
     return switch
 
 
-def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
+def build_upsampler(
+    carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2, align_corners: bool | None = None
+) -> nn.Module:
     """Build the upsampler that a ``carafe_cfg`` describes, as every adapter of the toolboxes takes it.
 
     Args:
@@ -141,15 +143,22 @@ def build_upsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_f
             built with ``channels``, ``scale_factor`` and the remaining keys.
         channels (int): channels of the features, set by the caller, never by ``carafe_cfg``.
         scale_factor (int): upsampling factor, set by the caller as well.
+        align_corners (bool | None): of the interpolation that the upsampler stands in for.
 
     Returns:
         nn.Module: the upsampler, to be called through :func:`upsample_to`.
 
     Raises:
         TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes a downsampler.
+        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes a downsampler; or its ``init`` is
+            "bilinear" where ``align_corners`` is True.
         KeyError: ``type`` is not registered.
     """
+    if align_corners and read_cfg(carafe_cfg).get("init") == "bilinear":
+        raise ValueError(
+            "carafe_cfg: init='bilinear' stands for align_corners=False; with align_corners=True, as here, the weights "
+            "of bilinear interpolation change from place to place, and no start has them"
+        )
     upsampler = _build_resampler(carafe_cfg, "CARAFEUpsample", channels, scale_factor, INTERPOLATIONS)
     if isinstance(upsampler, _DOWNSAMPLERS):
         raise ValueError(f"carafe_cfg must describe an upsampler, got type={read_cfg(carafe_cfg)['type']!r}")

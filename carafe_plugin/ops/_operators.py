@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import _mmcv, reference
 from .functional import check_kernels, check_maps
+from .reference import NONE
 
 NORMALIZERS = ("none", *reference.NORMALIZERS)  #: by number; csrc/common/operators.h has the same
-NONE = 0  #: the normaliser of masks
 
 
 class Call(NamedTuple):

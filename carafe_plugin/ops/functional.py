@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._tracing import as_one_node
+from .forms import reassembly
 from .reference import DTYPES
 from .reference import output_size as whole_size
 
@@ -73,7 +74,7 @@ def carafe(
     wanted = () if output_size is None else read_output_size(output_size, features, up, down)
     _check(features, masks, kernel_size, group_size, up, down, wanted)
     crop = (0, *wanted) if wanted else ()  # 0 stands for masks
-    return torch.ops.carafe_plugin.carafe.default(features, masks, kernel_size, group_size, up, down, *crop)
+    return reassembly(features)(features, masks, kernel_size, group_size, up, down, *crop)
 
 
 def read_output_size(output_size: int | Sequence[int], features: Tensor, up: int, down: int) -> tuple[int, int]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ._tracing import as_one_node
+from .forms import reassembly
 from .functional import read_output_size
 from .reference import NORMALIZERS, crop, masks_from_logits
 
@@ -48,7 +48,7 @@ def reassemble_logits(
         Tensor[N, C, H', W'].
     """
     wanted = () if output_size is None else read_output_size(output_size, features, up, down)
-    operator = torch.ops.carafe_plugin.carafe.default
+    operator = reassembly(features)
     scale = max(up, down)
     one_pass = min(up, down) == 1 and scale <= _MAX_SCALE
     if features.device.type == "cuda":

@@ -30,6 +30,7 @@ from ._tracing import as_one_node
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: The kernel normalisers (Sec. 3.2; the alternatives to the softmax are those of Table 14).
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized")
+NONE = 0  #: the number of the normaliser of masks; that of another is one more than its place in the above
 
 is_compiling = getattr(torch.compiler, "is_compiling", torch._utils.is_compiling)  # the first came after torch 2.1
 

@@ -35,7 +35,7 @@ struct PackCall {
 template <class T, class G>
 __global__ void __launch_bounds__(kThreads, 3) pack_weights(const __grid_constant__ PackCall<T> call) {
   using Transfer = KernelTransfer<G, 1, kThreads / G::kPhases, kThreads>;
-  __shared__ T exchange[Transfer::kExchange];
+  __shared__ __align__(16) T exchange[Transfer::kExchange];
   const int columns = call.kernels.columns, rows = call.kernels.rows;
   const unsigned strip = blockIdx.x % call.blocks_of_row, above = blockIdx.x / call.blocks_of_row;
   const int row = static_cast<int>(above % rows), item = static_cast<int>(above / rows);
@@ -53,8 +53,13 @@ struct GradFeaturesStrip {
   static constexpr int kColumns = 16, kStripLanes = kThreads * kStrip / kColumns;
   static constexpr int kChunk = kStripLanes * kQuad;
   static constexpr int kSites = kColumns + G::kSide - 1;  // of a row, that lead to the strip
-  using Patch = Window<G::kUp, kSites * G::kUp, kStripLanes, kQuad>;
-  static constexpr int kTap = kSites * G::kPhases;
+  using Patch = Window<G::kUp, kSites * G::kUp, kStripLanes, kQuad, kStrip * G::kUp, kBanks<T>>;
+  // Of a tap's weights: first those of the sites with an even column; the others begin half of the banks on.
+  static constexpr int kOdd = (kSites * G::kPhases / 2 + 15) / 32 * 32 + 16, kTap = 2 * kOdd;
+
+  static __device__ __forceinline__ constexpr int at(int site) {
+    return site % kStrip * kOdd + site / kStrip * G::kPhases;
+  }
   static constexpr int kWeights = G::kTaps * kTap;
   static constexpr int kBytes = kWeights * int(sizeof(float)) + Patch::kSize * int(sizeof(T));
 };
@@ -73,7 +78,10 @@ __global__ void __launch_bounds__(kThreads, 4)
   __shared__ Tiling::Job job;  // not in registers, which are scarcer
   if (thread == 0) job = call.tiling.job(blockIdx.x, rows_of_block, Strip::kColumns);
   __syncthreads();
-  const int lane = thread % Strip::kStripLanes, strip = thread / Strip::kStripLanes * kStrip;
+  constexpr unsigned kStrips = Strip::kColumns / kStrip, kStripLanes = Strip::kStripLanes;
+  const bool channels_last = call.grad.channels_last;  // as in Place
+  const int lane = static_cast<int>(channels_last ? thread % kStripLanes : thread / kStrips);
+  const int strip = static_cast<int>(channels_last ? thread / kStripLanes : thread % kStrips) * kStrip;
   const int channel = lane * kQuad, column = job.column + strip;
   const T* const grad_output = call.grad_output.item(job.n) + job.first_channel * call.grad_output.channel_stride;
   T* to = call.grad.item(job.n) + call.grad.offset(job.first_channel + channel, job.row - 2 * G::kRadius, column);
@@ -89,23 +97,25 @@ __global__ void __launch_bounds__(kThreads, 4)
       const float* const packed = call.packed +
                                   packed_row<G>(rows, columns, job.n * call.tiling.groups + job.group, row) +
                                   first_site * kPhases;
-      constexpr unsigned kStaged = G::kTaps * Strip::kSites;
-      constexpr int kEach = (kStaged + kThreads - 1) / kThreads;
-      const unsigned own = renew(thread);
-      Vector<float, kPhases> staged[kEach] = {};
-      CARAFE_UNROLL
-      for (int e = 0; e < kEach; ++e) {
-        const unsigned item = e * kThreads + own;
-        const int tap = static_cast<int>(item / Strip::kSites), site = static_cast<int>(item % Strip::kSites);
-        if (item < kStaged && first_site + site >= 0 && first_site + site < columns) {
-          staged[e] = load<kPhases>(packed + (tap * columns + site) * kPhases);
+      // A warp has a tap, a thread a site.
+      constexpr int kWarps = kThreads / 32, kEach = 7;
+      static_assert(Strip::kSites <= 32, "a thread has one");
+      const int site = static_cast<int>(renew(thread) % 32), first_tap = static_cast<int>(renew(thread) / 32);
+      const bool exists = first_site + site >= 0 && first_site + site < columns;
+      const float* from = packed + (first_tap * columns + site) * kPhases;
+      CARAFE_ROLLED
+      for (int tap = first_tap; site < Strip::kSites && tap < G::kTaps; tap += kEach * kWarps) {
+        Vector<float, kPhases> staged[kEach] = {};
+        CARAFE_UNROLL
+        for (int e = 0; e < kEach; ++e, from += kWarps * columns * kPhases) {
+          if (exists && tap + e * kWarps < G::kTaps) staged[e] = load<kPhases>(from);
         }
-      }
-      CARAFE_UNROLL
-      for (int e = 0; e < kEach; ++e) {
-        const unsigned item = e * kThreads + own;
-        if (item >= kStaged) continue;
-        store(weights + item / Strip::kSites * Strip::kTap + item % Strip::kSites * kPhases, staged[e]);
+        CARAFE_UNROLL
+        for (int e = 0; e < kEach; ++e) {
+          if (tap + e * kWarps < G::kTaps) {
+            store_shared(weights + (tap + e * kWarps) * Strip::kTap + Strip::at(site), staged[e]);
+          }
+        }
       }
       stage<Patch, 8>(
           call.grad_output, grad_output, row * kUp, first_site * kUp, job.channels, renew(thread), kThreads, patch);
@@ -116,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       for (int u = 0; u < kSide; ++u) {
         leads[u] = row + u - G::kRadius >= job.row && row + u - G::kRadius < end && channel < job.channels;
       }
-      const float* const own_weights = weights + strip * kPhases;
+      const float* const own_weights = weights + Strip::at(strip);
       const T* const pixels = patch + Patch::at(0, strip * kUp) + channel;
       CARAFE_UNROLL
       for (int x = 0; x < kStrip + kSide - 1; ++x) {  // sites, from radius before the strip on
@@ -131,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 4)
           for (int s = 0; s < kStrip; ++s) {
             const int v = kSide - 1 - x + s;
             if (v < 0 || v >= kSide) continue;
-            const auto w = load<kPhases>(own_weights + (u * kSide + v) * Strip::kTap + x * kPhases);
+            const auto w = load<kPhases>(own_weights + (u * kSide + v) * Strip::kTap + Strip::at(x));
             CARAFE_UNROLL
             for (int p = 0; p < kPhases; ++p) {
               CARAFE_UNROLL
@@ -170,7 +180,7 @@ struct GradFeaturesTile {
   static constexpr int kBefore = (G::kSide - 1 - G::kRadius) / G::kDown;
   static constexpr int kAfter = (G::kRadius + G::kDown - 1) / G::kDown;
   static constexpr int kRows = kTileRows + kBefore + kAfter, kColumns = kTileColumns + kBefore + kAfter;
-  using Patch = Window<kRows, kColumns, kLanes, kUnit<T>>;
+  using Patch = Window<kRows, kColumns, kLanes, kUnit<T>, kStrip, kBanks<T>>;
   using Weights = StagedWeights<G, kRows, kColumns>;
   static constexpr int kBytes = Weights::kSize * int(sizeof(float)) + Patch::kSize * int(sizeof(T));
 };
@@ -189,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 4) grad_features_tile(const __grid_c
   __shared__ Tiling::Job job;  // not in registers, which are scarcer
   if (thread == 0) job = call.tiling.job(blockIdx.x, kTileRows, kTileColumns);
   __syncthreads();
-  const auto [row, column, lane] = Place::of<kStrip>(thread, call.grad.channels_last);
+  const auto [row, column, lane] = Place::of(thread, call.grad.channels_last);
   const T* const grad_output = call.grad_output.item(job.n);
   T* const grad = call.grad.item(job.n);
   const int first_row = job.row - Tile::kBefore, first_column = job.column - Tile::kBefore;

@@ -41,6 +41,7 @@ struct Image {
   bool channels_last;  // neighbours in memory are channels, not columns
   bool units;          // kUnit channels at a multiple of kUnit are one aligned access, and there are no others
   bool runs;           // and so are the columns that a thread writes
+  bool pairs;          // and columns 2 i and 2 i + 1, of which there are none or both
 
   __device__ T* item(int n) const { return data + n * batch_stride; }
   __device__ int offset(int channel, int row, int column) const {
@@ -82,7 +83,8 @@ bool make_image(
       map.has_adjacent_channels(),
       group_channels % kUnit<std::remove_const_t<T>> == 0 &&
           is_aligned(map, map.channel_stride, map.row_stride, map.column_stride, kUnit<std::remove_const_t<T>>),
-      is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, run)};
+      is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, run),
+      is_aligned(map, map.column_stride, map.row_stride, map.channel_stride, 2) && width % 2 == 0};
   return true;
 }
 
@@ -92,26 +94,15 @@ __device__ __forceinline__ unsigned renew(unsigned number) {
   return number;
 }
 
-// A thread's place among those of a tile: its strip of sites, and which channels. Eight threads that follow one another
-// read different banks at once: four strips, two pixels apart, and two units of channels; or, where strips lie four
-// pixels apart, two and four. A warp writes as much as it can of what lies together: eight strips of a row, or all
-// channels.
+// A thread's place among those of a tile: its strip of sites, and which channels. Threads that follow one another read
+// and write what lies together: eight strips of a row, or all channels.
 struct Place {
   int row, column, lane;
 
-  template <int Apart>
   static __device__ __forceinline__ Place of(unsigned thread, bool channels_last) {
     static_assert(kLanes == 8 && kTileColumns / kStrip == 8, "three bits each");
-    const auto bit = [&](int from, int to) { return (thread >> from & 1) << to; };
-    unsigned strip, lane;
-    if (Apart == 2) {
-      strip = bit(1, 0) | bit(2, 1) | (channels_last ? bit(5, 2) : bit(3, 2));
-      lane = bit(0, 0) | (channels_last ? bit(3, 1) | bit(4, 2) : bit(4, 1) | bit(5, 2));
-    } else {
-      strip = bit(2, 0) | bit(3, 1) | (channels_last ? bit(5, 2) : bit(4, 2));
-      lane = bit(0, 0) | bit(1, 1) | (channels_last ? bit(4, 2) : bit(5, 2));
-    }
-    return {static_cast<int>(thread >> 6), static_cast<int>(strip) * kStrip, static_cast<int>(lane)};
+    const auto low = static_cast<int>(thread % 8), high = static_cast<int>(thread / 8 % 8);
+    return {static_cast<int>(thread / 64), (channels_last ? high : low) * kStrip, channels_last ? low : high};
   }
 };
 
@@ -128,6 +119,21 @@ __device__ __forceinline__ Vector<T, Count> load(const T* from) {
 template <class T, int Count>
 __device__ __forceinline__ void store(T* to, const Vector<T, Count>& vector) {
   *reinterpret_cast<Vector<T, Count>*>(to) = vector;
+}
+
+// The same by one instruction wherever the values come from: the compiler takes some stores apart.
+template <class T, int Count>
+__device__ __forceinline__ void store_shared(T* to, const Vector<T, Count>& vector) {
+  static_assert(sizeof(vector) == 8 || sizeof(vector) == 16, "two words or four");
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const auto* const words = reinterpret_cast<const uint32_t*>(&vector);
+  if constexpr (sizeof(vector) == 8) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  } else {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+  }
 }
 
 // Two half-precision numbers of a word: an instruction for each, and one to pack them.
@@ -225,6 +231,10 @@ __device__ __forceinline__ void write_pixels(
         for (int c = 0; c < Channels; ++c) values[c] = sums[c][y][x];
         if (x < columns) write_channels(image, to + y * image.row_stride + x * image.column_stride, values, channels);
       }
+    } else if (image.runs && channels >= Channels && columns >= kStrip * Scale) {
+      T* at = to + y * image.row_stride;
+      CARAFE_UNROLL
+      for (int c = 0; c < Channels; ++c, at += image.channel_stride) store_narrow(at, sums[c][y]);
     } else {
       CARAFE_UNROLL
       for (int c = 0; c < Channels; ++c) {
@@ -234,33 +244,90 @@ __device__ __forceinline__ void write_pixels(
   }
 }
 
-// How a window lies in shared memory, in elements: planes of phases (one where the window is not split), rows, pixels,
-// the channels of a pixel in units of `Unit`. A pixel takes a unit more than it needs, an odd number of them, so that
-// neighbouring threads that write neighbouring pixels use different banks; so do planes, half of the `Banks` apart,
-// elements in one access to all banks.
-template <int Rows, int Columns, int Units, int Unit, int Scale = 1, int Banks = 1>
+// How a window lies in shared memory, in elements: planes, rows, pixels, the channels of a pixel in units of `Unit`.
+// Every column in so many as there are planes, one a strip, lies in the same plane; and a pixel takes a unit more than
+// it needs, an odd number of them. So threads that have neighbouring strips use different banks, and so do those that
+// write neighbouring pixels, because planes begin a part of all banks apart: `Banks`, elements in one access to all.
+template <int Rows, int Columns, int Units, int Unit, int Planes, int Banks>
 struct Window {
   static constexpr int kRows = Rows, kColumns = Columns, kUnits = Units, kUnitChannels = Unit;
   static constexpr int kChannels = Units * Unit;
   static constexpr int kPixel = (Units + 1) * Unit;
-  static constexpr int kRow = (Columns + Scale - 1) / Scale * kPixel;
-  static constexpr int kPacked = (Rows + Scale - 1) / Scale * kRow;
-  static constexpr int kPlane = kPacked + (Banks + Banks / 2 - kPacked % Banks) % Banks;
-  static constexpr int kSize = Scale * Scale * kPlane;
+  static constexpr int kRow = (Columns + Planes - 1) / Planes * kPixel;
+  static constexpr int kPacked = Rows * kRow;
+  static constexpr int kPlane = kPacked + (Banks + Banks / Planes - kPacked % Banks) % Banks;
+  static constexpr int kSize = Planes * kPlane;
   static_assert(Units % 2 == 0, "a pixel's last unit would be another's first");
 
   static __device__ __forceinline__ constexpr int at(int row, int column) {
-    return (row % Scale * Scale + column % Scale) * kPlane + row / Scale * kRow + column / Scale * kPixel;
+    return column % Planes * kPlane + row * kRow + column / Planes * kPixel;
   }
 };
+template <class T>
+constexpr int kBanks = 128 / sizeof(T);
+
+// Stages a window of which neighbouring columns are neighbours in memory: neighbouring threads have neighbouring runs
+// of `Run` columns, and so many threads, which do not follow one another, share the units.
+template <class Window, int AtOnce, int Run, class T>
+__device__ __forceinline__ void stage_columns(
+    const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, unsigned threads,
+    T* to, int wanted) {
+  constexpr int kChannels = Window::kUnitChannels, kParts = Run, kAtOnce = AtOnce / Run;
+  static_assert(kAtOnce > 0 && Window::kUnits % (kParts * kAtOnce) == 0, "no load is left over");
+  constexpr unsigned kRuns = (Window::kColumns + Run - 1) / Run, kPlaces = Window::kRows * kRuns;
+  constexpr unsigned kWhole = (kPlaces + 15) / 16 * 16;  // half a warp
+  using Unit = Vector<T, kChannels>;
+  CARAFE_ROLLED
+  for (unsigned place = thread; place < kWhole * kParts; place += threads) {
+    const unsigned run = place % kWhole;
+    if (run >= kPlaces) continue;
+    const int part = static_cast<int>(place / kWhole) * kChannels;
+    const int i = static_cast<int>(run / kRuns), j = static_cast<int>(run % kRuns) * Run;
+    const int left = (image.inside(row + i, column + j) ? channels : 0) - part;
+    const T* from = item + image.offset(part, row + i, column + j);
+    const auto move = [&](int first, auto all) {
+      Unit units[Run][kAtOnce] = {};
+      CARAFE_UNROLL
+      for (int b = 0; b < kAtOnce; ++b) {
+        CARAFE_UNROLL
+        for (int c = 0; c < kChannels; ++c, from += image.channel_stride) {
+          if (decltype(all)::value == 0 || (decltype(all)::value == 1 && first + b * kParts * kChannels + c >= left))
+            continue;
+          const auto columns = load<Run>(from);
+          CARAFE_UNROLL
+          for (int x = 0; x < Run; ++x) units[x][b].values[c] = columns.values[x];
+        }
+        from += (kParts - 1) * kChannels * image.channel_stride;
+      }
+      CARAFE_UNROLL
+      for (int x = 0; x < Run; ++x) {
+        if (Window::kColumns % Run != 0 && j + x >= Window::kColumns) continue;
+        CARAFE_UNROLL
+        for (int b = 0; b < kAtOnce; ++b) {
+          store_shared(to + Window::at(i, j + x) + part + first + b * kParts * kChannels, units[x][b]);
+        }
+      }
+    };
+    CARAFE_ROLLED
+    for (int first = 0; first < wanted; first += AtOnce * kChannels) {
+      if (first + ((kAtOnce - 1) * kParts + 1) * kChannels <= left) {
+        move(first, std::integral_constant<int, 2>{});
+      } else if (first < left) {
+        move(first, std::integral_constant<int, 1>{});
+      } else {
+        move(first, std::integral_constant<int, 0>{});
+      }
+    }
+  }
+}
 
 // Stages the window whose first pixel is (row, column); `channels` are left, from the one that `item` points at. Zeros
-// where there is nothing. A thread has a place along one axis and walks along another, AtOnce units at
-// a time, as its registers allow.
+// where there is nothing, and what lies beyond the first `wanted` channels may stay as it was. A thread has a place
+// along one axis and walks along another, AtOnce units at a time, as its registers allow.
 template <class Window, int AtOnce, class T>
 __device__ __forceinline__ void stage(
     const Image<const T>& image, const T* item, int row, int column, int channels, unsigned thread, unsigned threads,
-    T* to) {
+    T* to, int wanted = Window::kChannels) {
   constexpr int kAtOnce = AtOnce, kChannels = Window::kUnitChannels;
   static_assert(Window::kUnits % kAtOnce == 0, "no load is left over");
   using Unit = Vector<T, kChannels>;
@@ -290,45 +357,14 @@ __device__ __forceinline__ void stage(
         }
         CARAFE_UNROLL
         for (int b = 0; b < kAtOnce; ++b) {
-          if (i + b < Window::kRows) store(to + Window::at(i + b, j) + first, units[b]);
+          if (i + b < Window::kRows) store_shared(to + Window::at(i + b, j) + first, units[b]);
         }
       }
     }
-  } else {  // neighbouring threads have neighbouring pixels, and go through the channels
-    constexpr unsigned kPixels = Window::kRows * Window::kColumns;
-    CARAFE_ROLLED
-    for (unsigned pixel = thread; pixel < kPixels; pixel += threads) {
-      const int i = static_cast<int>(pixel / Window::kColumns), j = static_cast<int>(pixel % Window::kColumns);
-      const int left = image.inside(row + i, column + j) ? channels : 0;
-      const T* from = item + image.offset(0, row + i, column + j);
-      T* target = to + Window::at(i, j);
-      CARAFE_ROLLED
-      for (int first = 0; first < Window::kChannels; first += kAtOnce * kChannels) {
-        Unit units[kAtOnce] = {};
-        if (first + kAtOnce * kChannels <= left) {
-          CARAFE_UNROLL
-          for (int b = 0; b < kAtOnce; ++b) {
-            CARAFE_UNROLL
-            for (int c = 0; c < kChannels; ++c) {
-              units[b].values[c] = *from;
-              from += image.channel_stride;
-            }
-          }
-        } else {
-          CARAFE_UNROLL
-          for (int b = 0; b < kAtOnce; ++b) {
-            CARAFE_UNROLL
-            for (int c = 0; c < kChannels; ++c) {
-              if (first + b * kChannels + c < left)
-                units[b].values[c] = from[(b * kChannels + c) * image.channel_stride];
-            }
-          }
-        }
-        CARAFE_UNROLL
-        for (int b = 0; b < kAtOnce; ++b) store(target + b * kChannels, units[b]);
-        target += kAtOnce * kChannels;
-      }
-    }
+  } else if (image.pairs && column % 2 == 0) {
+    stage_columns<Window, AtOnce, 2>(image, item, row, column, channels, thread, threads, to, wanted);
+  } else {
+    stage_columns<Window, AtOnce, 1>(image, item, row, column, channels, thread, threads, to, wanted);
   }
 }
 
@@ -359,23 +395,25 @@ struct Tiling {
     return job;
   }
 
-  // Splits the channels where that leaves less to do for the busiest multiprocessor, by a tenth at least, which waits
-  // for memory less the more blocks it has; so that every multiprocessor has one. `preparing` and `meeting`: what a
-  // block takes for the weights, and one of several for a second pass, in chunks of channels.
+  // Splits the channels where that leaves less to do for the busiest quarter of a multiprocessor, by a tenth at least,
+  // which waits for memory less the more it has; so that every multiprocessor has a block, or `least` of them.
+  // `preparing` and `meeting`: what a block takes for the weights, and one of several for a second pass, in chunks of
+  // channels. `units`: the chunks that a block of so many warps computes at once; one alone takes half as long again.
   static Tiling of(
       const Shape& shape, int64_t rows, int64_t columns, int64_t tile_row, int64_t tile_column, int64_t chunk,
-      int64_t multiprocessors, double preparing, double meeting) {
+      int64_t multiprocessors, double preparing, double meeting, double least = 1, int units = 1, int warps = 4) {
     const int64_t tile_rows = ceil_div(rows, tile_row), tile_columns = ceil_div(columns, tile_column);
     const int64_t tiles = tile_rows * tile_columns * shape.groups * shape.batch;
     const int64_t chunks = ceil_div(shape.group_channels(), chunk);
     const auto blocks_of = [&](int64_t share) { return tiles * ceil_div(chunks, share); };
     const auto time = [&](int64_t share) {
-      const double all = double(share) + preparing + (share < chunks ? meeting : 0);
-      return double(ceil_div(blocks_of(share), multiprocessors) + 1) * all;
+      const double all = double(share) + double(share % units) / 2 + preparing + (share < chunks ? meeting : 0);
+      return double(ceil_div(ceil_div(blocks_of(share), multiprocessors) * warps, 4) + 1) * all;
     };
+    const auto wanted = static_cast<int64_t>(least * double(multiprocessors));
     int64_t best = chunks;
     for (int64_t share = chunks - 1; share >= 1; --share) {
-      if (time(share) < 0.9 * time(best) || blocks_of(best) < std::min(multiprocessors, blocks_of(1))) best = share;
+      if (time(share) < 0.9 * time(best) || blocks_of(best) < std::min(wanted, blocks_of(1))) best = share;
     }
     const auto number = [](int64_t value) { return static_cast<int>(value); };
     const int64_t splits = ceil_div(chunks, best);

@@ -42,6 +42,8 @@ bool make_kernel_map(const Map<T>& map, const Shape& shape, Normalizer normalize
   kernels->out_width = static_cast<int>(from_logits && !wanted ? shape.width * G::kUp : shape.out_width);
   kernels->rows = static_cast<int>(ceil_div(kernels->out_height, G::kUp));
   kernels->columns = static_cast<int>(ceil_div(kernels->out_width, G::kUp));
+  kernels->image.units =
+      from_logits && is_aligned(map, map.channel_stride, map.row_stride, map.column_stride, G::kPhases);
   return true;
 }
 
@@ -80,7 +82,10 @@ template <class G, int Rows, int Columns, int Threads>
 struct KernelTransfer {
   static constexpr int kSites = Rows * Columns, kCount = kSites * G::kPhases;
   static constexpr int kElements = kCount * G::kTaps;
-  static constexpr int kAtOnce = std::min((kElements + Threads - 1) / Threads, 25);
+  // Of runs that a thread moves, as many at a time as its registers allow.
+  template <int Run>
+  static constexpr int kRunsAtOnce = std::min((kElements / Run + Threads - 1) / Threads, 25);
+  static constexpr int kAtOnce = kRunsAtOnce<1>;
   static constexpr int kRowPadding = G::kUp > 1 ? 16 : 0;
   static constexpr int kExchange = kElements + Rows * G::kUp * kRowPadding;
   static_assert(kCount <= Threads, "a thread has one kernel");
@@ -92,44 +97,55 @@ struct KernelTransfer {
     return kernels.template kernel<G>(n, group, row + site / Columns, column + site % Columns, kernel % G::kPhases);
   }
 
-  // Calls first(e, at, exists, pointer), then second(e, at, exists, pointer), for each of the thread's elements, as
-  // many at a time as its registers allow: where it lies in shared memory, and in global memory if it exists.
-  template <int Scale, int Channels, class T, class First, class Second>
-  static __device__ __forceinline__ void each_element(
+  // Calls first(e, at, exists, pointer), then second(e, at, exists, pointer), for each of the thread's runs of so many
+  // elements, as many at a time as its registers allow: where it lies in shared memory, and in global memory if it
+  // exists.
+  template <int Run, int Scale, int Channels, class T, class First, class Second>
+  static __device__ __forceinline__ void each_run(
       const KernelMap<T>& kernels, T* item, int row, int column, unsigned thread, const First& first,
       const Second& second) {
-    constexpr unsigned kRow = Columns * Scale * Channels;
+    static_assert(Channels % Run == 0 && kRowPadding % Run == 0, "runs do not overlap");
+    constexpr unsigned kPixel = Channels / Run, kRow = Columns * Scale * kPixel, kRuns = kElements / Run;
+    constexpr int kOnce = kRunsAtOnce<Run>;
     const int height = Scale == G::kUp ? kernels.out_height : kernels.rows;
     const int width = Scale == G::kUp ? kernels.out_width : kernels.columns;
     T* const origin = item + kernels.image.offset(0, row * Scale, column * Scale);
-    const auto visit = [&](unsigned element, int e, const auto& function) {
-      if (kElements % (kAtOnce * Threads) != 0 && element >= kElements) return;
-      const int i = static_cast<int>(element / kRow), rest = static_cast<int>(element % kRow);
-      const int j = static_cast<int>(static_cast<unsigned>(rest) / Channels), channel = rest - j * Channels;
+    const auto visit = [&](unsigned run, int e, const auto& function) {
+      if (kRuns % (kOnce * Threads) != 0 && run >= kRuns) return;
+      const int i = static_cast<int>(run / kRow), rest = static_cast<int>(run % kRow);
+      const int j = static_cast<int>(static_cast<unsigned>(rest) / kPixel), channel = (rest - j * int(kPixel)) * Run;
       const bool exists = static_cast<unsigned>(row * Scale + i) < static_cast<unsigned>(height) &&
                           static_cast<unsigned>(column * Scale + j) < static_cast<unsigned>(width);
       function(
-          e, i * static_cast<int>(kRow + kRowPadding) + rest, exists,
+          e, i * static_cast<int>(kRow * Run + kRowPadding) + rest * Run, exists,
           origin + (i * kernels.image.row_stride + j * kernels.image.column_stride + channel));
     };
     CARAFE_ROLLED
-    for (unsigned element = thread; element < kElements; element += kAtOnce * Threads) {
+    for (unsigned run = thread; run < kRuns; run += kOnce * Threads) {
       CARAFE_UNROLL
-      for (int e = 0; e < kAtOnce; ++e) visit(element + e * Threads, e, first);
+      for (int e = 0; e < kOnce; ++e) visit(run + e * Threads, e, first);
       CARAFE_UNROLL
-      for (int e = 0; e < kAtOnce; ++e) visit(element + e * Threads, e, second);
+      for (int e = 0; e < kOnce; ++e) visit(run + e * Threads, e, second);
     }
   }
-  template <class T, class First, class Second>
+  template <int Run = 1, class T, class First, class Second>
   static __device__ __forceinline__ void each_element(
       const KernelMap<T>& kernels, int n, int group, int row, int column, unsigned thread, const First& first,
       const Second& second) {
     T* const item = kernels.image.item(n);
-    if (G::kPhases > 1 && kernels.from_logits) {
-      constexpr int kChannels = G::kTaps * G::kPhases;
-      each_element<1, kChannels>(kernels, item + group * kChannels, row, column, thread, first, second);
+    constexpr int kChannels = G::kTaps * G::kPhases;
+    if (Run > 1 || (G::kPhases > 1 && kernels.from_logits)) {
+      each_run<Run, 1, kChannels>(kernels, item + group * kChannels, row, column, thread, first, second);
+    } else if constexpr (Run == 1) {
+      each_run<1, G::kUp, G::kTaps>(kernels, item + group * G::kTaps, row, column, thread, first, second);
+    }
+  }
+  template <class Function>
+  static __device__ __forceinline__ void by_runs(bool units, const Function& function) {
+    if (G::kPhases > 1 && units) {
+      function(std::integral_constant<int, G::kPhases>{});
     } else {
-      each_element<G::kUp, G::kTaps>(kernels, item + group * G::kTaps, row, column, thread, first, second);
+      function(std::integral_constant<int, 1>{});
     }
   }
   // The first tap of a kernel in shared memory; the next ones lie `step` on.
@@ -150,11 +166,15 @@ struct KernelTransfer {
     OwnKernel<G> own = {};
     const int kernel = static_cast<int>(thread);
     if (kernels.image.channels_last) {
-      T values[kAtOnce];
-      each_element(
-          kernels, n, group, row, column, thread,
-          [&](int e, int, bool exists, const T* from) { values[e] = exists ? *from : T{}; },
-          [&](int e, int at, bool, const T*) { exchange[at] = values[e]; });
+      by_runs(kernels.image.units, [&](auto number) {
+        constexpr int kRun = decltype(number)::value;
+        using Run = Vector<T, kRun>;
+        Run runs[kRunsAtOnce<kRun>];
+        each_element<kRun>(
+            kernels, n, group, row, column, thread,
+            [&](int e, int, bool exists, const T* from) { runs[e] = exists ? gpu::load<kRun>(from) : Run{}; },
+            [&](int e, int at, bool, const T*) { gpu::store(exchange + at, runs[e]); });
+      });
       __syncthreads();
       if (kernel < kCount && pointer(kernels, n, group, row, column, kernel) != nullptr) {
         int step;
@@ -187,11 +207,14 @@ struct KernelTransfer {
         own.each([&](int tap) { to[tap * step] = narrow<T>(own.values[tap]); });
       }
       __syncthreads();
-      each_element(
-          kernels, n, group, row, column, thread, [](int, int, bool, T*) {},
-          [&](int, int at, bool exists, T* to) {
-            if (exists) *to = exchange[at];
-          });
+      by_runs(kernels.image.units, [&](auto number) {
+        constexpr int kRun = decltype(number)::value;
+        each_element<kRun>(
+            kernels, n, group, row, column, thread, [](int, int, bool, T*) {},
+            [&](int, int at, bool exists, T* to) {
+              if (exists) gpu::store(to, gpu::load<kRun>(exchange + at));
+            });
+      });
     } else if (kernel < kCount) {
       T* to = pointer(kernels, n, group, row, column, kernel);
       if (to == nullptr) return;
@@ -203,13 +226,20 @@ struct KernelTransfer {
   }
 };
 
-// The weights of a rectangle of sites in shared memory: [tap][site][phase].
+// The weights of a rectangle of sites in shared memory: [tap][site of a strip][strip][phase], so that threads that have
+// neighbouring strips load from different banks; or, where a site has one, [tap][site].
 template <class G, int Rows, int Columns>
 struct StagedWeights {
   static constexpr int kSites = Rows * Columns;
   static constexpr int kTap = (kSites * G::kPhases + kQuad - 1) / kQuad * kQuad;
+  static constexpr int kApart = G::kPhases > 1 ? kStrip : 1, kSite = kTap / kApart;  // from a strip's site to the next
   using Transfer = KernelTransfer<G, Rows, Columns, kThreads>;  // what it exchanges lies where the weights will
   static constexpr int kSize = std::max(G::kTaps * kTap, (Transfer::kExchange + kQuad - 1) / kQuad * kQuad);
+
+  static __device__ __forceinline__ constexpr int at(int kernel) {
+    const int site = kernel / G::kPhases;
+    return site % kApart * kSite + site / kApart * G::kPhases + kernel % G::kPhases;
+  }
 
   // Of the sites from (row, column) on; zeros where there is no kernel.
   template <class T>
@@ -219,7 +249,8 @@ struct StagedWeights {
     auto own = Transfer::load(kernels, n, group, row, column, thread, reinterpret_cast<T*>(to));
     if (thread >= Transfer::kCount) return;
     own.normalize(normalizer);
-    own.each([&](int tap) { to[tap * kTap + thread] = own.values[tap]; });
+    to += at(static_cast<int>(thread));
+    own.each([&](int tap) { to[tap * kTap] = own.values[tap]; });
   }
 };
 

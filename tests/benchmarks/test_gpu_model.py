@@ -7,14 +7,17 @@ import ctypes
 import dataclasses
 import json
 import math
+import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_model, gpu_model_sass
+from benchmarks import gpu_model, gpu_model_compared, gpu_model_counts, gpu_model_limits, gpu_model_sass
 from benchmarks.comparison import Problem
-from benchmarks.gpu_model import Case, Counts, Issue, Launch
+from benchmarks.gpu_model_counts import Case, Counts, Issue, Launch
 from benchmarks.gpu_model_devices import CAPABILITIES, GPUS, occupancy
 from benchmarks.gpu_model_sass import parse_sass
 from carafe_plugin.engine.errors import UsageError
@@ -24,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 COUNTERS = ROOT / "benchmarks/results/2026-11-27_cuda_h200_counters.csv"
 needs_tools = pytest.mark.skipif(
-    gpu_model.missing(gpu_model.SOURCE) is not None, reason=str(gpu_model.missing(gpu_model.SOURCE))
+    gpu_model_counts.missing(gpu_model.SOURCE) is not None, reason=str(gpu_model_counts.missing(gpu_model.SOURCE))
 )
 
 
@@ -154,6 +157,17 @@ def test_ptx_is_read_line_by_line() -> None:
     ]
 
 
+def test_a_statement_of_several_lines_is_at_its_last() -> None:
+    product = "\tmma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32\n\t{%f1, %f2},\n\t{%f1, %f2};\n"
+    text = PTX.replace("\tadd.s32", f"{product}\tadd.s32")
+    statements = gpu_model_sass.ptx_statements(text)["sums"]
+    assert [(each.line, each.opcode.split(".")[0]) for each in statements[3:6]] == [
+        (12, "fma"),
+        (15, "mma"),
+        (16, "add"),
+    ]
+
+
 def test_sass_is_cut_into_blocks() -> None:
     code = parse_sass(SASS)["sums"]
     assert [len(block.instructions) for block in code.blocks] == [3, 9, 3, 2]  # without the padding
@@ -229,6 +243,20 @@ def test_asynchronous_copies_are_waited_for_by_group() -> None:
     assert pending.after(100.0).before(instruction("DEPBAR.LE", "SB0, 0x1"), free) == wait - 100
 
 
+def test_products_of_matrices_wait_for_what_they_add_to() -> None:
+    pending = gpu_model_sass.Pending()
+    free = gpu_model_sass.Control(1, 7, 7, 0)
+
+    def product(operands: str) -> gpu_model_sass.Instruction:
+        return gpu_model_sass.Instruction(0, "HMMA.16816.F32", False, operands, 0)
+
+    pending.issue(product("R8, R2, R4.reuse, RZ"), free, 10.0)
+    ready = 10.0 + gpu_model_sass.PRODUCT_LATENCIES["HMMA.16816"]
+    assert pending.before(product("R8, R2, R4, R8.reuse"), free) == ready
+    assert pending.before(product("R12, R2, R4, R12"), free) == 0
+    assert pending.after(20.0).before(product("R8, R2, R4, R8"), free) == ready - 20
+
+
 def test_what_ptxas_says_of_resources() -> None:
     code = parse_sass(SASS)
     gpu_model_sass.add_resources(
@@ -248,27 +276,74 @@ COUNTS = Counts("k", 132, 128, 64, 40 << 10, 0, {"FFMA": 132 * 4e5}, 0.0, 0.0, 0
 
 def test_times_are_the_busiest_multiprocessors() -> None:
     h100, a100 = GPUS["h100"], GPUS["a100"]
-    times = gpu_model.times(COUNTS, h100)
+    times = gpu_model_limits.times(COUNTS, h100)
     assert times["issue"] == pytest.approx(1e5 / h100.clock)
     assert times["float"] == times["issue"]  # 128 lanes take what four schedulers issue
     assert times["double"] == times["product"] == times["L2"] == 0
     one_more = dataclasses.replace(COUNTS, blocks=133, kinds={"FFMA": 133 * 4e5})
-    assert gpu_model.times(one_more, h100)["issue"] == pytest.approx(2 * times["issue"])
+    assert gpu_model_limits.times(one_more, h100)["issue"] == pytest.approx(2 * times["issue"])
     few = dataclasses.replace(COUNTS, blocks=21, kinds={"FFMA": 21 * 4e5})
-    assert gpu_model.times(few, h100)["issue"] == pytest.approx(times["issue"])  # as long as on all of them
-    fewer_lanes = gpu_model.times(dataclasses.replace(COUNTS, blocks=108), a100)
+    assert gpu_model_limits.times(few, h100)["issue"] == pytest.approx(times["issue"])  # as long as on all of them
+    fewer_lanes = gpu_model_limits.times(dataclasses.replace(COUNTS, blocks=108), a100)
     assert fewer_lanes["float"] == pytest.approx(2 * fewer_lanes["issue"])
-    five_warps = gpu_model.times(dataclasses.replace(COUNTS, threads=160), h100)
+    five_warps = gpu_model_limits.times(dataclasses.replace(COUNTS, threads=160), h100)
     assert five_warps["issue"] == pytest.approx(times["issue"] * 8 / 5)  # one of the schedulers has two
+
+
+def test_tensor_cores_take_their_time() -> None:
+    for name, clocks in (("a100", 8), ("l4", 16), ("h100", 6.4)):  # for 2048 multiply-adds, of a scheduler
+        gpu = GPUS[name]
+        product = dataclasses.replace(
+            COUNTS, blocks=gpu.multiprocessors, kinds={"HMMA.16816": gpu.multiprocessors * 4e3}
+        )
+        times = gpu_model_limits.times(product, gpu)
+        assert times["tensor"] == pytest.approx(1e3 * clocks / gpu.clock), name
+        assert times["issue"] == pytest.approx(1e3 / gpu.clock)
+        half = dataclasses.replace(product, kinds={"HMMA.1688": gpu.multiprocessors * 4e3})
+        assert gpu_model_limits.times(half, gpu)["tensor"] == pytest.approx(times["tensor"] / 2)
+
+
+def test_rates_of_tensor_cores_are_the_data_sheets() -> None:
+    sheets = {"t4": 65, "a100": 312, "rtx3090": 71, "l4": 121, "rtx4090": 165.2, "rtx5090": 209.5}  # TFLOPS, dense
+    for name, tera in sheets.items():
+        gpu = GPUS[name]
+        assert 2 * gpu.tensor * gpu.multiprocessors * gpu.clock == pytest.approx(tera * 1e12, rel=0.01), name
+
+
+def test_exchanges_between_lanes_are_wavefronts() -> None:
+    gpu = GPUS["h100"]
+    shuffled = dataclasses.replace(COUNTS, kinds={"SHFL": 132e3, "MOVM": 132e3}, shared_wavefronts=132e3)
+    assert gpu_model_limits.times(shuffled, gpu)["wavefronts"] == pytest.approx(3000 / gpu.clock)
+
+
+def test_what_is_useful() -> None:
+    problem = Problem(32, 10, 10)  # 32 x 400 outputs of 25 taps
+    case = Case(problem, "forward", "contiguous", "logits")
+    assert case.multiply_adds() == 320_000
+    kinds = {"FFMA": 10_000.0, "IADD3": 10_000.0}
+    record = gpu_model_limits.predict(case, [dataclasses.replace(COUNTS, kinds=kinds)], GPUS["h100"]).record(
+        GPUS["h100"]
+    )
+    assert (record["useful_share"], record["useful_multiply_adds"]) == (0.5, 1.0)
+    kinds = {"HMMA.16816": 250.0, "HMMA.1688": 125.0, "IADD3": 20_000.0}  # 640,000 multiply-adds, as many other lanes
+    record = gpu_model_limits.predict(case, [dataclasses.replace(COUNTS, kinds=kinds)], GPUS["h100"]).record(
+        GPUS["h100"]
+    )
+    assert (record["useful_share"], record["useful_multiply_adds"]) == (0.25, 0.5)
+    kinds = {"IADD3": 20_000.0}
+    record = gpu_model_limits.predict(case, [dataclasses.replace(COUNTS, kinds=kinds)], GPUS["h100"]).record(
+        GPUS["h100"]
+    )
+    assert record["useful_multiply_adds"] is None
 
 
 def test_bytes_and_wavefronts() -> None:
     gpu = GPUS["h100"]
     moved = dataclasses.replace(COUNTS, sectors_read=132e3, sectors_written=132e3, shared_wavefronts=264e3)
-    times = gpu_model.times(moved, gpu)
+    times = gpu_model_limits.times(moved, gpu)
     assert times["L2"] == pytest.approx(264e3 * 32 / (5120 * gpu.clock))
     assert times["wavefronts"] == pytest.approx(2000 / gpu.clock)
-    assert gpu_model.times(dataclasses.replace(moved, blocks=40), GPUS["t4"])["wavefronts"] == pytest.approx(
+    assert gpu_model_limits.times(dataclasses.replace(moved, blocks=40), GPUS["t4"])["wavefronts"] == pytest.approx(
         264e3 / 40 * 2 / GPUS["t4"].clock  # 64 bytes a clock
     )
 
@@ -280,28 +355,31 @@ def test_prediction_is_the_largest_limit() -> None:
     assert Case(case.problem, "grad-kernels", "contiguous", "logits").compulsory_bytes() == (
         case.compulsory_bytes() + 4 * 25 * 200 * 336
     )
-    found = gpu_model.predict(case, [COUNTS], gpu)
+    found = gpu_model_limits.predict(case, [COUNTS], gpu)
     assert found.bound == pytest.approx(27.66e-6, rel=1e-3)  # 92.7 MB at 3.35 TB/s
     assert found.limited_by == "issue"
     assert found.limit == pytest.approx(1e5 / gpu.clock)
-    idle = gpu_model.predict(case, [dataclasses.replace(COUNTS, kinds={"FFMA": 1.0})], gpu)
+    idle = gpu_model_limits.predict(case, [dataclasses.replace(COUNTS, kinds={"FFMA": 1.0})], gpu)
     assert (idle.limit, idle.limited_by) == (found.bound, "memory")
-    twice = gpu_model.predict(case, [COUNTS, COUNTS], gpu)
+    twice = gpu_model_limits.predict(case, [COUNTS, COUNTS], gpu)
     assert twice.limit == pytest.approx(2 * found.limit)
     waiting = dataclasses.replace(COUNTS, latency=5e4, blocks=132 * 9, kinds={"FFMA": 132 * 9 * 4e5})
     resident = waiting.resident(gpu).blocks
-    assert gpu_model.generations(waiting, gpu) == math.ceil(9 / resident)
-    expected = gpu_model.predict(case, [waiting], gpu).expected
+    assert gpu_model_limits.generations(waiting, gpu) == math.ceil(9 / resident)
+    expected = gpu_model_limits.predict(case, [waiting], gpu).expected
     waits = math.ceil(9 / resident) * 5e4 / gpu.clock
-    assert expected == pytest.approx(9e5 / gpu.clock + waits + gpu_model.LAUNCH_SECONDS)
+    assert expected == pytest.approx(9e5 / gpu.clock + waits + gpu_model_limits.LAUNCH_SECONDS)
 
 
 def test_counts_of_a_launch() -> None:
     code, statements = parse_sass(SASS)["sums"], gpu_model_sass.ptx_statements(PTX)["sums"]
     code.registers, code.shared = 40, 32
     lines = {line: Issue(4.0) for line in (7, 8, 18)} | {line: Issue(16.0) for line in (12, 13, 14)}
-    lines |= {11: Issue(16.0, wavefronts=64.0, ideal_wavefronts=16.0), 17: Issue(4.0, sectors=20.0, lines=8.0)}
-    counts = gpu_model.counts_of(Launch("sums", 2, 64, 1000, lines, 2, {12: "sums.h:5"}), code, statements)
+    lines |= {
+        11: Issue(16.0, wavefronts=64.0, ideal_wavefronts=16.0),
+        17: Issue(4.0, sectors=20.0, global_wavefronts=8.0),
+    }
+    counts = gpu_model_counts.counts_of(Launch("sums", 2, 64, 1000, lines, 2, {12: "sums.h:5"}), code, statements)
     assert counts.instructions == 4 * 3 + 4 * 9 + 4 * 2
     assert counts.kinds["FFMA"] == 16
     assert (counts.sectors_read, counts.sectors_written, counts.global_wavefronts) == (0, 20, 8)
@@ -311,7 +389,7 @@ def test_counts_of_a_launch() -> None:
 
 
 def test_sampling_steps_are_prime() -> None:
-    assert [gpu_model.sampling_step(blocks, 32) for blocks in (1, 40, 64, 130, 320, 1100)] == [1, 1, 2, 3, 7, 31]
+    assert [gpu_model_counts.sampling_step(blocks, 32) for blocks in (1, 40, 64, 130, 320, 1100)] == [1, 1, 2, 3, 7, 31]
     with pytest.raises(UsageError, match="k does not fit"):
         dataclasses.replace(COUNTS, shared=200 << 10).resident(GPUS["t4"])
 
@@ -320,10 +398,11 @@ def test_sampling_steps_are_prime() -> None:
 
 
 def test_counters_are_read(tmp_path: Path) -> None:
-    found = gpu_model.read_counters(COUNTERS)
+    found = gpu_model_compared.read_counters(COUNTERS)
     assert len(found) == 54
     assert (found[0]["time_us"], found[0]["instructions"], found[0]["registers"]) == (28.16, 8119464, 74)
-    columns = ["ID", "Kernel Name", *gpu_model.MEASURED.values()]
+    assert found[0]["wavefronts_share"] == pytest.approx(0.1353)
+    columns = ["ID", "Kernel Name", *gpu_model_compared.MEASURED.values()]
     rows = [
         columns,
         ["", "", "usecond", "inst", "Mbyte", "register/thread", "%"],
@@ -331,38 +410,41 @@ def test_counters_are_read(tmp_path: Path) -> None:
     ]
     file = tmp_path / "counters.csv"
     file.write_text("==PROF== Connected\n" + "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows) + "\n")
-    (row,) = gpu_model.read_counters(file)
+    (row,) = gpu_model_compared.read_counters(file)
     assert (row["time_us"], row["instructions"], row["dram_bytes"], row["warps_active"]) == (12.5, 1000, 2e6, 30)
+    assert "wavefronts_share" not in row  # ncu was not asked for it
     file.write_text("nothing\n")
     with pytest.raises(UsageError, match="found no column 'Kernel Name'"):
-        gpu_model.read_counters(file)
+        gpu_model_compared.read_counters(file)
     file.write_text("Kernel Name,other\nk,1\n")
     with pytest.raises(UsageError, match="found no column gpu__time_duration"):
-        gpu_model.read_counters(file)
+        gpu_model_compared.read_counters(file)
 
 
 class OneLaunch:
     """Every call launches the same."""
 
     def counts(self, case: Case) -> tuple[Counts, ...]:
-        return (COUNTS,)
+        return (dataclasses.replace(COUNTS, shared_wavefronts=1e6),)
 
 
 def test_counters_stand_beside_the_model(capsys: pytest.CaptureFixture[str]) -> None:
-    measured = gpu_model.read_counters(COUNTERS)
-    records = gpu_model.compare(measured, OneLaunch(), GPUS["h200"])  # type: ignore[arg-type]
+    measured = gpu_model_compared.read_counters(COUNTERS)
+    records = gpu_model_compared.compare(measured, OneLaunch(), GPUS["h200"])  # type: ignore[arg-type]
     assert len(records) == 54
     assert records[0]["instructions_ratio"] == pytest.approx(132 * 4e5 / 8119464, abs=1e-4)
     assert records[0]["measured_over_limit"] == pytest.approx(28.16 / (1e11 / GPUS["h200"].clock), abs=1e-3)
+    passed = 0.1353 * 28.16e-6 * GPUS["h200"].clock * 132
+    assert records[0]["wavefronts_ratio"] == pytest.approx(1e6 / passed, rel=1e-3)
     for record, values in zip(records, measured, strict=True):  # in the order of the calls
         shape, call = record["shape"], values["call"]
         assert f"{shape['channels']}x{shape['height']}x{shape['width']} {shape['up']}/{shape['down']}" in call
         assert record["dtype"] in call
         assert record["layout"].replace("-", "_") in call
-    gpu_model.print_comparison(records, GPUS["h200"])
+    gpu_model_compared.print_comparison(records, GPUS["h200"])
     assert "The model beside what ncu measured" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"53 kernels were measured, benchmarks\.gpu_probes launches 54"):
-        gpu_model.compare(measured[1:], OneLaunch(), GPUS["h200"])  # type: ignore[arg-type]
+        gpu_model_compared.compare(measured[1:], OneLaunch(), GPUS["h200"])  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------- command
@@ -407,22 +489,24 @@ def test_the_usual_problems() -> None:
 
 
 @pytest.fixture(scope="module")
-def tally() -> gpu_model.Tally:
-    return gpu_model.Tally(GPUS["a100"], "a100", gpu_model.SOURCE)  # of the PTX that the executor's own tests run
+def tally() -> gpu_model_counts.Tally:
+    return gpu_model_counts.Tally(
+        GPUS["a100"], "a100", gpu_model.SOURCE
+    )  # of the PTX that the executor's own tests run
 
 
 @needs_tools
 def test_devices_are_the_executors() -> None:
-    executor, _ = gpu_model.import_executor()
+    executor, _ = gpu_model_counts.import_executor()
     for name in set(GPUS) & set(executor.DEVICES):
-        assert gpu_model.attributes(GPUS[name]).items() <= executor.DEVICES[name].items(), name
+        assert gpu_model_counts.attributes(GPUS[name]).items() <= executor.DEVICES[name].items(), name
 
 
 @needs_tools
-@pytest.mark.parametrize("operator", gpu_model.OPERATORS)
+@pytest.mark.parametrize("operator", gpu_model_counts.OPERATORS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_sample_stands_for_all_blocks(tally: gpu_model.Tally, operator: str, dtype: str) -> None:
-    case = Case(Problem(64, 61, 83, dtype=gpu_model.DTYPES[dtype]), operator, "contiguous", "logits")
+def test_a_sample_stands_for_all_blocks(tally: gpu_model_counts.Tally, operator: str, dtype: str) -> None:
+    case = Case(Problem(64, 61, 83, dtype=gpu_model_counts.DTYPES[dtype]), operator, "contiguous", "logits")
     whole, some = tally.launches(case, None), tally.launches(case, 12)
     assert [launch.kernel for launch in some] == [launch.kernel for launch in whole]
     assert any(launch.sampled < launch.blocks for launch in some)
@@ -434,14 +518,14 @@ def test_a_sample_stands_for_all_blocks(tally: gpu_model.Tally, operator: str, d
 
 
 @needs_tools
-@pytest.mark.parametrize("operator", gpu_model.OPERATORS)
-def test_machine_code_agrees_with_the_executed_ptx(tally: gpu_model.Tally, operator: str) -> None:
+@pytest.mark.parametrize("operator", gpu_model_counts.OPERATORS)
+def test_machine_code_agrees_with_the_executed_ptx(tally: gpu_model_counts.Tally, operator: str) -> None:
     case = Case(Problem(64, 25, 42), operator, "contiguous", "logits")
     launches, counts = tally.launches(case, None), tally.counts(case)
     assert all(each.guessed < 0.01 for each in counts)
     assert all(each.difference < gpu_model.CONTRADICTION for each in counts)
     # Every multiply-add of the definition is issued, by lanes that may be idle at the map's ends.
-    assert sum(each.kinds["FFMA"] for each in counts) >= case.useful()
+    assert sum(each.multiply_adds for each in counts) >= case.multiply_adds()
     # Of one statement comes about one instruction.
     executed = sum(issue.issued for launch in launches for issue in launch.lines.values())
     assert 0.5 < sum(each.instructions for each in counts) / executed < 1.5
@@ -451,7 +535,7 @@ def test_machine_code_agrees_with_the_executed_ptx(tally: gpu_model.Tally, opera
 @needs_tools
 @pytest.mark.parametrize("trips", [1, 3, 7, 37, 64])
 def test_loops_that_ptxas_unrolls_are_counted(tmp_path: Path, trips: int) -> None:
-    executor, _ = gpu_model.import_executor()
+    executor, _ = gpu_model_counts.import_executor()
     import ptx
 
     source = tmp_path / "loop.cu"
@@ -479,8 +563,8 @@ def test_loops_that_ptxas_unrolls_are_counted(tmp_path: Path, trips: int) -> Non
     executor.add_range(result, 1)
     pointers = [ctypes.c_uint64(tensor.data_ptr()) for tensor in (source_data, result)]
     assert executor.launch(number, (1,), (32,), [*pointers, ctypes.c_int32(trips), ctypes.c_int32(32)]) == 0
-    launch = gpu_model.launch_of(executor.launches()[0])
-    counts = gpu_model.counts_of(launch, code, statements)
+    launch = gpu_model_counts.launch_of(executor.launches()[0])
+    counts = gpu_model_counts.counts_of(launch, code, statements)
     assert counts.kinds["FFMA"] == trips
     assert counts.kinds["LDG"] == trips
     assert counts.kinds["STG"] == 1
@@ -489,8 +573,86 @@ def test_loops_that_ptxas_unrolls_are_counted(tmp_path: Path, trips: int) -> Non
 
 
 @needs_tools
+def test_products_of_matrices_are_counted(tmp_path: Path) -> None:
+    executor, _ = gpu_model_counts.import_executor()
+    import ptx
+
+    source = tmp_path / "products.cu"
+    source.write_text(
+        "#include <cstdint>\n"
+        'extern "C" __global__ void products(const uint32_t* from, float* to, int n) {\n'
+        "  __shared__ alignas(16) uint32_t staged[32][4];\n"
+        "  float d[4] = {};\n"
+        "  uint32_t a[4];\n"
+        "  const uint32_t to_shared = static_cast<uint32_t>(__cvta_generic_to_shared(staged[threadIdx.x]));\n"
+        "  for (int i = 0; i < n; ++i) {\n"
+        '    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\\n"\n'
+        '        :: "r"(to_shared), "l"(from + threadIdx.x * 4));\n'
+        '    asm volatile("cp.async.wait_all;\\n" ::: "memory");\n'
+        "    __syncwarp();\n"
+        '    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16\\n {%0, %1, %2, %3}, [%4];\\n"\n'
+        '        : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(to_shared));\n'
+        '    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32\\n"\n'
+        '        " {%0, %1, %2, %3}, {%4, %5, %6, %7},\\n {%4, %5}, {%0, %1, %2, %3};\\n"\n'
+        '        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));\n'
+        "    __syncwarp();\n"
+        "  }\n"
+        "  to[threadIdx.x] = d[0] + d[1] + d[2] + d[3];\n"
+        "}\n"
+    )
+    text = executor.compile_ptx(source)
+    module = ptx.Module(text)
+    for architecture in ("sm_80", "sm_90"):
+        code = gpu_model_sass.assemble(text, architecture)["products"]
+        data, result = torch.zeros(128, dtype=torch.int32), torch.zeros(32)
+        executor.reset()
+        number = executor.load(module, "products")
+        executor.set_device("h100")
+        executor.set_options()
+        executor.add_range(data, 0)
+        executor.add_range(result, 1)
+        pointers = [ctypes.c_uint64(tensor.data_ptr()) for tensor in (data, result)]
+        assert executor.launch(number, (1,), (32,), [*pointers, ctypes.c_int32(7)]) == 0
+        assert not executor.findings()
+        counts = gpu_model_counts.counts_of(
+            gpu_model_counts.launch_of(executor.launches()[0]), code, gpu_model_sass.ptx_statements(text)["products"]
+        )
+        assert {kind: counts.kinds[kind] for kind in ("HMMA.16816", "LDSM", "LDGSTS")} == {
+            "HMMA.16816": 7, "LDSM": 7, "LDGSTS": 7
+        }, architecture  # fmt: skip
+        assert {check.kind for check in counts.checks} >= {"HMMA", "LDSM", "LDGSTS"}
+        assert counts.difference == 0
+        # Four matrices of 128 bytes come, and four go.
+        assert (counts.shared_wavefronts, counts.ideal_wavefronts) == (7 * 8, 7 * 8)
+        assert counts.latency > 7 * (gpu_model_sass.COPY_LATENCY + gpu_model_sass.LATENCIES["LDSM"])
+
+
+COMMANDS = sorted(
+    path
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if {"argparse", "__main__"} <= set(re.findall(r"\w+", path.read_text()))
+)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_commands_can_be_run_as_files(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(
+        sys, "path", [str(path.parent), *(each for each in sys.path if Path(each or ".").resolve() != ROOT)]
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+@needs_tools
 def test_command_predicts_and_says_that_it_is_a_model(
-    tally: gpu_model.Tally, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tally: gpu_model_counts.Tally, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_model, "Tally", lambda *arguments: tally)
     file = tmp_path / "model.json"
@@ -501,7 +663,7 @@ def test_command_predicts_and_says_that_it_is_a_model(
     assert "FFMA" in output
     record = json.loads(file.read_text())
     assert record["model"] == "a model of the GPU, not a measurement"
-    assert [each["operator"] for each in record["predictions"]] == list(gpu_model.OPERATORS)
+    assert [each["operator"] for each in record["predictions"]] == list(gpu_model_counts.OPERATORS)
     for each in record["predictions"]:
         assert each["limit_us"] >= each["bound_us"]
         assert each["expected_us"] > each["limit_us"]

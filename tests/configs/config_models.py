@@ -45,7 +45,11 @@ def toolbox_config(toolbox, path):
 
 def load_reduced(name):
     """The same with little to compute: few regions, small heads, no large padding. The places of CARAFE++ stay."""
-    config = load(name)
+    return reduced(load(name))
+
+
+def reduced(config):
+    """A configuration with little to compute."""
     model = config.model
     if config.default_scope == "mmdet":
         model.roi_head.bbox_head.fc_out_channels = 64

@@ -1,4 +1,4 @@
-"""The ``--cfg-options`` lines of the READMEs do what is said of them."""
+"""The ``--cfg-options`` lines and the configuration in the READMEs do what is said of them."""
 
 import argparse
 import re
@@ -9,10 +9,13 @@ import torch
 
 pytest.importorskip("mmengine", reason="MMEngine is not installed")
 
-from config_models import build, carafe_modules, load
-from config_table import BOTTLENECKS, CONFIGS
+from config_models import batch, build, carafe_modules, load, reduced
+from config_table import BOTTLENECKS, CONFIGS, FPN
+from mmengine.config import Config
+from mmengine.runner import load_checkpoint
 
 from carafe_plugin.engine.cli import add_config_options
+from carafe_plugin.testing import relative_error
 
 
 def option_lines(folder, containing):
@@ -83,3 +86,43 @@ def test_both_readings_of_dcn():
     config = with_options("mmdet/faster-rcnn_r50_carafe-fpn_1x_coco", baseline)
     config.model.backbone.init_cfg = None
     assert len(deformable_convolutions(build(config.model.backbone, "mmdet"))) == 4 + 6 + 3
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("spread", [None, 1e-6])
+def test_upgrading_a_trained_detector(tmp_path, spread):
+    """The baseline's checkpoint gives its pyramid but for the share that is spread, and with the least its boxes."""
+    pytest.importorskip("mmdet", reason="mmdet is not installed")
+    (text,) = re.findall(
+        r"```python\n(_base_.*?\nload_from.*?)```", (CONFIGS / "mmdet/README.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "upgrade.py").write_text(text)
+    config = reduced(Config.fromfile(tmp_path / "upgrade.py"))
+    config.model.backbone.init_cfg = None  # its weights would be downloaded
+    if spread is not None:
+        config.model.neck.carafe_cfg.init_spread = spread
+    checkpoint = str(tmp_path / config.load_from)
+
+    torch.manual_seed(0)
+    upgraded = build(config.model, "mmdet")
+    upgraded.init_weights()
+    assert carafe_modules(upgraded).keys() == set(FPN)
+    config.model.neck = dict(config.model.neck, type="FPN")
+    del config.model.neck["carafe_cfg"]
+    baseline = build(config.model, "mmdet")
+    baseline.init_weights()
+    torch.save(dict(state_dict=baseline.state_dict()), checkpoint)
+    load_checkpoint(upgraded, checkpoint)
+
+    data = batch(config, size=2, labelled=False)
+    images = baseline.data_preprocessor(data)["inputs"]
+    with torch.no_grad():
+        pyramids = [model.eval().extract_feat(images) for model in (baseline, upgraded)]
+        before, after = ([each.pred_instances for each in model.test_step(data)] for model in (baseline, upgraded))
+    for expected, got in zip(*pyramids, strict=True):
+        assert relative_error(got, expected) < (spread or 0.05)
+    for expected, got in zip(before, after, strict=True) if spread else ():
+        assert len(expected) == 5
+        torch.testing.assert_close(got.bboxes, expected.bboxes, rtol=0, atol=1e-3)  # of 60 x 90 pixels
+        torch.testing.assert_close(got.scores, expected.scores, rtol=0, atol=1e-5)
+        assert torch.equal(got.labels, expected.labels)

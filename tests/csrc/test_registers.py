@@ -18,9 +18,11 @@ KERNEL = re.compile(r"^ Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL
 # those that the largest one has, of the general ones what their blocks are.
 RESIDENT = {
     "reassemble_tile": 512,
+    "reassemble_strips": 512,
     "grad_features_tile": 512,
     "grad_features_strip": 512,
     "grad_kernels_tile": 448,  # k = 7: two blocks of 224; the others five or four, of 128 and 160
+    "grad_kernels_products": 512,
     "ReassembleBlock": 3 * 256,
     "GradFeaturesBlock": 3 * 128,
     "GradKernelsBlock": 640,

@@ -78,6 +78,16 @@ def test_zoo_neck_agrees_with_the_textbook(drop_in, monkeypatch):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_zoo_neck_keeps_another_start(drop_in):
+    """MMDetection's neck gives all its convolutions Xavier's values, then calls init_weights of each CARAFEPack."""
+    config = zoo_config("faster-rcnn_r50_fpn-carafe_1x_coco.py").model.neck
+    config.upsample_cfg.init = "nearest"
+    neck = MMDET_MODELS.build(dict(config, in_channels=[8, 16, 24, 32], out_channels=32))
+    neck.init_weights()
+    for pack in neck.upsample_modules:
+        assert torch.equal(pack.content_encoder.bias, CARAFEUpsample(32, init="nearest").content_encoder.bias)
+
+
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("scale_factor", [2, 3])
 def test_mmcvs_own_class_runs_on_our_operator(drop_in, scale_factor, group):

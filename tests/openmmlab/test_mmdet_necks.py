@@ -14,6 +14,7 @@ from mmengine.registry import DefaultScope
 
 from carafe_plugin.openmmlab.layers import CARAFEUpsample, fit_to_size
 from carafe_plugin.openmmlab.mmdet import CARAFEFPN, CARAFEPAFPN
+from carafe_plugin.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,6 +79,18 @@ def test_bilinear_is_the_parent_bit_for_bit(pyramid, align_corners):
     parent = FPN(IN_CHANNELS, 8, 5, upsample_cfg=dict(mode="bilinear", align_corners=align_corners))
     neck = CARAFEFPN(IN_CHANNELS, 8, 5, carafe_cfg=dict(type="bilinear", align_corners=align_corners))
     assert_same_bits(neck, parent, maps(PYRAMIDS[pyramid]))
+
+
+@pytest.mark.parametrize("pyramid", ["even", "rounded up", "tiny"])
+@pytest.mark.parametrize("neck_type", NECKS)
+def test_can_start_as_its_parent(neck_type, pyramid):
+    """``init="nearest"`` with the least spread: the parent's maps on every pyramid that is rounded up."""
+    neck = neck_type(IN_CHANNELS, 8, 5, carafe_cfg=dict(init="nearest", init_spread=1e-6))
+    parent = NECKS[neck_type](IN_CHANNELS, 8, 5)
+    neck.load_state_dict(parent.state_dict(), strict=False)
+    inputs = maps(PYRAMIDS[pyramid])
+    for out, expected in zip(neck(inputs), parent(inputs), strict=True):
+        assert relative_error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize("pyramid", PYRAMIDS)

@@ -174,6 +174,15 @@ def test_interp_conv_written_out(conv_first, scale_factor):
     assert out.shape == (2, 4, 5 * scale_factor, 7 * scale_factor)
 
 
+def test_interp_conv_can_start_as_its_parent():
+    """``init="bilinear"`` with the least spread: inside the outermost row and column, which the parent repeats."""
+    parent, step = InterpConv(6, 4).eval(), CARAFEInterpConv(6, 4, carafe_cfg=dict(init="bilinear", init_spread=1e-6))
+    step.eval().load_state_dict(parent.state_dict(), strict=False)
+    x = torch.randn(2, 6, 5, 7)
+    difference = (step(x) - parent(x)).abs()
+    assert difference[..., 1:-1, 1:-1].max() < 1e-5 < difference.max()
+
+
 @pytest.mark.parametrize("with_cp", [False, True])
 @pytest.mark.parametrize("name", ["CARAFEInterpConv", "carafe_plugin.openmmlab.mmseg.CARAFEInterpConv"])
 def test_unet_takes_it_by_its_protocol(name, with_cp):

@@ -16,6 +16,7 @@ from starts import wrong_starts
 from torch import nn
 
 from carafe_plugin.modules.carafe import KernelPrediction
+from carafe_plugin.modules.starts import interpolation_logits
 
 WIDTHS = [32, 64, 64]
 NECK = dict(in_channels=WIDTHS, out_channels=8, num_outs=5)
@@ -54,13 +55,15 @@ PLACES = {
 UNTRACEABLE = ("TransformerEncoderPixelDecoder", "MSDeformAttnPixelDecoder")
 
 
-def build(place, carafe=True):
+def build(place, carafe=True, **carafe_arguments):
     toolbox, where, name, arguments = PLACES[place]
     pytest.importorskip(toolbox, reason=f"{toolbox} is not installed")
     stock = importlib.import_module(f"{toolbox}.models.{where}")  # first: it completes the toolbox's registry
     adapter = importlib.import_module(f"carafe_plugin.openmmlab.{toolbox}")
     with DefaultScope.overwrite_default_scope(toolbox):
-        return getattr(adapter, f"CARAFE{name}")(**arguments) if carafe else getattr(stock, name)(**arguments)
+        if not carafe:
+            return getattr(stock, name)(**arguments)
+        return getattr(adapter, f"CARAFE{name}")(**arguments, **carafe_arguments)
 
 
 class Parent(BaseModule):
@@ -83,6 +86,17 @@ def initialise(model, monkeypatch):
     return found
 
 
+def sites_of(model):
+    """Every CARAFE++ in a model, without values (7, as on the meta device anything), by name."""
+    sites = {name: module for name, module in model.named_modules() if isinstance(module, KernelPrediction)}
+    for module in sites.values():
+        for convolution in (module.channel_compressor, module.content_encoder):
+            for parameter in convolution.parameters():
+                nn.init.constant_(parameter, 7)
+    assert sites
+    return sites
+
+
 NORMAL = dict(type="Normal", layer="Conv2d", std=0.01, bias=0.5)
 # InterpConv is no module of MMEngine's: alone, nothing reaches it.
 CASES = [(place, cfg) for place in PLACES for cfg in (None, NORMAL) if cfg or place != "InterpConv"]
@@ -90,21 +104,54 @@ CASES = [(place, cfg) for place in PLACES for cfg in (None, NORMAL) if cfg or pl
 
 @pytest.mark.parametrize(("place", "init_cfg"), CASES, ids=lambda value: value and str(value)[:16])
 def test_the_log_says_who_initialised(place, init_cfg, monkeypatch):
-    """Parameters without values (7, as on the meta device anything) all get the paper's, and the log names CARAFE++."""
+    """Parameters without values all get the paper's, and the log names CARAFE++."""
     model = Parent(build(place), init_cfg)
-    sites = {name: module for name, module in model.named_modules() if isinstance(module, KernelPrediction)}
-    for module in sites.values():
-        for convolution in (module.channel_compressor, module.content_encoder):
-            for parameter in convolution.parameters():
-                nn.init.constant_(parameter, 7)
+    sites = sites_of(model)
     found = initialise(model, monkeypatch)
-    assert sites
     assert list(wrong_starts(model)) == []
     for name, module in sites.items():
         texts = {key: text for key, text in found.items() if key.startswith(f"{name}.c") and "norm" not in key}
         assert len(texts) == 4
         expected = f"Initialized by user-defined `init_weights` in {type(module).__name__} "
         assert set(texts.values()) == {expected}
+
+
+@pytest.mark.parametrize(("place", "init_cfg"), CASES, ids=lambda value: value and str(value)[:16])
+def test_starts_as_carafe_cfg_says(place, init_cfg, monkeypatch):
+    """Whoever initialises the parameters, and in whatever order, once or twice."""
+    carafe_cfg = dict(init="stride" if "ResNet" in place else "nearest", init_spread=0.01, up_group=2)
+    if "ResNet" in place:
+        carafe_cfg["down_group"] = carafe_cfg.pop("up_group")
+    model = Parent(build(place, carafe_cfg=carafe_cfg), init_cfg)
+    expected = {
+        name: interpolation_logits(carafe_cfg["init"], 0.01, *module.settings).float()
+        for name, module in sites_of(model).items()
+    }
+    initialise(model, monkeypatch)
+    for name, biases in expected.items():
+        encoder = model.get_submodule(name).content_encoder
+        assert biases.unique().numel() == 2
+        assert torch.equal(encoder.bias, biases)
+        assert 0 < encoder.weight.abs().max() < 1e-6
+
+
+ALIGNED = dict(mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "option"),
+    [
+        ("FPN", dict(upsample_cfg=ALIGNED)),
+        ("UPerHead", dict(align_corners=True)),
+        ("FPNHead", dict(align_corners=True)),
+        ("InterpConv", dict(upsample_cfg=dict(ALIGNED, scale_factor=2))),
+    ],
+)
+def test_no_start_aligns_corners(place, option):
+    """Where the parent's interpolation aligns them, bilinear is refused, and any other start taken."""
+    build(place, carafe_cfg=dict(init="nearest"), **option)
+    with pytest.raises(ValueError, match="carafe_cfg: init='bilinear' stands for align_corners=False"):
+        build(place, carafe_cfg=dict(init="bilinear"), **option)
 
 
 def test_the_log_names_others_for_what_is_theirs(monkeypatch):
@@ -122,13 +169,19 @@ def test_inpainting_networks_keep_their_start(monkeypatch):
     """Within modules that MMEngine's init_weights does not enter."""
     from carafe_plugin.inpainting.networks import InpaintingGenerator
 
-    switches = dict(down=True, up=True)
     for partial in (False, True):
+        switches = dict(down=True, up=True)
         model = InpaintingGenerator(32, partial, carafe_cfg=switches, init_cfg=dict(type="Normal", layer="Conv2d"))
         found = initialise(model, monkeypatch)
         assert list(wrong_starts(model)) == []
         named = [text for name, text in found.items() if name.endswith("content_encoder.weight")]
         assert [re.search(r"in (Masked)?CARAFE(Down|Up)sample", text) is not None for text in named] == [True] * 4
+
+        switches = dict(down=dict(init="stride"), up=dict(init="nearest"))
+        model = InpaintingGenerator(32, partial, carafe_cfg=switches, init_cfg=dict(type="Normal", layer="Conv2d"))
+        initialise(model, monkeypatch)
+        biases = [value for name, value in model.named_parameters() if name.endswith("content_encoder.bias")]
+        assert [value.unique().numel() for value in biases] == [2] * 4
 
 
 def reset(model, parents_first):

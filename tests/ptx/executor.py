@@ -1,4 +1,5 @@
-"""Runs the project's CUDA launcher with every kernel executed on the CPU: nvcc's PTX by executor.cpp.
+"""Runs the project's CUDA launcher with every kernel executed on the CPU: nvcc's PTX by an interpreter, which is
+the CUDA runtime to it (machine.h, execution.cpp, runtime.cpp, ...).
 
 executor = Executor()                        # compiles, or takes what was compiled from the same sources
 run = executor.run("reassemble", (features, kernels), normalizer="softmax", kernel_size=5, group_size=1, up=2, down=1)
@@ -19,6 +20,7 @@ import subprocess
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,7 @@ PROBLEMS = (
     "uninitialized register", "race in shared memory", "race in global memory",
     "shared memory that a copy is on its way to", "write to an input", "barrier that not all threads reach",
     "barrier in divergent code", "lane that is not there", "endless loop", "invalid barrier or trap",
+    "instruction of the whole warp in divergent code",
 )  # fmt: skip
 
 
@@ -142,22 +145,23 @@ SONAME = "libcarafe_ptx_executor.so"
 
 @functools.cache
 def executor_library() -> Path:
-    source = HERE / "executor.cpp"
+    sources = sorted(HERE.glob("*.cpp"))
     cpu = Path("/proc/cpuinfo")
     flags = re.search(r"^flags.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     # Sums and products are rounded one by one, as PTX has them.
     command = [*_cxx(), "-O3", "-march=native", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
-    command += [
-        "-ffp-contract=off",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-Wl,-Bsymbolic",
-        f"-Wl,-soname,{SONAME}",
-    ]
-    parts = [source.read_bytes(), " ".join(command), flags.group(0) if flags else "", _run([_cxx()[0], "--version"])]
-    folder = _cached("executor", parts, lambda made: _run([*command, source, "-o", made / "libexecutor.so"]))
-    return folder / "libexecutor.so"
+    command += ["-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
+    link = ["-shared", "-Wl,-Bsymbolic", f"-Wl,-soname,{SONAME}"]
+    parts = [path.read_bytes() for path in (*sources, *sorted(HERE.glob("*.h")))]
+    described = [*command, *link, flags.group(0) if flags else "", _run([_cxx()[0], "--version"])]
+
+    def make(made: Path) -> None:
+        objects = [made / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda source, to: _run([*command, "-c", source, "-o", to]), sources, objects))
+        _run([_cxx()[0], *link, *objects, "-o", made / "libexecutor.so"])
+
+    return _cached("executor", [*parts, *described], make) / "libexecutor.so"
 
 
 def compile_ptx(source: Path, architecture: str = "compute_80") -> str:
@@ -257,7 +261,7 @@ class Launch:
                 continue
             numbers = self.counts[6 * index : 6 * index + 6]
             if numbers[0]:
-                names = ("issued", "lanes", "sectors", "lines", "wavefronts", "ideal_wavefronts")
+                names = ("issued", "lanes", "sectors", "global_wavefronts", "wavefronts", "ideal_wavefronts")
                 yield {
                     "index": index,
                     "ptx": i.statement.text,
@@ -484,7 +488,7 @@ class Executor:
         self.failure: Exception | None = None
         self.device = device
         _library()
-        # Bound to executor.cpp's functions, not to the CUDA runtime that torch has loaded.
+        # Bound to runtime.cpp's functions, not to the CUDA runtime that torch has loaded.
         self.library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
         self._find = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(self._find_kernel)
 

@@ -1,4 +1,4 @@
-// The project's launcher behind a C function for ctypes. Linked with executor.cpp in the place of the CUDA runtime, so
+// The project's launcher behind a C function for ctypes. Linked with runtime.cpp in the place of the CUDA runtime, so
 // that what it launches is executed on the CPU.
 #include <new>
 

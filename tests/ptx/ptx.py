@@ -1,13 +1,14 @@
-"""PTX, as nvcc writes it, into the flat programs that executor.cpp executes: an instruction is an operation by its
-number, rows of registers, and numbers. What is not known is an error that names it and its line."""
+"""PTX, as nvcc writes it, into the flat programs that the executor (machine.h) takes: an instruction is an operation by
+its number, rows of registers, and numbers. What is not known is an error that names it and its line."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-OPERANDS = 12  # of an instruction in executor.cpp
+OPERANDS = 14  # of an instruction in machine.h
 PLAIN, BRANCH, BRANCH_INDEXED, EXIT, BARRIER = range(5)
 
 WIDTHS = {
@@ -239,7 +240,7 @@ def _registers(i: Instruction, predicates: int) -> tuple[int, int]:
         pass
     elif name.startswith("ld."):
         to, of = x[: i.n], x[i.n :]
-    elif name.startswith(("st.", "bar.warp")):
+    elif name.startswith(("st.", "stmatrix", "bar.warp")):
         of = x
     elif name == "cp.async":
         of = x[: 2 + i.sign]
@@ -247,6 +248,10 @@ def _registers(i: Instruction, predicates: int) -> tuple[int, int]:
         pass
     elif name.startswith("mov.unpack"):
         to, of = x[:-1], x[-1:]
+    elif name.startswith("mma."):
+        to, of = x[:4], x[4:]
+    elif name == "ldmatrix":
+        to, of = x[: i.n], x[i.n :]
     elif name.startswith(("setp", "testp", "isspacep")):
         p_to, of = x[:1], x[1:]
     elif name == "set.b32.pred":
@@ -998,6 +1003,7 @@ class _Builder:
     def op_cp(self, words: list[str], operands: list[str]) -> None:
         if words[0] != "async" or "bulk" in words or "mbarrier" in words:
             raise self.unknown()
+        self.needs(80)
         if words[1:2] == ["commit_group"]:
             self.emit("cp.async.commit_group", [])
         elif words[1:2] == ["wait_group"]:
@@ -1022,6 +1028,56 @@ class _Builder:
                     given = self.source(operands[3], "u32")
                 sized = 1
             self.emit("cp.async", [to, row, given], size=size, sign=sized, wide=to_wide, imm=to_offset, target=offset)
+
+    # Matrices
+
+    def needs(self, architecture: int) -> None:
+        has = re.match(r"sm_(\d+)", self.module.target)
+        if not has or int(has.group(1)) < architecture:
+            raise self.error(f"{self.module.target} has no {self.opcode}, which begins with sm_{architecture}")
+
+    def tuple_of(self, text: str, count: int) -> list[str]:
+        names = _operands(text.strip("{} "))
+        if len(names) != count:
+            raise self.error(f"{len(names)} registers of {count}")
+        return names
+
+    def op_mma(self, words: list[str], operands: list[str]) -> None:
+        shape, type_ = words[2], words[6]
+        steps = {"m16n8k8": 1, "m16n8k16": 2}[shape]
+        types = ["f32", type_, type_, "f32"]
+        if type_ not in ("f16", "bf16") or words != ["sync", "aligned", shape, "row", "col", *types]:
+            raise self.unknown()
+        self.needs(75 if (shape, type_) == ("m16n8k8", "f16") else 80)
+        to, a, b, c = map(self.tuple_of, operands, (4, 2 * steps, steps, 4))
+        x = [self.destination(name) for name in to]
+        x += [self.source(name, "b32") for name in (*a, *b)] + [self.source(name, "f32") for name in c]
+        self.emit(f"mma.{shape}.{type_}", x)
+
+    def matrices(self, words: list[str], registers: str, place: str, architecture: int) -> tuple[list[str], int, Any]:
+        """The registers, the row of the addresses, and what else there is to say of ldmatrix and stmatrix."""
+        count = {"x1": 1, "x2": 2, "x4": 4}[words[3]]
+        transposed = words[4] == "trans"
+        space = words[4 + transposed].split("__")[0]
+        if words[:3] != ["sync", "aligned", "m8n8"] or space != "shared" or words[5 + transposed :] != ["b16"]:
+            raise self.unknown()
+        self.needs(architecture)
+        row, wide, offset, _ = self.address(place)
+        return self.tuple_of(registers, count), row, dict(n=count, sign=int(transposed), wide=wide, imm=offset)
+
+    def op_ldmatrix(self, words: list[str], operands: list[str]) -> None:
+        to, row, rest = self.matrices(words, operands[0], operands[1], 75)
+        self.emit("ldmatrix", [*map(self.destination, to), row], **rest)
+
+    def op_stmatrix(self, words: list[str], operands: list[str]) -> None:
+        of, row, rest = self.matrices(words, operands[1], operands[0], 90)
+        self.emit("stmatrix", [*(self.source(name, "b32") for name in of), row], **rest)
+
+    def op_movmatrix(self, words: list[str], operands: list[str]) -> None:
+        if words != ["sync", "aligned", "m8n8", "trans", "b16"]:
+            raise self.unknown()
+        self.needs(75)
+        self.simple("movmatrix", operands, "b32")
 
     # Control
 
@@ -1109,7 +1165,7 @@ class _Builder:
 
 
 def pack(kernel: Kernel, operations: Mapping[str, int], variables: Mapping[str, int]) -> dict[str, object]:
-    """The kernel as the numbers that executor.cpp takes."""
+    """The kernel as the numbers that runtime.cpp takes."""
     words: list[int] = []
     for i in kernel.code:
         if i.operation not in operations:

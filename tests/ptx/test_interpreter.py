@@ -44,14 +44,14 @@ TEMPLATE = """
 """
 
 
-def execute(body, *tensors, block=32, grid=1, shared=16, dynamic=0, results=1, **options):
+def execute(body, *tensors, block=32, grid=1, shared=16, dynamic=0, results=1, target="sm_80", **options):
     """Runs a kernel; %rd0, %rd1, ... are the addresses of ``tensors``, the first ``results`` of which it writes; %r0 is
     the thread, %rd20 four times that. What was found."""
     parameters = ", ".join(f".param .u64 p{n}" for n in range(len(tensors)))
     pointers = "\n".join(f" ld.param.u64 %rd{n}, [p{n}];" for n in range(len(tensors)))
     text = TEMPLATE.format(parameters=parameters, pointers=pointers, shared=shared, body=body)
     executor.reset()
-    module = ptx.Module(text)
+    module = ptx.Module(text.replace("sm_80", target))
     number = executor.load(module, "kernel")
     executor.set_device()
     executor.set_options(**options)
@@ -375,7 +375,7 @@ def test_lanes_part_and_meet_again():
     heads = [r for r in executor.launches()[0].records() if r["ptx"].startswith("setp.ge")]
     assert [(r["issued"], r["lanes"]) for r in heads] == [(32, sum(range(1, 33)))]
     after = [r for r in executor.launches()[0].records() if r["ptx"].startswith("st.global")]
-    assert [(r["issued"], r["lanes"], r["sectors"], r["lines"]) for r in after] == [(1, 32, 4, 1)]
+    assert [(r["issued"], r["lanes"], r["sectors"], r["global_wavefronts"]) for r in after] == [(1, 32, 4, 1)]
 
 
 def test_branches_by_a_table():
@@ -588,6 +588,215 @@ def test_a_copy_over_what_is_still_read():
         assert problems(text.format(barrier) + STORE, ints(64), source, block=64, shared=256) == found
 
 
+def test_a_copy_from_what_is_written_meanwhile():
+    text = """
+ mov.u32 %r1, buffer; add.s64 %rd7, %rd1, %rd20; st.global.u32 [%rd7], %r0; mad.lo.s32 %r3, %r0, 4, %r1;
+ cp.async.ca.shared.global [%r3], [%rd7], 4;
+ ld.global.u32 %r4, [%rd7];
+ {}
+ st.global.u32 [%rd7], 5;
+ cp.async.wait_all;
+ ld.shared.u32 %r9, [%r3];
+"""
+    for wait, found in (("cp.async.wait_all;", set()), ("", {"race in global memory"})):
+        got = ints()
+        assert problems(text.format(wait) + STORE, got, ints(), results=2, shared=128) == found
+        assert got.tolist() == list(range(32))
+
+
+# --- matrices, which a whole warp holds
+
+
+def fragments(matrix):
+    """The registers (32, n) of a matrix of 16-bit elements, in the order of A's in the PTX ISA."""
+    pairs = matrix.contiguous().view(torch.int32)  # of two columns
+    return torch.stack([
+        torch.stack([pairs[lane // 4 + 8 * lower, lane % 4 + 4 * right] for lane in range(32)])
+        for right in range(matrix.shape[1] // 8) for lower in range(matrix.shape[0] // 8)
+    ], 1)  # fmt: skip
+
+
+def multiply(a, b, c, kind):
+    """D of ``mma``, whose lanes load fragments that are cut from A, B and C here."""
+    k = a.shape[1]
+    accumulators = torch.empty(32, 4)
+    for lane in range(32):
+        row, column = lane // 4, 2 * (lane % 4)
+        accumulators[lane] = torch.cat([c[row, column : column + 2], c[row + 8, column : column + 2]])
+    words = [fragments(a), fragments(b.T), accumulators.view(torch.int32)]
+    loads, names = [], []
+    for n, count in enumerate((k // 4, k // 8, 4)):
+        letter = "f" if n == 2 else "r"
+        names.append([f"%{letter}{10 * n + 10 + j}" for j in range(count)])
+        loads.append(f"mul.wide.u32 %rd8, %r0, {4 * count}; add.s64 %rd8, %rd8, %rd{n + 1};")
+        loads += [f"ld.global.b32 {name}, [%rd8+{4 * j}];" for j, name in enumerate(names[-1])]
+    operands = ", ".join("{" + ", ".join(part) + "}" for part in names)
+    text = f"""
+ mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {{%f30, %f31, %f32, %f33}}, {operands};
+ mul.wide.u32 %rd8, %r0, 16; add.s64 %rd8, %rd8, %rd0; st.global.v4.f32 [%rd8], {{%f30, %f31, %f32, %f33}};
+"""
+    got = ints(128)
+    inputs = [executor.place(part.contiguous(), 0, part.shape, part.stride()) for part in words]
+    assert not execute("\n".join(loads) + text, got, *inputs)
+    held = got.view(torch.float32).view(8, 4, 2, 2)  # row, pair of columns, upper or lower half, column
+    return held.permute(2, 0, 1, 3).reshape(16, 8)
+
+
+@pytest.mark.parametrize("k", [8, 16])
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_products_of_matrices(kind, k):
+    dtype = torch.float16 if kind == "f16" else torch.bfloat16
+    a, b = (torch.randint(-9, 10, shape, generator=GENERATOR).to(dtype) for shape in ((16, k), (k, 8)))
+    c = torch.randint(-1000, 1000, (16, 8), generator=GENERATOR).float() / 8
+    assert torch.equal(multiply(a, b, c, kind), a.float() @ b.float() + c)  # sums of integers are exact
+    a, b, c = torch.randn(16, k, generator=GENERATOR), torch.randn(k, 8, generator=GENERATOR), torch.zeros(16, 8)
+    a, b = a.to(dtype), b.to(dtype)
+    exact = a.double() @ b.double()
+    bound = 2.0**-23 * k * (a.double().abs() @ b.double().abs())
+    assert ((multiply(a, b, c, kind).double() - exact).abs() <= bound).all()
+    # The sum has float32's 24 digits, and takes products one by one: each of these alone is rounded away beside 1.
+    small = torch.full((16, k), 2.0**-12, dtype=dtype)
+    assert torch.equal(multiply(small, small.T[:, :8], c + 1, kind), c + 1)
+    assert torch.equal(multiply(small, small.T[:, :8], c, kind), c + k * 2.0**-24)
+
+
+LDMATRIX = """
+ mov.u32 %r1, buffer; mul.wide.u32 %rd8, %r0, 16; add.s64 %rd8, %rd8, %rd1;
+ ld.global.v4.u32 {{%r10, %r11, %r12, %r13}}, [%rd8];
+ mad.lo.s32 %r2, %r0, 32, %r1; {guard} st.shared.v4.u32 [%r2], {{%r10, %r11, %r12, %r13}}; {barrier}
+ mov.u32 %r10, 0; mov.u32 %r11, 0; mov.u32 %r12, 0; mov.u32 %r13, 0;
+ xor.b32 %r3, %r0, 3; mad.lo.s32 %r3, %r3, 32, %r1;
+ {before}
+ ldmatrix.sync.aligned.m8n8.{form}.shared.b16 {to}, [%r3+{at}];
+ {after}
+ mul.wide.u32 %rd8, %r0, 16; add.s64 %rd8, %rd8, %rd0; st.global.v4.u32 [%rd8], {{%r10, %r11, %r12, %r13}};
+"""
+SPREAD = torch.arange(256, dtype=torch.int16).view(32, 8)  # rows of four matrices
+
+
+def load_matrix(form, guard="", barrier="bar.warp.sync -1;", before="", after="", at=0, got=None, shared=1024):
+    count = int(form[1])
+    to = "{" + ", ".join(f"%r{10 + j}" for j in range(count)) + "}"
+    body = LDMATRIX.format(form=form, to=to, guard=guard, barrier=barrier, before=before, after=after, at=at)
+    return execute(body, ints(128) if got is None else got, SPREAD.view(torch.int32).flatten(), shared=shared)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_matrices_from_shared_memory(count, transposed):
+    got = ints(128)
+    assert not load_matrix(f"x{count}{'.trans' if transposed else ''}", got=got)
+    # Lane l gives the address of row l ^ 3.
+    rows = SPREAD[[lane ^ 3 for lane in range(32)]].view(4, 8, 8)
+    for j, matrix in enumerate(rows):
+        wanted = fragments(matrix.T if transposed else matrix).flatten()
+        assert torch.equal(got.view(32, 4)[:, j], wanted if j < count else torch.zeros_like(wanted)), j
+
+
+STMATRIX = """
+ mov.u32 %r1, buffer; shl.b32 %r2, %r0, 4; add.s32 %r3, %r1, %r2; mul.wide.u32 %rd8, %r0, 16; add.s64 %rd9, %rd8, %rd1;
+ ld.global.v4.u32 {{%r10, %r11, %r12, %r13}}, [%rd9]; {before}
+ stmatrix.sync.aligned.m8n8.{form}.shared.b16 [%r3], {to};
+ {after} ld.shared.v4.u32 {{%r14, %r15, %r16, %r17}}, [%r3];
+ add.s64 %rd9, %rd8, %rd0; st.global.v4.u32 [%rd9], {{%r14, %r15, %r16, %r17}};
+"""
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_to_shared_memory(transposed):
+    """Row r of matrix j to where lane 8 j + r says."""
+    matrices = SPREAD.view(4, 8, 8)
+    held = torch.cat([fragments(matrix.T if transposed else matrix) for matrix in matrices], 1).contiguous().flatten()
+    form = "x4" + ".trans" * transposed
+
+    def store(before="", after="", shared=512, got=None, **changes):
+        body = STMATRIX.format(**dict(form=form, to="{%r10, %r11, %r12, %r13}", before=before, after=after) | changes)
+        got = ints(128) if got is None else got
+        return {(f.problem, f.thread) for f in execute(body, got, held, shared=shared, target="sm_90")}
+
+    got = ints(128)
+    assert store(got=got) == set()  # each lane reads what it gave the address of
+    assert torch.equal(got, SPREAD.view(torch.int32).flatten())
+    assert store("xor.b32 %r3, %r3, 16;", "xor.b32 %r3, %r3, 16;") == {("race in shared memory", 0)}
+    assert store("xor.b32 %r3, %r3, 16;", "xor.b32 %r3, %r3, 16; bar.warp.sync -1;") == set()
+    assert store(shared=496) >= {("shared access out of bounds", 31)}
+    assert ("uninitialized shared memory", 8) in store(form="x1", to="{%r10}")
+    with pytest.raises(ptx.PtxError, match=r"sm_80 has no stmatrix\.sync.*sm_90"):
+        execute(STMATRIX.format(form=form, to="{%r10, %r11, %r12, %r13}", before="", after=""), ints(128), held)
+
+
+def test_what_is_read_of_matrices_is_checked():
+    def found(*arguments, **options):
+        return {(f.problem, f.thread) for f in load_matrix(*arguments, **options)}
+
+    assert found("x4") == set()
+    assert found("x4", barrier="") == {("race in shared memory", 0)}
+    assert found("x4", after="st.shared.u32 [%r2], 0;") == {("race in shared memory", 0)}
+    assert found("x4", after="bar.warp.sync -1; st.shared.u32 [%r2], 0;") == set()
+    # Lane 30 reads what lane 29 should have written; the first two matrices do not depend on it.
+    unwritten = "setp.ne.u32 %p1, %r0, 29; @%p1"
+    assert found("x4", guard=unwritten) == {("uninitialized shared memory", 30)}
+    assert found("x2", guard=unwritten) == set()
+    assert found("x4", at=8) >= {("misaligned access", 0)}
+    # The addresses of lanes that give no row are not looked at; 28's row is the last.
+    assert found("x4", before="setp.eq.u32 %p1, %r0, 28; @%p1 add.s32 %r3, %r3, 16;") == {
+        ("uninitialized shared memory", 28)
+    }
+    assert found("x4", before="setp.eq.u32 %p1, %r0, 28; @%p1 add.s32 %r3, %r3, 32;") == {
+        ("shared access out of bounds", 28)
+    }
+    assert found("x1", before="setp.ge.u32 %p1, %r0, 8; @%p1 add.s32 %r3, %r3, 4096;") == set()
+
+
+def test_wavefronts_of_matrices():
+    def count(form, scale):
+        load_matrix(form, before=f"mad.lo.s32 %r3, %r0, {scale}, %r1;", shared=8192)
+        (record,) = (r for r in executor.launches()[0].records() if r["ptx"].startswith("ldmatrix"))
+        return record["wavefronts"], record["ideal_wavefronts"]
+
+    assert count("x1", 16) == (1, 1)
+    assert count("x4", 16) == (4, 4)
+    assert count("x4", 32) == (8, 4)
+    assert count("x2", 128) == (16, 2)
+    assert count("x4.trans", 144) == (4, 4)
+
+
+def test_a_matrix_is_transposed_between_lanes():
+    matrix = torch.arange(64, dtype=torch.int16).view(8, 8)
+    got = each("movmatrix.sync.aligned.m8n8.trans.b16 %r9, %r1;", fragments(matrix).flatten())
+    assert torch.equal(got, fragments(matrix.T).flatten())
+
+
+@pytest.mark.parametrize("text", [
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4}, {%r0, %r0, %r0, %r0}, {%r0, %r0}, "
+    "{%f5, %f5, %f5, %f5};",
+    "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r1];",
+    "movmatrix.sync.aligned.m8n8.trans.b16 %r9, %r0;",
+], ids=lambda text: text.split(".")[0])  # fmt: skip
+def test_the_whole_warp_is_together_for_matrices(text):
+    text = f"mov.u32 %r1, buffer; mov.f32 %f5, 0f00000000; st.shared.v4.u32 [%r1], {{%r0, %r0, %r0, %r0}};{text}"
+    text = text.replace("st.", "setp.eq.u32 %p2, %r0, 0; @%p2 st.", 1).replace(";ldm", ";bar.warp.sync -1; ldm")
+    name = "instruction of the whole warp in divergent code"
+    assert problems(text, ints()) == set()
+    head, last = text[:-1].rsplit("; ", 1) if ";bar" in text else text[:-1].rsplit(";", 1)
+    assert {f.problem for f in execute(f"{head}; setp.lt.u32 %p1, %r0, 31; @%p1 {last};", ints())} == {name}
+    assert name in problems(text, ints(), block=40)
+
+
+def test_matrices_of_an_architecture_that_has_none():
+    head, at = TEMPLATE.format(parameters="", pointers="", shared=16, body="{}"), "sm_80"
+    for text, target, needed in (
+        ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1, %f1, %f1, %f1}, {%r0, %r0, %r0, %r0}, {%r0, %r0}, "
+         "{%f1, %f1, %f1, %f1};", "sm_75", 80),
+        ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r1];", "sm_70", 75),
+        ("cp.async.wait_all;", "sm_75", 80),
+    ):  # fmt: skip
+        whole = head.replace("{}", text)
+        assert ptx.Module(whole).kernel("kernel")
+        with pytest.raises(ptx.PtxError, match=rf"{target} has no .* begins with sm_{needed}"):
+            ptx.Module(whole.replace(at, target)).kernel("kernel")
+
+
 def test_bounds_of_global_memory():
     assert problems("mov.u32 %r9, 1;" + STORE, ints(32)) == set()
     found = execute("mov.u32 %r9, 1;" + STORE, ints(31))
@@ -728,6 +937,33 @@ def test_shared_memory_wavefronts():
     assert count(store.format(32, "v4.u32", "{%r0, %r0, %r0, %r0}")) == (8, 4)
     assert count(store.format(144, "v4.u32", "{%r0, %r0, %r0, %r0}")) == (4, 4)
     assert count(store.format(2, "u16", "%h1")) == (1, 1)
+    pairs = "shr.u32 %r2, %r0, 1; mad.lo.s32 %r2, %r2, 128, %r1; st.shared.u32 [%r2], %r0;"  # two lanes of each word
+    assert count(pairs) == (16, 1)
+
+
+def test_global_memory_wavefronts():
+    def count(text):
+        execute("mov.u32 %r1, 0;" + text, ints(32 * 64), ints(32 * 64), shared=512)
+        (record,) = (
+            r for r in executor.launches()[0].records() if r["ptx"].startswith(("ld.global", "st.global", "cp"))
+        )
+        return record["global_wavefronts"], record["sectors"], record["wavefronts"]
+
+    load = "mul.wide.u32 %rd8, %r0, {}; add.s64 %rd8, %rd8, %rd1; ld.global.{} {}, [%rd8+{}];"
+    assert count(load.format(4, "u32", "%r9", 0)) == (1, 4, 0)
+    assert count(load.format(4, "u32", "%r9", 4)) == (1, 5, 0)  # of two lines
+    assert count(load.format(0, "u32", "%r9", 0)) == (1, 1, 0)
+    assert count(load.format(2, "u16", "%h1", 0)) == (1, 2, 0)
+    assert count(load.format(128, "u32", "%r9", 0)) == (32, 32, 0)  # one bank
+    assert count(load.format(132, "u32", "%r9", 0)) == (1, 32, 0)
+    assert count(load.format(64, "u32", "%r9", 0)) == (16, 32, 0)
+    assert count(load.format(16, "v4.u32", "{%r6, %r7, %r8, %r9}", 0)) == (4, 16, 0)
+    assert count(load.format(128, "v4.u32", "{%r6, %r7, %r8, %r9}", 0)) == (32, 32, 0)
+    store = "mul.wide.u32 %rd8, %r0, 8; add.s64 %rd8, %rd8, %rd0; st.global.u32 [%rd8], %r0;"
+    assert count(store) == (2, 8, 0)
+    # What is copied to shared memory passes once, when it is written there.
+    copy = "mul.wide.u32 %rd8, %r0, 16; add.s64 %rd8, %rd8, %rd1; mov.u32 %r1, buffer; mad.lo.s32 %r1, %r0, 16, %r1;"
+    assert count(f"{copy} cp.async.cg.shared.global [%r1], [%rd8], 16;") == (0, 16, 4)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -736,6 +972,9 @@ def test_shared_memory_wavefronts():
     ("add.s32 %r1, %r99, 1;", "unknown register or symbol %r99"),
     ("bra $L_nowhere;", "unknown label"),
     ("cvt.rna.tf32.f32 %r1, %f1;", "unknown opcode cvt.rna.tf32"),
+    ("mma.sync.aligned.m16n8k16.row.col.f32.f16.bf16.f32 {%f1}, {%r1}, {%r1}, {%f1};", "unknown opcode mma"),
+    ("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1, %f1, %f1}, {%r1}, {%r1}, {%f1};", "3 registers of 4"),
+    ("ldmatrix.sync.aligned.m8n8.x2.trans.global.b16 {%r1, %r2}, [%r3];", "unknown opcode ldmatrix"),
 ])  # fmt: skip
 def test_what_is_not_known_is_an_error(text, message):
     with pytest.raises(ptx.PtxError, match=message):

@@ -83,6 +83,21 @@ MORE = [
         # As many blocks of the general kernels as make each go over all channels, in two turns.
         dict(kernel=1, size=(1, 1), channels=40, batch=1024, ratio=(3, 1), normalizer="none"),
         dict(kernel=3, size=(1, 2), channels=40, batch=1024, ratio=(1, 3), layout="channels_last"),
+        # Tensor cores: several steps of channels in a block, rows that are aligned to 8, 4 or 2 bytes, channels that
+        # fill no unit.
+        *(
+            dict(kernel=kernel, dtype=dtype, layout=layout, size=size, channels=channels, batch=batch, group=group)
+            for kernel, dtype, layout, size, channels, batch, group in (
+                (5, torch.float16, "contiguous", (2, 3), 72, 140, 1),
+                (3, torch.bfloat16, "contiguous", (1, 4), 72, 140, 1),
+                (7, torch.float16, "contiguous", (1, 3), 72, 140, 1),
+                (5, torch.bfloat16, "channels_last", (2, 3), 72, 140, 1),
+                (7, torch.float16, "channels_last", (1, 3), 144, 70, 2),
+                (3, torch.float16, "channels_last", (3, 20), 20, 2, 1),
+                (5, torch.float16, "contiguous", (5, 22), 20, 1, 1),
+                (5, torch.bfloat16, "contiguous", (5, 22), 6, 1, 2),
+            )
+        ),
         dict(dtype=torch.float64, normalizer="none"),
         dict(dtype=torch.float64, ratio=(1, 2)),
         *(dict(dtype=dtype, ratio=(3, 2), normalizer="none") for dtype in reference.DTYPES),
@@ -139,13 +154,28 @@ def choose(host, op, case):
     return host.choose(op, case["dtype"], case["normalizer"], shape, strides, case["offset"])
 
 
-def assert_rounded(got, wanted, terms):
-    """Halves: the sums are float32 numbers, rounded to the nearest; ``terms``: the size of what is summed up."""
-    digits = {torch.float16: 11, torch.bfloat16: 8}[got.dtype]
-    spacing = torch.ldexp(torch.ones_like(wanted), torch.frexp(wanted)[1] - digits).clamp_min(2.0**-24)
+DIGITS = {torch.float16: 11, torch.bfloat16: 8}
+
+
+def assert_rounded(got, wanted, terms, weights=0.0):
+    """Halves: the sums are float32 numbers, rounded to the nearest; ``terms``: the size of what is summed up;
+    ``weights``: what comes of weights that are rounded before."""
+    spacing = torch.ldexp(torch.ones_like(wanted), torch.frexp(wanted)[1] - DIGITS[got.dtype]).clamp_min(2.0**-24)
     sums = ELEMENT_FACTOR * TOLERANCES[torch.float32] * (wanted.abs() + terms)
-    excess = (got.double() - wanted).abs() - spacing / 2 - sums
+    excess = (got.double() - wanted).abs() - spacing / 2 - sums - weights
     assert excess.max() <= 0, f"element {int(excess.argmax())} of {got.dtype} is not rounded to the nearest"
+
+
+def error_of_weights(op, case, tensors):
+    """What the result of tensor cores may be off by: they multiply weights that are rounded to halves."""
+    if case["normalizer"] == "none" or op != "reassemble":
+        return 0.0
+    sizes_of = tensors[0].double().abs()
+    dtype, geometry = case["dtype"], (case["kernel"], case["group"], *case["ratio"])
+    sizes = expected(op, (sizes_of, *tensors[1:]), case["normalizer"], *geometry)
+    # Below the normal numbers a half has no more than its last place.
+    least = 2.0**-25 * case["kernel"] ** 2 * sizes_of.max() if dtype == torch.float16 else 0.0
+    return 2.0 ** -DIGITS[dtype] * sizes + least
 
 
 def terms_of_logits(case, tensors):
@@ -178,7 +208,9 @@ def check(host, case, operators=OPERATORS, tensors=None, **options):
         else:
             assert_close(run.result, wanted.to(case["dtype"]))
         if case["dtype"].itemsize == 2:
-            assert_rounded(run.result, wanted, 4 * terms)
+            on_tensor_cores = any("tensor" in launch.kernel for launch in run.launches)
+            weights = error_of_weights(op, case, tensors) if on_tensor_cores else 0.0
+            assert_rounded(run.result, wanted, 4 * terms, weights)
         again = call(host, op, case, tensors, descending=True, fill=0x3F, checks=False, counting=False, **options)
         same = torch.equal(again.result, run.result)
         assert same, f"{op}: the order of blocks and warps matters, or what lay in memory before"
@@ -190,11 +222,11 @@ def test_kernels_equal_the_reference(case):
 
 
 def test_every_kernel_of_the_binary_is_executed():
-    """Of all kernels, dtypes and layouts: none that no case above launches."""
+    """Of all kernels, dtypes and layouts: none that no case above launches, on one device or another."""
     launched = {}
-    for case in (*CASES, *MORE):
+    for host, case in itertools.product((machine(), machine(device="t4")), (*CASES, *MORE)):
         for op in OPERATORS:
-            error, launches = choose(machine(), op, case)
+            error, launches = choose(host, op, case)
             assert error == 0, (op, case)
             for launch in launches:
                 launched.setdefault(launch.kernel, []).append(case)
@@ -213,8 +245,35 @@ def test_other_architectures(architecture):
 def test_the_launcher_on_other_devices(gpu):
     """Another number of multiprocessors cuts the channels otherwise, less shared memory chooses other kernels."""
     host = machine(device=gpu)
-    for changes in (dict(channels=128), dict(channels=128, ratio=(1, 2)), dict(kernel=9, size=(4, 5))):
+    halves = [dict(kernel=kernel, dtype=torch.float16) for kernel in (3, 5, 7)]  # a T4 has no such tensor cores
+    for changes in (dict(channels=128), dict(channels=128, ratio=(1, 2)), dict(kernel=9, size=(4, 5)), *halves):
         check(host, CASE | dict(batch=1) | changes)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_tiles_of_every_width(kernel, layout, monkeypatch):
+    """The fewer multiprocessors, the wider are tiles of the gradient to the kernels on tensor cores, or the fewer the
+    splits of their channels."""
+    multiprocessors = 16  # cudaDevAttrMultiProcessorCount
+    grids = set()
+    for number, width, channels, dtype in (
+        (1, 12, 72, torch.float16),
+        (1, 20, 24, torch.bfloat16),
+        (1, 24, 12, torch.float16),
+        (1, 28, 130, torch.float16),
+        (1, 32, 72, torch.bfloat16),
+        (8, 18, 300, torch.float16),
+        (8, 34, 104, torch.bfloat16),
+    ):
+        monkeypatch.setitem(executor.DEVICES, "few", {**executor.DEVICES["h100"], multiprocessors: number})
+        case = CASE | dict(kernel=kernel, size=(3, width), channels=channels, dtype=dtype, layout=layout, batch=1)
+        host = machine(device="few")
+        check(host, case, ("grad_kernels",))
+        _, launches = choose(host, "grad_kernels", case)
+        assert "grad_kernels_products" in launches[0].kernel
+        grids.add((launches[0].grid, len(launches)))
+    assert len(grids) > 1
 
 
 def test_a_gradient_that_is_expanded():
@@ -234,6 +293,17 @@ def test_views_of_larger_tensors():
             return larger[1:, 1:, : tensor.shape[2], 1 : 1 + tensor.shape[3]]
 
         check(machine(), case, tensors=tuple(map(part, tensors_of(case))))
+
+
+@pytest.mark.parametrize("layouts", [(0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)], ids=str)
+def test_layouts_that_differ(layouts):
+    """Features, kernels and output each with neighbouring channels or columns."""
+    for kernel in (3, 5, 7):
+        case = CASE | dict(kernel=kernel, dtype=torch.float16, channels=40, batch=1)
+        tensors = tuple(
+            lay_out(tensor, LAYOUTS[which]) for tensor, which in zip(tensors_of(case), layouts, strict=True)
+        )
+        check(machine(), case, OPERATORS[:1], tensors)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS[1:])

@@ -189,6 +189,12 @@ CASES: dict[str, list[tuple]] = {
         ("a negative number of channels", f"{TRAIN} model.neck.carafe_cfg.compressed_channels=-8"),
         ("groups that do not divide the channels", f"{TRAIN} model.neck.carafe_cfg.up_group=5"),
         ("an unknown normaliser", f"{TRAIN} model.neck.carafe_cfg.normalizer=softmaxx"),
+        ("an unknown start", f"{TRAIN} model.neck.carafe_cfg.init=nearesst"),
+        (
+            "a start that the window is too small for",
+            f"{TRAIN} model.neck.carafe_cfg.init=bilinear model.neck.carafe_cfg.up_kernel=1",
+        ),
+        ("a start that spreads nothing", f"{TRAIN} model.neck.carafe_cfg.init_spread=0"),
         ("an operator in a missing module", f"{TRAIN} model.neck.carafe_cfg.type=absent.Upsample"),
         ("an unknown operator", f"{TRAIN} model.neck.carafe_cfg.type=Absent"),
         ("a misspelt option of a toolbox's type", f"{TRAIN} model.neck.out_chanels=32"),

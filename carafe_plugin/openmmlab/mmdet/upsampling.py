@@ -33,14 +33,16 @@ class _TopDownPath:
     backbone_end_level: int
     add_extra_convs: bool | str
     relu_before_extra_convs: bool
+    upsample_cfg: dict
     lateral_convs: nn.ModuleList
     fpn_convs: nn.ModuleList
 
     def __init__(self, *args: Any, carafe_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        align_corners = self.upsample_cfg.get("align_corners")
         # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
         self.upsample_modules = ModuleList(
-            build_upsampler(carafe_cfg, self.out_channels) for _ in range(len(self.lateral_convs) - 1)
+            build_upsampler(carafe_cfg, self.out_channels, align_corners=align_corners) for _ in self.lateral_convs[1:]
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -81,7 +83,8 @@ class CARAFEFPN(_TopDownPath, FPN):
     Takes FPN's arguments and loads FPN's checkpoints: the only new parameters are in ``upsample_modules``, where
     ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have any size: see
     :func:`~carafe_plugin.openmmlab.layers.fit_to_size`. FPN's ``upsample_cfg`` describes the interpolation that
-    CARAFE++ stands in for: it is accepted, so that changing ``type`` is enough, and has no effect.
+    CARAFE++ stands in for: it is accepted, so that changing ``type`` is enough, and has no effect, except that
+    ``carafe_cfg=dict(init="bilinear")`` is refused where it aligns corners.
 
     Args:
         carafe_cfg (dict | None): the upsampler, described and checked by

@@ -70,7 +70,10 @@ class CARAFEUPerHead(UPerHead):
                 lacking = "pool_scales is empty" if name == "ppm" else "in_channels has one level"
                 raise ValueError(f"carafe_cfg: {name}=True, but there is nothing to upsample: {lacking}")
             try:  # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
-                return ModuleList(build_upsampler(upsampler_cfg, channels) for channels in places[name])
+                return ModuleList(
+                    build_upsampler(upsampler_cfg, channels, align_corners=self.align_corners)
+                    for channels in places[name]
+                )
             except TypeError as error:
                 known = f"apart from the upsampler's arguments, the switches are {', '.join(SWITCHES)}"
                 raise TypeError(f"{error} ({known})") from error
@@ -187,7 +190,7 @@ def _replace_upsample(steps: nn.Sequential, carafe_cfg: Mapping[str, Any] | None
                 f"upsample_cfg must set scale_factor to a whole number where CARAFE++ upsamples, "
                 f"got size={step.size}, scale_factor={factor}"
             )
-        upsampler = build_upsampler(carafe_cfg, channels, int(factor))
+        upsampler = build_upsampler(carafe_cfg, channels, int(factor), step.align_corners)
         if isinstance(upsampler, nn.Upsample):
             upsampler = Upsample(None, factor, upsampler.mode, upsampler.align_corners)
         steps[i] = upsampler
