@@ -31,7 +31,7 @@ ablation: env
 	$(PYTHON) -m studies.ablation $(if $(TABLE),--table $(TABLE))
 
 test: env
-	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
+	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The campaigns' long form (tests/support/campaign.py); its figures go into docs/reliability.json and .md. SEED=1 draws other
 # cases, FUZZ=tests/ops/test_fuzz.py runs one campaign, CARAFE_FUZZ_OPERATORS=10000 another number of cases.

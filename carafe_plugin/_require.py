@@ -33,6 +33,11 @@ def require(package: str, purpose: str) -> None:
         ) from error
 
 
+def major_minor(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, as it is compared: (2, 11) of '2.11.0a0+cu130', () of ''."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 def check_versions() -> None:
     """Raise an ImportError: torch is older than 2.1, or numpy 2 is installed beside a torch made for numpy 1.
 
@@ -43,7 +48,7 @@ def check_versions() -> None:
     for name in ("torch", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-    torch, numpy = (tuple(map(int, re.findall(r"\d+", found.get(name, ""))[:2])) for name in ("torch", "numpy"))
+    torch, numpy = (major_minor(found.get(name, "")) for name in ("torch", "numpy"))
     if torch and torch < (2, 1):
         raise ImportError(f"carafe_plugin needs torch >= 2.1, found {found['torch']}")
     if torch and torch < (2, 3) and numpy >= (2,):

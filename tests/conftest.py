@@ -1,10 +1,13 @@
 """Options shared by all tests."""
 
+import gc
 import importlib.util
 import os
 import sys
+from collections import Counter
 from importlib.machinery import PathFinder
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +21,42 @@ if importlib.util.find_spec("mmcv") is not None:
 
 sys.path.append(str(Path(__file__).parent / "support" / "stand_ins"))  # last: a package that is installed comes first
 
+# What the tools would keep for the next tensors (carafe_plugin/engine/memory.py) adds up in a process that runs
+# hundreds of them. These are glibc's own values in the end; tests/engine/test_memory.py has processes without them.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**26))
+
 # Tests are many and small: two threads are enough, and where several processes run them, they share the cores.
 _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _processes)))
+
+
+# The files that take longest, which begin first: at the end no process waits for one of them.
+LONGEST = (
+    *("packaging", "gpu_check", "ptx", "kernels", "gpu_model", "fuzz", "reliability", "distributed", "backends"),
+    *("flexible_runner", "panoptic_models", "annotations_fuzz", "zoo", "kills", "memory", "ablation", "demo", "train"),
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="of each test's cases, the first and every N-th after it"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    counts, left = Counter(), []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if counts[test] % config.option.every:
+            left.append(item)
+        counts[test] += 1
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    if left:
+        config.hook.pytest_deselected(items=left)
+        without = set(left)
+        items[:] = [item for item in items if item not in without]
 
 
 def pytest_report_header():
@@ -47,6 +83,27 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", device_params())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plain_texts_of_configurations():
+    """MMEngine has yapf lay out a configuration's text five times a run: most of what a small one takes. Tools in
+    processes of their own do so here, too.
+    """
+    if importlib.util.find_spec("yapf") is None:
+        yield
+        return
+    from yapf.yapflib import yapf_api
+
+    with mock.patch.object(yapf_api, "FormatCode", lambda text, **_: (text, True)):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_old_objects_to_look_through():
+    """MMEngine collects garbage for every dataset: what imports and files before have left is no garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_default_scope():
     """A file begins without MMEngine's default scope, as in a new process: runs in files before leave theirs behind."""
@@ -66,7 +123,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Seven images (odd, so that two processes get unequal shares) in all three layouts."""
-    from tiny_runs import write_scenes
+    from tiny_models import write_scenes
 
     return write_scenes(tmp_path_factory.mktemp("data"), 7)
 
@@ -74,7 +131,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, data):
     """Train the tiny model of a toolbox, once per session, in this process: ``trained('mmdet')``."""
-    from tiny_runs import Trained, call_tool, write_config
+    from tiny_models import write_config
+    from tool_runs import Trained, call_tool
 
     done = {}
 

@@ -82,11 +82,20 @@ def test_import_brings_no_toolbox_along():
     assert mm == []
 
 
-@pytest.mark.parametrize("adapter", ["layers", "mmdet", "mmseg", "mmpretrain", "drop_in"])
-def test_a_missing_toolbox_is_named(adapter):
-    result = run(HIDE + f"import carafe_plugin.openmmlab.{adapter}")
-    assert result.returncode != 0
-    assert re.search(r"(ImportError|ModuleNotFoundError): .*\bmm(engine|cv|det|seg|pretrain)\b", result.stderr)
+def test_a_missing_toolbox_is_named():
+    code = """
+import importlib
+for adapter in ("layers", "mmdet", "mmseg", "mmpretrain", "drop_in"):
+    try:
+        importlib.import_module(f"carafe_plugin.openmmlab.{adapter}")
+    except ImportError as error:
+        print(error)
+"""
+    result = run(HIDE + code)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(re.search(r"\bmm(engine|cv|det|seg|pretrain)\b", line) for line in lines), lines
 
 
 def test_mmseg_needs_no_working_mmdet():

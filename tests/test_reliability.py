@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tiny_runs import run
+from tool_runs import run
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmseg", reason="tools: mmseg is not installed")

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-TORCH = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+from carafe_plugin._require import major_minor
+
+TORCH = major_minor(torch.__version__)
 
 
 def reason_for_no_cuda_half():

@@ -25,6 +25,7 @@ from mmengine.registry import MODELS, RUNNERS, STRATEGIES
 from mmengine.runner import FlexibleRunner, Runner, get_state_dict, weights_to_cpu
 from torch.nn.parallel import DistributedDataParallel
 
+from carafe_plugin._require import major_minor
 from carafe_plugin.engine.atomic import move_into_place
 from carafe_plugin.engine.config import find_type, toolbox, type_name
 from carafe_plugin.engine.errors import CheckpointError, UsageError, reading_named_files
@@ -176,7 +177,7 @@ def prepare_strategy(cfg: Config) -> None:
         _check_sharded(cfg, name)
     if issubclass(found, fsdp):
         _complete_fsdp(strategy)
-        if torch.__version__ < "2.4" and get_device() == "cpu":
+        if major_minor(torch.__version__) < (2, 4) and get_device() == "cpu":
             raise UsageError(f"strategy {name} runs on a CPU from torch 2.4 on, this is torch {torch.__version__}")
         strategy["type"] = "carafe_plugin.engine.fsdp.CurrentFSDPStrategy" if found is fsdp else strategy["type"]
     elif issubclass(found, DDPStrategy):

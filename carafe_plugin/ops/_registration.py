@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
+from .._require import major_minor
 from .._version import __version__
 from ._derivatives import autograd_kernel
 from ._operators import OPERATORS, Operator
@@ -93,7 +94,7 @@ def _load(required: bool) -> None:
 def _import_library(library: str) -> None:
     """As a module of this package, whatever its file is called."""
     name, folder = f"carafe_plugin.{library}", Path(__file__).parents[1]
-    major, minor = (int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    major, minor = major_minor(torch.__version__)
     own = folder / f"{library}_torch{major}_{minor}.abi3.so"
     if name in sys.modules:
         importlib.import_module(name)  # raises where None keeps it out

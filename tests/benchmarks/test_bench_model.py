@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import call_tool, load_tool, write_config
+from tiny_models import write_config
+from tool_runs import call_tool, load_tool
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 

@@ -42,7 +42,8 @@ SLOW = Step("slow", python("import time; print('start', flush=True); time.sleep(
 def test_a_dry_run_rehearses_every_step(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--out", str(out)]
-    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # seven processes begin at the same time
+    done = subprocess.run(command, cwd=gpu_check.ROOT, env=one_thread, capture_output=True, text=True)
     summary = json.loads((out / "summary.json").read_text())
     steps = {step["name"]: step for step in summary["steps"]}
     told = {name: (step["status"], step.get("detail")) for name, step in steps.items()}

@@ -31,7 +31,7 @@ std::vector<Launch> launches;
 Dim pending_grid, pending_block;
 size_t pending_shared;
 void* pending_stream;
-int calls = 0, failing = -1, error_code = 0, last_error = 0;
+int calls = 0, failing = -1, error_code = 0, last_error = 0, most_shared = 0, allocations = 0;
 
 constexpr int kDefault = 48 << 10;
 
@@ -42,12 +42,21 @@ int next() { return last_error = calls++ == failing ? error_code : 0; }
 
 extern "C" {
 
-void start_over(int fail_at, int code) {
-  calls = 0, failing = fail_at, error_code = code, last_error = 0;
+// shared: bytes of shared memory that a block may have on request
+void start_over(int fail_at, int code, int shared) {
+  calls = allocations = 0, failing = fail_at, error_code = code, last_error = 0, most_shared = shared;
   launches.clear(), allowed.clear();
 }
 
+// The allocator of a launch's workspace; its context: whether it has any.
+void* allocate(const bool* has_memory, int64_t) {
+  ++allocations;
+  static char memory[16];
+  return *has_memory ? memory : nullptr;  // nothing reads or writes it
+}
+
 int call_count() { return calls; }
+int allocation_count() { return allocations; }
 int launch_count() { return static_cast<int>(launches.size()); }
 const Launch* launch_at(int index) { return &launches[index]; }
 
@@ -111,7 +120,7 @@ int cudaFuncSetCacheConfig(const void*, int) { return next(); }
 
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
   constexpr int kMultiprocessors = 16, kSharedOptIn = 97;
-  *value = attribute == kMultiprocessors ? 132 : attribute == kSharedOptIn ? 227 << 10 : attribute == 75 ? 9 : 0;
+  *value = attribute == kMultiprocessors ? 132 : attribute == kSharedOptIn ? most_shared : attribute == 75 ? 9 : 0;
   return next();
 }
 }

@@ -133,7 +133,7 @@ FROM_LOGITS = list(
             "kernel_size": (1, 3, 5),
             "group_size": (1, 2),
             "scale": (1, 2, 3, Fraction(1, 2), Fraction(1, 3)),
-            "size": ((6, 8), (1, 1), (19, 209)),
+            "size": ((6, 8), (1, 1), (19, 9), (3, 209)),
             "channels": (8, 38),
             "normalizer": NORMALIZERS,
             "dtype": reference.DTYPES,
@@ -149,18 +149,20 @@ def test_kernels_from_logits_equal_the_definition(case, library):
     check_from_logits(library, case)
 
 
-def check_all_cases(library):
+def check_all_cases(library, types=None):
+    """With each type, or with what takes its place in ``types``."""
+    types = types or {dtype: dtype for dtype in DTYPES}
     for case in CASES:
         for path in (0, 1):
-            check_all_operators(library, path, case)
+            check_all_operators(library, path, case | dict(dtype=types[case["dtype"]]))
     for case in FROM_LOGITS:
-        check_from_logits(library, case)
+        check_from_logits(library, case | dict(dtype=types[case["dtype"]]))
     return f"{2 * len(CASES) + len(FROM_LOGITS)} cases"
 
 
 def test_kernels_under_sanitizers(tmp_path):
     """And what they do on processors of as many registers as AVX-512 has."""
-    assert run_under_sanitizers(__file__, "host.cpp", tmp_path, "-DREGISTERS=32").endswith(" cases")
+    assert run_under_sanitizers(__file__, "host.cpp", tmp_path, "-DREGISTERS=32", "-DFLOAT_AND_HALF").endswith(" cases")
 
 
 def test_kernels_on_64_bit_arm(tmp_path):
@@ -252,4 +254,6 @@ def test_offsets_of_more_than_2_to_the_31_elements(library):
 
 
 if __name__ == "__main__":
-    print(check_all_cases(ctypes.CDLL(sys.argv[1])))
+    single, half = torch.float32, torch.float16
+    types = {torch.float64: single, single: single, half: half, torch.bfloat16: half}
+    print(check_all_cases(ctypes.CDLL(sys.argv[1]), types))

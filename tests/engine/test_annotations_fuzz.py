@@ -14,13 +14,13 @@ PARTS = 10
 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize(
-    ("name", "kind", "short"), [("annotations", Campaign, 500), ("label_maps", LabelCampaign, 100)]
+    ("name", "kind", "short", "long"), [("annotations", Campaign, 300, 5000), ("label_maps", LabelCampaign, 60, 1000)]
 )
-def test_mutations(name, kind, short, part, tmp_path, campaign, one_thread):
+def test_mutations(name, kind, short, long, part, tmp_path, campaign, one_thread):
     tally, cases = campaign(name), kind(tmp_path)
     quiet()
     wrong = []
-    for number in range(part, count(name, short=short, long=10 * short), PARTS):
+    for number in range(part, count(name, short=short, long=long), PARTS):
         outcome, mutation, details = cases.case(SEED * 10**6 + number)
         tally(mutations=1, **{outcome.lower(): 1})
         if outcome == "WRONG":

@@ -23,7 +23,8 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
-from tiny_runs import KILL_MODULE, call_tool, forget_runs, run, write_toy
+from tiny_models import KILL_MODULE, write_toy
+from tool_runs import call_tool, forget_runs, run_in_process
 
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.engine.atomic import AtomicLocalBackend
@@ -39,11 +40,15 @@ from carafe_plugin.engine.errors import CheckpointError
 POINTS = ("writing", "renaming", "writing the pointer", "deleting", "writing the best")
 
 
-def train(folder: Path, work_dir: Path, *options: str, hook: str = "CheckpointHook", kill_at: str = ""):
-    config = write_toy(folder, hook=hook, imports=("toy", "kill"))
+def train(
+    folder: Path, work_dir: Path, *options: str, hook: str = "CheckpointHook", kill_at: str = ""
+) -> tuple[int | None, str]:
+    """The exit code of a training in a process of its own, and what it said."""
+    config, log = write_toy(folder, hook=hook, imports=("toy", "kill")), folder / "process.log"
     (folder / "kill.py").write_text(KILL_MODULE)
-    path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parents[2])])
-    return run("train.py", config, "--work-dir", work_dir, *options, PYTHONPATH=path, KILL_AT=kill_at)
+    process = run_in_process("train", config, "--work-dir", work_dir, *options, path=folder, log=log, KILL_AT=kill_at)
+    process.join(120)
+    return process.exitcode, log.read_text()
 
 
 def weights(path: Path) -> dict:
@@ -53,8 +58,8 @@ def weights(path: Path) -> dict:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    done = train(folder, folder / "run")
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = train(folder, folder / "run")
+    assert code == 0, said[-3000:]
     return folder / "run"
 
 
@@ -74,8 +79,8 @@ def test_killed_and_resumed(
     point: str, runner: str, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work_dir, options = tmp_path / "run", ("--cfg-options", f"runner_type={runner}")
-    killed = train(tmp_path, work_dir, *options, kill_at=point)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    code, said = train(tmp_path, work_dir, *options, kill_at=point)
+    assert code == -signal.SIGKILL, said[-3000:]
     left = CheckpointPlace(work_dir).newest()
     # The checkpoint of an epoch is written again when it is the best: the pointer's 4th writing is epoch 2's second.
     epochs = {"writing": 2, "renaming": 2, "writing the pointer": 2, "deleting": 3, "writing the best": 2}
@@ -126,8 +131,8 @@ def test_the_pointer_is_believed_whatever_the_name(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
 def test_the_kill_does_hurt_mmengines_own_hook(tmp_path: Path) -> None:
     """The control of the test above: if this fails, the kill hurts nobody and the test shows nothing."""
-    killed = train(tmp_path, tmp_path / "run", hook="StockHook", kill_at="writing")
-    assert killed.returncode == -signal.SIGKILL
+    code, said = train(tmp_path, tmp_path / "run", hook="StockHook", kill_at="writing")
+    assert code == -signal.SIGKILL, said[-3000:]
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         CheckpointPlace(tmp_path / "run").newest()
 

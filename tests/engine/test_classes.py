@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import call_tool, one_line, write_config
+from tiny_models import write_config
+from tool_runs import call_tool, one_line
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmseg", reason="tools: mmseg is not installed")

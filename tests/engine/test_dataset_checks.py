@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 from PIL import Image
-from tiny_runs import ROOT, call_tool, one_line, write_config, write_scenes
+from tiny_models import write_config, write_scenes
+from tool_runs import ROOT, call_tool, one_line
 
 from studies.demo import generate_scenes
 

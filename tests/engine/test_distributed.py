@@ -17,7 +17,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
-from tiny_runs import ROOT, call_tool, free_port, last_metrics, run, weights, write_toy
+from tiny_models import write_toy
+from tool_runs import ROOT, call_tool, free_port, last_metrics, run, run_in_two_processes, weights
 
 from carafe_plugin.engine import processes
 from carafe_plugin.engine.cli import run_tool
@@ -101,9 +102,10 @@ def test_training_an_inpainting_gan_in_two_processes(tmp_path: Path) -> None:
     config = ROOT / "configs/inpainting/partial-conv-carafe_scenes-64x64.py"
     found = []
     for iterations in (1, 2):
-        command = ("dist_train.sh", config, 2, "--work-dir", tmp_path / "run", "--resume", "--cfg-options")
-        done = run(*command, *options, f"train_cfg.max_iters={iterations}", PORT=free_port())
-        assert done.returncode == 0, done.stderr[-3000:]
+        command = (config, "--launcher", "pytorch", "--work-dir", tmp_path / "run", "--resume", "--cfg-options")
+        command += (*options, f"train_cfg.max_iters={iterations}")
+        codes, said = run_in_two_processes("train", *command, path=tmp_path, folder=tmp_path)
+        assert codes == [0, 0], said[-3000:]
         found.append(weights(tmp_path / "run" / f"iter_{iterations}.pth"))
     before, after = found
     assert not any("module." in name for name in after)

@@ -19,7 +19,8 @@ import pytest
 import torch
 from campaign import SEED, count
 from mmengine.config import Config
-from tiny_runs import KILL_MODULE, run_in_process, write_toy
+from tiny_models import KILL_MODULE, write_toy
+from tool_runs import run_in_process
 
 from carafe_plugin.engine.checkpoint import CheckpointPlace, read_checkpoint
 

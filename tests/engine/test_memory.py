@@ -10,7 +10,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, environment, write_toy
+from tiny_models import write_toy
+from tool_runs import ROOT, environment
 
 from carafe_plugin.engine import memory
 
@@ -62,16 +63,27 @@ def test_freed_memory_is_kept_but_not_by_forked_processes() -> None:
     ("arguments", "variables", "reason"),
     [
         ((), {}, "--no-keep-memory"),
-        (("keep",), {"MALLOC_TRIM_THRESHOLD_": "0"}, "MALLOC_TRIM_THRESHOLD_ is set"),
-        (("keep",), {"MALLOC_MMAP_THRESHOLD_": "65536"}, "MALLOC_MMAP_THRESHOLD_ is set"),
         (("keep",), {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}, "GLIBC_TUNABLES sets mmap_threshold"),
     ],
-    ids=["option", "trim", "mmap", "tunables"],
+    ids=["option", "tunables"],
 )
 def test_memory_is_left_alone_where_the_user_says_so(arguments: tuple, variables: dict, reason: str) -> None:
     line, text = probe(*arguments, **variables)
     assert line == "False False False"
     assert LEFT + reason in text
+
+
+@needs_glibc
+@pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"])
+def test_every_setting_of_the_environment_counts(
+    name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    for other in [each for each in os.environ if each.startswith(("MALLOC_", "GLIBC_TUN"))]:
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, "65536")
+    monkeypatch.setattr(memory, "_keep", lambda _: pytest.fail("memory is kept"))
+    assert memory.keep_memory(Namespace(keep_memory=True), "cpu") is False
+    assert f"{LEFT}{name} is set" in "".join(capfd.readouterr())
 
 
 @needs_glibc

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import SIZE, one_line, write_config, write_segments
+from tiny_models import SIZE, write_config, write_segments
+from tool_runs import one_line
 
 pytest.importorskip("mmdet", reason="panoptic datasets are mmdet's: it is not installed")
 
@@ -360,7 +361,7 @@ def test_what_a_run_goes_on_with(
 def test_panopticapi_is_missing(
     stock: Config, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiny_runs import call_tool
+    from tool_runs import call_tool
 
     monkeypatch.setitem(sys.modules, "panopticapi", None)
     expected = "needs the package panopticapi, which is not installed: pip install git+"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import write_config
+from tiny_models import write_config
 
 pytest.importorskip("mmdet", reason="mmdet is not installed")
 

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from starts import wrong_starts
+from toolkit import TORCH
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 from torch.fx.experimental.optimization import fuse
@@ -213,7 +214,7 @@ def test_reset_parameters_in_any_order(parents_first):
     assert list(wrong_starts(model)) == []
 
 
-@pytest.mark.skipif(torch.__version__ < "2.4", reason="FSDP did not run on a CPU before torch 2.4")
+@pytest.mark.skipif(TORCH < (2, 4), reason="FSDP did not run on a CPU before torch 2.4")
 def test_fsdp_fills_a_model_from_the_meta_device():
     from torch.distributed import HashStore, destroy_process_group, init_process_group
     from torch.distributed.fsdp import FullyShardedDataParallel

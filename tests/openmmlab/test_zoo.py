@@ -23,7 +23,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.registry import DefaultScope
 from pycocotools import mask as coco_mask
-from tiny_runs import last_metrics, run
+from tool_runs import last_metrics, run_in_process
 from zoo_models import ZOO, carafe_keys, stock_model, textbook, zoo_config
 
 from carafe_plugin.engine.checkpoint import read_checkpoint
@@ -192,9 +192,11 @@ def test_evaluation_through_the_tool(zoo, tmp_path):
     metrics = {}
     for backend in ("auto", "reference"):
         work_dir = tmp_path / backend
-        command = ("test.py", ZOO / MASK, checkpoint, "--drop-in", "--work-dir", work_dir, "--cfg-options", *options)
-        done = run(*command, CARAFE_BACKEND=backend)
-        assert done.returncode == 0, done.stderr[-3000:]
+        command = (ZOO / MASK, checkpoint, "--drop-in", "--work-dir", work_dir, "--cfg-options", *options)
+        log = tmp_path / f"{backend}.log"
+        process = run_in_process("test", *command, path=ROOT, log=log, CARAFE_BACKEND=backend)
+        process.join(300)
+        assert process.exitcode == 0, log.read_text()[-3000:]
         metrics[backend] = last_metrics(work_dir)
     ours, reference = metrics["auto"], metrics["reference"]
     print({key: (ours[key], reference[key]) for key in ours})

@@ -103,7 +103,8 @@ def test_the_operators_behave_on_the_reference():
         for name in ("autograd", "autocast", "compile", "errors", "flops", "logits", "transforms")
     ]
     compiled_alone = "not same_bits and not short_way and not direct_callers"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", compiled_alone, *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--every=3", "-k", compiled_alone]
+    command += map(str, files)
     environment = {**os.environ, "CARAFE_BACKEND": "reference"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -25,7 +25,7 @@ def test_random_calls_and_random_faults(path, part, campaign):
     if path not in paths:
         pytest.skip(f"this processor does not run the {path} path")
     share = len(paths) * PARTS
-    calls, faults = (-(-number // share) for number in (count("operators", 300, 3000), count("faults", 300, 3000)))
+    calls, faults = (-(-number // share) for number in (count("operators", 120, 3000), count("faults", 300, 3000)))
     seed = SEED * 1000 + PATHS.index(path) * 100 + part
     arguments = [f"--{name}={number}" for name, number in dict(calls=calls, faults=faults, seed=seed).items()]
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("fuzz_operators.py")), *arguments]

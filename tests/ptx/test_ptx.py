@@ -80,6 +80,9 @@ MORE = [
         dict(kernel=3, size=(2, 3), channels=70, batch=200),
         dict(kernel=3, size=(2, 3), channels=64, batch=200, ratio=(1, 2)),
         dict(size=(40, 6), channels=16, batch=1),
+        # As many blocks of the general kernels as make each go over all channels, in two turns.
+        dict(kernel=1, size=(1, 1), channels=40, batch=1024, ratio=(3, 1), normalizer="none"),
+        dict(kernel=3, size=(1, 2), channels=40, batch=1024, ratio=(1, 3), layout="channels_last"),
         # Tensor cores: several steps of channels in a block, rows that are aligned to 8, 4 or 2 bytes, channels that
         # fill no unit.
         *(

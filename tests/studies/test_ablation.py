@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tiny_runs import call_tool, forget_runs, load_tool
+from tool_runs import call_tool, forget_runs, load_tool
 
 pytest.importorskip("mmdet", reason="the ablation trains detectors: mmdet is not installed")
 pytest.importorskip("mmseg", reason="the ablation trains segmentation models: mmseg is not installed")

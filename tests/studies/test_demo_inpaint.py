@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import ROOT, call_tool
+from tool_runs import ROOT, call_tool
 
 pytest.importorskip("skimage", reason="the demo's metrics need scikit-image")
 

@@ -17,7 +17,7 @@ pytest.importorskip("mmdet", reason="the demo trains detectors: mmdet is not ins
 pytest.importorskip("mmseg", reason="the demo trains segmentation models: mmseg is not installed")
 
 from tiny_demos import COMPARISONS, arguments, demo_in, is_alive, wait_for
-from tiny_runs import ROOT
+from tool_runs import ROOT
 
 from studies.demo import generate_scenes
 from studies.demo import run as demo_run

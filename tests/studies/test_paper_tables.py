@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, call_tool, one_line
+from tool_runs import ROOT, call_tool, one_line
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmpretrain", reason="tools: mmpretrain is not installed")

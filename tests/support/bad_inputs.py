@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import call_tool, write_config, write_scenes
+from tiny_models import write_config, write_scenes
+from tool_runs import call_tool
 
 from carafe_plugin.engine import bare_models
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ROOT, call_tool, one_line, run, write_config
+from tiny_models import write_config
+from tool_runs import ROOT, call_tool, one_line, run
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
-from tiny_runs import SIZE, Trained, call_tool, last_metrics, write_config
+from tiny_models import SIZE, write_config
+from tool_runs import Trained, call_tool, last_metrics
 
 for _toolbox in ("mmpretrain", "mmdet", "mmseg"):
     pytest.importorskip(_toolbox, reason=f"a backbone goes from one toolbox to others: {_toolbox} is not installed")

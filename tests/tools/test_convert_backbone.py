@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import call_tool, one_line, run
+from tool_runs import call_tool, one_line, run
 from torch import nn
 
 pytest.importorskip("mmpretrain", reason="tools: mmpretrain is not installed")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import call_tool, one_line
+from tool_runs import call_tool, one_line
 from torch import nn
 
 from carafe_plugin import CARAFEUpsample

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ROOT, call_tool, free_port, last_metrics, one_line, run, weights, write_toy
+from tiny_models import write_toy
+from tool_runs import call_tool, last_metrics, one_line, run_in_two_processes, weights
 from toolkit import TORCH
 
 from carafe_plugin.engine.atomic import move_into_place, restore_superseded
@@ -178,18 +178,19 @@ def test_two_processes(toy: Callable, tmp_path: Path) -> None:
     config = toy(clipped, "single.py")
     assert call_tool("train", config, "--work-dir", tmp_path / "single", "--cfg-options", "train_cfg.max_epochs=3") == 0
     expected = last_metrics(tmp_path / "single")["toy/error"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
     for name, strategy in STRATEGIES.items():
         config, folder = toy(clipped + strategy, f"{name}.py", batch=4), tmp_path / name
         if name != "DDP" and TORCH < (2, 4):
-            done = run("dist_train.sh", config, 2, "--work-dir", folder, PYTHONPATH=path, PORT=free_port())
-            assert done.returncode != 0
-            assert "error: strategy FSDPStrategy runs on a CPU from torch 2.4 on, this is torch 2." in done.stderr
+            command = (config, "--launcher", "pytorch", "--work-dir", folder)
+            codes, said = run_in_two_processes("train", *command, path=tmp_path, folder=tmp_path)
+            assert all(codes)
+            assert "error: strategy FSDPStrategy runs on a CPU from torch 2.4 on, this is torch 2." in said
             continue
         for epochs in (1, 3):
-            options = ("--resume", "--cfg-options", *SCHEDULE, f"train_cfg.max_epochs={epochs}")
-            done = run("dist_train.sh", config, 2, "--work-dir", folder, *options, PYTHONPATH=path, PORT=free_port())
-            assert done.returncode == 0, done.stderr[-3000:]
+            command = (config, "--launcher", "pytorch", "--work-dir", folder, "--resume", "--cfg-options", *SCHEDULE)
+            command += (f"train_cfg.max_epochs={epochs}",)
+            codes, said = run_in_two_processes("train", *command, path=tmp_path, folder=tmp_path)
+            assert codes == [0, 0], said[-3000:]
         assert "resumed epoch: 1, iter: 2" in max(folder.glob("*/*.log")).read_text()
         if name != "DDP":  # which measures the averaged weights
             assert last_metrics(folder)["toy/error"] == pytest.approx(expected, 1e-4), name
@@ -205,7 +206,7 @@ def test_two_processes(toy: Callable, tmp_path: Path) -> None:
     parts = folder / "epoch_3.pth"
     assert {part.name for part in parts.iterdir()} == {"rank0.pth", "rank1.pth"}
     (parts / "rank1.pth").unlink()
-    command = ("dist_test.sh", folder / config.name, parts, 2, "--work-dir", tmp_path / "test")
-    done = run(*command, PYTHONPATH=path, PORT=free_port())
-    assert done.returncode != 0
-    assert f"error: checkpoint {parts} holds the parts of 1 processes, and this run has 2" in done.stderr
+    command = (folder / config.name, parts, "--launcher", "pytorch", "--work-dir", tmp_path / "test")
+    codes, said = run_in_two_processes("test", *command, path=tmp_path, folder=tmp_path)
+    assert all(codes)
+    assert f"error: checkpoint {parts} holds the parts of 1 processes, and this run has 2" in said

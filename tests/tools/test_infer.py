@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import COLOURS, ROOT, call_tool, environment, one_line, run, scene, write_config
+from tiny_models import COLOURS, scene, write_config
+from tool_runs import ROOT, call_tool, environment, one_line, run
 
 from carafe_plugin.engine import memory
 from carafe_plugin.engine.errors import UsageError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from tiny_runs import ROOT, call_tool, one_line, run
+from tool_runs import ROOT, call_tool, one_line, run
 
 from carafe_plugin.engine import memory, prediction
 from carafe_plugin.engine.config import load_config

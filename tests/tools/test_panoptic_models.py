@@ -18,7 +18,8 @@ pytest.importorskip("mmseg", reason="narrow models: mmseg is not installed")
 from mmdet.evaluation import INSTANCE_OFFSET
 from mmengine.config import Config
 from narrow import CONFIGS, DETECTORS, narrow
-from tiny_runs import call_tool, last_metrics, one_line, scene, write_config
+from tiny_models import scene, write_config
+from tool_runs import call_tool, last_metrics, one_line
 
 VOID = 3  # the number of classes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_runs import call_tool, one_line
+from tool_runs import call_tool, one_line
 
 from carafe_plugin.engine import datasets
 from carafe_plugin.images import list_images

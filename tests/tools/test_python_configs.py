@@ -12,7 +12,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import Registry
-from tiny_runs import call_tool, last_metrics, one_line, write_config, write_scenes
+from tiny_models import write_config, write_scenes
+from tool_runs import call_tool, last_metrics, one_line
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 pytest.importorskip("mmseg", reason="tools: mmseg is not installed")

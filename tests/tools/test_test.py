@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from tiny_runs import SIZE, call_tool, forget_runs, last_metrics, one_line, scene
+from tiny_models import SIZE, scene
+from tool_runs import call_tool, forget_runs, last_metrics, one_line
 
 from carafe_plugin.engine.evaluation import use_tta
 

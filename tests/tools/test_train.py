@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from tiny_runs import call_tool, one_line, run, write_config, write_toy
+from tiny_models import write_config, write_toy
+from tool_runs import call_tool, one_line, run
 
 from carafe_plugin.engine import config as engine_config
 from carafe_plugin.engine import processes

@@ -16,7 +16,8 @@ import pytest
 import torch
 from chromium import CHROMIUM, Browser
 from PIL import Image
-from tiny_runs import call_tool, one_line, scene, write_config
+from tiny_models import scene, write_config
+from tool_runs import call_tool, one_line
 
 pytest.importorskip("mmdet", reason="tools: mmdet is not installed")
 
