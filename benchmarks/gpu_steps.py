@@ -137,16 +137,24 @@ def all_steps(mmcv_source: Path | None, dry: bool = False) -> list[list[Step]]:
     recorded = "on a recorded table of the profiler" if dry else None
     tabulate = python("-m benchmarks.gpu_reports counters", *table, "{out}/counters.csv")
     no_model = None if find_spec(MODEL) else f"there is no {MODEL}"
-    options = ["--gpu", "h200" if dry else known_gpu(), "--compare", "{out}/counters.csv"]
-    predicted = python(f"-m {MODEL}", *options)
-    if dry:  # the recorded table is of other sources
-        predicted = python(
-            "-c", f"import sys, {MODEL} as m; print(m.read_counters(m.parse_arguments(sys.argv[1:]).compare))"
-        )
-        predicted += options
-    only_read = "its options and a recorded table of the profiler are read, nothing is counted" if dry else None
+    gpu = ["--gpu", "h200" if dry else known_gpu()]
+
+    def predict(name: str, limit: float, *options: str, missing: str | None = None) -> Step:
+        missing = no_model or (None if dry else missing)
+        if not dry:
+            return Step(name, python(f"-m {MODEL}", *gpu, *options), limit, missing)
+        # The recorded table is of other sources; what all kernels compile to, the tests of the kernels look at.
+        read = f"import sys, {MODEL} as m; a = m.parse_arguments(sys.argv[1:])"
+        show = "print(m.read_counters(a.compare) if a.compare else a)"
+        how = "its options and a recorded table of the profiler are read, nothing is counted"
+        return Step(name, [*python("-c", f"{read}; {show}"), *gpu, *options], limit, missing, how)
+
+    small = "--shapes 4x5x7 --dtype float32 --ops forward --kernels masks"  # all kernels are compiled for it, once
     return [
-        [build("cuda"), build("cpu"), compile_mmcv(mmcv_source, dry), *warm_up(dry)],
+        [
+            *(build("cuda"), build("cpu"), compile_mmcv(mmcv_source, dry), *warm_up(dry)),
+            predict("compile-model", 180, *small.split()),
+        ],
         [
             probe("environment", 60),
             probe("compiled", 60),
@@ -163,7 +171,7 @@ def all_steps(mmcv_source: Path | None, dry: bool = False) -> list[list[Step]]:
         [probe("detector", 60, missing=None if find_spec("torchvision") else "torchvision is not installed")],
         [bench("op", "float16", 60, *SLOW_PEERS, "shifted-madd-compiled")],
         [bench("module", "float32", 60, "pack-compiled")],
-        [Step("model", predicted, 60, no_model or (None if dry else counters.missing), only_read)],
+        [predict("model", 120, "--compare", "{out}/counters.csv", missing=counters.missing)],
     ]
 
 

@@ -307,3 +307,16 @@ def test_shapes_on_the_meta_device(direction):
 def test_partial_convolutions_have_one_group_and_zeros_outside(setting):
     with pytest.raises(ValueError, match="groups must be 1 and padding_mode 'zeros', got"):
         PartialConv2d(3, 3, 3, **setting)
+
+
+@pytest.mark.parametrize(
+    ("direction", "init"), [("up", "nearest"), ("up", "bilinear"), ("down", "stride"), ("down", "average3")]
+)
+def test_with_everything_known_fresh_modules_start_alike(direction, init):
+    torch.manual_seed(0)
+    module, masked = (cls(8, init=init) for cls in PAIRS[direction])
+    masked.load_state_dict(module.state_dict())
+    features = torch.randn(2, 8, 6, 8)
+    output, validity = masked(features, torch.ones(2, 1, 6, 8))
+    assert torch.equal(output, module(features))
+    assert validity.all()

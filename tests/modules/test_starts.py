@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
-from carafe_plugin.inpainting import masked
 from carafe_plugin.ops.reference import NORMALIZERS, source_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -194,18 +193,6 @@ def test_initialising_again_keeps_the_start(cls, init, how, tmp_path):
     assert torch.equal(module.content_encoder.bias, expected)
     assert 0 < module.content_encoder.weight.abs().max() < 1e-6
     assert module.channel_compressor.weight.std() > 0.1
-
-
-@pytest.mark.parametrize(("cls", "init"), STARTS)
-def test_with_everything_known_masked_modules_start_alike(cls, init):
-    torch.manual_seed(0)
-    module = cls(8, init=init)
-    masked_module = getattr(masked, f"Masked{cls.__name__}")(8, init=init)
-    masked_module.load_state_dict(module.state_dict())
-    features = torch.randn(2, 8, 6, 8)
-    output, validity = masked_module(features, torch.ones(2, 1, 6, 8))
-    assert torch.equal(output, module(features))
-    assert validity.all()
 
 
 @pytest.mark.parametrize(
