@@ -3,11 +3,12 @@
     python -m benchmarks.gpu_check [--out DIR] [--mmcv-source DIR] [--only STEP ...] [--budget SECONDS] [--dry-run]
 
 First, at the same time: both halves of the extension are built in place, for this machine's GPU alone, mmcv's operator
-is compiled from its source where that is given or installed, and torch.compile's caches are filled. Then what is not
-timed, again at the same time: the tests of operator and modules on CUDA, compute-sanitizer's memcheck and racecheck
-over small runs, sizes at which mmcv fails, side streams. Then one by one: CUDA graphs of ours and others, captured,
-compared and timed; the benchmark in float32 (channels_last and bfloat16 beside it); ncu over the kernels; a detector;
-the benchmark in float16; the modules; what `benchmarks.gpu_model` predicts, beside what ncu counted.
+is compiled from its source where that is given or installed, and torch.compile's caches are filled; what the model of
+the kernels compiles takes three minutes of one core, and goes on until it is asked for. Then what is not timed, again
+at the same time: the tests of operator and modules on CUDA, compute-sanitizer's memcheck and racecheck over small runs,
+sizes at which mmcv fails, side streams. Then one by one: CUDA graphs of ours and others, captured, compared and timed;
+the benchmark in float32 (channels_last and bfloat16 beside it); ncu over the kernels; a detector; the benchmark in
+float16; the modules; what `benchmarks.gpu_model` predicts, beside what ncu counted.
 
 Each step is a process with a limit and a log; one that fails does not stop the others. DIR receives NAME.log for each
 step, the benchmarks' JSON and figures, and after every step summary.json and summary.md, whole. A step whose result
@@ -34,7 +35,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +144,19 @@ def run_all(groups: Sequence[Sequence[Step]], out: Path, budget: float, dry: boo
             result = f"{record['name']}: {record['status']} ({record['seconds']:.0f} s)"
             console.print(f"{result} {record.get('detail', '')}", highlight=False, markup=False)
 
-    for group in groups:
-        with ThreadPoolExecutor(len(group)) as pool:
-            try:
-                list(pool.map(run, group))
-            except KeyboardInterrupt:  # does not reach the steps, which are groups of their own
-                for process in _running:
-                    end(process)
-                raise
+    with ThreadPoolExecutor() as behind:
+        left: list[Future[None]] = []
+        for group in groups:
+            with ThreadPoolExecutor(len(group)) as pool:
+                try:
+                    if group is groups[-1]:
+                        wait(left)
+                    left += [behind.submit(run, step) for step in group if step.goes_on]
+                    list(pool.map(run, [step for step in group if not step.goes_on]))
+                except KeyboardInterrupt:  # does not reach the steps, which are groups of their own
+                    for process in _running:
+                        end(process)
+                    raise
     return [records[name] for name in order]
 
 

@@ -42,6 +42,7 @@ class Step:
     limit: float  # seconds
     missing: str | None = None  # why it need not or cannot run on this machine; None where it runs
     rehearsed: str | None = None  # in a dry run: how
+    goes_on: bool = False  # beside the steps that follow, until the last
 
 
 def is_built(half: str) -> str | None:
@@ -139,21 +140,22 @@ def all_steps(mmcv_source: Path | None, dry: bool = False) -> list[list[Step]]:
     no_model = None if find_spec(MODEL) else f"there is no {MODEL}"
     gpu = ["--gpu", "h200" if dry else known_gpu()]
 
-    def predict(name: str, limit: float, *options: str, missing: str | None = None) -> Step:
+    def predict(name: str, limit: float, *options: str, missing: str | None = None, goes_on: bool = False) -> Step:
         missing = no_model or (None if dry else missing)
         if not dry:
-            return Step(name, python(f"-m {MODEL}", *gpu, *options), limit, missing)
+            return Step(name, python(f"-m {MODEL}", *gpu, *options), limit, missing, goes_on=goes_on)
         # The recorded table is of other sources; what all kernels compile to, the tests of the kernels look at.
         read = f"import sys, {MODEL} as m; a = m.parse_arguments(sys.argv[1:])"
         show = "print(m.read_counters(a.compare) if a.compare else a)"
         how = "its options and a recorded table of the profiler are read, nothing is counted"
-        return Step(name, [*python("-c", f"{read}; {show}"), *gpu, *options], limit, missing, how)
+        command = [*python("-c", f"{read}; {show}"), *gpu, *options]
+        return Step(name, command, limit, missing, how, goes_on)
 
     small = "--shapes 4x5x7 --dtype float32 --ops forward --kernels masks"  # all kernels are compiled for it, once
     return [
         [
             *(build("cuda"), build("cpu"), compile_mmcv(mmcv_source, dry), *warm_up(dry)),
-            predict("compile-model", 180, *small.split()),
+            predict("compile-model", 300, *small.split(), goes_on=True),
         ],
         [
             probe("environment", 60),

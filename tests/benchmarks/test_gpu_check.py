@@ -68,6 +68,28 @@ def test_a_dry_run_rehearses_every_step(tmp_path: Path) -> None:
     assert readable.count("; rehearsed ") + readable.count("| rehearsed ") == len(steps)
 
 
+def test_a_step_goes_on_until_the_last_group(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    groups = [
+        [
+            Step(
+                "behind",
+                ["sh", "-c", f"while [ ! -e {flag}.seen ]; do sleep 0.1; done; touch {flag}; echo done"],
+                60,
+                goes_on=True,
+            )
+        ],
+        [Step("beside", ["sh", "-c", f"[ ! -e {flag} ] && touch {flag}.seen && echo done"], 60)],
+        [Step("last", ["sh", "-c", f"[ -e {flag} ] && echo done"], 60)],
+    ]
+    records = gpu_check.run_all(groups, tmp_path, 120.0)
+    assert [(record["name"], record["status"]) for record in records] == [
+        ("behind", "ok"),
+        ("beside", "ok"),
+        ("last", "ok"),
+    ]
+
+
 def test_steps_go_on_after_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = Step("absent", ["no-such-program"], 60)
     skipped = Step("skipped", [], 60, missing="no such tool")
