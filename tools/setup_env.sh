@@ -217,7 +217,7 @@ PYTHON
     { [ -e "carafe_plugin/$library.abi3.so" ] || ! compiles >/dev/null; }
 }
 
-built || install "carafe_plugin (about 4 minutes)" --no-deps --no-build-isolation -e .
+built || install "carafe_plugin (about 5 minutes)" --no-deps --no-build-isolation -e .
 if [ ! -e "carafe_plugin/$library.abi3.so" ]; then
   echo "env: carafe_plugin is not compiled and runs on its slower PyTorch reference: $(compiles)"
 fi
