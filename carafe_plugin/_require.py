@@ -29,7 +29,8 @@ def require(package: str, purpose: str) -> None:
         if error.name != package:
             raise
         raise ImportError(
-            f"{purpose} needs {package}, which is not installed: install {_DISTRIBUTIONS[package]}", name=package
+            f"{purpose} needs {package}, which is not installed: install {_DISTRIBUTIONS.get(package, package)}",
+            name=package,
         ) from error
 
 

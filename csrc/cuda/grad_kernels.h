@@ -37,7 +37,7 @@ struct GradKernelsTile {
   static constexpr int kBytes = kStaged > kMeeting + kExchanged ? kStaged : kMeeting + kExchanged;
 };
 
-// From the gradient to a kernel's weights to that of its logits, in place.
+// From the gradient to a kernel's weights to that of its logits, in place; logits of no kernel are null.
 template <class G, class T>
 __device__ __forceinline__ void differentiate(
     Normalizer normalizer, const OwnKernel<G>& weights, const T* logits, int tap_stride, OwnKernel<G>& grad) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void differentiate(
   grad.each([&](int tap) { dot += weights.values[tap] * grad.values[tap]; });
   if (normalizer == Normalizer::sigmoid) dot = 0;
   grad.each([&](int tap) { grad.values[tap] = weights.values[tap] * (grad.values[tap] - dot); });
-  if (normalizer == Normalizer::softmax) return;
+  if (normalizer == Normalizer::softmax || logits == nullptr) return;
   grad.each([&](int tap) {  // d log(sigmoid(x)) = sigmoid(-x)
     grad.values[tap] *= exponential(log_sigmoid(-widen(logits[tap * tap_stride])));
   });
@@ -57,17 +57,14 @@ __device__ __forceinline__ void finish_kernels(
     const GradKernelsCall<T>& call, int n, int group, int row, int column, unsigned thread, T* exchange,
     const Add& add) {
   OwnKernel<G> weights = {}, grad = {};
-  const int kernel = static_cast<int>(thread);
-  const bool exists =  // what other tiles have, or none, is not computed
-      kernel < Transfer::kCount && Transfer::pointer(call.grad, n, group, row, column, kernel) != nullptr;
   if (call.normalizer != Normalizer::none) {
     weights = Transfer::load(call.kernels, n, group, row, column, thread, exchange);
+    weights.normalize(call.normalizer);
   }
-  if (exists) {
-    add(kernel, grad);
+  if (thread < Transfer::kCount) {
+    add(static_cast<int>(thread), grad);
     if (call.normalizer != Normalizer::none) {
-      weights.normalize(call.normalizer);
-      const T* const logits = Transfer::pointer(call.kernels, n, group, row, column, kernel);
+      const T* const logits = Transfer::pointer(call.kernels, n, group, row, column, static_cast<int>(thread));
       differentiate(call.normalizer, weights, logits, call.kernels.tap_stride, grad);
     }
   }
@@ -185,7 +182,7 @@ __global__ void __launch_bounds__(GradKernelsTile<T, G>::kThreads, GradKernelsTi
 // The second pass: a thread adds the splits' sums of a kernel. Small blocks, of which a small map has enough.
 constexpr int kFinishThreads = 64;
 template <class T, class G>
-__global__ void __launch_bounds__(kFinishThreads, 8)
+__global__ void __launch_bounds__(kFinishThreads, G::kSide == 7 ? 5 : 8)
     finish_splits(const __grid_constant__ GradKernelsCall<T> call, unsigned blocks_of_row) {
   using Transfer = KernelTransfer<G, 1, kFinishThreads / G::kPhases, kFinishThreads>;
   __shared__ __align__(16) T exchange[Transfer::kExchange];
@@ -196,6 +193,7 @@ __global__ void __launch_bounds__(kFinishThreads, 8)
   finish_kernels<Transfer, G>(
       call, item / call.tiling.groups, item % call.tiling.groups, row, first, threadIdx.x, exchange,
       [&](int kernel, OwnKernel<G>& grad) {
+        if (first * G::kPhases + kernel >= pitch) return;
         const float* at = call.partial + (int64_t(item) * rows + row) * G::kTaps * pitch + first * G::kPhases + kernel;
         CARAFE_ROLLED
         for (int s = 0; s < call.tiling.splits; ++s) {

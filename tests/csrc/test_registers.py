@@ -27,6 +27,9 @@ RESIDENT = {
     "GradFeaturesBlock": 3 * 128,
     "GradKernelsBlock": 640,
 }
+# With k = 7 and channels_last a thread has more sums than a quarter of the threads have registers for; and some
+# architectures have shared memory for one block of its products alone.
+RESIDENT_OF_7 = {"grad_features_strip": 384, "grad_kernels_products": 256}
 
 
 def find_cuobjdump():
@@ -71,6 +74,7 @@ def test_registers_leave_room_for_enough_threads(kernels):
     for kernel, architecture, _, registers in kernels:
         for name, threads in RESIDENT.items():
             if name in kernel and f"{name}Id" not in kernel:  # float64 has other needs
+                threads = RESIDENT_OF_7.get(name, threads) if "GeometryILi7E" in kernel else threads
                 assert registers * threads <= 65536, (kernel, architecture, registers)
 
 

@@ -18,11 +18,11 @@ PARTS = 10
 )
 def test_mutations(name, kind, short, long, part, tmp_path, campaign, one_thread):
     tally, cases = campaign(name), kind(tmp_path)
-    quiet()
     wrong = []
-    for number in range(part, count(name, short=short, long=long), PARTS):
-        outcome, mutation, details = cases.case(SEED * 10**6 + number)
-        tally(mutations=1, **{outcome.lower(): 1})
-        if outcome == "WRONG":
-            wrong.append(f"{SEED * 10**6 + number}: {mutation}: {details}")
+    with quiet():
+        for number in range(part, count(name, short=short, long=long), PARTS):
+            outcome, mutation, details = cases.case(SEED * 10**6 + number)
+            tally(mutations=1, **{outcome.lower(): 1})
+            if outcome == "WRONG":
+                wrong.append(f"{SEED * 10**6 + number}: {mutation}: {details}")
     assert not wrong, f"repeated by python tests/support/annotation_faults.py {name} NUMBER:\n" + "\n".join(wrong)

@@ -15,6 +15,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -551,10 +552,18 @@ def _compare_training(built: Any, truth: Truth) -> str:
     return ""
 
 
-def quiet() -> None:
-    for name in ("mmengine", "current"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Errors alone are logged."""
+    loggers = [logging.getLogger("mmengine"), logging.getLogger("current"), MMLogger.get_current_instance()]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def main() -> None:
@@ -563,8 +572,7 @@ def main() -> None:
     kinds = dict(annotations=Campaign, label_maps=LabelCampaign)
     if len(sys.argv) != 3 or sys.argv[1] not in kinds or not sys.argv[2].isdigit():
         sys.exit(__doc__)
-    quiet()
-    with TemporaryDirectory() as folder:
+    with quiet(), TemporaryDirectory() as folder:
         print(*kinds[sys.argv[1]](Path(folder)).case(int(sys.argv[2])), sep="\n")
 
 

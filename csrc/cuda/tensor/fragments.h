@@ -17,6 +17,14 @@ constexpr bool kAvailable = false;
 #else
 constexpr bool kAvailable = true;
 #endif
+// Bytes of shared memory that a multiprocessor has, of the architecture that is being compiled for.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kSharedOfMultiprocessor = 100 << 10;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kSharedOfMultiprocessor = 164 << 10;
+#else
+constexpr int kSharedOfMultiprocessor = 228 << 10;
+#endif
 constexpr int kLeastMajor = 8;  // compute capability of a device that has them
 
 // sums += A x B.

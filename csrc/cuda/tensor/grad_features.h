@@ -372,9 +372,7 @@ __device__ __forceinline__ void march(const GradFeaturesCall<T>& call, T* patch)
 
 template <class T, class G, bool ChannelsLast>
 __global__ void __launch_bounds__(
-    GradFeaturesStrip<T, G, ChannelsLast>::kThreads, ChannelsLast    ? 4
-                                                     : G::kSide == 7 ? 5
-                                                                     : 6)
+    GradFeaturesStrip<T, G, ChannelsLast>::kThreads, ChannelsLast ? (G::kSide == 7 ? 3 : 4) : (G::kSide == 7 ? 5 : 6))
     grad_features_strip(const __grid_constant__ GradFeaturesCall<T> call) {
   if constexpr (kAvailable) {
     extern __shared__ __align__(16) unsigned char shared[];

@@ -197,7 +197,9 @@ __device__ __forceinline__ void limit(KernelMap<T>& kernels, int columns) {
 
 // A tile has `units` units of sites: one a warp, or the warps that have the same share the channels.
 template <class T, class G>
-__global__ void __launch_bounds__(GradKernelsProducts<T, G>::kThreads, 2)
+__global__ void __launch_bounds__(
+    GradKernelsProducts<T, G>::kThreads,
+    G::kSide == 7 && 2 * GradKernelsProducts<T, G>::kBytes > kSharedOfMultiprocessor ? 1 : 2)
     grad_kernels_products(const __grid_constant__ GradKernelsCall<T> call, int units) {
   if constexpr (kAvailable) {
     using Products = GradKernelsProducts<T, G>;
