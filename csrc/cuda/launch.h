@@ -78,7 +78,6 @@ cudaError_t launch_tensor(const Reassemble<T>& call, const Queue& queue, const D
   using Tile = tensor::ReassembleStrips<T, G, ChannelsLast>;
   const Shape& shape = call.shape;
   const int64_t group = shape.group_channels();
-  const Map<const T>& map = call.kernels.map;
   tensor::ReassembleCall<T> arguments = {};
   arguments.normalizer = call.kernels.normalizer;
   *found = device.fits(Tile::kBytes) &&
@@ -86,13 +85,10 @@ cudaError_t launch_tensor(const Reassemble<T>& call, const Queue& queue, const D
                call.result, shape.channels, shape.out_height, shape.out_width, group, tensor::kRunOfColumns,
                &arguments.output) &&
            make_image(call.features, shape.channels, shape.height, shape.width, group, 2, &arguments.features) &&
-           make_kernel_map<G>(map, shape, arguments.normalizer, true, &arguments.kernels);
+           make_kernel_map<G>(call.kernels.map, shape, arguments.normalizer, true, &arguments.kernels);
   if (!*found) return cudaSuccess;
   arguments.wide =
       is_aligned(call.result, call.result.column_stride, call.result.row_stride, call.result.channel_stride, kUnit<T>);
-  arguments.kernels_by_tap =
-      arguments.kernels.from_logits &&
-      is_aligned(map, map.channel_stride, map.row_stride, map.column_stride, tensor::kRunOfKernels);
   arguments.tiling = Tiling::of(
       shape, arguments.kernels.rows, arguments.kernels.columns, kTileRows, kTileColumns, Tile::kStep,
       device.multiprocessors, Tile::kPreparing, 0);

@@ -147,17 +147,6 @@ __device__ __forceinline__ uint32_t shared_address(const T* pointer) {
   return renew(static_cast<uint32_t>(__cvta_generic_to_shared(pointer)));
 }
 
-// Starts to copy so many bytes from global to shared memory, or zeros where there is nothing.
-template <int Bytes>
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool exists) {
-  const int read = exists ? Bytes : 0;
-  if constexpr (Bytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(read), "n"(Bytes)
-                 : "memory");
-  }
-}
 __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all groups of copies but the last ones.
 template <int But>

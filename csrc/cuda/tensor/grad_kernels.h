@@ -61,12 +61,6 @@ struct GradKernelsProducts {
   static constexpr int kBytes = std::max(kStaged, kMeeting + Transfer::kExchange * int(sizeof(T)));
 };
 
-// Copies 16 bytes to shared memory, or zeros.
-__device__ __forceinline__ void copy_unit(void* to, const void* from, bool exists) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  const int bytes = exists ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
-}
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Stages the first `columns` columns of a patch that begins at (row, column), of as many of its channels as products
@@ -87,7 +81,8 @@ __device__ __forceinline__ void stage_patch(
       CARAFE_UNROLL
       for (int i = 0; i < Patch::kRows; ++i) {
         const bool exists = inside && image.inside(row + i, 0);
-        copy_unit(to + Patch::at(i, j) + first, exists ? from + i * image.row_stride : item, exists);
+        const auto pixel = static_cast<uint32_t>(__cvta_generic_to_shared(to + Patch::at(i, j) + first));
+        copy_async<16>(pixel, exists ? from + i * image.row_stride : item, exists);
       }
     }
   } else if (!image.channels_last && image.pairs) {

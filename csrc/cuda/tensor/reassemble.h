@@ -6,7 +6,7 @@
 
 namespace carafe::gpu::tensor {
 
-constexpr int kRunOfKernels = 4;  // elements of kernels whose channels are neighbours, moved at once: a tap's phases
+constexpr int kRunOfKernels = 4;  // elements of kernels that are one access (KernelMap::image.units): a tap's phases
 constexpr int kRunOfColumns = 4;  // and columns of the output, where `wide` does not hold
 
 template <class T>
@@ -16,8 +16,7 @@ struct ReassembleCall {
   KernelMap<const T> kernels;
   Normalizer normalizer;
   Tiling tiling;
-  bool wide;            // kUnit columns of the output are one aligned access
-  bool kernels_by_tap;  // kRunOfKernels channels of logits that are neighbours are one
+  bool wide;  // kUnit columns of the output are one aligned access
 };
 
 // A tile's weights in shared memory: of each strip B, pixels of the window x outputs, a column after the other. Column
@@ -73,7 +72,7 @@ struct StripWeights {
       const int64_t stride = kernels.tap_stride;
       CARAFE_UNROLL
       for (int tap = 0; tap < G::kTaps; ++tap, from += stride) values[tap] = *from;
-    } else if (call.kernels_by_tap) {  // a warp has eight sites of a row
+    } else if (kernels.image.units) {  // a warp has eight sites of a row
       using Run = Vector<uint32_t, kRunOfKernels / 2>;
       constexpr int kSitesOfWarp = kTileSites * 32 / kThreads;
       const int lane = static_cast<int>(thread % 32), site = static_cast<int>(thread / 32) * kSitesOfWarp;
@@ -148,7 +147,8 @@ struct StripWeights {
     for (int i = kColumn / 2 - 1; i >= 0; --i) moved[i] = __byte_perm(i > 0 ? moved[i - 1] : 0, moved[i], odd);
     CARAFE_UNROLL
     for (int i = 0; i < kColumn / 2; i += kMatrix / 2) {
-      store_row(to + 2 * i, {moved[i], moved[i + 1], moved[i + 2], moved[i + 3]});
+      const Vector<uint32_t, 4> row = {{moved[i], moved[i + 1], moved[i + 2], moved[i + 3]}};
+      store_shared(reinterpret_cast<uint32_t*>(to) + i, row);
     }
   }
 };
@@ -185,7 +185,7 @@ __device__ __forceinline__ void write_unit(uint32_t* pixel, int unit, const Vect
     CARAFE_UNROLL
     for (int i = 0; i < 4; ++i) to[i * kWords] = words.values[i];
   } else {
-    store_row(pixel + unit * kWords, words);
+    store_shared(pixel + unit * kWords, words);
   }
 }
 

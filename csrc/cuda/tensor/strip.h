@@ -8,14 +8,6 @@ namespace carafe::gpu::tensor {
 
 constexpr int kMatrix = 8;  // rows of a matrix that ldmatrix loads, and elements of a row
 
-// Stores a row of a matrix to shared memory, by one instruction whatever the compiler makes of its words.
-template <class T>
-__device__ __forceinline__ void store_row(T* to, const Vector<uint32_t, kMatrix / 2>& words) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "r"(words.values[0]), "r"(words.values[1]), "r"(words.values[2]), "r"(words.values[3])
-               : "memory");
-}
-
 // The pixels that the windows of Rows x Sites sites have together, row by row: pixel w is (w / kWidth, w % kWidth).
 template <int Side, int Sites, int Rows = 1>
 struct StripWindow {
