@@ -9,7 +9,8 @@ from ._version import __version__
 
 check_versions()  # before torch is imported
 
+from .models import convert  # noqa: E402
 from .modules import CARAFEDownsample, CARAFEUpsample  # noqa: E402
 from .ops import carafe, is_compiled  # noqa: E402
 
-__all__ = ["CARAFEDownsample", "CARAFEUpsample", "__version__", "carafe", "is_compiled"]
+__all__ = ["CARAFEDownsample", "CARAFEUpsample", "__version__", "carafe", "convert", "is_compiled"]

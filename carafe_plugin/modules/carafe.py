@@ -69,7 +69,7 @@ class KernelPrediction(KeepsItsStart):
             raise ValueError("norm and act follow the channel compressor: compressed_channels=None admits neither")
         if init not in self.starts:
             raise ValueError(f"init must be one of {', '.join(self.starts)}, got {init!r}")
-        if init in ("bilinear", "average3") and kernel_size == 1:
+        if init in ("bilinear", "average2", "average3") and kernel_size == 1:
             raise ValueError(f"{direction}_kernel must be at least 3 for init={init!r}, got 1")
         if isinstance(init_spread, bool) or not isinstance(init_spread, (int, float)) or not 1e-6 <= init_spread <= 1:
             raise ValueError(f"init_spread must be a number from 1e-06 to 1, got {init_spread!r}")
@@ -220,8 +220,9 @@ class CARAFEDownsample(KernelPrediction):
         norm (Callable[[int], nn.Module] | None): builds a normalisation layer after the compressor.
         act (Callable[[], nn.Module] | None): builds an activation after that.
         init (str): what a fresh module computes. 'average', the paper's: kernels near uniform. 'stride':
-            ``features[..., ::sigma, ::sigma]``; 'average3': ``F.avg_pool2d(features, 3, sigma, 1)``, for a module that
-            takes its place in a trained network. State dicts are the same.
+            ``features[..., ::sigma, ::sigma]``; 'average3': ``F.avg_pool2d(features, 3, sigma, 1)``; 'average2': the
+            mean of that location and the next, in both directions: with sigma = 2, ``F.avg_pool2d(features, 2)``. They
+            are for a module that takes its place in a trained network. State dicts are the same.
         init_spread (float): as for :class:`CARAFEUpsample`.
 
     Raises:
@@ -235,7 +236,7 @@ class CARAFEDownsample(KernelPrediction):
     """
 
     downsamples = True
-    starts = ("average", "stride", "average3")
+    starts = ("average", "stride", "average2", "average3")
 
     def __init__(
         self,

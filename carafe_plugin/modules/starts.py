@@ -83,9 +83,10 @@ def interpolation_logits(init: str, spread: float, k: int, g: int, up: int, down
     taps, phases = taps - k // 2, phases[:, None]
     # Where phase p reads along an axis, from the source location on: corners are not aligned.
     place = (2 * phases + down - up) / (2 * up) if init == "bilinear" else 0 * phases
-    axis = (
-        (taps.abs() <= 1).double() / 3 + 0 * phases if init == "average3" else (1 - (taps - place).abs()).clamp(min=0)
-    )
+    if init in ("average2", "average3"):
+        axis = ((taps >= (0 if init == "average2" else -1)) & (taps <= 1)).double() / int(init[-1]) + 0 * phases
+    else:
+        axis = (1 - (taps - place).abs()).clamp(min=0)
     kernels = (1 - spread) * torch.einsum("ru,sv->uvrs", axis, axis) + spread / k**2
     # Normalised sigmoids forget the factor, which keeps the largest from saturating.
     sigmoids = kernels / 2 if normalizer == "sigmoid_normalized" else kernels

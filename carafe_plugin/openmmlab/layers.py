@@ -11,19 +11,17 @@ It needs MMEngine alone; ``norm_cfg`` and ``act_cfg`` are built by MMCV, which e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carafe_plugin import modules
 from carafe_plugin.modules import peers
+from carafe_plugin.modules.sizes import complete, computed, fit_to_size
 from carafe_plugin.openmmlab import require
-from carafe_plugin.ops._tracing import as_one_node
-from carafe_plugin.ops.reference import crop, output_size
 
 require("mmengine", __name__)
 
@@ -219,43 +217,4 @@ def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> 
         return upsampler(features, size)
     if not isinstance(upsampler, modules.CARAFEUpsample):
         return fit_to_size(upsampler(features), size)
-    return _complete(upsampler(features, _computed(features, size, upsampler.up, upsampler.down)), size)
-
-
-@as_one_node
-def _computed(features: Tensor, size: Sequence[int], up: int, down: int) -> list[int]:
-    """The part of ``size`` that features scaled by ``up / down`` have."""
-    return _within(size, (output_size(length, up, down) for length in features.shape[2:]))
-
-
-@as_one_node
-def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
-    """Crop (N, C, H, W) to ``size`` at the bottom and right, or complete it there by repeating the last row and column.
-
-    Levels of a pyramid seldom differ by exactly two: twice ``ceil(H / 2)`` exceeds an odd ``H`` by one, and twice
-    ``floor(H / 2)`` (backbones that round down) falls short by one. H and W must be at least 1.
-
-    Example:
-        >>> import torch
-        >>> fit_to_size(torch.arange(4.).reshape(1, 1, 2, 2), (1, 3))
-        tensor([[[[0., 1., 1.]]]])
-    """
-    return _complete(crop(features, _within(size, features.shape[2:])), size)
-
-
-def _within(size: Sequence[int], whole: Iterable[int]) -> list[int]:
-    # Not min(): a compiler with symbolic sizes would not see which of the two it is.
-    return [length if length <= most else most for length, most in zip(size, whole, strict=True)]
-
-
-@as_one_node
-def _complete(features: Tensor, size: Sequence[int]) -> Tensor:
-    height, width = size
-    # Repeating through expand, and not replication padding: the gradient of the latter is not deterministic on CUDA.
-    if features.shape[-2] < height:
-        last_row = features[..., -1:, :].expand(-1, -1, height - features.shape[-2], -1)
-        features = torch.cat([features, last_row], dim=-2)
-    if features.shape[-1] < width:
-        last_column = features[..., -1:].expand(-1, -1, -1, width - features.shape[-1])
-        features = torch.cat([features, last_column], dim=-1)
-    return features
+    return complete(upsampler(features, computed(features, size, upsampler.up, upsampler.down)), size)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPREAD = 0.05  # the default
 STARTS = [(CARAFEUpsample, "nearest"), (CARAFEUpsample, "bilinear")]
-STARTS += [(CARAFEDownsample, "stride"), (CARAFEDownsample, "average3")]
+STARTS += [(CARAFEDownsample, init) for init in ("stride", "average2", "average3")]
 
 
 def at_sources(maps, module):
@@ -33,6 +33,8 @@ def started(module, features):
     """The interpolation that a module should start as, over a map with zeros around it."""
     if module.init in ("nearest", "stride"):
         return at_sources(features, module)
+    if module.init == "average2":
+        return at_sources(F.avg_pool2d(F.pad(features, [0, 1, 0, 1]), 2, 1), module)
     if module.init == "average3":
         return at_sources(F.avg_pool2d(features, 3, 1, 1), module)
     # A margin of `down` rows is one of `up` rows in the output.
@@ -76,6 +78,10 @@ def test_equals_what_it_replaces(scale, device):
     assert error(module, bilinear, border=scale // 2) < 1e-5
     assert error(module, bilinear) > 0.1  # where F.interpolate repeats the border, the window has zeros
     assert error(CARAFEDownsample(8, scale, init="stride", **options), features[..., ::scale, ::scale]) < 1e-5
+    if scale == 2:
+        module = CARAFEDownsample(8, init="average2", **options).to(device)
+        even = features[..., :6, :8]
+        torch.testing.assert_close(module(even), F.avg_pool2d(even, 2), rtol=0, atol=1e-5)
     assert error(CARAFEDownsample(8, scale, init="average3", **options), F.avg_pool2d(features, 3, scale, 1)) < 1e-5
 
 
@@ -200,7 +206,11 @@ def test_initialising_again_keeps_the_start(cls, init, how, tmp_path):
     [
         (CARAFEUpsample, dict(init="stride"), "init must be one of average, nearest, bilinear, got 'stride'"),
         (CARAFEUpsample, dict(init=None), "init must be one of average, nearest, bilinear, got None"),
-        (CARAFEDownsample, dict(init="nearest"), "init must be one of average, stride, average3, got 'nearest'"),
+        (
+            CARAFEDownsample,
+            dict(init="nearest"),
+            "init must be one of average, stride, average2, average3, got 'nearest'",
+        ),
         (CARAFEUpsample, dict(init="bilinear", up_kernel=1), "up_kernel must be at least 3 for init='bilinear', got 1"),
         (CARAFEDownsample, dict(init="average3", down_kernel=1), "down_kernel must be at least 3 for"),
         (CARAFEUpsample, dict(init="nearest", init_spread=0), "init_spread must be a number from 1e-06 to 1, got 0"),
