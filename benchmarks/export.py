@@ -13,7 +13,6 @@ Exit code: 0; 1 when an exported model of ours fails or differs from the model; 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -147,8 +146,8 @@ def measure_problem(problem: Problem, names: Sequence[str], repeats: int) -> rep
         ratios = [one / other for one, other in zip(timing.samples, reference, strict=True)]
         row |= timing.summary() | {"times_ours": round(statistics.median(ratios), 4)}
         row |= {"times_ours_min": round(min(ratios), 4), "times_ours_max": round(max(ratios), 4)}
-    sizes = ("channels", "height", "width", "batch", "kernel_size", "group_size", "up", "down")
-    return {"shape": {name: getattr(problem, name) for name in sizes}, "rows": rows}
+    shape = ("channels", "height", "width", "batch", "kernel_size", "group_size", "up", "down")
+    return {"shape": {name: getattr(problem, name) for name in shape}, "rows": rows}
 
 
 def print_tables(record: report.Record) -> None:

@@ -124,6 +124,23 @@ def test_masked_carafe(tmp_path):
     compare(model, onnxruntime_of(path), [(1, 4, 12, 14)], tolerance=1e-5)
 
 
+def test_nodes_of_carafe(model, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    path = export.to_onnx(model, (torch.randn(*FIXED),), tmp_path / "model.onnx")
+    nodes = export.carafe_nodes(model, path)
+    kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
+    # Three modules, of two convolutions each; `masks` is the user's, and what reassembles by them is no module's.
+    assert sum(kinds[name] == "Conv" for name in nodes) == 6
+    assert sum(kind == "Conv" for kind in kinds.values()) == 7
+    assert sum(kinds[name] == "Softmax" for name in nodes) == 3
+    assert [kind for name, kind in kinds.items() if name not in nodes].count("Gather") == 1
+    with pytest.raises(ValueError, match=r"model must have modules of CARAFE\+\+, got a Conv2d without"):
+        export.carafe_nodes(model.masks, path)
+    with pytest.raises(ValueError, match=r"path must be of a file that this model was exported to, got .*model.onnx"):
+        export.carafe_nodes(nn.Sequential(model), path)
+
+
 def test_openvino(model, tmp_path):
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     for sizes in (None, dynamic()):
