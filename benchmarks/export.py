@@ -16,6 +16,7 @@ import argparse
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import os
 import statistics
 import subprocess
@@ -106,13 +107,13 @@ def exported(subject: Subject, sizes: str, runtime: str, folder: Path) -> tuple[
     return path, runtimes.RUNTIMES[runtime](path)
 
 
-def peak_bytes(runtime: str, path: Path, inputs: Sequence[np.ndarray]) -> int:
+def peak_bytes(runtime: str, path: Path, inputs: Sequence[np.ndarray]) -> int | None:
     """As :func:`runtimes.peak_bytes` counts, in a process of its own."""
     files = [path.parent / f"input{number}.npy" for number in range(len(inputs))]
     for file, array in zip(files, inputs, strict=True):
         np.save(file, array)
     arguments = [sys.executable, runtimes.__file__, runtime, *map(str, (path, *files))]
-    return int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
 
 
 def measure_problem(problem: Problem, names: Sequence[str], repeats: int) -> report.Record:
@@ -171,7 +172,7 @@ def print_tables(record: report.Record) -> None:
                 f"{row['q1_ms']:.4g} to {row['q3_ms']:.4g}",
                 f"{row['times_ours']:.3g}",
                 f"{row['times_ours_min']:.3g} to {row['times_ours_max']:.3g}",
-                f"{row['peak_bytes'] / 1e6:.4g}",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.4g}",
                 f"{row['error']:.0e}" if "error" in row else "",
             )
         report.console.print(table)

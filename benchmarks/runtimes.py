@@ -6,6 +6,7 @@ model's file and its inputs' (.npy), it prints the bytes that predictions hold b
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -45,10 +46,13 @@ def _resident(key: str) -> int:
     return 1024 * int(re.findall(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[0])
 
 
-def peak_bytes(runtime: str, path: Path, inputs: Sequence[np.ndarray]) -> int:
-    """The most memory that three predictions hold beyond the loaded model, as Linux counts it."""
+def peak_bytes(runtime: str, path: Path, inputs: Sequence[np.ndarray]) -> int | None:
+    """The most memory that three predictions hold beyond the loaded model, as Linux counts it; elsewhere None."""
     run = RUNTIMES[runtime](path)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    except OSError:
+        return None
     before = _resident("VmRSS")
     for _ in range(3):
         run(inputs)
@@ -56,4 +60,4 @@ def peak_bytes(runtime: str, path: Path, inputs: Sequence[np.ndarray]) -> int:
 
 
 if __name__ == "__main__":
-    print(peak_bytes(sys.argv[1], Path(sys.argv[2]), [np.load(file) for file in sys.argv[3:]]))
+    print(json.dumps(peak_bytes(sys.argv[1], Path(sys.argv[2]), [np.load(file) for file in sys.argv[3:]])))

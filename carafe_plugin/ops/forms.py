@@ -35,7 +35,7 @@ def reassembly(features: Tensor) -> Callable[..., Tensor]:
 
 # Height and width of a tile in sites, going up and going down. A larger one wastes more of the band, of which a row has
 # k^2 weights; a smaller one copies more of the features, and multiplies smaller matrices.
-_UP_TILE, _DOWN_TILE = (2, 6), (4, 4)
+_UP_TILE, _DOWN_TILE = (2, 4), (4, 4)
 
 
 def multiply_add(
@@ -122,11 +122,13 @@ def banded(
     # product with a matrix of ones and zeros, a single operator that moves them all.
     places = _grid((s, t), (down, down), (k, k), width, features.device).reshape(s * t, k * k, 1)
     places = (places == torch.arange(height * width, device=features.device)).to(features.dtype)
-    logits = F.pad(logits, [0, tile_columns * t - columns, 0, tile_rows * s - rows])
-    weights = logits.reshape(n, k * k, up, up, tile_rows, s, tile_columns, t).permute(5, 7, 0, 4, 6, 2, 3, 1)
+    weights = logits.reshape(n, k * k, up * up * rows * columns).permute(0, 2, 1)
     if normalizer != NONE:
-        weights = weights.reshape(s * t * n * tiles * up * up, k * k, 1, 1)
+        weights = weights.reshape(n * up * up * rows * columns, k * k, 1, 1)
         weights = normalize_kernels(weights, k, 1, NORMALIZERS[normalizer - 1])
+    weights = weights.reshape(n, up, up, rows, columns, k * k)
+    weights = F.pad(weights, [0, 0, 0, tile_columns * t - columns, 0, tile_rows * s - rows])
+    weights = weights.reshape(n, up, up, tile_rows, s, tile_columns, t, k * k).permute(4, 6, 0, 3, 5, 1, 2, 7)
     band = weights.reshape(s * t, n * tiles * up * up, k * k) @ places
     band = band.reshape(s, t, n, tiles, up, up, height * width).permute(2, 3, 0, 4, 1, 5, 6)
     band = band.reshape(n, tiles, s * up * t * up, height * width)

@@ -72,7 +72,10 @@ def test_peak_is_that_of_a_prediction(tmp_path: Path) -> None:
     x = torch.rand(1, 4, 1000, 1000)
     subject = bench_export.Subject("model", Model().eval(), (x,), {"fixed": None})
     path, _ = bench_export.exported(subject, "fixed", runtime, tmp_path / "model")
-    assert 16e6 < bench_export.peak_bytes(runtime, path, [np.asarray(x)]) < 80e6
+    counted = bench_export.peak_bytes(runtime, path, [np.asarray(x)])
+    if counted is None:
+        pytest.skip("the peak of the resident memory cannot be reset here")
+    assert 16e6 < counted < 80e6
 
 
 @pytest.mark.parametrize(
