@@ -10,12 +10,13 @@ import pytest
 pytest.importorskip("mmdet", reason="the study trains a detector: mmdet is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 
 from tiny_demos import arguments
 from toolkit import needs_torch
 
 from studies import quantised
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 
 pytestmark = needs_torch(2, 6, "carafe_plugin.export")
 
