@@ -242,8 +242,8 @@ def carafe_nodes(model: nn.Module, path: str | os.PathLike) -> list[str]:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), CARAFEUpsample(8)).eval()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     nodes = carafe_nodes(model, to_onnx(model, (torch.rand(1, 3, 5, 6),), f"{folder}/model.onnx"))
-        >>> [name for name in nodes if "conv" in name.lower()]
-        ['node_conv2d_1', 'node_conv2d_2']
+        >>> sum("conv" in name.lower() for name in nodes)
+        2
     """
     require("onnx", "carafe_nodes")
     import onnx
