@@ -92,7 +92,7 @@ def test_decompositions_leave_no_operator_of_this_package(model):
 def test_fixed_sizes_have_the_form_with_matrices(model):
     programs = [export.standard_program(model.up, (torch.randn(*FIXED),), sizes) for sizes in (None, dynamic())]
     products = [sum("bmm" in str(node.target) for node in program.graph.nodes) for program in programs]
-    assert products == [1, 0]
+    assert products == [2, 0]
 
 
 def test_onnx(model, tmp_path):
@@ -122,6 +122,23 @@ def test_masked_carafe(tmp_path):
     model = Masked().eval()
     path = export.to_onnx(model, (torch.randn(1, 4, 12, 14),), tmp_path / "model.onnx")
     compare(model, onnxruntime_of(path), [(1, 4, 12, 14)], tolerance=1e-5)
+
+
+def test_nodes_of_carafe(model, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    path = export.to_onnx(model, (torch.randn(*FIXED),), tmp_path / "model.onnx")
+    nodes = export.carafe_nodes(model, path)
+    kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
+    # Three modules, of two convolutions each; `masks` is the user's, and what reassembles by them is no module's.
+    assert sum(kinds[name] == "Conv" for name in nodes) == 6
+    assert sum(kind == "Conv" for kind in kinds.values()) == 7
+    assert sum(kinds[name] == "Softmax" for name in nodes) == 3
+    assert [kind for name, kind in kinds.items() if name not in nodes].count("Gather") == 1
+    with pytest.raises(ValueError, match=r"model must have modules of CARAFE\+\+, got a Conv2d without"):
+        export.carafe_nodes(model.masks, path)
+    with pytest.raises(ValueError, match=r"path must be of a file that this model was exported to, got .*model.onnx"):
+        export.carafe_nodes(nn.Sequential(model), path)
 
 
 def test_openvino(model, tmp_path):
