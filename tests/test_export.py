@@ -15,12 +15,15 @@ pytestmark = needs_torch(2, 6, "torch.export.Dim.DYNAMIC")
 
 
 class Scales(nn.Module):
-    """Down, up to the size that it came from, by 3/2 with groups, and masks that a user made."""
+    """Down, up to the size that it came from, by 3/2 with groups, and masks that a user made.
+
+    Kernels are small: a form for any sizes has as many products as a kernel has weights.
+    """
 
     def __init__(self):
         super().__init__()
-        self.down = CARAFEDownsample(8, norm=nn.BatchNorm2d, act=nn.ReLU)
-        self.up = CARAFEUpsample(8)
+        self.down = CARAFEDownsample(8, down_kernel=3, norm=nn.BatchNorm2d, act=nn.ReLU)
+        self.up = CARAFEUpsample(8, up_kernel=3)
         self.other = CARAFEUpsample(8, 1.5, up_kernel=3, up_group=2, normalizer="sigmoid_normalized")
         self.masks = nn.Conv2d(8, 9, 3, 2, 1)
 

@@ -22,12 +22,13 @@ def refuse_scripting() -> NoReturn:
     )
 
 
+#: Whether torch.export is at work; not before torch 2.7.
+torch_exports = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
 def is_exporting() -> bool:
     """Whether a model is being exported, to run elsewhere at sizes that need not be known."""
-    return _torch_exports() or torch.onnx.is_in_onnx_export()
-
-
-_torch_exports = getattr(torch.compiler, "is_exporting", lambda: False)  # not before torch 2.7
+    return torch_exports() or torch.onnx.is_in_onnx_export()
 
 
 def as_one_node(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:

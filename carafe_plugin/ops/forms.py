@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._tracing import torch_exports
 from .reference import NONE, NORMALIZERS, masks_from_logits, normalize_kernels
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not before torch 2.7
 
 
 def reassembly(features: Tensor) -> Callable[..., Tensor]:
@@ -29,7 +28,7 @@ def reassembly(features: Tensor) -> Callable[..., Tensor]:
     """
     if not torch.onnx.is_in_onnx_export():
         return torch.ops.carafe_plugin.carafe.default
-    fixed = _is_exporting() and all(type(size) is int for size in features.shape)
+    fixed = torch_exports() and all(type(size) is int for size in features.shape)
     return banded if fixed else multiply_add
 
 
