@@ -22,27 +22,27 @@ class Deployable(nn.Module):
 
     Attributes:
         pixels (Pixels): the preprocessing inside.
-        names (list[str]): of the outputs, known once it has run.
         left (list[str]): what is left to the caller, in words.
     """
-
-    names: list[str]
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.pixels = Pixels(getattr(model, "data_preprocessor", None))
         self.model = model
-        self.names, self.left = [], []
+        self.left: list[str] = []
+
+    @property
+    def unit(self) -> int:
+        """By what the sides of the images are divisible where an exported model takes several sizes."""
+        return math.lcm(STRIDE, self.pixels.divisor)
 
     def outputs(self, batch: Tensor) -> dict[str, Tensor]:
         """What the model computes of a normalised batch (N, 3, H, W), by name."""
         raise NotImplementedError
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Pixels (N, 3, H, W), float, RGB, 0 to 255, to the outputs, in the order of ``names``."""
-        outputs = self.outputs(self.pixels(image))
-        self.names = list(outputs)
-        return tuple(outputs.values())
+        """Pixels (N, 3, H, W), float, RGB, 0 to 255, to the outputs."""
+        return tuple(self.outputs(self.pixels(image)).values())
 
 
 class Pixels(nn.Module):
@@ -223,8 +223,3 @@ def deployable(cfg: Config, model: Any) -> Deployable:
         f"{cfg.filename}: {type(model).__name__} is not exported: MMPretrain's classifiers, MMSegmentation's "
         "encoder-decoders and MMDetection's single-stage and two-stage detectors are"
     )
-
-
-def granularity(part: Deployable) -> int:
-    """By what the sides of the images are divisible where an exported model takes several sizes."""
-    return math.lcm(STRIDE, part.pixels.divisor)
