@@ -183,13 +183,11 @@ def compare(run: Run, part: Deployable, batches: Iterable[tuple[str, Tensor]]) -
             found = differences.setdefault(name, {}).setdefault(kind, Difference())
             found.images += len(image)
             found.include(got, expected)
-    named = zip(differences.items(), zip(*shapes, strict=True), strict=False)
-    inputs = [shape[0] for shape in shapes]
-    compared = [
-        Output(name, general_shape(inputs, [shape[index] for shape in shapes]), by_kind)
-        for index, ((name, by_kind), _) in enumerate(named, 1)
+    images, *found_shapes = zip(*shapes, strict=True)
+    return [
+        Output(name, general_shape(images, of_output), by_kind)
+        for (name, by_kind), of_output in zip(differences.items(), found_shapes, strict=True)
     ]
-    return compared
 
 
 def general_shape(images: Sequence[torch.Size], shapes: Sequence[torch.Size]) -> list[int | str]:
@@ -238,7 +236,10 @@ def read_images(cfg: Config, part: Deployable, paths: Sequence[Path], size: tupl
     batches, resized = [], []
     for path in paths:
         picture = read_picture(path, partial(load_picture, pipeline))
-        pixels = prepare(pipeline, picture)["inputs"][0].flip(0)  # the toolboxes have blue first
+        try:
+            pixels = prepare(pipeline, picture)["inputs"][0].flip(0)  # the toolboxes have blue first
+        except Exception as error:  # of the toolboxes' transforms, or the user's own
+            raise UsageError(f"--images: the test pipeline fails for {path}: {reason(error)}") from error
         missing = [want - have for want, have in zip(size, pixels.shape[1:], strict=True)]
         if min(missing) < 0 or (max(missing) > 0 and scope == "mmpretrain"):
             resized.append(f"{path.name} ({pixels.shape[1]} x {pixels.shape[2]})")
@@ -319,7 +320,7 @@ def write(
                         f"{output.name} differs from PyTorch's by {difference.absolute:.1e} on {kind}, "
                         f"{difference.relative:.1e} of its largest value (or of 1); {TOLERANCE:.0e} is allowed"
                     )
-        text = json.dumps(description, indent=2)
+        text = json.dumps(description, indent=2, default=str)
         description_path(unfinished).write_text(text + "\n", encoding="utf-8")
 
     export.write_beside(out, write_all)
@@ -346,10 +347,9 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return {name: str(getattr(importlib.import_module(name), "__version__", "unknown")) for name in packages}
 
 
-def checkpoint_facts(path: str) -> dict[str, str | None]:
+def checkpoint_facts(path: str) -> dict[str, str]:
     """The name of a checkpoint's file and its SHA-256; one from a URL lies where torch keeps what it downloads."""
     file = Path(path).expanduser()
     if "://" in path:
         file = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(path).path).name)
-    with file.open("rb") as content:
-        return dict(name=file.name, sha256=hashlib.file_digest(content, "sha256").hexdigest())
+    return dict(name=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
