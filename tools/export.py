@@ -26,7 +26,7 @@ import sys
 import time
 from pathlib import Path
 
-from carafe_plugin.engine import exporting
+from carafe_plugin.engine import export_comparison, exporting
 from carafe_plugin.engine.bare_models import build_model, check_no_mmcv_layers, read_config
 from carafe_plugin.engine.checkpoint import check_checkpoint_exists
 from carafe_plugin.engine.classes import checkpoint_meta, config_meta, head_fault
@@ -35,6 +35,8 @@ from carafe_plugin.engine.console import duration
 from carafe_plugin.engine.deployable import deployable
 from carafe_plugin.engine.errors import UsageError
 from carafe_plugin.engine.prediction import load_weights
+
+SETTINGS = ("head", "decode_head", "rpn_head", "bbox_head", "roi_head", "test_cfg")  # what decoding is read from
 
 
 def length(text: str) -> int:
@@ -50,7 +52,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="its checkpoint (or a URL that mmengine loads)")
     parser.add_argument("--to", choices=list(exporting.FORMATS), required=True, help="the format")
     parser.add_argument(
-        "--size", type=length, nargs=2, required=True, metavar=("H", "W"), help="of the images; with --dynamic, at least"
+        "--size",
+        type=length,
+        nargs=2,
+        required=True,
+        metavar=("H", "W"),
+        help="of the images; with --dynamic, at least",
     )
     parser.add_argument(
         "--dynamic", action="store_true", help="let it take any number of images, and larger ones; slower than one size"
@@ -91,20 +98,19 @@ def export(args: argparse.Namespace) -> int:
         checkpoint=exporting.checkpoint_facts(args.checkpoint),
         model=type(model).__name__,
         classes=list((recorded or configured).get("classes") or ()),
+        settings={name: cfg.model[name] for name in SETTINGS if name in cfg.model},
     )
-    images = exporting.read_images(cfg, part, [Path(path) for path in args.images], size)
+    images = export_comparison.read_images(cfg, part, [Path(path) for path in args.images], size)
     start = time.monotonic()
     try:
         written = exporting.write(part, args.to, out, size, images, args.dynamic, args.standalone, facts)
-    except exporting.TooDifferentError as error:
+    except export_comparison.TooDifferentError as error:
         print(f"error: {error}; nothing is written", file=sys.stderr)
         return 1
     print(f"{out}: {args.to}, written and compared in {duration(time.monotonic() - start)}")
     print("largest differences from PyTorch's, and of the output's largest value (or of 1):")
     for output in written["outputs"]:
-        found = (
-            f"{kind} {one['absolute']:.1e}, {one['relative']:.1e}" for kind, one in output["differences"].items()
-        )
+        found = (f"{kind} {one['absolute']:.1e}, {one['relative']:.1e}" for kind, one in output["differences"].items())
         print(f"  {output['name']} {' x '.join(map(str, output['shape']))}: {'; '.join(found)}")
     print("left to the caller:")
     for line in written["left to the caller"]:

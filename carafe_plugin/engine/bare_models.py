@@ -152,10 +152,12 @@ def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Comple
 
 
 def check_no_mmcv_layers(cfg: Config, model: nn.Module, what: str) -> None:
-    """Raise a UsageError where a model has mmcv's layer 'carafe', of which ``what`` is to be done cannot be."""
+    """Raise a UsageError where a model has mmcv's layer 'carafe'; ``what`` is the participle that it is not."""
     names = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
     if names:
-        raise UsageError(f"{cfg.filename}: {', '.join(names)} are mmcv's own layers, which are not {what}: add --drop-in")
+        raise UsageError(
+            f"{cfg.filename}: {', '.join(names)} are mmcv's own layers, which are not {what}: add --drop-in"
+        )
 
 
 def describe_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:

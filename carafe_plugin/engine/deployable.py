@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from carafe_plugin.engine.config import toolbox
 from carafe_plugin.engine.errors import UsageError
 
+FIT = "resize the image as the test pipeline does, and fill it up below and on the right with pad_value"
 STRIDE = 32  #: by which the sizes of a model that takes several are divisible, unless its preprocessor asks for more
 
 
@@ -50,6 +51,9 @@ class Pixels(nn.Module):
 
     The toolboxes read images with blue first; where their preprocessor turns that round, nothing is to be turned here.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, preprocessor: Any) -> None:
         super().__init__()
@@ -107,9 +111,10 @@ class Classifier(Deployable):
                 f"{type(model).__name__} with {type(head).__name__} as its head is no classifier whose scores are "
                 "exported: those with MMPretrain's ClsHead or MultiLabelClsHead are, and heads made of them"
             )
-        self.left = ["resize or crop the image to the size; the class is the one with the highest score"]
-        if scores is torch.sigmoid:
-            self.left = ["resize or crop the image to the size; compare each class's score with a threshold"]
+        chosen = (
+            "a threshold for each score" if scores is torch.sigmoid else "the class is the one of the highest score"
+        )
+        self.left = ["resize and crop the image as the test pipeline does", chosen]
 
     def outputs(self, batch: Tensor) -> dict[str, Tensor]:
         return dict(scores=self.scores(self.model.head(self.model.extract_feat(batch))))
@@ -129,7 +134,7 @@ class Segmentor(Deployable):
                 f"slide a window of {settings['crop_size']} (height, width) in steps of {settings['stride']}, as "
                 "test_cfg says, and average the logits where windows overlap: the exported model takes one window"
             )
-        self.left.append("cut off what was filled up, and resize the logits to the image's own size (bilinear)")
+        self.left += [FIT, "cut off what was filled up, and resize the logits to the image's own size (bilinear)"]
         threshold = getattr(model.decode_head, "threshold", None)
         many = model.decode_head.out_channels > 1
         self.left.append("the class is the argmax over channels" if many else f"sigmoid, then above {threshold}")
@@ -146,9 +151,9 @@ class SingleStageDetector(Deployable):
         super().__init__(model)
         self.kinds = _output_names(model.bbox_head)
         self.left = [
+            FIT,
             *_decoding(model.bbox_head),
-            "scores: the activation of the head's loss; threshold, non-maximum suppression (test_cfg)",
-            "divide boxes by the factor by which the image was resized",
+            f"scores: {_activation(model.bbox_head)}; then the threshold and non-maximum suppression of test_cfg",
         ]
 
     def outputs(self, batch: Tensor) -> dict[str, Tensor]:
@@ -161,16 +166,17 @@ class TwoStageDetector(Deployable):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.kinds = [f"rpn_{name}" for name in _output_names(model.rpn_head)] if model.with_rpn else []
+        self.left = [FIT]
         if model.with_rpn:
             self.left += [
                 *_decoding(model.rpn_head),
-                "objectness: sigmoid or softmax, as the loss of the RPN; non-maximum suppression gives proposals",
+                f"objectness: {_activation(model.rpn_head)}; then the non-maximum suppression of test_cfg.rpn",
             ]
         else:
             self.left.append("proposals, which the model takes from elsewhere")
-        heads = [type(model.roi_head).__name__] if model.with_roi_head else []
-        heads += [type(model.semantic_head).__name__] if getattr(model, "semantic_head", None) is not None else []
-        self.left.append(f"{' and '.join(heads)}: RoIAlign on the maps feature_*, then its heads, and their boxes' NMS")
+        heads = [getattr(model, name, None) for name in ("roi_head", "semantic_head", "panoptic_fusion_head")]
+        names = [type(head).__name__ for head in heads if head is not None]
+        self.left += [f"what works on the maps feature_*, and its decoding: {', '.join(names)}"] if names else []
 
     def outputs(self, batch: Tensor) -> dict[str, Tensor]:
         features = self.model.extract_feat(batch)
@@ -201,8 +207,13 @@ def _by_level(kinds: Sequence[str], outputs: Any) -> dict[str, Tensor]:
 
 def _decoding(head: Any) -> list[str]:
     generator, coder = getattr(head, "prior_generator", None), getattr(head, "bbox_coder", None)
-    left = [f"{type(generator).__name__} of strides {generator.strides}"] if generator is not None else []
-    return [*left, f"boxes: {type(coder).__name__ if coder is not None else 'of the head'}'s decoding"]
+    left = [f"locations or anchors: {type(generator).__name__} of strides {generator.strides}"] if generator else []
+    return [*left, f"boxes: the decoding of {type(coder or head).__name__}"]
+
+
+def _activation(head: Any) -> str:
+    sigmoid = getattr(head, "use_sigmoid_cls", None)
+    return "the head's activation" if sigmoid is None else "sigmoid" if sigmoid else "softmax"
 
 
 def deployable(cfg: Config, model: Any) -> Deployable:
