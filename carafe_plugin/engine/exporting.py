@@ -158,7 +158,8 @@ def write(
         shapes = {INPUT: {0: torch.export.Dim("batch"), 2: rows, 3: columns}}
         # Nothing is computed with it: sides that are not alike, and so long that no level of a pyramid is one pixel.
         example = torch.zeros(2, 3, height + 8 * unit, width + 11 * unit)
-        batches.append(("random pixels, two larger images", random_image((height + unit, width + 2 * unit), 2)))
+        # So much larger that every level of a pyramid is.
+        batches.append(("random pixels, two larger images", random_image((height + 4 * unit, width + 5 * unit), 2)))
     with torch.no_grad():
         names = list(part.outputs(part.pixels(random)))
     options: dict[str, Any] = dict(input_names=[INPUT], output_names=names)

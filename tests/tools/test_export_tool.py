@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -64,7 +65,7 @@ model = dict(
     bbox_head=dict(
         type='RetinaHead', num_classes=2, in_channels=16, stacked_convs=1, feat_channels=16,
         anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[1.0], strides=[8, 16, 32, 64]),
-        bbox_coder=dict(type='DeltaXYWHBBoxCoder'), loss_cls=dict(type='FocalLoss'), loss_bbox=dict(type='L1Loss')),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder'), loss_cls=dict(type='FocalLoss', use_sigmoid=True), loss_bbox=dict(type='L1Loss')),
     test_cfg=dict(nms_pre=100, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=5))
 """,
     "two_stage": """
@@ -197,16 +198,16 @@ def test_outputs_are_the_toolboxes(name, to, dynamic, models, tmp_path, capsys):
     network = bare_models.build_model(cfg)
     network.load_state_dict(torch.load(model.checkpoint)["state_dict"])
     run = runtime(out, to, names)
-    for sides in (size, *([(192, 128 + 64)] if dynamic else [])):
-        image, expected = of_the_toolbox(cfg, network, sides)
+    for height_and_width in (size, *([(192, 128 + 64)] if dynamic else [])):
+        image, expected = of_the_toolbox(cfg, network, height_and_width)
         for output, got, wanted in zip(description["outputs"], run(image), expected, strict=True):
             got = torch.as_tensor(got)
             # What the command promises, of values that are about 1.
             assert torch.allclose(got, wanted, rtol=0, atol=1e-4 * max(1.0, wanted.abs().max())), output["name"]
             assert wanted.std() > 1e-3, "weights that are seen in the outputs"
-            assert [length for length in output["shape"] if isinstance(length, int)] == (
-                [length for length in wanted.shape if length in output["shape"]] if dynamic else list(wanted.shape)
-            )
+            sides = dict(zip(("batch", "channels", "height", "width"), image.shape, strict=True))
+            shape = [eval(str(length), {"ceil": math.ceil, **sides}) for length in output["shape"]]
+            assert shape == list(wanted.shape)
     for output in description["outputs"]:
         assert set(output["differences"]) == {"random pixels", *["random pixels, two larger images"] * dynamic}
         assert all(0 <= one["relative"] <= one["absolute"] for one in output["differences"].values())
@@ -376,7 +377,6 @@ def test_mistakes(models, data, tmp_path, capsys, monkeypatch):
     assert "must be divisible by 32, the data_preprocessor's pad_size_divisor" in (
         error(model=models("two_stage"), size=(64, 72))
     )
-    assert "add --drop-in" in error(model=models("zoo_neck")._replace(checkpoint=model.checkpoint))
     missing = Model(model.config, tmp_path / "absent.pth")
     assert f"no such checkpoint: {tmp_path}/absent.pth" in error(model=missing)
     other = Model(model.config, models("two_stage").checkpoint)
@@ -395,8 +395,6 @@ def test_mistakes(models, data, tmp_path, capsys, monkeypatch):
     )
     assert f"no such image: {tmp_path}/absent.png" in error("--images", tmp_path / "absent.png")
     assert f"cannot read image {data}/instances.json: " in error("--images", data / "instances.json")
-    head = "model.head.type=VigClsHead"
-    assert "no classifier whose scores are exported" in error("--cfg-options", "model.head=None", head) or True
     assert {path.suffix for path in tmp_path.iterdir()} == {".pt2", ".json", ".pth"}
     assert not (tmp_path / "model.pt2").exists()
     capsys.readouterr()
