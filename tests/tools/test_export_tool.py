@@ -50,7 +50,7 @@ model = dict(
     data_preprocessor=dict(COLOURS),
     backbone=dict(out_indices=(0, 1, 2, 3)),
     decode_head=dict(
-        _delete_=True, type='CARAFEUPerHead', in_channels=[16, 32, 64, 128], in_index=[0, 1, 2, 3], channels=8,
+        _delete_=True, type='CARAFEUPerHead', in_channels=[32, 64, 128], in_index=[1, 2, 3], channels=8,
         pool_scales=(1, 2), num_classes=3, norm_cfg=dict(type='BN'),
         carafe_cfg=dict(compressed_channels=4, up_kernel=3),
         loss_decode=dict(type='CrossEntropyLoss', avg_non_ignore=True)))
