@@ -160,7 +160,8 @@ def write(
         example = torch.zeros(2, 3, height + 8 * unit, width + 11 * unit)
         # So much larger that every level of a pyramid is.
         batches.append(("random pixels, two larger images", random_image((height + 4 * unit, width + 5 * unit), 2)))
-    with torch.no_grad():
+    kind = type(part.model).__name__
+    with torch.no_grad(), _naming_errors(f"{kind} does not run on {size[0]} x {size[1]} pixels in PyTorch"):
         names = list(part.outputs(part.pixels(random)))
     options: dict[str, Any] = dict(input_names=[INPUT], output_names=names)
     if FORMATS[to].ending == ".pt2":
@@ -177,7 +178,7 @@ def write(
     }
 
     def write_all(unfinished: Path) -> None:
-        with _naming_exporters_errors(part, to), warnings.catch_warnings():
+        with _naming_errors(f"{kind} cannot be exported to {to}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters, about one another
             FORMATS[to].write(part, (example,), unfinished, shapes, **options)
             run = FORMATS[to].load(unfinished)
@@ -190,11 +191,14 @@ def write(
 
 
 @contextmanager
-def _naming_exporters_errors(part: Deployable, to: str) -> Iterator[None]:
+def _naming_errors(what: str) -> Iterator[None]:
+    """Turn whatever the toolboxes and exporters raise into a UsageError that begins with ``what``."""
     try:
         yield
-    except Exception as error:  # anything, from three libraries
-        raise UsageError(f"{type(part.model).__name__} cannot be exported to {to}: {reason(error)}") from error
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what}: {reason(error)}") from error
 
 
 def _describe_input(part: Deployable, size: tuple[int, int], dynamic: bool) -> dict[str, Any]:

@@ -394,6 +394,11 @@ def test_mistakes(models, data, tmp_path, capsys, monkeypatch):
     assert "scores of the model in PyTorch is not finite on random pixels" in (
         error(model=Model(model.config, tmp_path / "nan.pth"))
     )
+    swapped = error("--cfg-options", "model.decode_head.in_index=[2,1,3]", model=models("segmentor"))
+    assert "EncoderDecoder does not run on 64 x 64 pixels in PyTorch: RuntimeError: " in swapped
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.export.export", lambda *_, **__: {}["no such form"])
+        assert "ImageClassifier cannot be exported to torch-export: KeyError: 'no such form'" in error()
     assert f"no such image: {tmp_path}/absent.png" in error("--images", tmp_path / "absent.png")
     assert f"cannot read image {data}/instances.json: " in error("--images", data / "instances.json")
     assert {path.suffix for path in tmp_path.iterdir()} == {".pt2", ".json", ".pth"}
