@@ -57,7 +57,7 @@ class Pixels(nn.Module):
 
     def __init__(self, preprocessor: Any) -> None:
         super().__init__()
-        # One of MMPretrain's is called after what it makes, MMEngine's after what it does; without one of them, BGR.
+        # MMPretrain's own attribute, then that of the others, which are MMEngine's.
         self.reverse = not (
             getattr(preprocessor, "to_rgb", False) or getattr(preprocessor, "_channel_conversion", False)
         )
