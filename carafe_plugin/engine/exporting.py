@@ -74,13 +74,13 @@ FORMATS = {
 
 def check_format(to: str, standalone: bool) -> None:
     """Raise a UsageError where a package is not installed with which a format is written or compared."""
+    if standalone and FORMATS[to].ending != ".pt2":
+        raise UsageError(f"--standalone is for aoti and torch-export: {to} has standard operators alone in any case")
     for package in FORMATS[to].needs:
         try:
             require(package, f"--to {to}")
         except ImportError as error:
             raise UsageError(str(error)) from error
-    if standalone and FORMATS[to].ending != ".pt2":
-        raise UsageError(f"--standalone is for aoti and torch-export: {to} has standard operators alone in any case")
 
 
 def check_destination(to: str, out: Path, force: bool) -> None:
