@@ -73,7 +73,7 @@ FORMATS = {
 
 
 def check_format(to: str, standalone: bool) -> None:
-    """Raise a UsageError where a package is not installed with which a format is written or compared."""
+    """Raise a UsageError where a package that a format needs is not installed, or the format has no such choice."""
     if standalone and FORMATS[to].ending != ".pt2":
         raise UsageError(f"--standalone is for aoti and torch-export: {to} has standard operators alone in any case")
     for package in FORMATS[to].needs:
