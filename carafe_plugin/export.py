@@ -125,7 +125,7 @@ def to_onnx(
     program = standard_program(model, args, dynamic_shapes, kwargs)
     exported = torch.onnx.export(program, dynamo=True, verbose=False, **options)
     assert exported is not None  # as it is without dynamo alone
-    return _write_beside(target, exported.save)
+    return write_beside(target, exported.save)
 
 
 def to_openvino(
@@ -134,6 +134,8 @@ def to_openvino(
     path: str | os.PathLike,
     dynamic_shapes: Any = None,
     kwargs: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
     **options: Any,
 ) -> Path:
     """Write ``model`` as OpenVINO's intermediate representation, ``path`` (.xml) and its weights (.bin) beside it.
@@ -144,6 +146,8 @@ def to_openvino(
         path (str | os.PathLike): ends in .xml.
         dynamic_shapes (Any): None fixes all sizes to those of the examples.
         kwargs (Mapping[str, Any] | None): example inputs by name.
+        input_names (Sequence[str]): what the inputs are called, in their order; OpenVINO numbers them otherwise.
+        output_names (Sequence[str]): the same for the outputs.
         **options: of ``openvino.save_model``; its ``compress_to_fp16`` is False here, so that weights stay as they are.
 
     Returns:
@@ -159,8 +163,11 @@ def to_openvino(
     target = _target(path, ".xml")
     program = standard_program(model, args, dynamic_shapes, kwargs)
     converted = openvino.convert_model(program)
+    for ports, names in ((converted.inputs, input_names), (converted.outputs, output_names)):
+        for port, name in zip(ports, names, strict=False):
+            port.get_tensor().add_names({name})
     options = {"compress_to_fp16": False, **options}
-    return _write_beside(target, lambda unfinished: openvino.save_model(converted, unfinished, **options))
+    return write_beside(target, lambda unfinished: openvino.save_model(converted, unfinished, **options))
 
 
 def to_aoti(
@@ -195,9 +202,50 @@ def to_aoti(
     target = _target(path, ".pt2")
     export = standard_program if standalone else _export
     program = export(model, args, dynamic_shapes, kwargs)
-    return _write_beside(
+    return write_beside(
         target, lambda unfinished: aoti_compile_and_package(program, package_path=str(unfinished), **options)
     )
+
+
+def to_torch_export(
+    model: nn.Module,
+    args: Sequence[Any],
+    path: str | os.PathLike,
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    standalone: bool = False,
+) -> Path:
+    """Write ``model`` as a program (.pt2) that :func:`torch.export.load` reads.
+
+    Args:
+        model (nn.Module): as for :func:`standard_program`, and so are the other inputs.
+        args (Sequence[Any]): example inputs, positional.
+        path (str | os.PathLike): ends in .pt2.
+        dynamic_shapes (Any): None fixes all sizes to those of the examples.
+        kwargs (Mapping[str, Any] | None): example inputs by name.
+        standalone (bool): False keeps this package's operator: who loads the program imports ``carafe_plugin`` first.
+            True writes standard operators.
+
+    Returns:
+        Path: ``path``. A failure leaves what was there.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as for :func:`standard_program`, or ``path`` does not end in .pt2.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from carafe_plugin import CARAFEUpsample
+        >>> from carafe_plugin.export import to_torch_export
+        >>> model, features = CARAFEUpsample(8).eval(), torch.rand(1, 8, 5, 6)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     program = torch.export.load(to_torch_export(model, (features,), f"{folder}/model.pt2"))
+        >>> torch.equal(program.module()(features), model(features))
+        True
+    """
+    target = _target(path, ".pt2")
+    export = standard_program if standalone else _export
+    program = export(model, args, dynamic_shapes, kwargs)
+    return write_beside(target, lambda unfinished: torch.export.save(program, unfinished))
 
 
 def _target(path: str | os.PathLike, ending: str = "") -> Path:
@@ -209,8 +257,16 @@ def _target(path: str | os.PathLike, ending: str = "") -> Path:
     return target
 
 
-def _write_beside(target: Path, write: Callable[[Path], Any]) -> Path:
-    """What ``write`` leaves in a folder, moved to that of ``target`` when all of it is there."""
+def write_beside(target: Path, write: Callable[[Path], Any]) -> Path:
+    """Move what ``write`` makes beside the path that it is given to the folder of ``target``, when all of it is there.
+
+    Args:
+        target (Path): the file that is to be; ``write`` gets a path of the same name elsewhere.
+        write (Callable[[Path], Any]): writes that file, and what goes with it beside it.
+
+    Returns:
+        Path: ``target``. Where ``write`` fails, what was there is left.
+    """
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         write(Path(folder) / target.name)
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name):  # the named one last

@@ -34,7 +34,8 @@ torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _processes)))
 # The files that take longest, which begin first: at the end no process waits for one of them.
 LONGEST = (
     *("packaging", "gpu_check", "ptx", "kernels", "gpu_model", "fuzz", "reliability", "distributed", "backends"),
-    *("flexible_runner", "panoptic_models", "annotations_fuzz", "zoo", "kills", "memory", "ablation", "demo", "train"),
+    *("export_tool", "flexible_runner", "panoptic_models", "annotations_fuzz", "zoo", "kills", "memory", "ablation"),
+    *("demo", "train"),
 )
 
 

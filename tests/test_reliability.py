@@ -25,7 +25,7 @@ def test_the_page_shows_what_comes(playground):
     assert len(lines) >= 70
     commands = {case.command for _, case, _ in lines}
     assert len({(case.what, case.command) for _, case, _ in lines}) == len(lines)
-    for name in ("train", "test", "infer", "inpaint", "browse_model", "prepare_data", "visualize_reassembly"):
+    for name in ("train", "test", "infer", "inpaint", "browse_model", "prepare_data", "visualize_reassembly", "export"):
         assert any(f"tools/{name}.py" in command for command in commands), name
     text = reliability.PAGE.read_text()
     # What torch itself says, and which of its files, differs between its versions.

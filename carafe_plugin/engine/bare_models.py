@@ -140,11 +140,7 @@ def share_parameters(models: Iterable[nn.Module]) -> None:
 
 def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Complexity:
     """Count a forward pass of ``model`` over one image of ``shape``."""
-    mmcv_layers = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
-    if mmcv_layers:
-        raise UsageError(
-            f"{cfg.filename}: {', '.join(mmcv_layers)} are mmcv's own layers, which are not counted: add --drop-in"
-        )
+    check_no_mmcv_layers(cfg, model, "counted")
     fix_boxes(model, shape)
     preprocess: Any = model.data_preprocessor
     data = preprocess(one_image(cfg, shape), False)
@@ -153,6 +149,15 @@ def count_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> Comple
         return count(model, inputs, **data, mode="tensor")
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"the model of {cfg.filename} does not run at {shape[0]}x{shape[1]}: {error}") from error
+
+
+def check_no_mmcv_layers(cfg: Config, model: nn.Module, what: str) -> None:
+    """Raise a UsageError where a model has mmcv's layer 'carafe'; ``what`` is the participle that it is not."""
+    names = [name for name, part in model.named_modules() if type(part).__module__.startswith("mmcv.ops.carafe")]
+    if names:
+        raise UsageError(
+            f"{cfg.filename}: {', '.join(names)} are mmcv's own layers, which are not {what}: add --drop-in"
+        )
 
 
 def describe_model(cfg: Config, model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:

@@ -238,14 +238,18 @@ def find_type(registry: Registry, settings: Mapping[str, Any], scope: str | None
         return own.get(kind)
 
 
-def prediction_pipeline(cfg: Config) -> Compose:
+def prediction_pipeline(cfg: Config, scale: tuple[int, int] | None = None) -> Compose:
     """The transforms of a configuration, without annotations, from ``dict(img_path=...)`` to a sample of its model's.
-    Raises UsageError where it has none.
+    Steps that resize images within a scale do so within ``scale`` (width, height) where that is given. Raises
+    UsageError where it has none.
     """
     init_default_scope(toolbox(cfg) or "mmengine")
     dataset = next(dataset_configs(cfg.test_dataloader.dataset)) if cfg.get("test_dataloader") else cfg
     steps = dataset.get("pipeline") or cfg.get("test_pipeline")
     if not steps:
         raise UsageError(f"{cfg.filename} has no test pipeline: neither test_dataloader nor test_pipeline")
+    if scale:
+        within = {number for number, step in enumerate(steps) if step.get("keep_ratio") and step.get("scale")}
+        steps = [dict(step, scale=scale) if number in within else step for number, step in enumerate(steps)]
     # An image alone has no annotations.
     return Compose([step for step in steps if "LoadAnnotations" not in str(step.get("type"))])

@@ -158,6 +158,7 @@ def label_map(name: str, **options: Any) -> Prepare:
 OWN, TRAIN = "tools/test.py own.py det.pth", "tools/train.py det.py --cfg-options"
 DET, CLS, BAD = "tools/test.py det.py", "tools/test.py cls.py cls.pth", "tools/test.py det.py bad.pth"
 INFER = "--config det.py --checkpoint det.pth --out-dir out"
+PROGRAM = "--to torch-export --size"
 POINTS = "--config det.py --checkpoint det.pth --out out --points"
 FILL = "--config det.py --checkpoint det.pth --out"
 SEG = "tools/test.py seg.py seg.pth --cfg-options test_dataloader.dataset.data_root="
@@ -418,6 +419,10 @@ CASES: dict[str, list[tuple]] = {
         ("no such folder", "tools/prepare_data.py coco absent"),
         ("an unknown dataset", "tools/prepare_data.py voc ."),
         ("a file to lay out in", "tools/prepare_data.py coco . --out photo.png"),
+        ("no such checkpoint", f"tools/export.py det.py absent.pth {PROGRAM} 64 96"),
+        ("a checkpoint of another model", f"tools/export.py det.py seg.pth {PROGRAM} 64 96"),
+        ("a size that is filled up", f"tools/export.py det.py det.pth {PROGRAM} 64 72"),
+        ("another ending", f"tools/export.py cls.py cls.pth {PROGRAM} 64 64 --out cls.onnx"),
         ("a point outside", f"tools/visualize_reassembly.py photo.png {POINTS} 64,9"),
         ("a point that is none", f"tools/visualize_reassembly.py photo.png {POINTS} 9"),
         (
