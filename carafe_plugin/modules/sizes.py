@@ -41,6 +41,15 @@ def _unknown(size: Sequence[int], features: Tensor) -> bool:
     return is_exporting() and any(type(length) is not int for length in (*size, *features.shape[2:]))
 
 
+def _same(one: int, other: int) -> bool:
+    """Whether two sizes are the same whatever they are."""
+    if isinstance(one, torch.SymInt) or isinstance(other, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second, sympy with it
+
+        return statically_known_true(one == other)
+    return type(one) is type(other) is int and one == other
+
+
 def _within(size: Sequence[int], whole: Iterable[int]) -> list[int]:
     # Not min(): a compiler with symbolic sizes would not see which of the two it is.
     return [length if length <= most else most for length, most in zip(size, whole, strict=True)]
@@ -51,6 +60,8 @@ def complete(features: Tensor, size: Sequence[int]) -> Tensor:
     """Features no larger than ``size``, with the last row and column repeated until they have it."""
     if _unknown(size, features):
         for axis, length in zip((-2, -1), size, strict=True):
+            if _same(length, features.shape[axis]):
+                continue
             places = torch.arange(length, device=features.device).clamp(max=features.shape[axis] - 1)
             features = features.index_select(axis, places)
         return features

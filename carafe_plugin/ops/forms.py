@@ -69,9 +69,13 @@ def multiply_add(
             source = copies.reshape(n, c, source.shape[2] * up, source.shape[3] * up)
     source = source.unflatten(1, (g, c // g))
 
+    def every(length: int, tap: int) -> slice:
+        return slice(enlarged * tap, enlarged * tap + down * (length - 1) + 1, down)
+
+    cut = [source[..., every(rows, u), :] for u in range(k)]
+
     def weighted(tap: int) -> Tensor:
-        u, v = (enlarged * place for place in divmod(tap, k))
-        window = source[..., u : u + down * (rows - 1) + 1 : down, v : v + down * (columns - 1) + 1 : down]
+        window = cut[tap // k][..., every(columns, tap % k)]
         return (window.unsqueeze(3) if by_phase else window) * weights[:, :, tap]
 
     output = reduce(torch.add, (weighted(tap) for tap in range(k * k)))
