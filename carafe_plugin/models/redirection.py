@@ -36,11 +36,12 @@ class Redirected(nn.Module):
             RuntimeError: it has not interpolated as often as when it was converted, so that it is not known which call
                 was which.
         """
-        with _Answering(self.carafe_upsamplers, self.carafe_calls) as answering:
+        calls: list[str | None] = []  # of its own: torch.compile does not see what a mode's attributes become
+        with _Answering(self.carafe_upsamplers, self.carafe_calls, calls):
             result = super().forward(*args, **kwargs)
-        if answering.calls != len(self.carafe_calls):
+        if len(calls) != len(self.carafe_calls):
             raise RuntimeError(
-                f"{type(self).__name__}.forward has called F.interpolate {answering.calls} times, and "
+                f"{type(self).__name__}.forward has called F.interpolate {len(calls)} times, and "
                 f"{len(self.carafe_calls)} times when CARAFE++ was put in: which call is which is not known; convert "
                 "the model with inputs that take the same way through it"
             )
@@ -52,17 +53,16 @@ class Redirected(nn.Module):
 
 
 class _Answering(TorchFunctionMode):
-    def __init__(self, upsamplers: nn.ModuleDict, keys: Sequence[str | None]) -> None:
+    def __init__(self, upsamplers: nn.ModuleDict, keys: Sequence[str | None], calls: list[str | None]) -> None:
         super().__init__()
-        self.upsamplers, self.keys = upsamplers, keys
-        self.calls = 0
+        self.upsamplers, self.keys, self.calls = upsamplers, keys, calls
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if function is F.interpolate:
-            key = self.keys[self.calls] if self.calls < len(self.keys) else None
-            self.calls += 1
+            key = self.keys[len(self.calls)] if len(self.calls) < len(self.keys) else None
+            self.calls.append(key)
             if key is not None:
                 function = self.upsamplers[key]
         return function(*args, **(kwargs or {}))
