@@ -7,8 +7,10 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.c
 BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2
+# The environment of test-libraries (tools/setup_env.sh).
+LIBRARIES_PYTHON := .venv-libraries/bin/python
 
-.PHONY: env demo demo-all demo-seg demo-inpaint ablation test fuzz sanitize lint format bench gpu-check wheel wheel-check matrix clean
+.PHONY: env demo demo-all demo-seg demo-inpaint ablation test test-libraries fuzz sanitize lint format bench gpu-check wheel wheel-check matrix clean
 
 # MMCV=compiled also compiles mmcv's own operators, which takes 10 to 25 minutes on two cores.
 env:
@@ -32,6 +34,11 @@ ablation: env
 
 test: env
 	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# convert() on models of torchvision, timm, transformers, segmentation_models_pytorch and ultralytics, into docs/libraries.md.
+test-libraries:
+	@LIBRARIES=yes tools/setup_env.sh
+	CARAFE_LIBRARIES_TABLE=docs/libraries.md $(LIBRARIES_PYTHON) -m pytest tests/models tests/test_export.py
 
 # The campaigns' long form (tests/support/campaign.py); its figures go into docs/reliability.json and .md. SEED=1 draws other
 # cases, FUZZ=tests/ops/test_fuzz.py runs one campaign, CARAFE_FUZZ_OPERATORS=10000 another number of cases.

@@ -3,6 +3,8 @@
 # be run again at any time: it resumes where it was interrupted.
 #   FAMILY=openmmlab   in .venv-openmmlab, the upstream packages of OpenMMLab on the torch that they were made for;
 #                      without (or FAMILY=onedl), in .venv, their maintained successors on a current one
+#   LIBRARIES=yes      makes .venv-libraries as well: that environment with the libraries whose models convert() is
+#                      tested on, which want other versions of what the toolboxes use
 #   MMCV=compiled      compiles mmcv's own operators; without, torchvision's stand in for them (carafe_plugin's mmcv_ops)
 set -euo pipefail
 unset PYTHONOPTIMIZE  # what is asked of Python below, it answers by assertions
@@ -127,6 +129,8 @@ done
 packages=$(extra "$family")
 tools=$(extra tools)
 dev=$(extra dev)
+export=
+[ "$family" = openmmlab ] || export=$(extra export)  # torch.export has what it takes from torch 2.6 on
 
 # install DESCRIPTION PIP-ARGUMENT ...
 install() {
@@ -203,6 +207,7 @@ if [ "${MMCV:-}" = compiled ] && ! has_operators; then
 fi
 step "mmengine, mmdet, mmsegmentation, mmpretrain (about 30 s)" $toolboxes
 step "the tools for demos, tests and style (about 20 s)" $tools $dev
+[ -z "$export" ] || step "the runtimes of exported models (about 20 s)" $export
 
 # built: whether the environment has this package from this folder, built after its sources; pip writes RECORD last.
 built() {
@@ -220,5 +225,17 @@ PYTHON
 built || install "carafe_plugin (about 5 minutes)" --no-deps --no-build-isolation -e .
 if [ ! -e "carafe_plugin/$library.abi3.so" ]; then
   echo "env: carafe_plugin is not compiled and runs on its slower PyTorch reference: $(compiles)"
+fi
+
+if [ -n "${LIBRARIES:-}" ]; then
+  [ "$family" = onedl ] || fail "LIBRARIES=yes needs FAMILY=onedl, got '$family'"
+  libraries=$(extra libraries)
+  base=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+  [ -x .venv-libraries/bin/python ] || "$python" -m venv .venv-libraries
+  # Its packages come first, and behind them those of the environment, with what its own .pth files say.
+  below=$(.venv-libraries/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/zz_below.pth
+  echo "import site; site.addsitedir('$base')" >"$below"
+  python=.venv-libraries/bin/python
+  step "the libraries whose models are converted (about 40 s)" $libraries
 fi
 echo "env: ready ($("$python" --version), $("$python" -c 'import sys; print(sys.prefix)'))"

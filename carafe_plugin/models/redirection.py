@@ -36,7 +36,7 @@ class Redirected(nn.Module):
             RuntimeError: it has not interpolated as often as when it was converted, so that it is not known which call
                 was which.
         """
-        calls: list[str | None] = []  # of its own: torch.compile does not see what a mode's attributes become
+        calls: list[str | None] = []  # and no attribute of the mode, which torch.compile would not find afterwards
         with _Answering(self.carafe_upsamplers, self.carafe_calls, calls):
             result = super().forward(*args, **kwargs)
         if len(calls) != len(self.carafe_calls):

@@ -33,7 +33,15 @@ ONEDL = Family(
     ".venv",
     13,
     "build/env.log",
-    ("setuptools>=80,<82", "torch==2.11.0", "onedl-mmcv==2.3.6", "onedl-mmengine==0.10.12", "rich", "-e"),
+    (
+        "setuptools>=80,<82",
+        "torch==2.11.0",
+        "onedl-mmcv==2.3.6",
+        "onedl-mmengine==0.10.12",
+        "rich",
+        "onnx==1.23.2",
+        "-e",
+    ),
     "onedl-mmcv==2.3.6",
     "onedl-mmcv==2.3.6",
     "_C.abi3.so",
@@ -304,6 +312,35 @@ def test_no_step_brings_other_versions_than_the_familys(checkout: Checkout) -> N
     assert constraints.count(checkout.family.mmcv) == len(checkout.installed()) == steps
     of_numpy_1 = [line for line in constraints if line.startswith(("numpy==1.", "opencv-python==4.11."))]
     assert len(of_numpy_1) == (2 * steps if checkout.family is OPENMMLAB else 0)
+
+
+def test_libraries_have_an_environment_above_the_others(checkout: Checkout) -> None:
+    """Its own packages come first, those of the environment below are seen, and nothing is installed twice."""
+    checkout.environment()
+    above = checkout.folder / ".venv-libraries"
+    venv.create(above, symlinks=True)
+    (above / "bin" / "python").rename(above / "bin" / "real")
+    checkout.program(
+        ".venv-libraries/bin/python",
+        f"""case "$*" in
+        "-m pip install"*) echo "libraries $*" >> {checkout.calls} ;;
+        *) exec {above / "bin" / "real"} "$@" ;;
+        esac""",
+    )
+    if checkout.family is OPENMMLAB:
+        assert error(checkout.run(LIBRARIES="yes")) == "LIBRARIES=yes needs FAMILY=onedl, got 'openmmlab'"
+        return
+    (packages,) = checkout.venv.glob("lib/python3.*/site-packages")
+    (packages / "below.py").write_text("name = 'below'")
+    (packages / "below.pth").write_text(str(checkout.folder / "bin"))
+    result = checkout.run(LIBRARIES="yes")
+    assert result.returncode == 0, result.stderr
+    (installed_there,) = [call for call in checkout.installed() if call.startswith("libraries")]
+    assert "timm==" in installed_there
+    assert "ultralytics==" in installed_there
+    code = f"import below, sys; print(below.name, {str(checkout.folder / 'bin')!r} in sys.path)"
+    seen = subprocess.run([above / "bin" / "real", "-c", code], capture_output=True, text=True)
+    assert seen.stdout.split() == ["below", "True"], seen.stderr
 
 
 @pytest.mark.parametrize("installed_mmcv", ["mmcv", "compiled_mmcv"])
