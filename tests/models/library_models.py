@@ -26,11 +26,13 @@ class LibraryModel:
         build (Callable[[], nn.Module]): without weights and network.
         places (tuple[str, ...]): of CARAFE++, with ``arguments``.
         loss (Callable[[nn.Module], Tensor]): of a model in training mode, on two images with targets.
-        arguments (Mapping[str, Any]): of ``convert``, beside the model.
-        inputs (Callable[[], Any]): of ``part``, by name where it is a mapping.
+        arguments (Mapping[str, Any] | None): of ``convert``, beside the model; None: it is built with CARAFE++.
+        inputs (Callable[[int], Any]): of ``part``, that many; by name where it is a mapping.
         part (Callable[[nn.Module], nn.Module]): what is compared, compiled and exported.
         part_name (str): what that is, where it is not the whole model.
-        uncompiled, unexported (str): why the library's own model cannot be, which a test looks at.
+        unsaved (str): why the library's own model, once it has run, cannot be saved as a whole, which a test looks at.
+        unexported (str): likewise, what torch.export says of it, as a regular expression.
+        breaks (bool): whether torch.compile needs more than one graph for it.
     """
 
     library: str
@@ -38,12 +40,13 @@ class LibraryModel:
     build: Callable[[], nn.Module]
     places: tuple[str, ...]
     loss: Callable[[nn.Module], Tensor]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Callable[[], Any] = lambda: torch.rand(1, 3, 64, 64)
+    arguments: Mapping[str, Any] | None = field(default_factory=dict)
+    inputs: Callable[[int], Any] = lambda number: torch.rand(number, 3, 64, 64)
     part: Callable[[nn.Module], nn.Module] = whole
     part_name: str = ""
-    uncompiled: str = ""
+    unsaved: str = ""
     unexported: str = ""
+    breaks: bool = False
 
     def __str__(self) -> str:
         return f"{self.library} {self.name}"
@@ -83,8 +86,8 @@ def classification(model: nn.Module) -> Tensor:
 
 
 def segmentation(model: nn.Module) -> Tensor:
-    scores = model(images())
-    return F.cross_entropy(scores if isinstance(scores, Tensor) else scores["out"], label_maps())
+    scores = model(images(128))  # which PAN needs
+    return F.cross_entropy(scores if isinstance(scores, Tensor) else scores["out"], label_maps(128))
 
 
 def regression(model: nn.Module) -> Tensor:
@@ -120,6 +123,7 @@ class Maps(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.train(model.training)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         model, features = self.model, self.model.backbone(image)
@@ -152,14 +156,13 @@ def torchvision_resnet() -> nn.Module:
     return resnet50(weights=None, num_classes=5)
 
 
-BOXES = "torch.export: sizes depend on what is found"
-DETECTOR = dict(library="torchvision", loss=detection, part=Maps, part_name="pyramid and maps of the heads")
+DETECTOR = dict(library="torchvision", loss=detection, part=Maps, part_name="pyramid and the heads' maps")
 FPN = calls("backbone.fpn", 0, 1, 2)
 MASK = "roi_heads.mask_predictor.conv5_mask"
 TORCHVISION = [
-    LibraryModel(name="FasterRCNN", build=detector("FasterRCNN"), places=FPN, unexported=BOXES, **DETECTOR),
-    LibraryModel(name="MaskRCNN", build=detector("MaskRCNN"), places=(*FPN, MASK), unexported=BOXES, **DETECTOR),
-    LibraryModel(name="RetinaNet", build=detector("RetinaNet"), places=FPN, unexported=BOXES, **DETECTOR),
+    LibraryModel(name="FasterRCNN", build=detector("FasterRCNN"), places=FPN, **DETECTOR),
+    LibraryModel(name="MaskRCNN", build=detector("MaskRCNN"), places=(*FPN, MASK), **DETECTOR),
+    LibraryModel(name="RetinaNet", build=detector("RetinaNet"), places=FPN, **DETECTOR),
     LibraryModel("torchvision", "fcn_resnet50", torchvision_segmentor("fcn_resnet50"), calls("", 0), segmentation),
     LibraryModel(
         *("torchvision", "deeplabv3_mobilenet_v3_large"),
@@ -185,17 +188,19 @@ def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def resnets(name: str, **options: Any) -> Callable[[], nn.Module]:
+    # Else their branches begin as zero, and so do the gradients of what is in them.
+    return timm_model(name, zero_init_last=False, **options)
+
+
 HRNET = ("2.0.0.1", "3.0.0.1", "3.0.0.2", "3.0.1.2", "4.0.0.1", "4.0.0.2", "4.0.0.3", "4.0.1.2", "4.0.1.3", "4.0.2.3")
 TIMM = [
     *(
-        LibraryModel("timm", f"{name}, features_only", timm_model(name, features_only=True), places, regression, down)
-        for name, places, down in (
-            ("resnet18", SEVEN["conv1"], DOWNSAMPLING),
-            ("resnet50", SEVEN["conv2"], DOWNSAMPLING),
-        )
+        LibraryModel("timm", f"{name}, features_only", resnets(name, features_only=True), places, regression, DOWNSAMPLING)
+        for name, places in (("resnet18", SEVEN["conv1"]), ("resnet50", SEVEN["conv2"]))
     ),
     LibraryModel(
-        *("timm", "resnet18d", timm_model("resnet18d", num_classes=5), SEVEN["conv1"], classification, DOWNSAMPLING)
+        *("timm", "resnet18d", resnets("resnet18d", num_classes=5), SEVEN["conv1"], classification, DOWNSAMPLING)
     ),
     LibraryModel(
         *("timm", "hrnet_w18_small", timm_model("hrnet_w18_small", num_classes=5)),
@@ -225,17 +230,12 @@ def resnet(*outputs: str) -> Any:
     return ResNetConfig(**widths, out_features=list(outputs))
 
 
-def upernet(backbone: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import transformers as t
+def upernet() -> nn.Module:
+    import transformers as t
 
-        convnext = t.ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[1] * 4, out_features=OUT)
-        config, width = (swin(), 96) if backbone == "Swin" else (convnext, 64)
-        return t.UperNetForSemanticSegmentation(
-            t.UperNetConfig(backbone_config=config, hidden_size=32, num_labels=5, auxiliary_in_channels=width)
-        )
-
-    return build
+    convnext = t.ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[1] * 4, out_features=OUT)
+    widths = dict(hidden_size=32, pool_scales=[1, 2], auxiliary_in_channels=64)
+    return t.UperNetForSemanticSegmentation(t.UperNetConfig(backbone_config=convnext, num_labels=5, **widths))
 
 
 def mask2former() -> nn.Module:
@@ -313,8 +313,8 @@ def d_fine() -> nn.Module:
     return t.DFineForObjectDetection(t.DFineConfig(backbone_config=backbone, **REALTIME))
 
 
-def named() -> dict[str, Tensor]:
-    return dict(pixel_values=torch.rand(1, 3, 64, 64))
+def named(number: int) -> dict[str, Tensor]:
+    return dict(pixel_values=torch.rand(number, 3, 64, 64))
 
 
 def on_label_maps(model: nn.Module) -> Tensor:
@@ -334,63 +334,68 @@ def on_boxes(model: nn.Module) -> Tensor:
     return model(pixel_values=images(), labels=[target, target]).loss
 
 
+def transformers_model(name: str, build: Callable, places: tuple, loss: Callable, **others: str) -> LibraryModel:
+    return LibraryModel("transformers", name, build, places, loss, inputs=named, **others)
+
+
+HOOKS = "once it has run, hooks of the library's that pickle does not take"
+SIZES = "torch.export: a size that depends on values"
 TRANSFORMERS = [
-    *(
-        LibraryModel("transformers", f"UperNet ({name})", upernet(name), calls("decode_head", *range(6)), on_label_maps)
-        for name in ("ConvNext", "Swin")
+    transformers_model("UperNet", upernet, calls("decode_head", *range(6)), on_label_maps, unsaved=HOOKS),
+    transformers_model(
+        "Mask2Former", mask2former, calls("model.pixel_level_module.decoder", 0), on_masks, unsaved=HOOKS
     ),
-    LibraryModel(
-        *("transformers", "Mask2Former", mask2former, calls("model.pixel_level_module.decoder", 0), on_masks),
-    ),
-    LibraryModel(
-        *("transformers", "MaskFormer", maskformer),
+    transformers_model(
+        *("MaskFormer", maskformer),
         tuple(f"model.pixel_level_module.decoder.fpn.layers.{n}.carafe_upsamplers.0" for n in range(3)),
         on_masks,
     ),
-    LibraryModel("transformers", "DetrForSegmentation", detr, (), on_boxes),
-    LibraryModel("transformers", "SegFormer", segformer, calls("decode_head", 1, 2, 3), on_label_maps),
-    LibraryModel("transformers", "RT-DETR", rt_detr, calls("model.encoder", 0, 1), on_boxes),
-    LibraryModel("transformers", "D-FINE", d_fine, calls("model.encoder", 0, 1), on_boxes),
+    transformers_model(
+        *("DetrForSegmentation", detr),
+        tuple(f"mask_head.fpn_stages.{n}.carafe_upsamplers.0" for n in range(3)),
+        on_boxes,
+    ),
+    transformers_model("SegFormer", segformer, calls("decode_head", 1, 2, 3), on_label_maps, unsaved=HOOKS),
+    transformers_model("RT-DETR", rt_detr, calls("model.encoder", 0, 1), on_boxes),
+    transformers_model("D-FINE", d_fine, calls("model.encoder", 0, 1), on_boxes, unexported=SIZES),
 ]
 
 
 # segmentation_models_pytorch
 
 
-def smp_model(name: str) -> Callable[[], nn.Module]:
+def smp_model(name: str, depth: int = 3) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import segmentation_models_pytorch as smp
 
-        return getattr(smp, name)("resnet18", encoder_weights=None, classes=5)
+        options = dict(decoder_channels=(32, 16, 8)) if name in ("Unet", "UnetPlusPlus", "MAnet") else {}
+        return getattr(smp, name)("resnet18", encoder_depth=depth, encoder_weights=None, classes=5, **options)
 
     return build
 
 
-BLOCKS = tuple(f"decoder.blocks.{n}.carafe_upsamplers.0" for n in range(5))
-NESTED = ("0_0", "0_1", "1_1", "0_2", "1_2", "2_2", "0_3", "1_3", "2_3", "3_3", "0_4")
+BLOCKS = tuple(f"decoder.blocks.{n}.carafe_upsamplers.0" for n in range(3))
 BILINEAR = dict(upsample=dict(init="bilinear"))
-SMP_PLACES = {
-    "Unet": BLOCKS,
-    "UnetPlusPlus": tuple(f"decoder.blocks.x_{n}.carafe_upsamplers.0" for n in NESTED),
-    "MAnet": BLOCKS,
-    "FPN": tuple(f"decoder.p{n}.carafe_upsamplers.0" for n in (4, 3, 2)),
-    "UPerNet": (
-        *calls("decoder", 0, 1, 2),
-        *(f"decoder.fpn_lateral_blocks.{n}.carafe_upsamplers.0" for n in range(3)),
-    ),
-    "Segformer": calls("decoder", 0, 1, 2),
-    "PAN": (*calls("decoder.gau2", 0), *calls("decoder.gau1", 0), "segmentation_head.1"),
-    "DeepLabV3Plus": ("decoder.up", "segmentation_head.1"),
-    "PSPNet": ("segmentation_head.1",),
-}
-#: Of which convert() asks for an ``init``.
-ALIGNED = ("PAN", "DeepLabV3Plus", "PSPNet")
 SMP = [
     LibraryModel(
-        *("segmentation_models_pytorch", name, smp_model(name), places, segmentation),
-        arguments=BILINEAR if name in ALIGNED else {},
+        *("segmentation_models_pytorch", name, smp_model(name, depth), places, segmentation),
+        arguments=BILINEAR if name in ("PAN", "DeepLabV3Plus", "PSPNet") else {},
+        inputs=lambda number: torch.rand(number, 3, 128, 128),
     )
-    for name, places in SMP_PLACES.items()
+    for name, depth, places in (
+        ("Unet", 3, BLOCKS),
+        ("UnetPlusPlus", 3, tuple(f"decoder.blocks.x_{n}.carafe_upsamplers.0" for n in ("0_0", "0_1", "1_1", "0_2"))),
+        ("MAnet", 3, BLOCKS),
+        ("FPN", 5, tuple(f"decoder.p{n}.carafe_upsamplers.0" for n in (4, 3, 2))),
+        (
+            *("UPerNet", 4),
+            (*calls("decoder", 0, 1), *(f"decoder.fpn_lateral_blocks.{n}.carafe_upsamplers.0" for n in range(2))),
+        ),
+        ("Segformer", 4, calls("decoder", 0, 1)),
+        ("PAN", 5, (*calls("decoder.gau2", 0), *calls("decoder.gau1", 0), "segmentation_head.1")),
+        ("DeepLabV3Plus", 5, ("decoder.up", "segmentation_head.1")),
+        ("PSPNet", 3, ("segmentation_head.1",)),
+    )
 ]
 
 
@@ -403,7 +408,7 @@ def yolo(name: str, kind: str = "DetectionModel") -> Callable[[], nn.Module]:
         from ultralytics.nn import tasks
 
         model = getattr(tasks, kind)(name, ch=3, nc=5, verbose=False)
-        model.args = get_cfg()  # as the trainer does; the loss reads them
+        model.args, model.nc = get_cfg(), 5  # as the trainer does; losses read them
         return model
 
     return build
@@ -434,11 +439,53 @@ ULTRALYTICS = [
         *(("model.11", "model.14", "model.23.proto.upsample"), yolo_loss),
     ),
     LibraryModel("ultralytics", "yolov8n", yolo("yolov8n.yaml"), ("model.10", "model.13"), yolo_loss),
+    LibraryModel("ultralytics", "yolo11n, YAML", yolo_from_yaml, ("model.11", "model.14"), yolo_loss, arguments=None),
     LibraryModel(
-        *("ultralytics", "yolo26n-seg", yolo("yolo26n-seg.yaml", "SegmentationModel")),
-        *(("model.11", "model.14"), yolo_loss),
+        *("ultralytics", "yolov8n-rtdetr", yolo("yolov8n-rtdetr.yaml", "RTDETRDetectionModel")),
+        *(("model.10", "model.13"), yolo_loss),
     ),
-    LibraryModel("ultralytics", "rtdetr-l", yolo("rtdetr-l.yaml", "RTDETRDetectionModel"), (), yolo_loss),
 ]
 
 MODELS = [*TORCHVISION, *TIMM, *TRANSFORMERS, *SMP, *ULTRALYTICS]
+
+
+
+
+# Beside the table, for classes that none of its models has.
+
+
+def coat() -> nn.Module:
+    from timm.models.coat import CoaT
+
+    widths = dict(embed_dims=(16, 32, 32, 32), serial_depths=(1, 1, 1, 1), num_heads=8, mlp_ratios=(2,) * 4)
+    return CoaT(img_size=64, patch_size=4, parallel_depth=1, num_classes=5, **widths)
+
+
+def beit() -> nn.Module:
+    import transformers as t
+
+    widths = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+    return t.BeitForSemanticSegmentation(
+        t.BeitConfig(image_size=64, out_indices=[1, 2, 3, 4], pool_scales=[1, 2], num_labels=5, **widths)
+    )
+
+
+def swin2sr() -> nn.Module:
+    import transformers as t
+
+    widths = dict(embed_dim=16, depths=[1], num_heads=[2], window_size=4)
+    return t.Swin2SRForImageSuperResolution(
+        t.Swin2SRConfig(image_size=32, upscale=4, upsampler="nearest+conv", **widths)
+    )
+
+
+FUSED = [(16, n) for n in (1, 2, 3, 4)] + [(18, n) for n in (1, 2, 3)] + [(21, n) for n in (1, 2)] + [(24, 1)]
+PROTO = calls("model.23.proto", 0, 1)
+#: (library, model, side of an image, places), in which CARAFE++ starts as what was there.
+OTHERS = [
+    ("timm", coat, 64, calls("parallel_blocks.0", 1, 2, 3)),
+    ("transformers", beit, 64, calls("decode_head", *range(6))),
+    ("transformers", swin2sr, 32, calls("upsample", 0, 1)),
+    ("ultralytics", yolo("yolov9e.yaml"), 64, tuple(f"model.{m}.carafe_upsamplers.{n}" for m, n in FUSED)),
+    ("ultralytics", yolo("yolo26n-seg.yaml", "SegmentationModel"), 64, PROTO),
+]
