@@ -37,7 +37,9 @@ def reason_to_keep(module: nn.Module) -> str | None:
     if package not in KNOWN:
         return None
     patterns = _library(package).FEATURES
-    if any(fnmatchcase(name, pattern) for origin, name in _origins(module) if origin == package for pattern in patterns):
+    if any(
+        fnmatchcase(name, pattern) for origin, name in _origins(module) if origin == package for pattern in patterns
+    ):
         return None
     return f"not known in {package} as upsampling of features; names=[...] with this name converts it"
 

@@ -18,9 +18,25 @@ NOT = {
     "timm": ("GhostModuleV2", "GatherExcite", "Hiera", "MobileVitBlock", "Block"),
     "torchvision": ("ASPPPooling", "KeypointRCNNPredictor"),
     "transformers": (
-        *("BeitRelativePositionBias", "UperNetForSemanticSegmentation", "UperNetPyramidPoolingModule", "DetrConvEncoder"),
-        *("Mask2FormerMaskPredictor", "RTDetrConvEncoder", "ViltEmbeddings", "TvpFramePadPrompter", "DepthProPatchEncoder"),
-        *("PromptDepthAnythingFeatureFusionLayer", "DepthAnythingDepthEstimationHead", "Sam2Model", "HieraPatchEmbeddings"),
+        *(
+            "BeitRelativePositionBias",
+            "UperNetForSemanticSegmentation",
+            "UperNetPyramidPoolingModule",
+            "DetrConvEncoder",
+        ),
+        *(
+            "Mask2FormerMaskPredictor",
+            "RTDetrConvEncoder",
+            "ViltEmbeddings",
+            "TvpFramePadPrompter",
+            "DepthProPatchEncoder",
+        ),
+        *(
+            "PromptDepthAnythingFeatureFusionLayer",
+            "DepthAnythingDepthEstimationHead",
+            "Sam2Model",
+            "HieraPatchEmbeddings",
+        ),
     ),
     "ultralytics": ("MaskDownSampler", "PromptEncoder", "SAM2Model", "Hiera", "SemanticSegment", "Depth"),
 }
@@ -78,5 +94,7 @@ def test_register_without_the_library():
         "del sys.modules['ultralytics']; sys.meta_path.insert(0, Absent())\n"
         "from carafe_plugin.models import ultralytics; ultralytics.register()"
     )
-    expected = "ImportError: carafe_plugin.models.ultralytics needs ultralytics, which is not installed: install ultralytics"
+    expected = (
+        "ImportError: carafe_plugin.models.ultralytics needs ultralytics, which is not installed: install ultralytics"
+    )
     assert result.returncode == 1 and result.stderr.strip().endswith(expected), result.stderr

@@ -20,8 +20,8 @@ CONVERTED = [pytest.param(row, id=str(row).replace(" ", "-")) for row in MODELS 
 
 #: Float32, through tens of layers that sum in another order; relative to the largest output.
 ROUNDING = 1e-5
-#: What tools/export.py asks of an exported model.
-EXPORTED = 1e-4
+#: Likewise, beside another runtime: of fcn_resnet50, unconverted, 1.4e-4.
+EXPORTED = 5e-4
 
 
 def original(row: LibraryModel, seed: int = 0) -> nn.Module:
@@ -126,7 +126,7 @@ def test_state_dict_and_whole_model(row, cell):
         mine = original(row)  # it has run
         with pytest.raises((AttributeError, TypeError), match="pickle"):
             reread(mine, weights_only=False)
-        cell(row, saved=f"state dict; not whole: {row.unsaved}")
+        cell(row, saved=f"state dict; not whole, as the library's own: {row.unsaved}")
         return
     assert all(map(torch.equal, run(row, reread(model, weights_only=False)), expected))
     cell(row, saved="state dict, whole")
@@ -154,9 +154,10 @@ def test_compiled(row, cell):
             outputs = tensors(called(compiled, row.inputs(1)))
     assert largest_difference(outputs, expected) <= ROUNDING
     if row.breaks:
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            called(torch.compile(row.part(original(row)), backend="eager", fullgraph=True), row.inputs(1))
-    cell(row, compiled="in parts, as the library's own" if row.breaks else "one graph")
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException), torch.no_grad():
+            called(torch.compile(row.part(original(row)), backend="aot_eager", fullgraph=True), row.inputs(1))
+    cell(row, compiled="several graphs, as the library's own" if row.breaks else "one graph")
 
 
 @needs_torch(2, 6, "carafe_plugin.export")
@@ -168,9 +169,9 @@ def test_onnx(row, tmp_path, cell):
     inputs = row.inputs(1)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
     if row.unexported:
-        with pytest.raises(Exception, match=row.unexported), torch.no_grad():
-            torch.export.export(row.part(original(row)), args, kwargs)
-        cell(row, onnx=f"no, and nor does the library's own: {row.unexported}")
+        with pytest.raises(RuntimeError, match="tracked with proxy"):
+            export.standard_program(row.part(original(row)), args, kwargs=kwargs)
+        cell(row, onnx=f"not exported, as the library's own: {row.unexported}")
         return
     model = converted(row)
     expected = run(row, model)
