@@ -59,8 +59,8 @@ def with_carafe(description: Mapping[str, Any], *options: Any) -> dict[str, Any]
         *options: of :class:`CARAFE` after the factor.
 
     Returns:
-        dict: a copy, which the library reads after :func:`register`. Of the ``scales`` of a model that is built there is
-            its own alone: else the library would choose one by the name of the file.
+        dict: a copy, which the library reads after :func:`register`. Of ``scales`` it has a built model's alone, since
+            the library chooses one by the name of the file.
 
     Raises:
         ValueError: there is no such layer.

@@ -1,4 +1,4 @@
-"""The table of what other libraries' models do with CARAFE++: printed, and written where CARAFE_LIBRARIES_TABLE says."""
+"""The table of other libraries' models: printed, and written into the file that CARAFE_LIBRARIES_TABLE names."""
 
 import os
 from importlib.metadata import version
@@ -74,7 +74,7 @@ def write(path, table):
     text = path.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    assert rest and after, f"{path} must have {BEGIN} and {END}"
+    assert after, f"{path} must have {BEGIN} and {END}"
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
     unfinished.replace(path)

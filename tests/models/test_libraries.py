@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
-from library_models import MODELS, OTHERS, LibraryModel, smp_model, upernet
+from library_model import LibraryModel
+from library_models import MODELS, OTHERS, smp_model
 from toolkit import needs_compile, needs_torch
 from torch import nn
 from torch.utils import _pytree
+from transformers_models import upernet
 
 from carafe_plugin import convert, export
 from carafe_plugin.models.tracing import largest_difference
@@ -103,12 +105,14 @@ def test_training_step(row, cell):
     loss.backward()
     for name, module in upsamplers(model).items():
         for parameter, value in module.named_parameters():
-            gradient = value.grad
-            assert gradient is not None and gradient.isfinite().all() and gradient.any(), f"{name}.{parameter}"
+            assert value.grad is not None, f"{name}.{parameter}"
+            assert value.grad.isfinite().all(), f"{name}.{parameter}"
+            assert value.grad.any(), f"{name}.{parameter}"
     before = {name: value.detach().clone() for name, value in model.named_parameters() if "content_encoder" in name}
     optimizer.step()
     moved = [not torch.equal(before[name], value) for name, value in model.named_parameters() if name in before]
-    assert moved and all(moved)
+    assert moved
+    assert all(moved)
     torch.manual_seed(2)
     assert row.loss(model).isfinite()
     cell(row, training="yes")
@@ -185,7 +189,7 @@ def test_onnx(row, tmp_path, cell):
     outputs = [torch.as_tensor(each) for each in session.run(None, dict(zip(names, given, strict=True)))]
     assert len(outputs) == len(expected)
     difference = largest_difference(outputs, expected)
-    assert difference is not None and difference <= EXPORTED
+    assert difference <= EXPORTED
     cell(row, onnx=f"{difference:.0e}")
 
 

@@ -48,7 +48,8 @@ def test_fused_and_predicting(yolo):
     assert len(expected) > 0
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     yolo.model.fuse()
-    assert yolo.model.is_fused() and len(carafes(yolo.model)) == 2
+    assert yolo.model.is_fused()
+    assert len(carafes(yolo.model)) == 2
 
 
 def test_its_own_export(yolo, tmp_path):
@@ -72,7 +73,8 @@ def test_its_trainer_on_yaml(yolo, tmp_path):
     carafe.register()
     carafe.register()  # again changes nothing
     description = carafe.with_carafe(yolo.model.yaml)
-    assert yolo.model.yaml["scale"] == "n" and list(description["scales"]) == ["n"]
+    assert yolo.model.yaml["scale"] == "n"
+    assert list(description["scales"]) == ["n"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(description))  # a name that says no scale
     model = YOLO("mine.yaml")
     before = carafes(model.model)
@@ -80,7 +82,8 @@ def test_its_trainer_on_yaml(yolo, tmp_path):
     options = dict(epochs=1, imgsz=64, batch=2, device="cpu", workers=0, amp=False, plots=False, verbose=False)
     model.train(data=str(write_data(tmp_path)), project=str(tmp_path), name="run", **options)
     after = carafes(model.model)
-    assert len(after) == 2 and not set(after) & set(before)  # the trainer has built them
+    assert len(after) == 2
+    assert not set(after) & set(before)
     again = YOLO(str(tmp_path / "run" / "weights" / "last.pt"))
     assert len(carafes(again.model)) == 2
     assert all(value.isfinite().all() for value in again.model.parameters())
@@ -106,5 +109,5 @@ def test_another_class_of_that_name(monkeypatch):
 
 def test_description_without_upsampling():
     rows = dict(backbone=[[-1, 1, "Conv", [64, 3, 2]]], head=[])
-    with pytest.raises(ValueError, match="must have an nn.Upsample with a scale factor"):
+    with pytest.raises(ValueError, match=r"must have an nn.Upsample with a scale factor"):
         carafe.with_carafe(rows)
