@@ -3,7 +3,7 @@
 export FAMILY
 BIN := $(if $(filter current,$(CARAFE_ENV)),,.venv$(patsubst %,-%,$(filter-out onedl,$(FAMILY)))/bin/)
 PYTHON := $(if $(BIN),$(BIN)python,python3)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h tests/csrc/*.cpp tests/ptx/*.cpp tests/ptx/*.cu benchmarks/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h tests/csrc/*.cpp tests/ptx/*.cpp tests/ptx/*.cu benchmarks/*.cpp docs/*.cpp)
 BENCH_FLAGS ?= --device cpu
 # Processes that run tests; a test file stays in one.
 TEST_JOBS ?= 2

@@ -6,6 +6,7 @@ in one call. What runs where, and how fast, docs/export.md says.
 
 from __future__ import annotations
 
+import ast
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._require import require
+from .modules.carafe import KernelPrediction
 from .ops import forms
 
 
@@ -214,3 +216,47 @@ def _write_beside(target: Path, write: Callable[[Path], Any]) -> Path:
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name):  # the named one last
             file.replace(target.parent / file.name)
     return target
+
+
+def carafe_nodes(model: nn.Module, path: str | os.PathLike) -> list[str]:
+    """The names of an ONNX file's nodes that belong to CARAFE++, its convolutions included.
+
+    Tools that quantise or convert a file take such names as those of nodes to leave as they are.
+
+    Args:
+        model (nn.Module): that :func:`to_onnx` has written, or ``torch.onnx.export`` with ``dynamo=True``.
+        path (str | os.PathLike): of the file as they have written it; tools that change it keep names, but not what
+            says where a node comes from.
+
+    Returns:
+        list[str]: in the file's order.
+
+    Raises:
+        ImportError: onnx is not installed.
+        ValueError: the model has no CARAFE++, or no node of the file says that it comes from it.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from carafe_plugin import CARAFEUpsample
+        >>> from carafe_plugin.export import carafe_nodes, to_onnx
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), CARAFEUpsample(8)).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     nodes = carafe_nodes(model, to_onnx(model, (torch.rand(1, 3, 5, 6),), f"{folder}/model.onnx"))
+        >>> sum("conv" in name.lower() for name in nodes)
+        2
+    """
+    require("onnx", "carafe_nodes")
+    import onnx
+
+    names = {name for name, module in model.named_modules() if isinstance(module, KernelPrediction)}
+    if not names:
+        raise ValueError(f"model must have modules of CARAFE++, got a {type(model).__name__} without")
+    found = []
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        # The names of the modules whose forward it is part of, from the outermost on, as a list in Python's words.
+        if not names.isdisjoint(ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))):
+            found.append(node.name)
+    if not found:
+        raise ValueError(f"path must be of a file that this model was exported to, got {os.fspath(path)!r}")
+    return found

@@ -5,6 +5,9 @@
 
 #include "torch_api.h"
 
+// A C++ program that loads the library for its operators has no Python, and a linker may bind all names at once.
+#pragma weak PyModule_Create2
+
 CARAFE_LIBRARY(carafe_plugin, m) {
   m.def(
       "carafe(Tensor features, Tensor kernels, int kernel_size, int group_size, int up, int down, int normalizer=0, "

@@ -15,12 +15,15 @@ pytestmark = needs_torch(2, 6, "torch.export.Dim.DYNAMIC")
 
 
 class Scales(nn.Module):
-    """Down, up to the size that it came from, by 3/2 with groups, and masks that a user made."""
+    """Down, up to the size that it came from, by 3/2 with groups, and masks that a user made.
+
+    Kernels are small: a form for any sizes has as many products as a kernel has weights.
+    """
 
     def __init__(self):
         super().__init__()
-        self.down = CARAFEDownsample(8, norm=nn.BatchNorm2d, act=nn.ReLU)
-        self.up = CARAFEUpsample(8)
+        self.down = CARAFEDownsample(8, down_kernel=3, norm=nn.BatchNorm2d, act=nn.ReLU)
+        self.up = CARAFEUpsample(8, up_kernel=3)
         self.other = CARAFEUpsample(8, 1.5, up_kernel=3, up_group=2, normalizer="sigmoid_normalized")
         self.masks = nn.Conv2d(8, 9, 3, 2, 1)
 
@@ -92,7 +95,7 @@ def test_decompositions_leave_no_operator_of_this_package(model):
 def test_fixed_sizes_have_the_form_with_matrices(model):
     programs = [export.standard_program(model.up, (torch.randn(*FIXED),), sizes) for sizes in (None, dynamic())]
     products = [sum("bmm" in str(node.target) for node in program.graph.nodes) for program in programs]
-    assert products == [1, 0]
+    assert products == [2, 0]
 
 
 def test_onnx(model, tmp_path):
@@ -122,6 +125,23 @@ def test_masked_carafe(tmp_path):
     model = Masked().eval()
     path = export.to_onnx(model, (torch.randn(1, 4, 12, 14),), tmp_path / "model.onnx")
     compare(model, onnxruntime_of(path), [(1, 4, 12, 14)], tolerance=1e-5)
+
+
+def test_nodes_of_carafe(model, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    path = export.to_onnx(model, (torch.randn(*FIXED),), tmp_path / "model.onnx")
+    nodes = export.carafe_nodes(model, path)
+    kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
+    # Three modules, of two convolutions each; `masks` is the user's, and what reassembles by them is no module's.
+    assert sum(kinds[name] == "Conv" for name in nodes) == 6
+    assert sum(kind == "Conv" for kind in kinds.values()) == 7
+    assert sum(kinds[name] == "Softmax" for name in nodes) == 3
+    assert [kind for name, kind in kinds.items() if name not in nodes].count("Gather") == 1
+    with pytest.raises(ValueError, match=r"model must have modules of CARAFE\+\+, got a Conv2d without"):
+        export.carafe_nodes(model.masks, path)
+    with pytest.raises(ValueError, match=r"path must be of a file that this model was exported to, got .*model.onnx"):
+        export.carafe_nodes(nn.Sequential(model), path)
 
 
 def test_openvino(model, tmp_path):

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops._tracing import as_one_node
+from ..ops._tracing import as_one_node, is_exporting
 from ..ops.reference import crop, output_size
 
 
 @as_one_node
-def computed(features: Tensor, size: Sequence[int], up: int, down: int) -> list[int]:
-    """The part of ``size`` that features scaled by ``up / down`` have."""
+def computed(features: Tensor, size: Sequence[int], up: int, down: int) -> list[int] | None:
+    """The part of ``size`` that features scaled by ``up / down`` have; None, for all, where it is not known yet."""
+    if _unknown(size, features):
+        return None
     return _within(size, (output_size(length, up, down) for length in features.shape[2:]))
 
 
@@ -29,7 +31,14 @@ def fit_to_size(features: Tensor, size: Sequence[int]) -> Tensor:
         >>> fit_to_size(torch.arange(4.).reshape(1, 1, 2, 2), (1, 3))
         tensor([[[[0., 1., 1.]]]])
     """
-    return complete(crop(features, _within(size, features.shape[2:])), size)
+    if not _unknown(size, features):
+        features = crop(features, _within(size, features.shape[2:]))
+    return complete(features, size)
+
+
+def _unknown(size: Sequence[int], features: Tensor) -> bool:
+    """Whether the sizes are those of whoever will run an exported model: no comparison may decide anything."""
+    return is_exporting() and any(type(length) is not int for length in (*size, *features.shape[2:]))
 
 
 def _within(size: Sequence[int], whole: Iterable[int]) -> list[int]:
@@ -40,6 +49,11 @@ def _within(size: Sequence[int], whole: Iterable[int]) -> list[int]:
 @as_one_node
 def complete(features: Tensor, size: Sequence[int]) -> Tensor:
     """Features no larger than ``size``, with the last row and column repeated until they have it."""
+    if _unknown(size, features):
+        for axis, length in zip((-2, -1), size, strict=True):
+            places = torch.arange(length, device=features.device).clamp(max=features.shape[axis] - 1)
+            features = features.index_select(axis, places)
+        return features
     height, width = size
     # Repeating through expand, and not replication padding: the gradient of the latter is not deterministic on CUDA.
     if features.shape[-2] < height:

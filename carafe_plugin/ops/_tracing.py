@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
 
+import torch
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
@@ -19,6 +20,15 @@ def refuse_scripting() -> NoReturn:
         "torch.jit.script does not compile CARAFE++: use torch.jit.trace(model, example) or "
         "torch.export.export(model, (example,)) instead"
     )
+
+
+#: Whether torch.export is at work; not before torch 2.7.
+torch_exports = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_exporting() -> bool:
+    """Whether a model is being exported, to run elsewhere at sizes that need not be known."""
+    return torch_exports() or torch.onnx.is_in_onnx_export()
 
 
 def as_one_node(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._tracing import torch_exports
 from .reference import NONE, NORMALIZERS, masks_from_logits, normalize_kernels
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not before torch 2.7
 
 
 def reassembly(features: Tensor) -> Callable[..., Tensor]:
@@ -29,13 +28,13 @@ def reassembly(features: Tensor) -> Callable[..., Tensor]:
     """
     if not torch.onnx.is_in_onnx_export():
         return torch.ops.carafe_plugin.carafe.default
-    fixed = _is_exporting() and all(type(size) is int for size in features.shape)
+    fixed = torch_exports() and all(type(size) is int for size in features.shape)
     return banded if fixed else multiply_add
 
 
-# Sites of a tile, going up and going down. A longer one wastes more of the band, which is zero but for k of a row; a
-# shorter one copies more columns twice, and multiplies smaller matrices.
-_UP_TILE, _DOWN_TILE = 12, 8
+# Height and width of a tile in sites, going up and going down. A larger one wastes more of the band, of which a row has
+# k^2 weights; a smaller one copies more of the features, and multiplies smaller matrices.
+_UP_TILE, _DOWN_TILE = (2, 4), (4, 4)
 
 
 def multiply_add(
@@ -94,45 +93,67 @@ def banded(
     out_height: int | None = None,
     out_width: int | None = None,
 ) -> Tensor:
-    """A matrix product for every row of a tile; where up and down are both more than 1, :func:`multiply_add`.
+    """A matrix product for every tile; where up and down are both more than 1, :func:`multiply_add`.
 
-    A tile is t neighbouring sites, locations of the coarser map (the features going up, the output going down). Their
-    windows lie in the same L = down * (t - 1) + k columns of k rows of features. So the outputs at its sites are the
-    product of a matrix, whose row for site i has that kernel's k x k weights at columns down * i and following, and
-    zeros, with these k * L features, of all channels at once.
+    A tile is s x t neighbouring sites, locations of the coarser map (the features going up, the output going down).
+    Their windows lie in the same (down * (s - 1) + k) x (down * (t - 1) + k) features. So the outputs at its sites are
+    the product of a matrix, whose rows have the k x k weights of a kernel at the features of its window, and zeros,
+    with these features, of all channels at once.
     """
     if up > 1 and down > 1:
         return multiply_add(features, kernels, k, g, up, down, normalizer, out_height, out_width)
-    masks = _masks(kernels, k, g, up, down, normalizer)
-    channels, (height, width) = features.shape[1], masks.shape[2:]
-    n, c, h, w = features.shape[0] * g, channels // g, *features.shape[2:]  # groups are so many maps
-    features, masks = features.reshape(n, c, h, w), masks.reshape(n, k * k, height, width)
-    rows, columns = (h, w) if up > 1 else (height, width)
-    # At least so many sites that a window reaches into the next tile alone.
-    tiles = (columns + (most := max(_UP_TILE if up > 1 else _DOWN_TILE, k)) - 1) // most
-    t = max((columns + tiles - 1) // tiles, (k + down - 1) // down)
-    length, beyond = down * (t - 1) + k, k - down
+    n, c, h, w = features.shape[0] * g, features.shape[1] // g, *features.shape[2:]  # groups are so many maps
+    logits = _by_phase(kernels, up, h, w) if normalizer == NONE else kernels
+    rows, columns = logits.shape[2:]
+    (tile_rows, s), (tile_columns, t) = map(_tiles, (rows, columns), _UP_TILE if up > 1 else _DOWN_TILE)
+    height, width = down * (s - 1) + k, down * (t - 1) + k
+    tiles = tile_rows * tile_columns
 
-    # The features of each tile's windows, (N, rows, tiles, k * L, C): channels last, so that what is cut lies together.
-    bottom = max(0, down * (rows - 1) + k - h - k // 2)
-    padded = F.pad(features.permute(0, 2, 3, 1), [0, 0, k // 2, (tiles + 1) * down * t - w - k // 2, k // 2, bottom])
-    blocks = padded.reshape(n, padded.shape[1], tiles + 1, down * t * c)
-    windows = blocks[:, :, :tiles, : length * c]
-    if beyond > 0:
-        windows = torch.cat([windows, blocks[:, :, 1:, : beyond * c]], dim=3)
-    windows = torch.cat([windows[:, u : u + down * (rows - 1) + 1 : down] for u in range(k)], dim=3)
-    windows = windows.reshape(n, rows, 1, tiles, k * length, c)
+    # The features of each tile's windows, (N, tiles, height * width, C): channels last, so that what is copied lies
+    # together.
+    bottom, right = down * (tile_rows * s - 1) + k - h - k // 2, down * (tile_columns * t - 1) + k - w - k // 2
+    margins = [0, 0, k // 2, max(0, right), k // 2, max(0, bottom)]
+    padded = F.pad(features.reshape(n, c, h, w).permute(0, 2, 3, 1), margins)
+    covered = _grid((tile_rows, tile_columns), (down * s, down * t), (height, width), padded.shape[2], features.device)
+    windows = padded.flatten(1, 2).index_select(1, covered.flatten()).reshape(n, tiles, height * width, c)
 
-    # The band: a row that is longer by L + down - k than it was, cut from a row of rows, is `down` further right.
-    masks = F.pad(masks, [0, tiles * t * up - width, 0, rows * up - height])
-    taps = masks.reshape(n, k, k, rows, up, tiles, t, up).permute(0, 3, 4, 5, 7, 1, 6, 2)
-    taps = F.pad(taps, [0, length + down - k]).reshape(n, rows, up, tiles, up, k, t * (length + down))
-    band = taps[..., : t * length].reshape(n, rows, up, tiles, up, k, t, length)
-    band = band.permute(0, 1, 2, 3, 6, 4, 5, 7).reshape(n, rows, up, tiles, t * up, k * length)
+    # The band, (N, tiles, sites' outputs, height * width). Each site puts its k^2 weights where its own window lies: a
+    # product with a matrix of ones and zeros, a single operator that moves them all.
+    places = _grid((s, t), (down, down), (k, k), width, features.device).reshape(s * t, k * k, 1)
+    places = (places == torch.arange(height * width, device=features.device)).to(features.dtype)
+    weights = logits.reshape(n, k * k, up * up * rows * columns).permute(0, 2, 1)
+    if normalizer != NONE:
+        weights = weights.reshape(n * up * up * rows * columns, k * k, 1, 1)
+        weights = normalize_kernels(weights, k, 1, NORMALIZERS[normalizer - 1])
+    weights = weights.reshape(n, up, up, rows, columns, k * k)
+    weights = F.pad(weights, [0, 0, 0, tile_columns * t - columns, 0, tile_rows * s - rows])
+    weights = weights.reshape(n, up, up, tile_rows, s, tile_columns, t, k * k).permute(4, 6, 0, 3, 5, 1, 2, 7)
+    band = weights.reshape(s * t, n * tiles * up * up, k * k) @ places
+    band = band.reshape(s, t, n, tiles, up, up, height * width).permute(2, 3, 0, 4, 1, 5, 6)
+    band = band.reshape(n, tiles, s * up * t * up, height * width)
 
-    output = (band @ windows).reshape(n, rows * up * tiles * t * up, c).permute(0, 2, 1)
-    output = output.reshape(-1, channels, rows * up, tiles * t * up)[..., :height, :width]
-    return _first(output, out_height, out_width)
+    output = (band @ windows).reshape(n, tile_rows, tile_columns, s * up, t * up, c).permute(0, 1, 3, 2, 4, 5)
+    output = output.reshape(n, tile_rows * s * up * tile_columns * t * up, c).permute(0, 2, 1)
+    output = output.reshape(n // g, g * c, tile_rows * s * up, tile_columns * t * up)
+    wanted = kernels.shape[2:] if normalizer == NONE else (rows * up, columns * up)
+    return _first(output[..., : wanted[0], : wanted[1]], out_height, out_width)
+
+
+def _tiles(sites: int, most: int) -> tuple[int, int]:
+    """The fewest tiles of an axis that are no longer than ``most`` sites, and how long they are."""
+    tiles = (sites + most - 1) // most
+    return tiles, (sites + tiles - 1) // tiles
+
+
+def _grid(
+    counts: tuple[int, int], steps: tuple[int, int], sizes: tuple[int, int], width: int, device: torch.device
+) -> Tensor:
+    """Of windows in a map of that width, where each of a window's elements lies: (*counts, *sizes)."""
+    rows, columns = (
+        torch.arange(count, device=device)[:, None] * step + torch.arange(size, device=device)
+        for count, step, size in zip(counts, steps, sizes, strict=True)
+    )
+    return rows[:, None, :, None] * width + columns[:, None]
 
 
 def _masks(kernels: Tensor, k: int, g: int, up: int, down: int, normalizer: int) -> Tensor:
@@ -144,12 +165,18 @@ def _masks(kernels: Tensor, k: int, g: int, up: int, down: int, normalizer: int)
 def _weights_by_phase(kernels: Tensor, k: int, g: int, up: int, normalizer: int, h: int, w: int) -> Tensor:
     """Normalised weights at the source locations, (N, G, k^2, 1, up^2, H, W), as the encoder has them."""
     if normalizer == NONE:
-        kernels = F.pad(kernels, [0, w * up - kernels.shape[3], 0, h * up - kernels.shape[2]])
-        weights = F.pixel_unshuffle(kernels, up)
+        weights = _by_phase(kernels, up, h, w)
     else:
         logits = kernels.reshape(kernels.shape[0], g * k * k, up * up * h, w)
         weights = normalize_kernels(logits, k, g, NORMALIZERS[normalizer - 1])
     return weights.reshape(kernels.shape[0], g, k * k, 1, up * up, h, w)
+
+
+def _by_phase(masks: Tensor, up: int, h: int, w: int) -> Tensor:
+    """Masks as the encoder has logits, (N, G * k^2 * up^2, H, W); those that are not wanted are zero."""
+    if up == 1:
+        return masks
+    return F.pixel_unshuffle(F.pad(masks, [0, w * up - masks.shape[3], 0, h * up - masks.shape[2]]), up)
 
 
 def _first(output: Tensor, height: int | None, width: int | None) -> Tensor:

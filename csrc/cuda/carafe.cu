@@ -7,6 +7,8 @@
 #include "../arguments.h"
 #include "launch.h"
 
+#pragma weak PyModule_Create2  // as in registration.cpp
+
 namespace carafe {
 namespace {
 

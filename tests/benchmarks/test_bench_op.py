@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import comparison, measure, peers, report
+from benchmarks import export as bench_export
 from benchmarks import op as bench_op
 from benchmarks.comparison import Call, Inputs, Peer, Problem
 
@@ -467,6 +468,8 @@ def test_committed_results_can_be_shown(file: Path, tmp_path: Path, capsys: pyte
         bench_model.print_table(record)
         if "profile" in record["models"][0]:
             bench_model.print_profile(record["models"])
+    elif "exported" in record:
+        bench_export.print_tables(record)
     elif "growth" in record:
         bench_op.print_growth(record["growth"], Problem(**bench_op.BASE))
         bench_op.plot_growth(record, tmp_path / "plot.svg")
@@ -477,7 +480,10 @@ def test_committed_results_can_be_shown(file: Path, tmp_path: Path, capsys: pyte
                 report.print_table(result, each)
         report.plot(record, tmp_path / "plot.svg")
     shown = capsys.readouterr().out
-    peers_or_models = record.get("models") or (record["results"] or record["growth"])[0]["peers"]
+    if "exported" in record:
+        peers_or_models = record["exported"][0]["rows"]
+    else:
+        peers_or_models = record.get("models") or (record["results"] or record["growth"])[0]["peers"]
     assert all(each["name"] in shown for each in peers_or_models)
 
 

@@ -1,6 +1,8 @@
 """convert() on models with every kind of place: what it replaces, what it leaves, and that nothing else changes."""
 
 import copy
+import importlib.util
+import itertools
 import pickle
 
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from toolkit import needs_torch
 from torch import nn
 
-from carafe_plugin import CARAFEDownsample, CARAFEUpsample, convert
+from carafe_plugin import CARAFEDownsample, CARAFEUpsample, convert, export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -270,6 +272,44 @@ def test_compiled_and_exported(image):
         torch.testing.assert_close(compiled(image), expected, **TOLERANCE)
     exported = torch.export.export(model, (image,)).module()
     torch.testing.assert_close(exported(image), expected, **TOLERANCE)
+
+
+class Strided(nn.Module):
+    """A pyramid of maps whose sizes are rounded up, so that twice the coarser one can be too large."""
+
+    def __init__(self, mode):
+        super().__init__()
+        channels = (3, 8, 16, 32)
+        self.stages = nn.ModuleList(nn.Conv2d(*pair, 3, 2, 1) for pair in itertools.pairwise(channels))
+        self.pyramid = Pyramid(mode)
+
+    def forward(self, image):
+        maps = [image]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return self.pyramid(maps[1:])[0]
+
+
+@needs_torch(2, 7, "torch.compiler.is_exporting")
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_exported_for_any_size(mode, tmp_path):
+    """With sizes that are not the example's in how they round, by both of PyTorch's exporters."""
+    image, others = torch.randn(2, 3, 64, 96), [torch.randn(1, 3, 70, 101), torch.randn(3, 3, 56, 63)]
+    model = Strided(mode).eval()
+    convert(model, image, upsample=dict(up_kernel=3))
+    axes = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+    program = export.standard_program(model, (image,), {"image": axes}).module()
+    runs = [program]
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+        names = dict(input_names=["image"], dynamic_axes={"image": {0: "n", 2: "h", 3: "w"}})
+        torch.onnx.export(model, (image,), tmp_path / "model.onnx", dynamo=False, **names)
+        session = importlib.import_module("onnxruntime").InferenceSession(tmp_path / "model.onnx")
+        runs.append(lambda features: torch.from_numpy(session.run(None, {"image": features.numpy()})[0]))
+    for features in (image, *others):
+        with torch.no_grad():
+            expected = model(features)
+        for run in runs:
+            torch.testing.assert_close(run(features).detach(), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -152,8 +152,8 @@ def test_destinations(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert convert(source, source / "below.pth") == 2
     assert f"cannot write {source}/below.pth" in one_line(capsys)
     assert source.read_bytes() == content
-    assert convert(source, tmp_path / "x.pth", "mmpretrain") == 2
-    assert "invalid choice: 'mmpretrain'" in capsys.readouterr().err
+    assert convert(source, tmp_path / "x.pth", "mmpose") == 2
+    assert "invalid choice: 'mmpose'" in capsys.readouterr().err
 
 
 def test_a_kill_leaves_the_old_file(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
