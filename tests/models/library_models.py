@@ -28,10 +28,7 @@ def pyramid() -> nn.Module:
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
     norm = dict(norm_layer=nn.BatchNorm2d, trainable_layers=5)
-    try:
-        return resnet_fpn_backbone(backbone_name="resnet18", weights=None, **norm)
-    except TypeError:  # older than 0.13
-        return resnet_fpn_backbone("resnet18", pretrained=False, **norm)
+    return resnet_fpn_backbone(backbone_name="resnet18", weights=None, **norm)
 
 
 def detector(name: str) -> Callable[[], nn.Module]:

@@ -62,7 +62,7 @@ def called(model: nn.Module, inputs):
 
 
 def tensors(output) -> list[torch.Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in _pytree.tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def upsamplers(model: nn.Module) -> dict[str, nn.Module]:
