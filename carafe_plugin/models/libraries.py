@@ -28,14 +28,20 @@ def _library(package: str) -> ModuleType:
 
 
 def reason_to_keep(module: nn.Module) -> str | None:
-    """Why calls of ``F.interpolate`` in a module's forward are left alone, unless they are asked for; None if not."""
-    packages = [(package, name) for package, name in _origins(module) if package in KNOWN]
-    for package, name in packages:
-        if any(fnmatchcase(name, pattern) for pattern in _library(package).FEATURES):
-            return None
-    if not packages:
+    """Why calls of ``F.interpolate`` in a module's forward are left alone, unless they are asked for; None if not.
+
+    A forward that a user has written, in a subclass of a library's, is the user's.
+    """
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    package = owner.__module__.partition(".")[0]
+    if package not in KNOWN:
         return None
-    return f"not known in {packages[0][0]} as upsampling of features; names=[...] with this name converts it"
+    patterns = _library(package).FEATURES
+    if any(
+        fnmatchcase(name, pattern) for origin, name in _origins(module) if origin == package for pattern in patterns
+    ):
+        return None
+    return f"not known in {package} as upsampling of features; names=[...] with this name converts it"
 
 
 def example_inputs(model: nn.Module) -> Any:

@@ -1,6 +1,7 @@
 """Torchvision: the pyramid of its detectors, and the heads of its segmentation models.
 
-Mask R-CNN's ``conv5_mask`` is a layer, which any model's conversion finds.
+FCN, DeepLabV3 and LRASPP upsample scores, by 8 or 16: all that there is. Mask R-CNN's ``conv5_mask`` is a layer, which
+any model's conversion finds; masks that are pasted into the image and Keypoint R-CNN's heatmaps are left.
 """
 
 from __future__ import annotations

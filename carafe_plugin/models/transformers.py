@@ -1,7 +1,9 @@
 """Transformers: the pyramids of its detectors and segmentation models.
 
 UperNet and its relatives (top-down path and fusion), Mask2Former's and its relatives' pixel decoders, the hybrid
-encoders of RT-DETR and D-FINE, DETR's mask head, MaskFormer's pyramid, SegFormer's fusion.
+encoders of RT-DETR and D-FINE, DETR's mask head, MaskFormer's pyramid, SegFormer's fusion, and the decoders of depth,
+matting, text detection, super-resolution and autoencoders that are built alike. Left alone: masks, scores, positional
+embeddings, depths, and UperNet's pyramid pooling, whose scale changes with the image.
 """
 
 from __future__ import annotations
@@ -16,11 +18,26 @@ FEATURES = (
     "*UperHead",
     "*PixelDecoder",
     "*HybridEncoder",
+    "*LiteEncoder",
+    "*DINOv3ConvEncoder",
     "*FPNFusionStage",
     "*FPNLayer",
     "*SegformerDecodeHead",
-    "*FeatureFusionLayer",
+    "*VisionNeck",
+    "PPOCR*Neck",
+    "*MaskFeatFPN",
+    "*CSPPAN",
     "VitMatteFusionBlock",
+    "EfficientLoFTROutConvBlock",
+    "EfficientLoFTRFineFusionLayer",
+    "NearestConvUpsampler",
+    "*ConvUpsample",
+    # One by one: PromptDepthAnything's relative of these upsamples a depth map, too.
+    "CHMv2FeatureFusionLayer",
+    "DPTFeatureFusionLayer",
+    "DepthAnythingFeatureFusionLayer",
+    "Tipsv2DptFeatureFusionLayer",
+    "ZoeDepthFeatureFusionLayer",
 )
 
 

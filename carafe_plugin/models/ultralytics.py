@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._require import require
 from ..modules import CARAFEUpsample
 
-FEATURES = ("Proto26",)
+FEATURES = ("Proto26", "CBFuse", "FpnNeck", "PixelDecoder")
 _READ = ("i", "f", "type", "np")  # by DetectionModel's forward and summary
 
 
@@ -59,7 +59,8 @@ def with_carafe(description: Mapping[str, Any], *options: Any) -> dict[str, Any]
         *options: of :class:`CARAFE` after the factor.
 
     Returns:
-        dict: a copy, which the library reads after :func:`register`.
+        dict: a copy, which the library reads after :func:`register`. Of ``scales`` it has a built model's alone, since
+            the library chooses one by the name of the file.
 
     Raises:
         ValueError: there is no such layer.
@@ -78,6 +79,8 @@ def with_carafe(description: Mapping[str, Any], *options: Any) -> dict[str, Any]
         if nearest and isinstance(source, int) and arguments[0] in (None, "None"):
             row[2], row[3] = "CARAFE", ["ch", arguments[1], *options]
             replaced += 1
+    if changed.get("scale") in changed.get("scales", ()):
+        changed["scales"] = {changed["scale"]: changed["scales"][changed["scale"]]}
     if not replaced:
         raise ValueError("description must have an nn.Upsample with a scale factor in its backbone or head, got none")
     return changed
