@@ -34,7 +34,17 @@ torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _processes)))
 # The files that take longest, which begin first: at the end no process waits for one of them.
 LONGEST = (
     *("packaging", "gpu_check", "ptx", "kernels", "gpu_model", "fuzz", "reliability", "distributed", "backends"),
-    *("export_tool", "flexible_runner", "panoptic_models", "annotations_fuzz", "zoo", "kills", "memory", "ablation"),
+    *(
+        "export_tool",
+        "flexible_runner",
+        "panoptic_models",
+        "annotations_fuzz",
+        "zoo",
+        "kills",
+        "libraries",
+        "memory",
+        "ablation",
+    ),
     *("demo", "train"),
 )
 

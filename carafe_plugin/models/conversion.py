@@ -37,7 +37,8 @@ def convert(
     model's outputs stay what they are, to rounding, until it is trained; the report says where it cannot.
 
     In models of torchvision, timm, transformers, segmentation_models_pytorch and ultralytics, calls of
-    ``F.interpolate`` are replaced where they are known to upsample features; masks, scores and embeddings are not.
+    ``F.interpolate`` are replaced where they are known to upsample features, or scores where there is nothing else;
+    masks and embeddings are not.
 
     A state dict of the converted model loads into a model that has been converted with the same arguments.
 

@@ -97,7 +97,7 @@ def build(place: Place, options: Mapping[str, Any], curated: bool) -> tuple[nn.M
     Args:
         place (Place): of :func:`find`.
         options (Mapping[str, Any]): of CARAFEUpsample or CARAFEDownsample.
-        curated (bool): whether a place in a known library is to be left alone unless that is known to be features'.
+        curated (bool): whether a place is to be left alone that is not known, or does not look, to be features'.
 
     Raises:
         Unsuitable: the place has to stay as it is.
@@ -114,7 +114,7 @@ def build(place: Place, options: Mapping[str, Any], curated: bool) -> tuple[nn.M
     }
     module = place.module
     if isinstance(module, nn.Upsample):
-        return _in_place_of_interpolation(place, options, size=module.size)
+        return _in_place_of_interpolation(place, options, curated, size=module.size)
     if type(module) not in builders:
         raise Unsuitable(f"there is no CARAFE++ for a {type(module).__name__}")
     return builders[type(module)](place, options)
@@ -127,11 +127,16 @@ def _in_place_of_call(place: Place, options: Mapping[str, Any], curated: bool) -
         raise Unsuitable("its module has been converted before")
     if curated and (reason := libraries.reason_to_keep(place.module)):
         raise Unsuitable(reason)
-    return _in_place_of_interpolation(place, options)
+    return _in_place_of_interpolation(place, options, curated)
 
 
-def _in_place_of_interpolation(place: Place, options: Mapping[str, Any], size: Any = None) -> tuple[nn.Module, bool]:
+def _in_place_of_interpolation(
+    place: Place, options: Mapping[str, Any], curated: bool, size: Any = None
+) -> tuple[nn.Module, bool]:
     channels, first = _channels(place), place.passes[0]
+    if curated and channels in (1, 3):
+        kind = "a mask or a depth" if channels == 1 else "an image"
+        raise Unsuitable(f"it is taken for {kind}, with {channels} channels; names=[...] with this name converts it")
     mode, align_corners = first.mode, bool(first.align_corners)
     if isinstance(place.module, nn.Upsample):
         mode, align_corners = place.module.mode, bool(place.module.align_corners)

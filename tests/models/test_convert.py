@@ -436,6 +436,14 @@ def test_what_cannot_be_converted_is_named(layer, reason):
         convert(model, torch.randn(1, 8, 8, 8), downsample=True)
 
 
+@pytest.mark.parametrize(("channels", "kind"), [(1, "a mask or a depth"), (3, "an image")])
+def test_what_looks_like_no_features_is_asked_for_by_name(channels, kind):
+    model, features = nn.Sequential(nn.Conv2d(8, channels, 1), nn.Upsample(scale_factor=2)), torch.randn(1, 8, 4, 4)
+    with pytest.raises(ValueError, match=rf"1 \(Upsample.*it is taken for {kind}, with {channels} channels"):
+        convert(model, features)
+    assert names(convert(model, features, names="1")) == ["1"]
+
+
 def test_pooling_by_function_is_named():
     class Pools(nn.Module):
         def forward(self, features):
