@@ -15,8 +15,8 @@ The full path works in a configuration as it stands, the short name after ``cust
 
 MMSegmentation builds MaskFormer and Mask2Former on MMDetection's: where that is installed, its pixel decoders are here
 under the full path as well (see :mod:`carafe_plugin.openmmlab.mmdet`), and ``CARAFEMaskFormerHead`` is
-``MaskFormerHead`` for ``CARAFEPixelDecoder``. CARAFE++ is "CARAFE++: Unified Content-Aware ReAssembly of FEatures"
-(arXiv 2012.04733), Sec. 4.2.
+``MaskFormerHead`` for ``CARAFEPixelDecoder``. ``BoundaryIoUMetric`` measures along edges alone. CARAFE++ is "CARAFE++:
+Unified Content-Aware ReAssembly of FEatures" (arXiv 2012.04733), Sec. 4.2.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from mmseg.models.backbones import ResNet, ResNetV1c, ResNetV1d, ResNeXt  # noqa
 from mmseg.registry import MODELS  # noqa: E402
 
 from carafe_plugin.openmmlab.layers import CARAFEDownsample, CARAFEUpsample  # noqa: E402
+from carafe_plugin.openmmlab.mmseg.metrics import BoundaryIoUMetric  # noqa: E402
 from carafe_plugin.openmmlab.mmseg.upsampling import CARAFEFPNHead, CARAFEInterpConv, CARAFEUPerHead  # noqa: E402
 from carafe_plugin.openmmlab.resnet import downsampling_resnets  # noqa: E402
 
 __all__ = [
+    "BoundaryIoUMetric",
     "CARAFEDownsample",
     "CARAFEFPNHead",
     "CARAFEInterpConv",
