@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import DownloadColumn
 from rich.table import Table
 
 from carafe_plugin.engine.cli import command
@@ -48,7 +47,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare_data(args: argparse.Namespace) -> int:
     """Lay out and check; 1 when the dataset is not complete."""
     dataset = DATASETS[args.dataset]
-    root, out = Path(args.root).expanduser().absolute(), Path(args.out or dataset.root).expanduser().absolute()
+    root, usual = Path(args.root).expanduser().absolute(), dataset.usual_place().absolute()
+    out = Path(args.out).expanduser().absolute() if args.out else usual
     if not root.is_dir():
         raise UsageError(f"ROOT must be the folder that you downloaded into; no such folder: {root}")
     if out.exists() and not out.is_dir():
@@ -56,8 +56,7 @@ def prepare_data(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     faults = []
     if not args.check:
-        with progress_bar("unpacking {task.description}", DownloadColumn()) as progress:
-            faults = dataset.lay_out(root, out, progress)
+        faults = dataset.lay_out(root, out)
     table = Table("", "expected", "found", "where", box=None)
     for folder in dataset.folders:
         place, found, where = out / folder.path, "-", "missing"
@@ -68,7 +67,7 @@ def prepare_data(args: argparse.Namespace) -> int:
             found, where = f"{len(names):,}", f"linked to {place.resolve()}" if place.is_symlink() else str(place)
         elif args.check:
             faults.append(f"missing: {place}")
-        table.add_row(folder.path, f"{folder.size:,}", found, where)
+        table.add_row(folder.path, f"{folder.size:,}" if folder.size else "any", found, where)
     with console.status("checking"):
         faults += dataset.check(out)
     console.print(table)
@@ -78,8 +77,9 @@ def prepare_data(args: argparse.Namespace) -> int:
         count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
         console.print(f"{args.dataset} in {out} is not complete: {count}", markup=False)
         return 1
-    usual = Path(dataset.root).absolute()
-    hint = "" if out == usual else f"; the configurations look in {dataset.root}: set data_root, or link it there"
+    hint = (
+        "" if out == usual else f"; the configurations look in {dataset.usual_place()}: set data_root, or link it there"
+    )
     console.print(f"{args.dataset} in {out} is complete{hint}", markup=False)
     return 0
 
