@@ -128,7 +128,7 @@ def write_config(folder: CocoFolder, base: str | None = None) -> tuple[str, Conf
     if not written["model"]:
         raise UsageError(f"--base must have a model with num_classes, got {base}")
     own = {**written, **_data_settings(folder, cfg, classes)}
-    if missing := [name for name in ("train", "val", "test") if own.get(f"{name}_dataloader", ()) == ()]:
+    if missing := [name for name in ("train", "val", "test") if f"{name}_dataloader" not in own]:
         raise UsageError(
             f"--base must have datasets with an ann_file for train, val and test, got {base}: {missing[0]}"
         )
