@@ -25,7 +25,7 @@ HEIGHT, WIDTH = 60, 90  # maps of odd sizes where nothing is padded
 def load(name):
     """The configuration ``folder/name``; skips the test where its toolbox is missing."""
     folder = name.partition("/")[0]
-    if folder == "demo":
+    if folder in ("demo", "real"):
         folder = "mmseg" if "upernet" in name else "mmdet"
     pytest.importorskip(folder, reason=f"{folder} is not installed")
     return copy.deepcopy(parse(CONFIGS / f"{name}.py"))
@@ -138,7 +138,10 @@ def detection_sample(config, labelled):
         masks = np.zeros((2, HEIGHT, WIDTH), dtype=np.uint8)
         masks[0, 4:40, 4:44], masks[1, 16:56, 40:88] = 1, 1
         boxes = torch.tensor([[4.0, 4.0, 44.0, 40.0], [40.0, 16.0, 88.0, 56.0]])
-        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 3]), masks=BitmapMasks(masks, *shape))
+        last = min(config.model.roi_head.bbox_head.num_classes - 1, 3)
+        sample.gt_instances = InstanceData(
+            bboxes=boxes, labels=torch.tensor([0, last]), masks=BitmapMasks(masks, *shape)
+        )
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
     return sample
 

@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("mmengine", reason="MMEngine is not installed")
 
 from config_models import load, toolbox_config
-from config_table import BASIC_BLOCKS, BOTTLENECKS, FPN, MASK_HEAD, MODULES, UPERNET
+from config_table import BASIC_BLOCKS, BOTTLENECKS, CONFIGS, FPN, MASK_HEAD, MODULES, UPERNET
+from mmengine.config import Config
 
 WEIGHTS = {"model.backbone.init_cfg.checkpoint"}
 DCN = {f"model.backbone.dcn.{key}" for key in ("type", "deform_groups", "fallback_on_stride")}
@@ -111,6 +112,41 @@ def test_mmpretrain(name):
     stem = name.partition("/")[2].partition("-")[0]  # resnet50, resnetv1c101, ...
     found = differences(load(name), toolbox_config("mmpretrain", f"resnet/{stem}_8xb32_in1k.py"))
     check({path: values for path, values in found.items() if path.startswith("model.")}, ["backbone"])
+
+
+REAL = {
+    "camvid": "upernet_r18_camvid",
+    "dsb2018": "mask-rcnn_r18_fpn_dsb2018",
+    "bccd": "faster-rcnn_r18_fpn_bccd",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("real/") and MODULES[name]])
+def test_real(name):
+    check(differences(load(name), load(f"real/{REAL[name.rpartition('_')[2]]}")), parts_of(name))
+
+
+@pytest.mark.parametrize("name", [f"real/{name}" for name in REAL.values()])
+def test_real_backbones_take_weights_by_an_option(name):
+    config = load(name)
+    config.merge_from_dict({"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "r18"})
+    assert config.model.backbone.init_cfg == dict(type="Pretrained", checkpoint="r18")
+
+
+@pytest.mark.parametrize("name", [f"real/{name}" for name in REAL.values()])
+def test_real_data_lie_where_the_environment_says(name, monkeypatch):
+    data = name.rpartition("_")[2]
+    file = CONFIGS / f"{name}.py"
+    load(name)  # or skip
+    monkeypatch.delenv("CARAFE_DATA_ROOT", raising=False)
+    for root, places in (("data", {}), ("/mnt/sets", {"CARAFE_DATA_ROOT": "/mnt/sets"})):
+        for variable, value in places.items():
+            monkeypatch.setenv(variable, value)
+        found = leaves(Config.fromfile(file).to_dict())
+        roots = {value for key, value in found.items() if key.endswith("data_root") and value}
+        assert roots == {f"{root}/{data}/"}
+        files = [value for key, value in found.items() if key.endswith("evaluator.ann_file")]
+        assert all(value.startswith(f"{root}/{data}/annotations/") for value in files)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("demo/") and MODULES[name]])

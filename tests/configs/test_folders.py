@@ -8,10 +8,11 @@ from config_table import CONFIGS, MODULES, in_folder
 
 ROOT = CONFIGS.parent
 TOOLBOX_FOLDERS = ["mmdet", "mmpretrain", "mmseg"]
+LISTED_FOLDERS = [*TOOLBOX_FOLDERS, "real"]
 
 
 def test_no_configuration_is_left_out():
-    folders = [*TOOLBOX_FOLDERS, "demo"]  # test_paper.py has paper; the inpainting networks are no toolbox's
+    folders = [*LISTED_FOLDERS, "demo"]  # test_paper.py has paper; the inpainting networks are no toolbox's
     found = {path for folder in folders for path in (CONFIGS / folder).glob("*.py")}
     assert {str(path.relative_to(CONFIGS).with_suffix("")) for path in found} == MODULES.keys()
 
@@ -26,7 +27,7 @@ def test_counts_are_the_papers():
     assert count["mmseg/r50-carafe_carafe-upernet_20e_ade20k"] == 17
 
 
-@pytest.mark.parametrize("folder", TOOLBOX_FOLDERS)
+@pytest.mark.parametrize("folder", LISTED_FOLDERS)
 def test_metafile_lists_every_configuration(folder):
     metafile = yaml.safe_load((CONFIGS / folder / "metafile.yml").read_text())
     collections = {collection["Name"] for collection in metafile["Collections"]}
@@ -42,7 +43,7 @@ def test_metafile_lists_every_configuration(folder):
         assert (ROOT / collection["Code"]["URL"]).exists()
 
 
-@pytest.mark.parametrize("folder", TOOLBOX_FOLDERS)
+@pytest.mark.parametrize("folder", LISTED_FOLDERS)
 def test_readme_has_a_row_for_every_configuration(folder):
     text = (CONFIGS / folder / "README.md").read_text()
     rows = re.findall(r"^\| \[([\w-]+)\.py\]\(\1\.py\) \|(.*)\|$", text, re.MULTILINE)
@@ -55,7 +56,7 @@ def test_readme_has_a_row_for_every_configuration(folder):
             assert int(cells[column if at_the_papers_settings else 0]) == len(in_folder(folder)[name]), name
 
 
-@pytest.mark.parametrize("folder", [*TOOLBOX_FOLDERS, "demo", "paper"])
+@pytest.mark.parametrize("folder", [*LISTED_FOLDERS, "demo", "paper"])
 def test_readme_links_and_commands_name_files_that_exist(folder):
     text = (CONFIGS / folder / "README.md").read_text()
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]

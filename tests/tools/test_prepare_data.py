@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tool_runs import call_tool, one_line
 
-from carafe_plugin.engine import datasets
+from carafe_plugin.engine import dataset_layout, datasets
 from carafe_plugin.images import list_images
 
 SIZES = {
@@ -141,7 +141,7 @@ def test_coco_is_unpacked_and_goes_on_where_it_stopped(
     (coco / "train2017").mkdir()  # somebody's own attempt at unpacking, which was stopped
     out = tmp_path / "out"
     written: list[str] = []
-    write = datasets.write_file
+    write = dataset_layout.write_file
 
     def stop_after(limit: int):
         def write_some(place: Path, content, size: int) -> None:
@@ -152,12 +152,12 @@ def test_coco_is_unpacked_and_goes_on_where_it_stopped(
 
         return write_some
 
-    monkeypatch.setattr(datasets, "write_file", stop_after(2))
+    monkeypatch.setattr(dataset_layout, "write_file", stop_after(2))
     with pytest.raises(KeyboardInterrupt):
         prepare("coco", coco, out)
     assert len(list_images(out / "train2017")) == 2
     (out / "train2017" / f"{0:012d}.jpg").write_bytes(b"half")
-    monkeypatch.setattr(datasets, "write_file", stop_after(99))
+    monkeypatch.setattr(dataset_layout, "write_file", stop_after(99))
     assert prepare("coco", coco, out) == 0
     assert len(written) == 2 + 3 - 2 + 1 + 2 + 2, "the rest, and the one that was not whole"
     assert not (out / "train2017").is_symlink()
@@ -176,11 +176,11 @@ def test_kill_in_the_last_file(coco: Path, tmp_path: Path, capsys: pytest.Captur
     zipped(coco, "train2017", "val2017")
     out = tmp_path / "out"
     assert prepare("coco", coco, out) == 0
-    assert not (out / "train2017" / datasets.UNFINISHED).exists()
+    assert not (out / "train2017" / dataset_layout.UNFINISHED).exists()
     last = out / "train2017" / f"{2:012d}.jpg"
     content = last.read_bytes()
     last.write_bytes(content[:-1])
-    (out / "train2017" / datasets.UNFINISHED).touch()
+    (out / "train2017" / dataset_layout.UNFINISHED).touch()
     capsys.readouterr()
     assert prepare("coco", coco, out, "--check") == 1
     assert f"{out}/train2017 was not unpacked to its end" in capsys.readouterr().out
