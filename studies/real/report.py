@@ -33,7 +33,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def against(results: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]], metric: str) -> str:
-    """The mean difference from the baseline over the seeds of both; of three or more, a paired t-test's p value as well.
+    """The mean difference from the baseline over the seeds of both, and of three or more a paired t-test's p value.
 
     Example:
         >>> runs = [{seed: dict(metrics=dict(mIoU=value)) for seed, value in enumerate(values)}

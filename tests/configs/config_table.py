@@ -57,6 +57,7 @@ MODULES = {
     "mmseg/r101-carafe_carafe-upernet_20e_ade20k": BOTTLENECKS + UPERNET,
     "mmseg/r101-carafe_carafe-upernet_80k_ade20k-512x512": BOTTLENECKS + UPERNET,
     "mmseg/r101-carafe_carafe-upernet_160k_ade20k-512x512": BOTTLENECKS + UPERNET,
+    "real/upernet_mobilenetv2_camvid": [],
     "real/upernet_r18_camvid": [],
     "real/upernet_r18_carafe-upernet_camvid": UPERNET,
     "real/mask-rcnn_r18_fpn_dsb2018": [],
