@@ -91,6 +91,9 @@ def _export(model: nn.Module, args: Sequence[Any], dynamic_shapes: Any, kwargs: 
         raise TypeError("args must be a tuple of example inputs, got a Tensor: write (tensor,)")
     if model.training:
         raise ValueError("model must be in evaluation mode, which model.eval() gives, got one in training mode")
+    for name, part in model.named_modules():
+        if part.training and next(part.buffers(recurse=False), None) is not None:  # a norm, say
+            raise ValueError(f"model must be in evaluation mode, which model.eval() gives, got {name} in training mode")
     with torch.no_grad():
         return torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
 
@@ -122,8 +125,12 @@ def to_onnx(
     """
     require("onnxscript", "to_onnx")
     target = _target(path)
+    if "dynamo" in options:
+        raise ValueError(
+            "options must not set dynamo: torch.onnx.export on the model itself is the way of dynamo=False"
+        )
     program = standard_program(model, args, dynamic_shapes, kwargs)
-    exported = torch.onnx.export(program, dynamo=True, verbose=False, **options)
+    exported = torch.onnx.export(program, dynamo=True, **{"verbose": False, **options})
     assert exported is not None  # as it is without dynamo alone
     return write_beside(target, exported.save)
 

@@ -167,6 +167,10 @@ def test_what_cannot_be_exported_is_said(model, tmp_path):
     path.write_text("another model")
     with pytest.raises(ValueError, match=r"model must be in evaluation mode.*got one in training mode"):
         export.standard_program(Scales().train(), (features,))
+    partly = Scales().eval()
+    partly.down.compressor_norm.train()
+    with pytest.raises(ValueError, match=r"evaluation mode.*got down.compressor_norm in training mode"):
+        export.standard_program(partly, (features,))
     with pytest.raises(TypeError, match=r"args must be a tuple of example inputs, got a Tensor: write \(tensor,\)"):
         export.standard_program(model, features)
     with pytest.raises(ValueError, match=r"path must end in \.pt2, got .*model.onnx"):

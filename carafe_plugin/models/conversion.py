@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..modules.carafe import KernelPrediction
 from . import libraries
 from .places import Place, Unsuitable, build, find
-from .redirection import redirect, undo
+from .redirection import Redirected, Signature, redirect, signature, undo
 from .report import Kept, Replaced, Report
-from .tracing import Trace, largest_difference, trace
+from .tracing import Resizing, Trace, largest_difference, trace
 
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+#: Modules around a model that have taken stock of it, and the arguments that a place sets.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+_OF_THE_PLACE = ("channels", "scale_factor", "mode", "align_corners", "size", "rounds_down", "completes")
 
 
 def convert(
@@ -40,7 +49,10 @@ def convert(
     ``F.interpolate`` are replaced where they are known to upsample features, or scores where there is nothing else;
     masks and embeddings are not.
 
-    A state dict of the converted model loads into a model that has been converted with the same arguments.
+    Outputs stay at sizes that the model's scales divide; at others F.interpolate to a ``size`` has a scale of its own.
+    Convert before anything takes stock of the model: the optimizer, DDP or FSDP, an average of the weights,
+    ``torch.compile``. A state dict of the converted model loads into a model that has been converted with the same
+    arguments. Calls that a forward makes in another number or order than in evaluation end with an error.
 
     Args:
         model (nn.Module): on any device, in any mode; new modules are on the device, and of the dtype, of the features
@@ -79,14 +91,51 @@ def convert(
     if up is None and down is None:
         raise ValueError("upsample or downsample must be asked for, got False for both")
     patterns = None if names is None else [names] if isinstance(names, str) else list(names)
+    for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            where = f" at {name}" if name else ""
+            raise ValueError(f"model must be converted before it is wrapped, got a {type(module).__name__}{where}")
     if inputs is None:
-        inputs = libraries.example_inputs(model)
+        inputs = _like_the_model(libraries.example_inputs(model), model)
         if inputs is None:
             raise ValueError(
                 "inputs must be an example of what the model takes, which tells channels and sizes, got None"
             )
 
     before = trace(model, inputs)
+    with torch.inference_mode(False), torch.random.fork_rng(enabled=dry_run):
+        chosen, left = _choose(model, before, up, down, patterns)
+    if not chosen:
+        raise ValueError(_nothing(model, left))
+    replaced = tuple(_told(place, new, keeps) for place, new, keeps in chosen)
+    if dry_run:
+        return Report(replaced, left, None, True)
+    undoing: list[Callable[[], None]] = []
+    try:
+        _put(model, before, [(place, new) for place, new, _ in chosen], undoing)
+        after = trace(model, inputs, "model: converted, {model} does not run on the inputs; it ends with")
+        for place, new, _ in chosen:
+            if not any(part in after.layers for part in new.modules() if isinstance(part, KernelPrediction)):
+                raise ValueError(
+                    f"model: {place.name} is not what the forward calls, so that CARAFE++ would not run there; "
+                    "names=[...] without it converts the rest"
+                )
+        difference = largest_difference(after.output, before.output)
+    except BaseException:
+        for step in reversed(undoing):
+            step()
+        raise
+    return Report(replaced, left, difference, False)
+
+
+def _choose(
+    model: nn.Module,
+    before: Trace,
+    up: Mapping[str, Any] | None,
+    down: Mapping[str, Any] | None,
+    patterns: Sequence[str] | None,
+) -> tuple[list[tuple[Place, nn.Module, bool]], tuple[Kept, ...]]:
+    """CARAFE++ for every place that takes it, and whether it starts as what is there; and the others."""
     kept: dict[tuple[nn.Module, str, str], list[str]] = {}
     chosen = []
     for place in _matching(list(find(model, before, up is not None, down is not None)), patterns):
@@ -96,22 +145,25 @@ def convert(
         except Unsuitable as reason:
             kept.setdefault((place.module, place.was, str(reason)), []).append(place.name)
         else:
-            chosen.append((place, new.to(place.passes[0].like).train(place.module.training), keeps))
-    left = tuple(Kept(tuple(names), was, reason) for (_, was, reason), names in kept.items())
-    if not chosen:
-        raise ValueError(_nothing(model, left))
-    replaced = tuple(_told(place, new, keeps) for place, new, keeps in chosen)
-    if dry_run:
-        return Report(replaced, left, None, True)
-    undoing: list[Callable[[], None]] = []
-    try:
-        _put(model, before, [(place, new) for place, new, _ in chosen], undoing)
-        difference = largest_difference(trace(model, inputs).output, before.output)
-    except BaseException:
-        for step in reversed(undoing):
-            step()
-        raise
-    return Report(replaced, left, difference, False)
+            for part in new.modules():
+                if isinstance(part, KernelPrediction):  # and not a convolution whose weights are the model's
+                    part.to(place.passes[0].like.device, _dtype(model, place.passes[0].like))
+            chosen.append((place, new.train(place.module.training), keeps))
+    return chosen, tuple(Kept(tuple(names), was, reason) for (_, was, reason), names in kept.items())
+
+
+def _dtype(model: nn.Module, like: Tensor) -> torch.dtype:
+    """The dtype of features, if any parameter has it: under autocast they may have another."""
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    return like.dtype if like.dtype in dtypes or not dtypes else dtypes[0]
+
+
+def _like_the_model(inputs: Any, model: nn.Module) -> Any:
+    """Example inputs on the device, and in the dtype, of a model's parameters."""
+    parameter = next((each for each in model.parameters() if each.is_floating_point()), None)
+    if parameter is None:
+        return inputs
+    return pytree.tree_map(lambda value: value.to(parameter) if isinstance(value, Tensor) else value, inputs)
 
 
 def _options(name: str, value: bool | Mapping[str, Any]) -> dict[str, Any] | None:
@@ -119,7 +171,7 @@ def _options(name: str, value: bool | Mapping[str, Any]) -> dict[str, Any] | Non
         return {} if value else None
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be True, False or a mapping of arguments, got {value!r}")
-    for key in ("channels", "scale_factor"):
+    for key in _OF_THE_PLACE:
         if key in value:
             raise ValueError(f"{name} must not set {key!r}: each place in the model does")
     return dict(value)
@@ -129,10 +181,10 @@ def _matching(places: list[Place], patterns: Sequence[str] | None) -> list[Place
     if patterns is None:
         return places
     for pattern in patterns:
-        if not any(fnmatchcase(place.name, pattern) for place in places):
+        if not any(fnmatchcase(name, pattern) for place in places for name in place.aliases):
             known = ", ".join(place.name for place in places) or "none"
             raise ValueError(f"names: {pattern!r} matches no place that resizes maps; they are {known}")
-    return [place for place in places if any(fnmatchcase(place.name, pattern) for pattern in patterns)]
+    return [place for place in places if any(fnmatchcase(n, pattern) for n in place.aliases for pattern in patterns)]
 
 
 def _build(place: Place, options: Mapping[str, Any], curated: bool) -> tuple[nn.Module, bool]:
@@ -191,27 +243,39 @@ def _put(
             libraries.adopt(new, module, model)
             undoing.append(partial(setattr, parent, attribute, module))
             setattr(parent, attribute, new)
+    for module in list(model.modules()):
+        if isinstance(module, Redirected):
+            undoing.append(partial(setattr, module, "carafe_calls", module.carafe_calls))
+            module.carafe_calls = _without_taken(module, seen, layers, calls)
     for module, answers in calls.items():
         keys = _keys(module, seen, layers, calls)
-        undoing.append(partial(undo, module))
         redirect(module, {str(number): new for number, new in answers.items()}, keys)
+        undoing.append(partial(undo, module))
+
+
+def _answered(
+    seen: Trace, layers: Mapping[nn.Module, nn.Module], calls: Mapping[nn.Module, Mapping[int, Any]]
+) -> Iterator[tuple[Resizing, int, bool]]:
+    """The calls of ``F.interpolate`` in modules: the number in the innermost's pass, and whether CARAFE++ takes it."""
+    numbers: dict[tuple[nn.Module, int], int] = {}
+    for call in seen.calls:
+        if call.within:
+            innermost = call.within[-1]
+            number = numbers[innermost] = numbers.get(innermost, -1) + 1
+            yield call, number, number in calls.get(innermost[0], ()) or innermost[0] in layers
 
 
 def _keys(
     module: nn.Module, seen: Trace, layers: Mapping[nn.Module, nn.Module], calls: Mapping[nn.Module, Mapping[int, Any]]
-) -> list[str | None]:
+) -> list[tuple[str | None, Signature]]:
     """For each call of ``F.interpolate`` in a pass of ``module`` that is still one, what answers it."""
-    in_passes: dict[int, list[str | None]] = {}
-    numbers: dict[tuple[nn.Module, int], int] = {}
-    for call in seen.calls:
-        if not call.within:
-            continue
-        innermost = call.within[-1]
-        number = numbers[innermost] = numbers.get(innermost, -1) + 1
-        answered = number in calls.get(innermost[0], ())
+    in_passes: dict[int, list[tuple[str | None, Signature]]] = {}
+    for call, number, answered in _answered(seen, layers, calls):
         for ancestor, one_pass in call.within:
-            if ancestor is module and (ancestor is innermost[0] or not (answered or innermost[0] in layers)):
-                in_passes.setdefault(one_pass, []).append(str(number) if answered else None)
+            own = ancestor is call.within[-1][0]
+            if ancestor is module and (own or not answered):
+                known_by = signature(call.before[1], call.mode, call.align_corners)
+                in_passes.setdefault(one_pass, []).append((str(number) if answered else None, known_by))
     first, *others = in_passes.values()
     if any(other != first for other in others):
         raise ValueError(
@@ -219,3 +283,17 @@ def _keys(
             "calls cannot be told apart; names=[...] without it converts the rest"
         )
     return first
+
+
+def _without_taken(
+    module: Redirected, seen: Trace, layers: Mapping[nn.Module, nn.Module], calls: Mapping[nn.Module, Mapping[int, Any]]
+) -> tuple[tuple[str | None, Signature], ...]:
+    """The calls of a module that was converted before, without those in modules inside it that are converted now."""
+    taken = [
+        answered
+        for call, _, answered in _answered(seen, layers, calls)
+        if any(ancestor is module and one_pass == 1 for ancestor, one_pass in call.within)
+    ]
+    passing = [place for place, (key, _) in enumerate(module.carafe_calls) if key is None]  # those that were seen
+    gone = {place for place, answered in zip(passing, taken, strict=False) if answered}
+    return tuple(call for place, call in enumerate(module.carafe_calls) if place not in gone)

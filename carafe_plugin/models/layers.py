@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import CARAFEDownsample, CARAFEUpsample
+from ..modules.checks import check_features
 from ..modules.sizes import complete, computed, repeat_border
 from ..ops._tracing import as_one_node
 from ..ops.fused import reassemble_logits
@@ -67,23 +68,16 @@ class CARAFEInterpolation(CARAFEUpsample):
             ValueError: features of other channels, another interpolation than this module stands for, or a size or
                 factor that is not its own.
         """
-        if input.dim() != 4 or input.shape[1] != self.channels:
-            raise ValueError(
-                f"input must have shape (N, {self.channels}, H, W), as where CARAFE++ was put, got {tuple(input.shape)}"
-            )
+        check_features(input, self.channels, "input")
         if mode is not None and (mode, bool(align_corners)) != (self.mode, self.align_corners):
             raise ValueError(
                 f"mode and align_corners must be {self.mode!r}, {self.align_corners}, of the interpolation that "
                 f"CARAFE++ replaced, got {mode!r}, {align_corners}"
             )
         size = self.size if size is None and scale_factor is None else size
-        if size is not None:
-            return self._to_size(input, _pair(size))
-        _check_factor(self.up, scale_factor)
-        return self._to_size(input, [length * self.up for length in input.shape[2:]])
+        return self._to_size(input, _output_size(input, self.up, size, scale_factor))
 
     def _to_size(self, features: Tensor, size: Sequence[int]) -> Tensor:
-        _check_size(self.up, features, size)
         if self.mode != "bilinear":
             own = computed(features, size, self.up, self.down)
             return complete(super().forward(features, own), size)
@@ -97,14 +91,20 @@ class CARAFEInterpolation(CARAFEUpsample):
 
 
 @as_one_node
-def _check_size(up: int, features: Tensor, size: Sequence[int]) -> None:
+def _output_size(features: Tensor, up: int, size: Any, scale_factor: Any) -> list[int]:
+    """The size that a call asks for; a ValueError where that is not ``up`` times the features'."""
+    if size is None:
+        _check_factor(up, scale_factor)
+        return [length * up for length in features.shape[2:]]
+    size = _pair(size)
     if any(type(length) is not int for length in (*size, *features.shape[2:])):
-        return  # symbolic sizes: a comparison would fix them
+        return size  # symbolic sizes: a comparison would fix them
     if any(abs(length * up - wanted) >= up for length, wanted in zip(features.shape[2:], size, strict=True)):
         raise ValueError(
             f"size must be about {up} times the input's {tuple(features.shape[2:])}, for which CARAFE++ was put here, "
             f"got {tuple(size)}"
         )
+    return size
 
 
 def _check_factor(up: int, scale_factor: float | Sequence[float] | None) -> None:
@@ -124,6 +124,8 @@ class CARAFEPool(CARAFEDownsample):
         channels (int): of the features.
         scale_factor (int): how many times smaller the output is.
         rounds_down (bool): whether the output has floor(H / scale_factor) rows, or ceil(H / scale_factor).
+        completes (bool): whether the last row and column are repeated first where H and W are not divisible: a window
+            at the border then has the mean of what is there, as a pooling's has.
         **options: other arguments of :class:`carafe_plugin.CARAFEDownsample`.
 
     Example:
@@ -132,14 +134,42 @@ class CARAFEPool(CARAFEDownsample):
         torch.Size([1, 16, 2, 3])
     """
 
-    def __init__(self, channels: int, scale_factor: int, rounds_down: bool, **options: Any) -> None:
+    def __init__(
+        self, channels: int, scale_factor: int, rounds_down: bool, completes: bool = False, **options: Any
+    ) -> None:
         super().__init__(channels, scale_factor, **options)
-        self.rounds_down = rounds_down
+        self.rounds_down, self.completes = rounds_down, completes
 
     def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
         """Features (N, C, H, W) -> (N, C, H / s, W / s), rounded as the pooling does."""
-        size = [length // self.down for length in features.shape[2:]] if self.rounds_down else None
-        return super().forward(features, size)
+        if self.completes:
+            features = _divisible(features, self.down)
+        return super().forward(features, _pooled_size(features, self.down) if self.rounds_down else None)
+
+
+@as_one_node
+def _divisible(features: Tensor, by: int) -> Tensor:
+    return complete(features, [(length + by - 1) // by * by for length in features.shape[2:]])
+
+
+@as_one_node
+def _pooled_size(features: Tensor, by: int) -> list[int]:
+    return [length // by for length in features.shape[2:]]
+
+
+class ProjectedUpsample(nn.Sequential):
+    """A 1x1 convolution and CARAFE++, called as a deconvolution is."""
+
+    projection: nn.Conv2d
+    upsampler: nn.Module
+
+    def __init__(self, projection: nn.Conv2d, upsampler: nn.Module) -> None:
+        super().__init__(OrderedDict(projection=projection, upsampler=upsampler))
+
+    def forward(self, features: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Features (N, in_channels, H, W) -> (N, out_channels, 2 * H, 2 * W), or to ``output_size``, (..., H', W')."""
+        size = None if output_size is None else list(output_size)[-2:]
+        return self.upsampler(self.projection(features), size)
 
 
 def in_place_of_deconvolution(deconvolution: nn.ConvTranspose2d, upsampler: nn.Module) -> nn.Module:
@@ -157,4 +187,5 @@ def in_place_of_deconvolution(deconvolution: nn.ConvTranspose2d, upsampler: nn.M
         projection.weight.copy_(means.flatten(0, 1)[..., None, None])
         if projection.bias is not None and deconvolution.bias is not None:
             projection.bias.copy_(deconvolution.bias)
-    return nn.Sequential(OrderedDict(projection=projection, upsampler=upsampler))
+    projection.requires_grad_(deconvolution.weight.requires_grad)
+    return ProjectedUpsample(projection, upsampler)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..modules import CARAFEDownsample
@@ -31,12 +32,13 @@ class Place:
 
     Attributes:
         name (str): of the module that would be there.
+        aliases (tuple[str, ...]): all its names, where a layer has several.
         was (str): what is there.
         upsamples (bool): its direction.
         module (nn.Module): the layer, or whose forward it is.
         passes (list[Resizing]): what was seen of it.
         call (int | None): the number of the call.
-        calls (int): how many calls the module's forward makes.
+        by_function (str): a function that is called there and cannot be answered.
     """
 
     name: str
@@ -45,38 +47,56 @@ class Place:
     module: nn.Module
     passes: list[Resizing]
     call: int | None = None
-    calls: int = 0
+    by_function: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether it is seen to make maps smaller."""
+        return any(each.after[-1] < each.before[-1] for each in self.passes)
 
 
 def find(model: nn.Module, trace: Trace, upsample: bool, downsample: bool) -> Iterator[Place]:
     """All places where a model resizes maps in one of the directions, convertible or not, in the modules' order."""
     names = {module: name for name, module in model.named_modules()}
+    aliases: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases[module].append(name)
     calls = _calls(trace)
-    inside = {part for module in names if isinstance(module, (KernelPrediction,)) for part in module.modules()}
+    inside = {part for module in names if isinstance(module, KernelPrediction) for part in module.modules()}
     for module, name in names.items():
         if module in inside:
             continue
         for call, passes in sorted(calls.get(module, {}).items()):
-            if upsample and any(each.before[2:] != each.after[2:] for each in passes):
-                place = f"{name}.carafe_upsamplers.{call}".lstrip(".")
-                yield Place(place, f"F.interpolate, {passes[0].mode}", True, module, passes, call)
+            place = f"{name}.carafe_upsamplers.{call}".lstrip(".")
+            found = Place(place, f"F.interpolate, {passes[0].mode}", True, module, passes, call, aliases=(place,))
+            if found.shrinks and downsample:
+                yield replace(found, upsamples=False, by_function="F.interpolate")
+            elif upsample and not found.shrinks and any(each.before[2:] != each.after[2:] for each in passes):
+                yield found
+        if calls.get(module):
+            continue  # a layer of the user's that interpolates: told of by its calls
         passes = trace.layers.get(module, [])
-        if next(module.children(), None) is not None or isinstance(module, DownsampledConv2d):
+        parts = [part for part, _ in module.named_children() if part != "parametrizations"]
+        if parts or isinstance(module, DownsampledConv2d):
             continue
         resizes = any(each.before[2:] != each.after[2:] for each in passes)
-        upsamples = isinstance(module, (nn.Upsample, nn.ConvTranspose2d, nn.PixelShuffle)) or any(
-            each.after[2] > each.before[2] for each in passes
+        upsamples = (
+            is_plain(module)
+            or isinstance(module, (nn.ConvTranspose2d, nn.PixelShuffle))
+            or any(each.after[-1] > each.before[-1] for each in passes)
         )
         # Pooling everything into one location, or into a fixed number of them, is no downsampling of a map.
         shrinks = _strides(module) or (resizes and "Adaptive" not in type(module).__name__)
         if upsample and upsamples and (resizes or not passes):
-            yield Place(name, _in_words(module), True, module, passes)
+            yield Place(name, _in_words(module), True, module, passes, aliases=tuple(aliases[module]))
         elif downsample and not upsamples and shrinks and not any(each.after[2:] == (1, 1) for each in passes):
-            yield Place(name, _in_words(module), False, module, passes)
+            yield Place(name, _in_words(module), False, module, passes, aliases=tuple(aliases[module]))
     if downsample:
         for module, function in dict.fromkeys(trace.poolings):
             if not isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
-                yield Place(names.get(module, ""), f"F.{function}", False, module, [], call=-1)
+                name = names.get(module, "") or type(module).__name__
+                yield Place(name, f"F.{function}", False, module, [], by_function=f"F.{function}", aliases=(name,))
 
 
 def _calls(trace: Trace) -> dict[nn.Module, dict[int, list[Resizing]]]:
@@ -84,7 +104,7 @@ def _calls(trace: Trace) -> dict[nn.Module, dict[int, list[Resizing]]]:
     found: dict[nn.Module, dict[int, list[Resizing]]] = defaultdict(lambda: defaultdict(list))
     number: Counter[tuple[nn.Module, int]] = Counter()
     for call in trace.calls:
-        if call.within and not isinstance(call.within[-1][0], nn.Upsample):
+        if call.within and not is_plain(call.within[-1][0]):
             module, one_pass = call.within[-1]
             found[module][number[module, one_pass]].append(call)
             number[module, one_pass] += 1
@@ -102,8 +122,12 @@ def build(place: Place, options: Mapping[str, Any], curated: bool) -> tuple[nn.M
     Raises:
         Unsuitable: the place has to stay as it is.
     """
-    if not place.passes and place.call is None:
+    if place.by_function:
+        raise Unsuitable(f"{place.by_function} by a function call cannot be answered here: make it a layer")
+    if not place.passes:
         raise Unsuitable("the example inputs do not pass through it")
+    if any(len(each.before) != 4 or len(each.after) != 4 for each in place.passes):
+        raise Unsuitable("its maps are not (N, C, H, W)")
     if place.call is not None:
         return _in_place_of_call(place, options, curated)
     builders: dict[type, Callable] = {
@@ -113,16 +137,19 @@ def build(place: Place, options: Mapping[str, Any], curated: bool) -> tuple[nn.M
         nn.Conv2d: _in_place_of_convolution,
     }
     module = place.module
-    if isinstance(module, nn.Upsample):
+    if is_plain(module):
+        assert isinstance(module, nn.Upsample)
         return _in_place_of_interpolation(place, options, curated, size=module.size)
+    if module._forward_pre_hooks and type(module) in (nn.Conv2d, nn.ConvTranspose2d):
+        raise Unsuitable("a hook computes its weight or input")
     if type(module) not in builders:
         raise Unsuitable(f"there is no CARAFE++ for a {type(module).__name__}")
     return builders[type(module)](place, options)
 
 
 def _in_place_of_call(place: Place, options: Mapping[str, Any], curated: bool) -> tuple[nn.Module, bool]:
-    if place.call == -1:
-        raise Unsuitable("a pooling by a function call cannot be answered: make it a layer")
+    if isinstance(place.module, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+        raise Unsuitable("it is in a graph that has been traced: convert the model before that")
     if isinstance(place.module, Redirected):
         raise Unsuitable("its module has been converted before")
     if curated and (reason := libraries.reason_to_keep(place.module)):
@@ -138,7 +165,7 @@ def _in_place_of_interpolation(
         kind = "a mask or a depth" if channels == 1 else "an image"
         raise Unsuitable(f"it is taken for {kind}, with {channels} channels; names=[...] with this name converts it")
     mode, align_corners = first.mode, bool(first.align_corners)
-    if isinstance(place.module, nn.Upsample):
+    if place.call is None and isinstance(place.module, nn.Upsample):
         mode, align_corners = place.module.mode, bool(place.module.align_corners)
     if any((each.mode, bool(each.align_corners)) != (first.mode, bool(first.align_corners)) for each in place.passes):
         raise Unsuitable("its mode changes from pass to pass")
@@ -185,6 +212,8 @@ def _in_place_of_pooling(place: Place, options: Mapping[str, Any]) -> tuple[nn.M
         raise Unsuitable("its stride is 1")
     if _square(getattr(layer, "dilation", 1), "dilation") != 1:
         raise Unsuitable("its window is dilated")
+    if getattr(layer, "return_indices", False):
+        raise Unsuitable("it returns indices as well")
     up = (lambda a, b: -(-a // b)) if layer.ceil_mode else (lambda a, b: a // b)
     lengths = range(4 * window, 4 * window + stride)
     pooled = [up(length + 2 * padding - window, stride) + 1 for length in lengths]
@@ -199,7 +228,8 @@ def _in_place_of_pooling(place: Place, options: Mapping[str, Any]) -> tuple[nn.M
             start = "average3"
     options = _with_start(options, start)
     keeps = start != "average" and options["init"] == start
-    return CARAFEPool(channels, stride, rounds_down, **options), keeps
+    completes = options["init"] == "average2" and not rounds_down
+    return CARAFEPool(channels, stride, rounds_down, completes, **options), keeps
 
 
 def _in_place_of_convolution(place: Place, options: Mapping[str, Any]) -> tuple[nn.Module, bool]:
@@ -249,5 +279,9 @@ def _square(value: int | tuple[int, ...], what: str) -> int:
 
 
 def _in_words(module: nn.Module) -> str:
-    words = repr(module) if len(repr(module)) < 60 else f"{type(module).__name__}"
-    return words
+    return repr(module) if len(repr(module)) < 60 else type(module).__name__
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.Upsample`` that does what that does, and nothing else."""
+    return isinstance(module, nn.Upsample) and type(module).forward is nn.Upsample.forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Trace:
     """What :func:`trace` saw.
 
     Attributes:
-        layers (dict[nn.Module, list[Resizing]]): the passes of every module that takes and returns one map.
+        layers (dict[nn.Module, list[Resizing]]): the passes of every module that takes and returns a map.
         calls (list[Resizing]): the calls of ``F.interpolate``, in their order, those of ``nn.Upsample`` included.
         poolings (list[tuple[nn.Module, str]]): who pools by which function.
         output (Any): what the model returned.
@@ -48,12 +49,17 @@ class Trace:
     output: Any = None
 
 
-def trace(model: nn.Module, inputs: Any) -> Trace:
+def trace(
+    model: nn.Module, inputs: Any, fault: str = "inputs must be what {model} runs on; on these it ends with"
+) -> Trace:
     """Run a model once, in evaluation mode and without gradients, and leave it and the random numbers as they were.
+
+    What a model draws at random is the same every time.
 
     Args:
         model (nn.Module): on any device.
         inputs (Any): a mapping is passed by name, a tuple or list as positional arguments, anything else as one.
+        fault (str): how the error begins if it does not run.
 
     Raises:
         ValueError: the model does not run on the inputs; its own error is the cause.
@@ -67,7 +73,10 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
         stack.append((module, passes[module]))
 
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        stack.pop()
+        while stack and stack.pop()[0] is not module:
+            pass  # one that has ended with an error, which the model has caught
+        if isinstance(output, tuple) and output:
+            output = output[0]  # pooling with indices
         if arguments and _is_map(arguments[0]) and _is_map(output):
             found.layers[module].append(_resizing(arguments[0], output))
 
@@ -93,12 +102,11 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
     )
     try:
         with evaluating(model), torch.random.fork_rng(), torch.no_grad(), Watch():
+            torch.manual_seed(0)
             found.output = model(*arguments, **by_name)
     except Exception as error:
-        kinds = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"inputs must be what {type(model).__name__} runs on; on these it ends with {kinds}"
-        ) from error
+        beginning = fault.format(model=type(model).__name__)
+        raise ValueError(f"{beginning} {type(error).__name__}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -113,6 +121,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
+        model.train(modes[0][1])  # for those that do more than to set it
         for module, training in modes:
             module.training = training
 
@@ -122,11 +131,13 @@ def largest_difference(found: Any, expected: Any) -> float | None:
     differences = []
     pairs = list(zip(_tensors(found), _tensors(expected), strict=False))
     for one, other in pairs:
-        if one.shape != other.shape:
+        if one.shape != other.shape or one.is_meta:
             return None
         if other.numel() and (other.is_floating_point() or other.is_complex()):
             scale = max(1.0, float(other.abs().max()))
             differences.append(float((one - other).abs().max()) / scale)
+    if any(math.isnan(difference) for difference in differences):
+        return math.nan
     return max(differences) if differences else None
 
 
@@ -148,7 +159,7 @@ def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
 
 
 def _is_map(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 4
+    return isinstance(value, Tensor) and value.dim() >= 3
 
 
 def _resizing(before: Tensor, after: Tensor, **settings: Any) -> Resizing:

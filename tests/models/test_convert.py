@@ -2,7 +2,9 @@
 
 import copy
 import importlib.util
+import inspect
 import itertools
+import math
 import pickle
 
 import pytest
@@ -184,6 +186,7 @@ def test_options_reach_every_module(image):
         (nn.Conv2d(8, 8, 1, 2), "stride", (13, 9)),
         (nn.Conv2d(8, 8, 1, 3, bias=False), "stride", (13, 9)),
         (nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), "average2", (12, 8)),
+        (nn.AvgPool2d(2, ceil_mode=True), "average2", (13, 9)),
     ],
 )
 def test_downsampling_that_can_keeps_outputs(pool, start, size):
@@ -259,7 +262,8 @@ def test_training_step_saving_and_loading(image, tmp_path):
     assert type(loaded.pyramid) is type(model.pyramid)
     torch.testing.assert_close(outputs(loaded, image), outputs(model, image), rtol=0, atol=0)
     assert isinstance(loaded.pyramid, Pyramid)
-    assert pickle.loads(pickle.dumps(model.pyramid)).carafe_calls == ("0", "1", None)
+    calls = pickle.loads(pickle.dumps(model.pyramid)).carafe_calls
+    assert [key for key, _ in calls] == ["0", "1", None]
 
 
 @needs_torch(2, 6, "function modes that torch.compile traces")
@@ -368,8 +372,137 @@ def test_another_number_of_calls_is_an_error():
     model, features = Mood(), torch.randn(1, 8, 4, 4)
     convert(model.train(), features)
     assert model.eval()(features).shape == (1, 8, 8, 8)
-    with pytest.raises(RuntimeError, match=r"CARAFEMood.forward has called F.interpolate 2 times, and 1 times when"):
+    with pytest.raises(RuntimeError, match=r"CARAFEMood.forward does not call F.interpolate as when.*of the 1 calls"):
         model.train()(features)
+
+
+class DeeplySupervised(nn.Module):
+    """A second output in training, whose scores are known by their channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = nn.Conv2d(8, 5, 1)
+
+    def forward(self, features):
+        output = F.interpolate(features, scale_factor=2)
+        return (output, F.interpolate(self.scores(features), scale_factor=2)) if self.training else output
+
+
+def test_calls_of_another_kind_may_come_in_training():
+    model, features = DeeplySupervised(), torch.randn(1, 8, 4, 4)
+    convert(model, features)
+    output, scores = model.train()(features)
+    assert torch.equal(scores, F.interpolate(model.scores(features), scale_factor=2))
+    output.sum().backward()
+    assert model.carafe_upsamplers["0"].content_encoder.weight.grad is not None
+
+
+def test_signature_is_the_models_own():
+    """A root's, by which its sizes are said to be dynamic and others fill its arguments."""
+    model, features = DeeplySupervised().eval(), torch.randn(2, 8, 4, 4)
+    convert(model, features, upsample=dict(up_kernel=3))
+    assert list(inspect.signature(model.forward).parameters) == ["features"]
+    axes = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+    program = torch.export.export(model, (features,), dynamic_shapes=dict(features=axes)).module()
+    other = torch.randn(3, 8, 5, 7)
+    torch.testing.assert_close(program(other), model(other))
+
+
+class Checkpointed(nn.Module):
+    def resize(self, features):
+        return F.interpolate(features, scale_factor=2)
+
+    def forward(self, features):
+        if not self.training:
+            return self.resize(features)
+        return torch.utils.checkpoint.checkpoint(self.resize, features, use_reentrant=True)
+
+
+def test_parts_without_gradients_are_refused_in_training():
+    """What a checkpoint of an inner function runs again in the backward pass would find no CARAFE++."""
+    model, features = Checkpointed(), torch.randn(1, 8, 4, 4, requires_grad=True)
+    convert(model, features)
+    with pytest.raises(RuntimeError, match=r"CARAFE\+\+ would not learn here.*torch.utils.checkpoint"):
+        model.train()(features)
+    model.eval()(features)
+
+
+def test_a_second_conversion_inside_leaves_the_first(image):
+    features = torch.randn(1, 16, 4, 8)
+    model = Nested()
+    before = outputs(model, features)
+    convert(model, features, names="carafe_upsamplers.?")
+    convert(model, features, names=["inner.0", "inner.1.*"])
+    torch.testing.assert_close(outputs(model, features), before, **TOLERANCE)
+
+
+def test_autocast_does_not_change_what_is_there():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, 2), nn.Upsample(scale_factor=2))
+    weights = copy.deepcopy(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        convert(model, torch.randn(1, 3, 8, 8), downsample=True, dry_run=True)
+        convert(model, torch.randn(1, 3, 8, 8), downsample=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+class Stranger(nn.Upsample):
+    def forward(self, features):
+        return super().forward(features).relu() - 1
+
+
+class Hidden(nn.Module):
+    """Calls a layer behind its name's back."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Upsample(scale_factor=2)
+        self.parts = [self.up]
+
+    def forward(self, features):
+        return self.parts[0](features)
+
+
+def test_layers_that_are_more_than_they_seem(image):
+    """A subclass is converted by the call in its forward; what nothing calls by its name is refused, and undone."""
+    model, features = nn.Sequential(nn.Conv2d(3, 8, 1), Stranger(scale_factor=2)), torch.randn(1, 3, 4, 4)
+    before = outputs(model, features)
+    report = convert(model, features)
+    assert names(report) == ["1.carafe_upsamplers.0"]
+    torch.testing.assert_close(outputs(model, features), before, **TOLERANCE)
+    hidden = Hidden()
+    with pytest.raises(ValueError, match="up is not what the forward calls"):
+        convert(hidden, torch.randn(1, 8, 4, 4))
+    assert type(hidden.up) is nn.Upsample
+
+
+class Exclusive(nn.Module):
+    def __init_subclass__(cls, *, tag):
+        pass
+
+    def forward(self, features):
+        return F.interpolate(features, scale_factor=2)
+
+
+def test_a_class_that_cannot_be_inherited_from_leaves_all_as_it_was():
+    model = nn.Sequential(nn.Upsample(scale_factor=2), Exclusive())
+    with pytest.raises(TypeError, match="tag"):
+        convert(model, torch.randn(1, 8, 4, 4))
+    assert [type(part) for part in model] == [nn.Upsample, Exclusive]
+
+
+def test_what_wraps_a_model_comes_after(image):
+    with pytest.raises(ValueError, match="must be converted before it is wrapped, got a OptimizedModule"):
+        convert(torch.compile(Model()), image)
+
+
+def test_nan_is_not_hidden():
+    class Bad(nn.Module):
+        def forward(self, features):
+            up = F.interpolate(features, scale_factor=2)
+            return up, up * torch.nan
+
+    assert math.isnan(convert(Bad(), torch.randn(1, 8, 4, 4)).difference)
 
 
 class Shared(nn.Module):
@@ -426,6 +559,8 @@ def test_twice(image):
         (nn.MaxPool2d(2, (2, 1)), "its stride is 2 x 1, not the same both ways"),
         (nn.MaxPool2d(3, 2), "its output is not H / 2, rounded up or down"),
         (nn.Conv2d(8, 8, 2, 2), "without its stride it would not keep the size of a map"),
+        (nn.MaxPool2d(2, return_indices=True), "it returns indices as well"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, 2, 1)), "no CARAFE.. for a ParametrizedConv2d"),
         (nn.FractionalMaxPool2d(3, output_ratio=0.5), "there is no CARAFE.. for a FractionalMaxPool2d"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=8)), "it spreads a single location"),
     ],
@@ -449,7 +584,7 @@ def test_pooling_by_function_is_named():
         def forward(self, features):
             return F.max_pool2d(features, 2) + F.avg_pool2d(features, 2)
 
-    with pytest.raises(ValueError, match=r"F.max_pool2d\): a pooling by a function call.*F.avg_pool2d"):
+    with pytest.raises(ValueError, match=r"F.max_pool2d by a function call cannot be.*F.avg_pool2d by a"):
         convert(nn.Sequential(Pools()), torch.randn(1, 8, 8, 8), downsample=True)
 
 
