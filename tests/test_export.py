@@ -175,6 +175,9 @@ def test_what_cannot_be_exported_is_said(model, tmp_path):
         export.standard_program(model, features)
     with pytest.raises(ValueError, match=r"path must end in \.pt2, got .*model.onnx"):
         export.to_aoti(model, (features,), path)
+    if importlib.util.find_spec("onnxscript") is not None:
+        with pytest.raises(ValueError, match="options must not set dynamo"):
+            export.to_onnx(model, (features,), path, dynamo=False)
     if importlib.util.find_spec("openvino") is None:
         with pytest.raises(ImportError, match="to_openvino needs openvino, which is not installed: install openvino"):
             export.to_openvino(model, (features,), path)

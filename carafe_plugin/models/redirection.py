@@ -64,7 +64,7 @@ class _Answering(TorchFunctionMode):
                 if self.learns and not torch.is_grad_enabled() and function.training:
                     raise RuntimeError(
                         "CARAFE++ would not learn here: the forward that it was put into interpolates without "
-                        "gradients, in torch.utils.checkpoint or torch.no_grad(); checkpoint the module as a whole instead"
+                        "gradients, in torch.utils.checkpoint or torch.no_grad(); checkpoint the module as a whole"
                     )
         return function(*args, **kwargs)
 
