@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carafe_plugin import modules
-from carafe_plugin.modules import peers
+from carafe_plugin.modules import peers, rivals
 from carafe_plugin.modules.sizes import complete, computed, fit_to_size
 from carafe_plugin.openmmlab import require
 
@@ -94,7 +94,7 @@ class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
     """
 
 
-for _peer in (*peers.DOWNSAMPLERS, *peers.UPSAMPLERS):
+for _peer in (*peers.DOWNSAMPLERS, *peers.UPSAMPLERS, *rivals.RIVALS):
     MODELS.register_module(module=_peer)
 
 _UPSAMPLERS = (modules.CARAFEUpsample, peers.Upsampler)

@@ -1,0 +1,97 @@
+"""Upsamplers that came after CARAFE++, as plain ``torch.nn`` modules, written from their papers.
+
+They stand where :mod:`carafe_plugin.modules.peers` does and read the map to be upsampled alone; those that are also
+told the encoder's map are in :mod:`carafe_plugin.modules.guided`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._tracing import as_one_node
+from .checks import positive
+from .peers import Upsampler, _sample_moved
+from .starts import KeepsItsStart, near_zero_, starting, zero_
+
+STATIC_SCOPE = 0.25  # how far a sampling point may go for each unit that the linear layer says, in source pixels
+DYNAMIC_SCOPE = 0.5  # the most that a predicted scope can be: twice the static one, which is its start
+
+
+class DySample(KeepsItsStart, Upsampler):
+    r"""Points to sample are predicted, and interpolated bilinearly: (N, C, H, W) -> (N, C, sigma * H, sigma * W).
+
+    Liu, Lu, Fu and Cao, "Learning to Upsample by Learning to Sample" (ICCV 2023, arXiv 2308.15085). With G the centres
+    of the output's pixels, where bilinear interpolation reads, and O predicted offsets, in pixels of the input,
+
+        X' = grid_sample(X, G + O),    O = 0.25 linear(X)  or, dynamic scope,  O = 0.5 sigmoid(linear'(X)) linear(X)
+
+    each of ``groups`` groups of channels having offsets of its own. In the style "lp" (linear, then pixel shuffle) the
+    linear layers, 1x1 convolutions, predict all sigma^2 offsets of a source pixel; in "pl" (pixel shuffle, then linear)
+    they run on the shuffled map of C / sigma^2 channels. The paper's names: DySample is "lp" and DySample-S is "pl", a
+    plus sign says that the scope is dynamic. Its groups are 4 for "lp" and 8 for "pl": so the parameters that it states
+    for an FPN come out, 49.2K of DySample+ and 6.2K of DySample-S+.
+
+    Fresh weights have a standard deviation of 0.001, and biases and the scope's weights are zero: it starts as
+    bilinear interpolation, but for offsets near zero. Points beyond the map are moved to its border.
+
+    Chosen here, where the paper does not say: the order of the offsets' channels (horizontal ones first, then groups).
+
+    Args:
+        style (str): "lp" or "pl".
+        groups (int | None): divides ``channels``; None means the paper's.
+        dynamic_scope (bool): whether a second linear layer predicts how far the points may go.
+
+    Raises:
+        ValueError: also for a ``style`` that is neither, and for channels that ``groups`` or, in the style "pl",
+            sigma^2 do not divide.
+
+    Example:
+        >>> import torch
+        >>> DySample(16)(torch.rand(1, 16, 5, 7)).shape
+        torch.Size([1, 16, 10, 14])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale_factor: int = 2,
+        style: str = "lp",
+        groups: int | None = None,
+        dynamic_scope: bool = False,
+    ) -> None:
+        super().__init__(channels, scale_factor)
+        if style not in ("lp", "pl"):
+            raise ValueError(f"style must be 'lp' or 'pl', got {style!r}")
+        self.style = style
+        self.groups = positive("groups", groups if groups is not None else 4 if style == "lp" else 8)
+        phases = scale_factor**2
+        if channels % self.groups:
+            raise ValueError(f"channels must be a multiple of groups={self.groups}, got {channels}")
+        if style == "pl" and channels % phases:
+            raise ValueError(f"channels must be a multiple of scale_factor^2={phases} for style='pl', got {channels}")
+        sizes = (channels, 2 * self.groups * phases) if style == "lp" else (channels // phases, 2 * self.groups)
+        self.offset = starting(nn.Conv2d(*sizes, 1), near_zero_)
+        self.scope = starting(nn.Conv2d(*sizes, 1, bias=False), zero_) if dynamic_scope else None
+        self.init_weights()
+
+    def resample(self, features: Tensor) -> Tensor:
+        source = features if self.style == "lp" else F.pixel_shuffle(features, self.scale_factor)
+        scope = STATIC_SCOPE if self.scope is None else DYNAMIC_SCOPE * torch.sigmoid(self.scope(source))
+        offsets = scope * self.offset(source)
+        if self.style == "lp":
+            offsets = F.pixel_shuffle(offsets, self.scale_factor)
+        return sample_groups(features, offsets, self.scale_factor)
+
+
+@as_one_node
+def sample_groups(features: Tensor, offsets: Tensor, scale_factor: int) -> Tensor:
+    """Interpolate groups of channels where offsets (N, 2 * groups, H', W'), horizontal ones first, move them to."""
+    groups = offsets.shape[1] // 2
+    offsets = offsets.unflatten(1, (2, groups)).transpose(1, 2).flatten(0, 1)
+    grouped = features.unflatten(1, (groups, features.shape[1] // groups)).flatten(0, 1)
+    return _sample_moved(grouped, offsets, scale_factor).reshape(*features.shape[:2], *offsets.shape[2:])
+
+
+RIVALS = (DySample,)
