@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._tracing import as_one_node
-from .checks import positive
+from ..ops.functional import carafe
+from .checks import odd, positive
 from .peers import Upsampler, _sample_moved
-from .starts import KeepsItsStart, near_zero_, starting, zero_
+from .starts import KeepsItsStart, near_zero_, starting, xavier_, zero_
 
 STATIC_SCOPE = 0.25  # how far a sampling point may go for each unit that the linear layer says, in source pixels
 DYNAMIC_SCOPE = 0.5  # the most that a predicted scope can be: twice the static one, which is its start
@@ -94,4 +95,79 @@ def sample_groups(features: Tensor, offsets: Tensor, scale_factor: int) -> Tenso
     return _sample_moved(grouped, offsets, scale_factor).reshape(*features.shape[:2], *offsets.shape[2:])
 
 
-RIVALS = (DySample,)
+class DLU(KeepsItsStart, Upsampler):
+    r"""CARAFE++ whose kernels are sampled from a small map of them: (N, C, H, W) -> (N, C, sigma * H, sigma * W).
+
+    Fu, Hu, Dong, Gao, Li and Zhong, "Lighten CARAFE: Dynamic Lightweight Upsampling with Guided Reassemble Kernels"
+    (arXiv 2410.22139). CARAFE++ predicts sigma^2 kernels for each source location; here one is predicted, and softmax
+    normalises it. These source kernels are a map of the input's size, which is interpolated bilinearly where guidance
+    offsets D, in pixels of the input and predicted for every output location, move that location's source:
+
+        W[i', j'] = W_source[floor(i' / sigma) + D_y[i', j'], floor(j' / sigma) + D_x[i', j']],    output = carafe(X, W)
+
+    Channel compressor, kernel sizes and first values are CARAFE++'s; the guidance starts at zero: sigma^2 locations
+    share a kernel, which is nearly uniform. At sigma = 16 it has 91% fewer parameters than CARAFE++, as the paper says.
+    Positions beyond the map are moved to its border.
+
+    What the paper's text did not tell was taken from the authors' published code: the guidance comes from the
+    compressed channels, by a convolution as large as the content encoder's. Chosen here: with several groups of
+    channels, each has offsets of its own.
+
+    Args:
+        up_kernel (int): k of the reassembly, odd.
+        up_group (int): G, groups of channels with kernels of their own; divides ``channels``.
+        encoder_kernel (int): k of the convolutions that predict source kernels and guidance, odd.
+        compressed_channels (int): channels after the channel compressor.
+
+    Example:
+        >>> import torch
+        >>> DLU(16)(torch.rand(1, 16, 5, 7)).shape
+        torch.Size([1, 16, 10, 14])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale_factor: int = 2,
+        up_kernel: int = 5,
+        up_group: int = 1,
+        encoder_kernel: int = 3,
+        compressed_channels: int = 64,
+    ) -> None:
+        super().__init__(channels, scale_factor)
+        self.up_kernel, self.up_group = odd("up_kernel", up_kernel), positive("up_group", up_group)
+        if channels % up_group:
+            raise ValueError(f"channels must be a multiple of up_group={up_group}, got {channels}")
+        width, padding = (
+            positive("compressed_channels", compressed_channels),
+            odd("encoder_kernel", encoder_kernel) // 2,
+        )
+        self.channel_compressor = starting(nn.Conv2d(channels, width, 1), xavier_)
+        kernels = nn.Conv2d(width, up_group * up_kernel**2, encoder_kernel, padding=padding)
+        self.content_encoder = starting(kernels, near_zero_)
+        guidance = nn.Conv2d(width, 2 * up_group * scale_factor**2, encoder_kernel, padding=padding)
+        self.guidance = starting(guidance, zero_)
+        self.init_weights()
+
+    def resample(self, features: Tensor) -> Tensor:
+        compressed = self.channel_compressor(features)
+        offsets = F.pixel_shuffle(self.guidance(compressed), self.scale_factor)
+        kernels = self.content_encoder(compressed).unflatten(1, (self.up_group, -1)).softmax(2).flatten(1, 2)
+        kernels = _sample_kernels(kernels, offsets, self.scale_factor)
+        return carafe(features, kernels, self.up_kernel, self.up_group, self.scale_factor)
+
+
+@as_one_node
+def _sample_kernels(kernels: Tensor, offsets: Tensor, scale_factor: int) -> Tensor:
+    """Interpolate kernels (N, G * k^2, H, W) where offsets (N, 2 * G, H', W') move the source locations."""
+    # Counted from the source location and not from the output's centre; in half precision a third is not exact.
+    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+    columns, rows = (
+        0.5 - (torch.arange(length, device=offsets.device, dtype=offsets.dtype) % scale_factor + 0.5) / scale_factor
+        for length in (offsets.shape[3], offsets.shape[2])
+    )
+    right, down = offsets.chunk(2, dim=1)
+    return sample_groups(kernels, torch.cat([right + columns, down + rows[:, None]], dim=1), scale_factor)
+
+
+RIVALS = (DySample, DLU)

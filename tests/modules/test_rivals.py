@@ -1,5 +1,7 @@
 """The upsamplers that came after CARAFE++ against their papers' formulas, written as loops."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,13 @@ from test_peers import centre, conv, sampled
 from toolkit import needs_compile, skip_without_half_on_cpu
 from torch import nn
 
-from carafe_plugin.modules import rivals
+from carafe_plugin import CARAFEUpsample
+from carafe_plugin.modules import guided, rivals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DySample = rivals.DySample
+DySample, DLU, FADE, SAPA = rivals.DySample, rivals.DLU, guided.FADE, guided.SAPA
+ALL = (*rivals.RIVALS, *guided.GUIDED)
 CHANNELS = 8
 
 
@@ -61,14 +65,98 @@ def naive_dysample(module, x):
     return out
 
 
+def softmax(values):
+    exponentials = (values - values.max(0).values).exp()
+    return exponentials / exponentials.sum(0)
+
+
+def reassembled(x, logits, sigma):
+    """Every output as the sum over its source location's k x k window, weighted by the softmax of its logits."""
+    reach = (math.isqrt(logits.shape[1]) - 1) // 2
+    padded = F.pad(x, [reach] * 4)
+    out = x.new_zeros(*x.shape[:2], *logits.shape[2:])
+    for n, i, j in locations(out):
+        window = padded[n, :, i // sigma : i // sigma + 2 * reach + 1, j // sigma : j // sigma + 2 * reach + 1]
+        out[n, :, i, j] = window.flatten(1) @ softmax(logits[n, :, i, j])
+    return out
+
+
+def naive_dlu(module, x):
+    sigma, groups, k = module.scale_factor, module.up_group, module.up_kernel
+    compressed = conv(module.channel_compressor, x)
+    kernels, offsets = conv(module.content_encoder, compressed), shuffled(conv(module.guidance, compressed), sigma)
+    padded = F.pad(x, [k // 2] * 4)
+    out = x.new_zeros(*x.shape[:2], sigma * x.shape[2], sigma * x.shape[3])
+    for n, i, j in locations(out):
+        window = padded[n, :, i // sigma : i // sigma + k, j // sigma : j // sigma + k].flatten(1)
+        for group, channels in enumerate(torch.arange(x.shape[1]).chunk(groups)):
+            right, down = offsets[n, group, i, j].item(), offsets[n, groups + group, i, j].item()
+            source = softmax(kernels[n, group * k**2 : (group + 1) * k**2])
+            out[n, channels, i, j] = window[channels] @ sampled(source, i // sigma + down, j // sigma + right)
+    return out
+
+
+def repeated(x, sigma, size):
+    """Every pixel sigma x sigma times, and of these the first rows and columns."""
+    out = x.new_zeros(*x.shape[:2], *size)
+    for n, i, j in locations(out):
+        out[n, :, i, j] = x[n, :, i // sigma, j // sigma]
+    return out
+
+
+def extended(x, sigma, size):
+    """The last row and column once more, where the size to reach is beyond sigma times the map's."""
+    x = torch.cat([x, x[:, :, -1:]], 2) if sigma * x.shape[2] < size[0] else x
+    return torch.cat([x, x[..., -1:]], 3) if sigma * x.shape[3] < size[1] else x
+
+
+def naive_fade(module, x, encoder):
+    sigma, size = module.scale_factor, encoder.shape[2:]
+    x = extended(x, sigma, size)
+    shared, bias = module.content_encoder, module.content_encoder.bias[:, None, None]
+    fine = conv(shared, conv(module.encoder_compressor, encoder))
+    coarse = conv(shared, conv(module.decoder_compressor, x)) - bias
+    upsampled = reassembled(x, fine + repeated(coarse, sigma, size), sigma)
+    gate = repeated(1 / (1 + (-conv(module.gate, x)).exp()), sigma, size)
+    return gate * encoder + (1 - gate) * upsampled
+
+
+def embedded(linear, norm, point):
+    deviations = point - point.mean()
+    normalised = deviations / (deviations.square().mean() + 1e-5).sqrt() * norm.weight + norm.bias
+    return linear.weight @ normalised + linear.bias
+
+
+def naive_sapa(module, x, encoder):
+    sigma, k, x = module.scale_factor, module.up_kernel, extended(x, module.scale_factor, encoder.shape[2:])
+    logits = x.new_zeros(x.shape[0], k**2, *encoder.shape[2:])
+    for n, i, j in locations(encoder):
+        query = embedded(module.encoder_embedding, module.encoder_norm, encoder[n, :, i, j])
+        for tap in range(k**2):
+            p, q = i // sigma + tap // k - k // 2, j // sigma + tap % k - k // 2
+            if 0 <= p < x.shape[2] and 0 <= q < x.shape[3]:
+                key = embedded(module.decoder_embedding, module.decoder_norm, x[n, :, p, q])
+                logits[n, tap, i, j] = query @ key
+    return reassembled(x, logits, sigma)
+
+
 CASES = {
     "DySample": (DySample, {}, naive_dysample),
     "DySample+": (DySample, dict(dynamic_scope=True), naive_dysample),
     "DySample-S": (DySample, dict(style="pl"), naive_dysample),
     "DySample-S+": (DySample, dict(style="pl", groups=2, dynamic_scope=True), naive_dysample),
+    "DLU": (DLU, dict(compressed_channels=3), naive_dlu),
+    "DLU, groups": (DLU, dict(up_kernel=3, up_group=2, compressed_channels=3), naive_dlu),
+    "FADE": (FADE, dict(compressed_channels=3), naive_fade),
+    "SAPA": (SAPA, dict(up_kernel=3, embedded_channels=4), naive_sapa),
 }
-# How many parameters three of them, of 256 channels, have in an FPN, as published; the last digit is rounded.
-PUBLISHED = {"DySample+": (49.2e3, 100), "DySample-S+": (6.2e3, 100)}
+# What several of them with 256 channels add to a network, as published: how many, parameters, the last digit's worth.
+PUBLISHED = {
+    "DySample+": [(3, 49.2e3, 1e2)],
+    "DySample-S+": [(3, 6.2e3, 1e2)],
+    "FADE": [(3, 0.1e6, 1e5), (6, 0.29e6, 1e4)],
+    "SAPA": [(3, 0.1e6, 1e5)],
+}
 
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -82,7 +170,7 @@ def of(case, scale_factor=2, **options):
 
 
 def test_every_operator_has_a_definition():
-    assert {kind for kind, _, _ in CASES.values()} == set(rivals.RIVALS)
+    assert {kind for kind, _, _ in CASES.values()} == set(ALL)
 
 
 @every_case
@@ -92,6 +180,18 @@ def test_is_its_definition(case, scale_factor):
     inputs = maps(module)
     with torch.no_grad():
         torch.testing.assert_close(module(*inputs), CASES[case][2](module, *inputs), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", [case for case, (kind, _, _) in CASES.items() if kind in guided.GUIDED])
+@pytest.mark.parametrize(("scale_factor", "size"), [(2, (7, 6)), (2, (9, 5)), (2, (8, 7)), (3, (14, 7)), (1, (4, 3))])
+def test_any_rounding_of_the_sizes(case, scale_factor, size):
+    """The encoder's map of the features' 4 x 3 pixels, with rows and columns rounded up and down."""
+    module = of(case, scale_factor)
+    inputs = maps(module, 4, 3, size=size)
+    with torch.no_grad():
+        output = module(*inputs)
+        torch.testing.assert_close(output, CASES[case][2](module, *inputs), rtol=1e-10, atol=1e-10)
+    assert output.shape[2:] == size
 
 
 @every_case
@@ -171,12 +271,13 @@ def test_fx_traces_it(case):
         assert torch.equal(traced(*inputs), module(*inputs))
 
 
-@pytest.mark.parametrize(("case", "published"), PUBLISHED.items())
-def test_parameters_are_as_published(case, published):
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_parameters_are_as_published(case):
     kind, settings, _ = CASES[case]
-    settings = {key: value for key, value in settings.items() if key != "groups"}
-    number, half_a_digit = published[0], published[1] / 2
-    assert abs(3 * sum(p.numel() for p in kind(256, **settings).parameters()) - number) <= half_a_digit
+    settings = {key: value for key, value in settings.items() if key in ("style", "dynamic_scope")}
+    number = sum(p.numel() for p in kind(256, **settings).parameters())
+    for places, published, digit in PUBLISHED[case]:
+        assert abs(places * number - published) <= digit / 2
 
 
 @pytest.mark.parametrize("dynamic_scope", [False, True])
@@ -192,6 +293,79 @@ def test_dysample_starts_as_bilinear_interpolation(style, dynamic_scope):
     torch.testing.assert_close(module(x), bilinear)
 
 
+def test_dlu_starts_as_a_mean():
+    module, x = DLU(CHANNELS), torch.randn(2, CHANNELS, 6, 5)
+    mean = F.interpolate(F.avg_pool2d(x, 5, 1, 2), scale_factor=2.0)
+    # Logits of about 0.001 times the square root of 64 * 9 and compressed features of about 2.
+    torch.testing.assert_close(module(x), mean, rtol=0, atol=0.05)
+    assert not module.guidance.weight.any()
+    nn.init.zeros_(module.content_encoder.weight)
+    torch.testing.assert_close(module(x), mean)
+
+
+def test_dlu_lightens_carafe_as_published():
+    """By 91% of its parameters at sigma = 16."""
+    ours, others = (sum(p.numel() for p in kind(256, 16).parameters()) for kind in (DLU, CARAFEUpsample))
+    assert round(100 * (1 - ours / others)) == 91
+
+
+def test_fade_starts_as_a_mean_behind_a_gate():
+    module, (x, encoder) = FADE(CHANNELS), maps(FADE(CHANNELS), dtype=torch.float32)
+    mean = F.interpolate(F.avg_pool2d(x, 5, 1, 2), scale_factor=2.0)
+    gate = F.interpolate(torch.sigmoid(module.gate(x)), scale_factor=2.0)
+    # Logits of about 0.001 times the square root of 64 * 9 and compressed features of about 2.
+    torch.testing.assert_close(module(x, encoder), gate * encoder + (1 - gate) * mean, rtol=0, atol=0.05)
+    nn.init.zeros_(module.gate.weight)
+    nn.init.zeros_(module.content_encoder.weight)
+    torch.testing.assert_close(module(x, encoder), (encoder + mean) / 2)
+
+
+def test_sapa_tells_clusters_apart():
+    """A point goes to the points of its own kind around it, whose boundary is the encoder's."""
+    module = SAPA(2, embedded_channels=2)
+    for linear in (module.encoder_embedding, module.decoder_embedding):
+        nn.init.eye_(linear.weight)
+    nn.init.constant_(module.encoder_norm.weight, 20.0)
+    x, encoder = torch.zeros(1, 2, 6, 6), torch.zeros(1, 2, 12, 12)
+    for kind, (coarse, fine) in enumerate([(slice(0, 3), slice(0, 7)), (slice(3, 6), slice(7, 12))]):
+        x[:, kind, :, coarse] = encoder[:, kind, :, fine] = 1
+    inside = (slice(None), slice(None), slice(4, 8), slice(4, 8))  # whose windows do not reach beyond the map
+    torch.testing.assert_close(module(x, encoder)[inside], encoder[inside], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", guided.GUIDED)
+@pytest.mark.parametrize("shape", [(2, CHANNELS, 6, 6), (2, CHANNELS, 8, 8), (2, CHANNELS, 8, 4), (1, CHANNELS, 8, 6)])
+def test_an_encoders_map_that_does_not_fit(kind, shape):
+    x = torch.rand(2, CHANNELS, 4, 3)
+    with pytest.raises(ValueError, match=r"encoder_features must be 2 times as large as features.* \(\d, 8, \d, \d\)"):
+        kind(CHANNELS)(x, torch.rand(shape))
+
+
+@pytest.mark.parametrize("kind", guided.GUIDED)
+def test_an_encoders_map_of_other_channels(kind):
+    with pytest.raises(ValueError, match=r"encoder_features must have shape \(N, 8, H, W\) as channels=8 says"):
+        kind(CHANNELS)(torch.rand(2, CHANNELS, 4, 3), torch.rand(2, 4, 8, 6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "value", "wanted"),
+    [
+        (DLU, "up_kernel", 4, "an odd positive int, got 4"),
+        (DLU, "encoder_kernel", 2, "an odd positive int, got 2"),
+        (DLU, "compressed_channels", 0, "a positive int, got 0"),
+        (DLU, "up_group", 0, "a positive int, got 0"),
+        (FADE, "up_kernel", 4, "an odd positive int, got 4"),
+        (FADE, "encoder_kernel", 2, "an odd positive int, got 2"),
+        (FADE, "compressed_channels", 0, "a positive int, got 0"),
+        (SAPA, "up_kernel", 4, "an odd positive int, got 4"),
+        (SAPA, "embedded_channels", 0, "a positive int, got 0"),
+    ],
+)
+def test_bad_options(kind, argument, value, wanted):
+    with pytest.raises(ValueError, match=f"{argument} must be {wanted}"):
+        kind(8, **{argument: value})
+
+
 def test_bad_arguments_of_dysample():
     with pytest.raises(ValueError, match="style must be 'lp' or 'pl', got 'ps'"):
         DySample(8, style="ps")
@@ -203,7 +377,12 @@ def test_bad_arguments_of_dysample():
         DySample(8, groups=0)
 
 
-@pytest.mark.parametrize("kind", rivals.RIVALS)
+def test_groups_that_do_not_divide_the_channels():
+    with pytest.raises(ValueError, match="channels must be a multiple of up_group=3, got 8"):
+        DLU(8, up_group=3)
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_bad_arguments(kind):
     with pytest.raises(ValueError, match="channels must be a positive int, got 0"):
         kind(0)
