@@ -15,8 +15,11 @@ from ..ops.functional import carafe
 from ..ops.reference import crop
 from .checks import check_features, odd, positive
 from .peers import Upsampler
+from .rivals import sample_groups
 from .sizes import _unknown, complete
 from .starts import KeepsItsStart, near_zero_, starting, xavier_
+
+SHORTEST = 1e-3  # vectors below count as similar to little: the gradient of a cosine grows as they become shorter
 
 
 class GuidedUpsampler(KeepsItsStart, Upsampler):
@@ -185,4 +188,102 @@ def _similarities(points: Tensor, around: Tensor, kernel_size: int, scale_factor
     return crop(products.flatten(4).flatten(2, 3), points.shape[2:])
 
 
-GUIDED = (FADE, SAPA)
+class FreqFusion(GuidedUpsampler):
+    r"""A smoothed and moved map, and what is sharp in the encoder's: what is to be added to the encoder's map.
+
+    Chen, Fu, Gu, Yan, Harada and Huang, "Frequency-aware Feature Fusion for Dense Image Prediction" (TPAMI 2024, arXiv
+    2408.12879). With X the encoder's map and Y the coarser one, x and y both compressed by 1x1 convolutions, and Z an
+    initial fusion of x and y, the fused map is
+
+        Y~ = carafe(Y, softmax(conv_low(Z)), scale sigma)               adaptive low-pass filter
+        H(X) = X - carafe(X, softmax(conv_high(Z)), scale 1)            adaptive high-pass filter
+        fused = Y~[moved by O] + X + H(X),    O = D sigmoid(A)          offsets: direction D and scale A
+
+    where convolutions predict D and A from Z together with the cosine similarities of each location to its eight
+    neighbours. All but the last X is the output: a feature pyramid adds that itself. (Where the sum does not follow,
+    add ``encoder_features``.)
+
+    Chosen here, where the paper's formulas are not the whole of it. The initial fusion has two steps: Z_0 = x + up(y),
+    then with the filters that the same convolutions predict from Z_0, Z = carafe(y) + x + H(x). Offsets are predicted
+    twice, from Z with its similarities and from y with its own, whose sigma^2 offsets of a location are shuffled, and
+    D and A are sums of both: without the second pair it would have 0.2M parameters in an FPN, and 0.3M are published.
+    They count in pixels of the encoder's map, and each of four groups of channels has its own. Kernels are not windowed
+    and nothing is normalised. What lies beyond the map is a zero, to filters as to similarities; positions there are
+    moved to its border. Fresh filters are nearly uniform and offsets near zero, as CARAFE++'s weights are small.
+
+    Args:
+        low_pass_kernel (int): k of the reassembly by sigma, odd.
+        high_pass_kernel (int): k of the reassembly at scale 1, odd.
+        encoder_kernel (int): k of the convolutions that predict kernels and offsets, odd.
+        compressed_channels (int): channels of x, y and Z.
+        groups (int): groups of channels with offsets of their own; divides ``channels``.
+
+    Example:
+        >>> import torch
+        >>> FreqFusion(16)(torch.rand(1, 16, 5, 7), torch.rand(1, 16, 9, 14)).shape
+        torch.Size([1, 16, 9, 14])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale_factor: int = 2,
+        low_pass_kernel: int = 5,
+        high_pass_kernel: int = 3,
+        encoder_kernel: int = 3,
+        compressed_channels: int = 64,
+        groups: int = 4,
+    ) -> None:
+        super().__init__(channels, scale_factor)
+        if channels % positive("groups", groups):
+            raise ValueError(f"channels must be a multiple of groups={groups}, got {channels}")
+        width = positive("compressed_channels", compressed_channels)
+        padding = odd("encoder_kernel", encoder_kernel) // 2
+
+        def predict(inputs: int, outputs: int) -> nn.Conv2d:
+            return starting(nn.Conv2d(inputs, outputs, encoder_kernel, padding=padding), near_zero_)
+
+        self.encoder_compressor = starting(nn.Conv2d(channels, width, 1), xavier_)
+        self.decoder_compressor = starting(nn.Conv2d(channels, width, 1), xavier_)
+        self.low_pass = predict(width, odd("low_pass_kernel", low_pass_kernel) ** 2)
+        self.high_pass = predict(width, odd("high_pass_kernel", high_pass_kernel) ** 2)
+        # The direction and the scale of the offsets, at the resolution of Z and of y.
+        self.direction, self.scale = (predict(width + 8, 2 * groups) for _ in range(2))
+        phases = scale_factor**2
+        self.coarse_direction, self.coarse_scale = (predict(width + 8, 2 * groups * phases) for _ in range(2))
+        self.init_weights()
+
+    def _sharp(self, features: Tensor, fusion: Tensor) -> Tensor:
+        return features - reassembled(features, self.high_pass(fusion), 1)
+
+    def fuse(self, features: Tensor, encoder_features: Tensor) -> Tensor:
+        sigma = self.scale_factor
+        fine, coarse = self.encoder_compressor(encoder_features), self.decoder_compressor(features)
+        fusion = fine + nearest(coarse, fine, sigma)
+        fusion = reassembled(coarse, self.low_pass(fusion), sigma) + fine + self._sharp(fine, fusion)
+        similar, coarse_similar = with_similarities(fusion), with_similarities(coarse)
+        direction = self.direction(similar) + shuffled(self.coarse_direction(coarse_similar), fine, sigma)
+        scale = self.scale(similar) + shuffled(self.coarse_scale(coarse_similar), fine, sigma)
+        smooth = reassembled(features, self.low_pass(fusion), sigma)
+        moved = sample_groups(smooth, direction * torch.sigmoid(scale), 1)
+        return moved + self._sharp(encoder_features, fusion)
+
+
+@as_one_node
+def shuffled(maps: Tensor, size_of: Tensor, scale_factor: int) -> Tensor:
+    """Pixel shuffle of maps, as large as another map."""
+    return crop(F.pixel_shuffle(maps, scale_factor), size_of.shape[2:])
+
+
+@as_one_node
+def with_similarities(maps: Tensor) -> Tensor:
+    """Maps (N, C, H, W) and, as channels after theirs, the cosine similarities to the eight neighbours, row by row."""
+    height, width = maps.shape[2:]
+    directions = F.normalize(maps.to(torch.promote_types(maps.dtype, torch.float32)), dim=1, eps=SHORTEST)
+    padded = F.pad(directions, [1] * 4)
+    neighbours = (padded[..., u : u + height, v : v + width] for u in range(3) for v in range(3) if (u, v) != (1, 1))
+    similarities = [(directions * each).sum(1, keepdim=True).to(maps.dtype) for each in neighbours]
+    return torch.cat([maps, *similarities], dim=1)
+
+
+GUIDED = (FADE, SAPA, FreqFusion)

@@ -14,7 +14,8 @@ from carafe_plugin.modules import guided, rivals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DySample, DLU, FADE, SAPA = rivals.DySample, rivals.DLU, guided.FADE, guided.SAPA
+DySample, DLU = rivals.RIVALS
+FADE, SAPA, FreqFusion = guided.GUIDED
 ALL = (*rivals.RIVALS, *guided.GUIDED)
 CHANNELS = 8
 
@@ -140,6 +141,46 @@ def naive_sapa(module, x, encoder):
     return reassembled(x, logits, sigma)
 
 
+def cosines(x):
+    """To the eight neighbours, zero to those beyond the map."""
+    out = x.new_zeros(x.shape[0], 8, *x.shape[2:])
+    around = [(u, v) for u in (-1, 0, 1) for v in (-1, 0, 1) if u or v]
+    for n, i, j in locations(x):
+        for channel, (u, v) in enumerate(around):
+            if 0 <= i + u < x.shape[2] and 0 <= j + v < x.shape[3]:
+                a, b = x[n, :, i, j], x[n, :, i + u, j + v]
+                out[n, channel, i, j] = a @ b / (a.norm() * b.norm())
+    return torch.cat([x, out], 1)
+
+
+def naive_freqfusion(module, x, encoder):
+    sigma, size = module.scale_factor, encoder.shape[2:]
+    x = extended(x, sigma, size)
+
+    def sharp(values, fusion):
+        return values - reassembled(values, conv(module.high_pass, fusion), 1)
+
+    fine, coarse = conv(module.encoder_compressor, encoder), conv(module.decoder_compressor, x)
+    first = fine + repeated(coarse, sigma, size)
+    fusion = reassembled(coarse, conv(module.low_pass, first), sigma) + fine + sharp(fine, first)
+    smooth = reassembled(x, conv(module.low_pass, fusion), sigma)
+    direction, scale = (
+        conv(of_fine, cosines(fusion)) + shuffled(conv(of_coarse, cosines(coarse)), sigma)[..., : size[0], : size[1]]
+        for of_fine, of_coarse in (
+            (module.direction, module.coarse_direction),
+            (module.scale, module.coarse_scale),
+        )
+    )
+    offsets = direction / (1 + (-scale).exp())
+    groups = offsets.shape[1] // 2
+    out = sharp(encoder, fusion)
+    for n, i, j in locations(out):
+        for group, channels in enumerate(torch.arange(x.shape[1]).chunk(groups)):
+            right, down = offsets[n, group, i, j].item(), offsets[n, groups + group, i, j].item()
+            out[n, channels, i, j] += sampled(smooth[n, channels], i + down, j + right)
+    return out
+
+
 CASES = {
     "DySample": (DySample, {}, naive_dysample),
     "DySample+": (DySample, dict(dynamic_scope=True), naive_dysample),
@@ -149,6 +190,7 @@ CASES = {
     "DLU, groups": (DLU, dict(up_kernel=3, up_group=2, compressed_channels=3), naive_dlu),
     "FADE": (FADE, dict(compressed_channels=3), naive_fade),
     "SAPA": (SAPA, dict(up_kernel=3, embedded_channels=4), naive_sapa),
+    "FreqFusion": (FreqFusion, dict(compressed_channels=3, groups=2), naive_freqfusion),
 }
 # What several of them with 256 channels add to a network, as published: how many, parameters, the last digit's worth.
 PUBLISHED = {
@@ -156,6 +198,7 @@ PUBLISHED = {
     "DySample-S+": [(3, 6.2e3, 1e2)],
     "FADE": [(3, 0.1e6, 1e5), (6, 0.29e6, 1e4)],
     "SAPA": [(3, 0.1e6, 1e5)],
+    "FreqFusion": [(3, 0.3e6, 1e5)],
 }
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -333,6 +376,33 @@ def test_sapa_tells_clusters_apart():
     torch.testing.assert_close(module(x, encoder)[inside], encoder[inside], rtol=0, atol=1e-4)
 
 
+def test_freqfusion_starts_as_a_mean_and_what_is_sharp():
+    module = FreqFusion(CHANNELS)
+    x, encoder = maps(module, 6, 5, dtype=torch.float32)
+    mean = F.interpolate(F.avg_pool2d(x, 5, 1, 2), scale_factor=2.0)
+    expected = mean + encoder - F.avg_pool2d(encoder, 3, 1, 1)
+    # Logits and offsets of about 0.001 times the square root of 64 * 9 and compressed features of about 4.
+    torch.testing.assert_close(module(x, encoder), expected, rtol=0, atol=0.15)
+    for name in ("low_pass", "high_pass", "direction", "coarse_direction"):
+        nn.init.zeros_(getattr(module, name).weight)
+    torch.testing.assert_close(module(x, encoder), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_freqfusion_of_zeros(dtype):
+    """Which have no direction, and are similar to nothing: where an image is padded, for instance."""
+    skip_without_half_on_cpu(dtype)
+    module = of("FreqFusion").to(dtype)
+    for compressor in (module.encoder_compressor, module.decoder_compressor):
+        nn.init.zeros_(compressor.bias)
+    inputs = [x.requires_grad_() for x in maps(module, dtype=dtype)]
+    cut = [torch.cat([x[..., :2], 0 * x[..., 2:]], -1) for x in inputs]
+    output = module(*cut)
+    assert output.isfinite().all()
+    gradients = torch.autograd.grad(output.float().sum(), inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("kind", guided.GUIDED)
 @pytest.mark.parametrize("shape", [(2, CHANNELS, 6, 6), (2, CHANNELS, 8, 8), (2, CHANNELS, 8, 4), (1, CHANNELS, 8, 6)])
 def test_an_encoders_map_that_does_not_fit(kind, shape):
@@ -359,6 +429,11 @@ def test_an_encoders_map_of_other_channels(kind):
         (FADE, "compressed_channels", 0, "a positive int, got 0"),
         (SAPA, "up_kernel", 4, "an odd positive int, got 4"),
         (SAPA, "embedded_channels", 0, "a positive int, got 0"),
+        (FreqFusion, "low_pass_kernel", 4, "an odd positive int, got 4"),
+        (FreqFusion, "high_pass_kernel", 2, "an odd positive int, got 2"),
+        (FreqFusion, "encoder_kernel", 2, "an odd positive int, got 2"),
+        (FreqFusion, "compressed_channels", 0, "a positive int, got 0"),
+        (FreqFusion, "groups", 0, "a positive int, got 0"),
     ],
 )
 def test_bad_options(kind, argument, value, wanted):
@@ -380,6 +455,8 @@ def test_bad_arguments_of_dysample():
 def test_groups_that_do_not_divide_the_channels():
     with pytest.raises(ValueError, match="channels must be a multiple of up_group=3, got 8"):
         DLU(8, up_group=3)
+    with pytest.raises(ValueError, match="channels must be a multiple of groups=3, got 8"):
+        FreqFusion(8, groups=3)
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -102,6 +102,7 @@ def test_guided_in_uper_head(kind):
         (rivals.DLU, "guidance", 0),
         (guided.FADE, "content_encoder", 0.001),
         (guided.SAPA, "encoder_embedding", 0.02),
+        (guided.FreqFusion, "coarse_direction", 0.001),
     ],
 )
 def test_their_start_survives_in_plain_containers(kind, last, deviation):
