@@ -67,9 +67,8 @@ def nearest(maps: Tensor, size_of: Tensor, scale_factor: int) -> Tensor:
 
 
 @as_one_node
-def reassembled(features: Tensor, logits: Tensor, scale_factor: int) -> Tensor:
+def reassembled(features: Tensor, logits: Tensor, kernel_size: int, scale_factor: int) -> Tensor:
     """Features reassembled by the softmax of logits (N, k^2, H', W')."""
-    kernel_size = round(logits.shape[1] ** 0.5)
     return carafe(features, logits.softmax(1), kernel_size, 1, scale_factor, logits.shape[2:])
 
 
@@ -114,7 +113,8 @@ class FADE(GuidedUpsampler):
         padding = odd("encoder_kernel", encoder_kernel) // 2
         self.encoder_compressor = starting(nn.Conv2d(channels, width, 1), xavier_)
         self.decoder_compressor = starting(nn.Conv2d(channels, width, 1, bias=False), xavier_)
-        encoder = nn.Conv2d(width, odd("up_kernel", up_kernel) ** 2, encoder_kernel, padding=padding)
+        self.up_kernel = odd("up_kernel", up_kernel)
+        encoder = nn.Conv2d(width, up_kernel**2, encoder_kernel, padding=padding)
         self.content_encoder = starting(encoder, near_zero_)
         self.gate = starting(nn.Conv2d(channels, 1, 1), xavier_)
         self.init_weights()
@@ -123,7 +123,8 @@ class FADE(GuidedUpsampler):
         shared = self.content_encoder
         coarse = F.conv2d(self.decoder_compressor(features), shared.weight, padding=shared.padding)  # b counts once
         fine = shared(self.encoder_compressor(encoder_features))
-        upsampled = reassembled(features, fine + nearest(coarse, fine, self.scale_factor), self.scale_factor)
+        logits = fine + nearest(coarse, fine, self.scale_factor)
+        upsampled = reassembled(features, logits, self.up_kernel, self.scale_factor)
         gate = nearest(torch.sigmoid(self.gate(features)), fine, self.scale_factor)
         return gate * encoder_features + (1 - gate) * upsampled
 
@@ -169,7 +170,7 @@ class SAPA(GuidedUpsampler):
         around = self.decoder_embedding(self.decoder_norm(features.permute(0, 2, 3, 1)))
         maps = points.permute(0, 3, 1, 2), around.permute(0, 3, 1, 2)
         logits = _similarities(*maps, self.up_kernel, self.scale_factor)
-        return reassembled(features, logits, self.scale_factor)
+        return reassembled(features, logits, self.up_kernel, self.scale_factor)
 
 
 def _small_(linear: nn.Linear) -> None:
@@ -246,27 +247,30 @@ class FreqFusion(GuidedUpsampler):
 
         self.encoder_compressor = starting(nn.Conv2d(channels, width, 1), xavier_)
         self.decoder_compressor = starting(nn.Conv2d(channels, width, 1), xavier_)
-        self.low_pass = predict(width, odd("low_pass_kernel", low_pass_kernel) ** 2)
-        self.high_pass = predict(width, odd("high_pass_kernel", high_pass_kernel) ** 2)
+        self.low_pass_kernel = odd("low_pass_kernel", low_pass_kernel)
+        self.high_pass_kernel = odd("high_pass_kernel", high_pass_kernel)
+        self.low_pass, self.high_pass = predict(width, low_pass_kernel**2), predict(width, high_pass_kernel**2)
         # The direction and the scale of the offsets, at the resolution of Z and of y.
         self.direction, self.scale = (predict(width + 8, 2 * groups) for _ in range(2))
         phases = scale_factor**2
         self.coarse_direction, self.coarse_scale = (predict(width + 8, 2 * groups * phases) for _ in range(2))
         self.init_weights()
 
+    def _smooth(self, features: Tensor, fusion: Tensor) -> Tensor:
+        return reassembled(features, self.low_pass(fusion), self.low_pass_kernel, self.scale_factor)
+
     def _sharp(self, features: Tensor, fusion: Tensor) -> Tensor:
-        return features - reassembled(features, self.high_pass(fusion), 1)
+        return features - reassembled(features, self.high_pass(fusion), self.high_pass_kernel, 1)
 
     def fuse(self, features: Tensor, encoder_features: Tensor) -> Tensor:
         sigma = self.scale_factor
         fine, coarse = self.encoder_compressor(encoder_features), self.decoder_compressor(features)
         fusion = fine + nearest(coarse, fine, sigma)
-        fusion = reassembled(coarse, self.low_pass(fusion), sigma) + fine + self._sharp(fine, fusion)
+        fusion = self._smooth(coarse, fusion) + fine + self._sharp(fine, fusion)
         similar, coarse_similar = with_similarities(fusion), with_similarities(coarse)
         direction = self.direction(similar) + shuffled(self.coarse_direction(coarse_similar), fine, sigma)
         scale = self.scale(similar) + shuffled(self.coarse_scale(coarse_similar), fine, sigma)
-        smooth = reassembled(features, self.low_pass(fusion), sigma)
-        moved = sample_groups(smooth, direction * torch.sigmoid(scale), 1)
+        moved = sample_groups(self._smooth(features, fusion), direction * torch.sigmoid(scale), 1)
         return moved + self._sharp(encoder_features, fusion)
 
 

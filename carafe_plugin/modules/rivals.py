@@ -88,9 +88,13 @@ class DySample(KeepsItsStart, Upsampler):
 
 @as_one_node
 def sample_groups(features: Tensor, offsets: Tensor, scale_factor: int) -> Tensor:
-    """Interpolate groups of channels where offsets (N, 2 * groups, H', W'), horizontal ones first, move them to."""
+    """Interpolate groups of channels where offsets (N, 2 * groups, H', W'), horizontal ones first, move them to.
+
+    An offset that is not a number, as in a training that has diverged, moves nothing.
+    """
     groups = offsets.shape[1] // 2
-    offsets = offsets.unflatten(1, (2, groups)).transpose(1, 2).flatten(0, 1)
+    # With such a position PyTorch's backward pass writes outside its memory on CPUs, and ends the process.
+    offsets = offsets.nan_to_num().unflatten(1, (2, groups)).transpose(1, 2).flatten(0, 1)
     grouped = features.unflatten(1, (groups, features.shape[1] // groups)).flatten(0, 1)
     return _sample_moved(grouped, offsets, scale_factor).reshape(*features.shape[:2], *offsets.shape[2:])
 

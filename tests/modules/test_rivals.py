@@ -4,13 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive_rivals import naive_dlu, naive_dysample, naive_fade, naive_freqfusion, naive_sapa
-from toolkit import needs_compile, skip_without_half_on_cpu
+from toolkit import needs_compile, needs_torch, skip_without_half_on_cpu
 from torch import nn
 
 from carafe_plugin import CARAFEUpsample
 from carafe_plugin.modules import guided, rivals
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*(TracerWarning|torch.jit|might cause the trace|deprecated).*"),
+]
 
 DySample, DLU = rivals.RIVALS
 FADE, SAPA, FreqFusion = guided.GUIDED
@@ -169,6 +172,21 @@ def test_fx_traces_it(case):
         assert torch.equal(traced(*inputs), module(*inputs))
 
 
+@needs_torch(2, 7, "torch.export of sizes that a model does not fix")
+@every_case
+def test_exported(case):
+    """For sizes that whoever runs it chooses; and traced by torch.jit for one."""
+    module = of(case).float().eval()
+    example = maps(module, 6, 7, size=(11, 14), dtype=torch.float32)
+    sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(module, tuple(example), dynamic_shapes=(sizes,) * len(example)).module()
+    others = maps(module, 4, 5, size=(9, 10), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(*others), module(*others))
+        traced = torch.jit.trace(module, tuple(example))
+        torch.testing.assert_close(traced(*example), module(*example))
+
+
 @pytest.mark.parametrize("case", PUBLISHED)
 def test_parameters_are_as_published(case):
     kind, settings, _ = CASES[case]
@@ -241,6 +259,21 @@ def test_freqfusion_starts_as_a_mean_and_what_is_sharp():
     for name in ("low_pass", "high_pass", "direction", "coarse_direction"):
         nn.init.zeros_(getattr(module, name).weight)
     torch.testing.assert_close(module(x, encoder), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("case", "layer"), [("DySample", "offset"), ("DLU", "guidance"), ("FreqFusion", "direction")])
+def test_offsets_that_are_no_numbers(case, layer, value):
+    """They neither read nor write outside the map: torch.nn.functional.grid_sample would end the process."""
+    module = of(case)
+    inputs = [x.requires_grad_() for x in maps(module)]
+    bias = module.get_submodule(layer).bias
+    nn.init.constant_(bias, value)
+    output = module(*inputs)
+    gradient = torch.autograd.grad(output.sum(), inputs)[0]
+    assert output.isfinite().all()
+    if case != "FreqFusion":  # where the scale's gradient is a product with them
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
