@@ -13,20 +13,26 @@ Exit code: 0; 1 when ours fails or a peer's result differs from ours; 2 for inva
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-from benchmarks import command
-from benchmarks.comparison import Peer, Problem
-from benchmarks.peers import OTHERS, Reassembly, in_steps, mmcv, of_module, shifted_madd, unfold_einsum
+from benchmarks import command, report
+from benchmarks.comparison import Call, Comparison, Inputs, Peer, Problem
+from benchmarks.peers import OTHERS, Reassembly, in_steps, mmcv, of_module, only_upsamples, shifted_madd, unfold_einsum
 from carafe_plugin import CARAFEDownsample, CARAFEUpsample
 from carafe_plugin.modules.carafe import KernelPrediction
+from carafe_plugin.modules.guided import FADE, SAPA, FreqFusion
+from carafe_plugin.modules.rivals import DLU, DySample
 
 
 class ModuleProblem(Problem):
@@ -73,6 +79,43 @@ def _pack(name: str, description: str, prepare: Callable[[], Reassembly], **othe
     return of_module(name, description, lambda problem: Pack(our_module(problem), prepare()), **others)
 
 
+class Guided(nn.Module):
+    """A guided upsampler as a module of one map: the encoder's, (N, C, H', W'), is drawn with it."""
+
+    def __init__(self, upsampler: nn.Module, problem: Problem) -> None:
+        super().__init__()
+        self.encoder_features = nn.Parameter(torch.randn(problem.batch, problem.channels, *problem.output_size))
+        self.upsampler = upsampler
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H * up, W * up)."""
+        return self.upsampler(features, self.encoder_features)
+
+
+def _rival(name: str, description: str, kind: Callable[[int, int], nn.Module]) -> Peer:
+    if not getattr(kind, "guided", False):
+        return of_module(name, description, lambda problem: kind(problem.channels, problem.up), **_RIVAL)
+    peer = of_module(name, description, lambda problem: Guided(kind(problem.channels, problem.up), problem), **_RIVAL)
+
+    def setup(problem: Problem, inputs: Inputs) -> Call:
+        call = peer.setup(problem, inputs)
+        return dataclasses.replace(call, parameters=call.parameters[1:])  # the encoder's map is none
+
+    return dataclasses.replace(peer, setup=setup)
+
+
+_RIVAL: dict[str, Any] = dict(equal=False, unavailable=only_upsamples)
+RIVALS = (
+    _rival("dysample", "DySample: bilinear at predicted points", DySample),
+    _rival("dysample+", "the same with a dynamic scope", functools.partial(DySample, dynamic_scope=True)),
+    _rival(
+        "dysample-s+", "the same after a pixel shuffle", functools.partial(DySample, style="pl", dynamic_scope=True)
+    ),
+    _rival("dlu", "DLU: kernels sampled from a small map of them", DLU),
+    _rival("fade", "FADE: kernels from both maps, and a gate", FADE),
+    _rival("sapa", "SAPA-B: kernels by similarity to the encoder's map", SAPA),
+    _rival("freqfusion", "FreqFusion: low-pass, offsets, and the encoder's high-pass", FreqFusion),
+)
 OURS = (of_module("carafe", "ours: CARAFEUpsample or CARAFEDownsample", our_module),)
 PEERS = (
     _pack("pack-unfold", "CARAFEPack with unfold, then einsum", lambda: unfold_einsum),
@@ -80,7 +123,32 @@ PEERS = (
     _pack("pack-compiled", "the same under torch.compile", lambda: shifted_madd, compiles=True),
     _pack("pack-mmcv", "CARAFEPack with mmcv's CUDA operator", mmcv.reassembly, unavailable=mmcv.unavailable),
     *OTHERS,
+    *RIVALS,
 )
+SAMPLED = {torch.ops.aten.grid_sampler_2d: lambda *shapes, out_shape=None, **_: 8 * torch.Size(out_shape).numel()}
+
+
+def count_flop(forward: Callable[[], Tensor]) -> int:
+    """FLOPs of a forward pass: torch's counter, which leaves out sampling, whose four taps are added."""
+    counter = FlopCounterMode(display=False, custom_mapping=SAMPLED)
+    with counter:  # with gradients on: its tracker of modules fails on a view of what requires them, made without
+        forward()
+    return counter.get_total_flops()
+
+
+class ModuleComparison(Comparison):
+    """A comparison that counts FLOPs besides, of peers that do not compile; what a failed one has is not known."""
+
+    def run(self) -> dict[str, Any]:
+        """Returns the record, with the ``flop`` of a peer's forward pass."""
+        result = super().run()
+        print(f"{report.shape_title(result['shape'])}, FLOPs of a forward pass")
+        for peer, record in self.records.items():
+            if record["forward"].get("status") == "ok" and not peer.compiles:
+                with self._guard({}):  # a foreign operator, of which the counter may know nothing
+                    record["flop"] = count_flop(self.calls[peer].forward)
+                    print(f"  {peer.name:22} {record['flop'] / 1e9:8.3f} G")
+        return result
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -91,7 +159,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
-    return command.compare(parse_arguments(arguments))
+    options = parse_arguments(arguments)
+    options.comparison = functools.partial(ModuleComparison, **options.comparison.keywords)
+    return command.compare(options)
 
 
 if __name__ == "__main__":

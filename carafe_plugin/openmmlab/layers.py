@@ -1,8 +1,9 @@
 """CARAFE++ as MMEngine layers, and the helpers that every toolbox's adapter shares.
 
-Importing this module registers ``CARAFEUpsample``, ``CARAFEDownsample`` and the operators that the paper compares them
-with (:mod:`carafe_plugin.modules.peers`) in MMEngine's root ``MODELS`` registry, so that every toolbox builds them from
-a configuration by name::
+Importing this module registers ``CARAFEUpsample``, ``CARAFEDownsample``, the operators that the paper compares them
+with (:mod:`carafe_plugin.modules.peers`) and later upsamplers (:mod:`~carafe_plugin.modules.rivals`,
+:mod:`~carafe_plugin.modules.guided`) in MMEngine's root ``MODELS`` registry, so that every toolbox builds them from a
+configuration by name::
 
     upsample_cfg = dict(type="CARAFEUpsample", compressed_channels=32, norm_cfg=dict(type="BN"))
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carafe_plugin import modules
-from carafe_plugin.modules import peers
+from carafe_plugin.modules import guided, peers, rivals
 from carafe_plugin.modules.sizes import complete, computed, fit_to_size
 from carafe_plugin.openmmlab import require
 
@@ -94,7 +95,7 @@ class CARAFEDownsample(_MMEngineLayer, modules.CARAFEDownsample):
     """
 
 
-for _peer in (*peers.DOWNSAMPLERS, *peers.UPSAMPLERS):
+for _peer in (*peers.DOWNSAMPLERS, *peers.UPSAMPLERS, *rivals.RIVALS, *guided.GUIDED):
     MODELS.register_module(module=_peer)
 
 _UPSAMPLERS = (modules.CARAFEUpsample, peers.Upsampler)
@@ -129,7 +130,11 @@ def pop_switch(cfg: dict[str, Any], name: str, default: bool) -> bool:
 
 
 def build_upsampler(
-    carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2, align_corners: bool | None = None
+    carafe_cfg: Mapping[str, Any] | None,
+    channels: int,
+    scale_factor: int = 2,
+    align_corners: bool | None = None,
+    guides: bool = False,
 ) -> nn.Module:
     """Build the upsampler that a ``carafe_cfg`` describes, as every adapter of the toolboxes takes it.
 
@@ -142,14 +147,17 @@ def build_upsampler(
         channels (int): channels of the features, set by the caller, never by ``carafe_cfg``.
         scale_factor (int): upsampling factor, set by the caller as well.
         align_corners (bool | None): of the interpolation that the upsampler stands in for.
+        guides (bool): whether the caller gives :func:`upsample_to` the encoder's map of the size to reach, which types
+            with the attribute ``guided`` need (:class:`~carafe_plugin.modules.guided.GuidedUpsampler`).
 
     Returns:
         nn.Module: the upsampler, to be called through :func:`upsample_to`.
 
     Raises:
         TypeError: ``carafe_cfg`` is not a dictionary, or has a key that its type does not take.
-        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes a downsampler; or its ``init`` is
-            "bilinear" where ``align_corners`` is True.
+        ValueError: ``carafe_cfg`` sets ``channels`` or ``scale_factor``, or describes a downsampler, or an upsampler
+            that is guided where the caller has no map for it; or its ``init`` is "bilinear" where ``align_corners`` is
+            True.
         KeyError: ``type`` is not registered.
     """
     if align_corners and read_cfg(carafe_cfg).get("init") == "bilinear":
@@ -160,7 +168,16 @@ def build_upsampler(
     upsampler = _build_resampler(carafe_cfg, "CARAFEUpsample", channels, scale_factor, INTERPOLATIONS)
     if isinstance(upsampler, _DOWNSAMPLERS):
         raise ValueError(f"carafe_cfg must describe an upsampler, got type={read_cfg(carafe_cfg)['type']!r}")
+    if _is_guided(upsampler) and not guides:
+        raise ValueError(
+            f"carafe_cfg: the type {read_cfg(carafe_cfg)['type']!r} is guided by the encoder's map of the size to "
+            f"reach, and there is none in this place: expected a type that upsamples one map"
+        )
     return upsampler
+
+
+def _is_guided(upsampler: nn.Module) -> bool:
+    return getattr(upsampler, "guided", False) is True
 
 
 def build_downsampler(carafe_cfg: Mapping[str, Any] | None, channels: int, scale_factor: int = 2) -> nn.Module:
@@ -211,8 +228,15 @@ def _build_resampler(
         raise type(error)(f"carafe_cfg={cfg!r}: {error}") from error
 
 
-def upsample_to(upsampler: nn.Module, features: Tensor, size: Sequence[int]) -> Tensor:
-    """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W')."""
+def upsample_to(
+    upsampler: nn.Module, features: Tensor, size: Sequence[int], encoder_features: Tensor | None = None
+) -> Tensor:
+    """Upsample features (N, C, H, W) and make them fit a map of exactly ``size`` (H', W').
+
+    ``encoder_features`` (N, C, H', W') are handed on to an upsampler that is guided by them.
+    """
+    if _is_guided(upsampler):
+        return upsampler(features, encoder_features)
     if isinstance(upsampler, Interpolation):
         return upsampler(features, size)
     if not isinstance(upsampler, modules.CARAFEUpsample):

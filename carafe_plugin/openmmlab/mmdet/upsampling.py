@@ -42,7 +42,8 @@ class _TopDownPath:
         align_corners = self.upsample_cfg.get("align_corners")
         # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
         self.upsample_modules = ModuleList(
-            build_upsampler(carafe_cfg, self.out_channels, align_corners=align_corners) for _ in self.lateral_convs[1:]
+            build_upsampler(carafe_cfg, self.out_channels, align_corners=align_corners, guides=True)
+            for _ in self.lateral_convs[1:]
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -54,7 +55,7 @@ class _TopDownPath:
             check_features(inputs[level], self.in_channels[level], f"inputs[{level}]", f"in_channels[{level}]")
             laterals.append(lateral_conv(inputs[level]))
         for i in reversed(range(len(laterals) - 1)):
-            upsampled = upsample_to(self.upsample_modules[i], laterals[i + 1], laterals[i].shape[2:])
+            upsampled = upsample_to(self.upsample_modules[i], laterals[i + 1], laterals[i].shape[2:], laterals[i])
             laterals[i] = laterals[i] + upsampled
         outs = self._merge_bottom_up([conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)])
         while len(outs) < self.num_outs:  # levels above the backbone's last: subsampled, or by convolutions of stride 2
@@ -84,7 +85,8 @@ class CARAFEFPN(_TopDownPath, FPN):
     ``upsample_modules.{i}`` makes the map that is added to lateral ``i``. The maps may have any size: see
     :func:`~carafe_plugin.openmmlab.layers.fit_to_size`. FPN's ``upsample_cfg`` describes the interpolation that
     CARAFE++ stands in for: it is accepted, so that changing ``type`` is enough, and has no effect, except that
-    ``carafe_cfg=dict(init="bilinear")`` is refused where it aligns corners.
+    ``carafe_cfg=dict(init="bilinear")`` is refused where it aligns corners. An upsampler that is guided by the encoder
+    (``"FADE"``) is given the lateral map, before the sum.
 
     Args:
         carafe_cfg (dict | None): the upsampler, described and checked by

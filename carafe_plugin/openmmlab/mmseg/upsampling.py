@@ -25,7 +25,8 @@ class CARAFEUPerHead(UPerHead):
 
     * ``ppm``: a pooled map returns to full size by bilinear interpolation to half of it, rounded up, and CARAFE++ from
       there; ``ppm_upsamplers.{i}`` serves the pooled map ``i``.
-    * ``fpn``: CARAFE++ instead of bilinear interpolation; ``upsample_modules.{i}`` feeds lateral ``i``.
+    * ``fpn``: CARAFE++ instead of bilinear interpolation; ``upsample_modules.{i}`` feeds lateral ``i``. Here alone can
+      an upsampler be guided by the encoder (``"FADE"``): it is given the lateral map, before the sum.
     * ``fuse``: instead of interpolating every level to the finest size at once, upsample and concatenate in turn:
       ``[P2, up([P3, up([P4, up(P5)])])]`` with P2 the finest. The channels lie as UPerHead has them;
       ``fuse_upsamplers.{i}`` makes what follows level ``i``.
@@ -71,7 +72,7 @@ class CARAFEUPerHead(UPerHead):
                 raise ValueError(f"carafe_cfg: {name}=True, but there is nothing to upsample: {lacking}")
             try:  # MMEngine's list, not PyTorch's: its init_weights reaches the upsamplers.
                 return ModuleList(
-                    build_upsampler(upsampler_cfg, channels, align_corners=self.align_corners)
+                    build_upsampler(upsampler_cfg, channels, align_corners=self.align_corners, guides=name == "fpn")
                     for channels in places[name]
                 )
             except TypeError as error:
@@ -107,7 +108,7 @@ class CARAFEUPerHead(UPerHead):
             if self.upsample_modules is None:
                 upsampled = self._interpolate(laterals[i + 1], size)
             else:
-                upsampled = upsample_to(self.upsample_modules[i], laterals[i + 1], size)
+                upsampled = upsample_to(self.upsample_modules[i], laterals[i + 1], size, laterals[i])
             laterals[i] = laterals[i] + upsampled
         levels = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
         return self.fpn_bottleneck(self._fuse([*levels, laterals[-1]]))
