@@ -186,11 +186,12 @@ def _changes(part: Any, marker: str, settings: Mapping[str, Any]) -> Any:
 def folder_faults(cfg: Config) -> Sequence[str]:
     """What a training with a configuration, and its validation and test, would refuse in their datasets."""
     import_adapters(toolbox(cfg))
-    faults = []
+    faults = {}
     for split in ("train", "val", "test"):
         if cfg.get(f"{split}_dataloader"):
             try:
                 check_dataset_files(cfg, split)
             except UsageError as error:
-                faults.append(str(error))
-    return list(dict.fromkeys(faults))
+                loader, _, fault = str(error).partition(": ")
+                faults.setdefault(fault, f"{loader}: {fault}")  # once, where val is tested on too
+    return list(faults.values())
