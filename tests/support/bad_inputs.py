@@ -418,6 +418,9 @@ CASES: dict[str, list[tuple]] = {
         ("no such folder", "tools/prepare_data.py coco absent"),
         ("an unknown dataset", "tools/prepare_data.py voc ."),
         ("a file to lay out in", "tools/prepare_data.py coco . --out photo.png"),
+        ("classes of a dataset that is known", "tools/prepare_data.py bccd . --classes"),
+        ("a place for a folder of one's own", "tools/prepare_data.py coco-folder . --out data"),
+        ("no configuration to write", "tools/prepare_data.py coco-folder . --classes classes.txt"),
         ("a point outside", f"tools/visualize_reassembly.py photo.png {POINTS} 64,9"),
         ("a point that is none", f"tools/visualize_reassembly.py photo.png {POINTS} 9"),
         (
