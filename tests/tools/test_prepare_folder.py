@@ -110,6 +110,8 @@ def test_layouts(tmp_path: Path) -> None:
         dict(train="images/train2017", val="images/val2017"),
     )
     (coco / "annotations" / "captions_train2017.json").write_text("{}")
+    alike = write_folder(tmp_path / "alike", dict(train="train.json"), dict(train="train"))
+    write_folder(alike, dict(val="val.json"), dict(val="dev"))  # images of the same names
     roboflow = write_folder(tmp_path / "roboflow", {**SPLITS, "test": "test/_annotations.coco.json"})
     flat = write_folder(tmp_path / "flat", dict(train="train.json", val="dev.json"))
     lone = write_folder(tmp_path / "lone", dict(train="labels.json"), dict(train="pictures"))
@@ -117,6 +119,7 @@ def test_layouts(tmp_path: Path) -> None:
         (coco, dict(train="images/train2017", val="images/val2017")),
         (roboflow, dict(train="train", val="valid", test="test")),
         (flat, dict(train=".", val=".")),
+        (alike, dict(train="train", val="dev")),
         (lone, dict(train="pictures")),
     ):
         folder = CocoFolder(root)
