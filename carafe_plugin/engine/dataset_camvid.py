@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
+from carafe_plugin.engine.atomic import AtomicLocalBackend
 from carafe_plugin.engine.dataset_checks import pair_faults
-from carafe_plugin.engine.dataset_layout import Dataset, Folder, Source, differences, link, write_file
+from carafe_plugin.engine.dataset_layout import Dataset, Folder, Source, differences, link
 from carafe_plugin.engine.errors import UsageError, read_text
 from carafe_plugin.images import decode, list_images, shorten
 
@@ -40,7 +41,7 @@ def convert(source: Path, out: Path, progress: Progress) -> Iterator[str]:
             except ValueError as error:
                 yield f"label map {labels / pairs[name]}: {error}"
             else:
-                write_file(place, io.BytesIO(content), len(content))
+                AtomicLocalBackend().put(content, place)
 
 
 def _read_pairs(listing: Path) -> dict[str, str]:

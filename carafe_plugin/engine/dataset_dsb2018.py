@@ -27,6 +27,8 @@ def convert(source: Path, out: Path, progress: Progress) -> Iterator[str]:
 
     Masks that overlap stay as they are, and empty ones are left out: lines on stderr say how many.
     """
+    if (inner := source / "stage1_train").is_dir():  # of an archive that holds the folder itself
+        source = inner
     folders = sorted(path for path in source.iterdir() if (path / "images").is_dir())
     unlabelled = [path.name for path in folders if not (path / "masks").is_dir() or not list_images(path / "masks")]
     if len(unlabelled) == len(folders):

@@ -27,8 +27,8 @@ class CocoFolder:
     """The annotation files of a folder in COCO's format, by their splits ('train', and 'val' or 'test' where there are
     such).
 
-    Raises UsageError, as it is made and as its content is asked for, where the training's file is missing, a split has
-    several, or one cannot be read.
+    Raises UsageError, as they are asked for, where the training's file is missing, a split has several, or one cannot
+    be read.
     """
 
     root: Path
@@ -186,11 +186,12 @@ def _changes(part: Any, marker: str, settings: Mapping[str, Any]) -> Any:
 def folder_faults(cfg: Config) -> Sequence[str]:
     """What a training with a configuration, and its validation and test, would refuse in their datasets."""
     import_adapters(toolbox(cfg))
-    faults = []
+    faults: dict[str, str] = {}
     for split in ("train", "val", "test"):
         if cfg.get(f"{split}_dataloader"):
             try:
                 check_dataset_files(cfg, split)
             except UsageError as error:
-                faults.append(str(error))
-    return list(dict.fromkeys(faults))
+                loader, _, fault = str(error).partition(": ")
+                faults.setdefault(fault, f"{loader}: {fault}")  # once, where val is tested on too
+    return list(faults.values())

@@ -423,6 +423,9 @@ CASES: dict[str, list[tuple]] = {
         ("a checkpoint of another model", f"tools/export.py det.py seg.pth {PROGRAM} 64 96"),
         ("a size that is filled up", f"tools/export.py det.py det.pth {PROGRAM} 64 72"),
         ("another ending", f"tools/export.py cls.py cls.pth {PROGRAM} 64 64 --out cls.onnx"),
+        ("classes of a dataset that is known", "tools/prepare_data.py bccd . --classes"),
+        ("a place for a folder of one's own", "tools/prepare_data.py coco-folder . --out data"),
+        ("no configuration to write", "tools/prepare_data.py coco-folder . --classes classes.txt"),
         ("a point outside", f"tools/visualize_reassembly.py photo.png {POINTS} 64,9"),
         ("a point that is none", f"tools/visualize_reassembly.py photo.png {POINTS} 9"),
         (

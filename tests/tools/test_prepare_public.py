@@ -123,10 +123,10 @@ def test_dsb2018(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     plates = {split: {name[:32] for name in images} for split, images in splits.items()}
     assert not plates["train"] & plates["val"], "the two images of a plate are on one side"
     for split, images in splits.items():
-        for name, annotations in images.items():
-            found = [coco_mask.decode(annotation["segmentation"]).astype(bool) for annotation in annotations]
+        for name, listed in images.items():
+            found = [coco_mask.decode(annotation["segmentation"]).astype(bool) for annotation in listed]
             assert np.array_equal(found, masks[Path(name).stem])
-            for annotation, mask in zip(annotations, found, strict=True):
+            for annotation, mask in zip(listed, found, strict=True):
                 rows, columns = np.nonzero(mask)
                 left, top = columns.min(), rows.min()
                 assert annotation["bbox"] == [left, top, columns.max() - left + 1, rows.max() - top + 1]
@@ -136,11 +136,18 @@ def test_dsb2018(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert prepare("dsb2018", tmp_path, out) == 0
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before, "the same split again"
-    downloads.pack(tmp_path / "stage1_train", tmp_path / "stage1_train.zip", "")
-    assert prepare("dsb2018", tmp_path, tmp_path / "other") == 0
-    packed = {path.name: path.read_bytes() for path in (tmp_path / "other" / "annotations").iterdir()}
-    assert packed == {path.name: content for path, content in before.items() if path.suffix == ".json"}
     assert not capsys.readouterr().err
+    assert call_tool("prepare_data", "dsb2018", tmp_path, "--out", out) == 0, "it may have any number of images"
+
+
+@pytest.mark.parametrize("inside", ["", "stage1_train"], ids=["Kaggle's", "of the folder"])
+def test_dsb2018_from_an_archive(tmp_path: Path, inside: str) -> None:
+    downloads.dsb2018(tmp_path)
+    assert prepare("dsb2018", tmp_path, tmp_path / "out") == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "out" / "annotations").iterdir()}
+    downloads.pack(tmp_path / "stage1_train", tmp_path / "stage1_train.zip", inside)
+    assert prepare("dsb2018", tmp_path, tmp_path / "other") == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other" / "annotations").iterdir()} == expected
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "LA"])
@@ -160,8 +167,8 @@ def test_dsb2018_masks_of_any_kind(tmp_path: Path, mode: str) -> None:
             image.save(path)
             assert Image.open(path).mode == mode
     assert prepare("dsb2018", tmp_path, tmp_path / "out") == 0
-    for name, annotations in annotations_of(tmp_path / "out" / "annotations" / "instances_train.json").items():
-        found = [coco_mask.decode(annotation["segmentation"]).astype(bool) for annotation in annotations]
+    for name, listed in annotations_of(tmp_path / "out" / "annotations" / "instances_train.json").items():
+        found = [coco_mask.decode(annotation["segmentation"]).astype(bool) for annotation in listed]
         assert np.array_equal(found, masks[Path(name).stem])
 
 
@@ -175,8 +182,8 @@ def test_dsb2018_overlapping_and_empty_masks(tmp_path: Path, capsys: pytest.Capt
     source, notes = tmp_path / "stage1_train", capsys.readouterr().err
     assert f"note: 10 masks in {source} are empty and are left out" in notes
     assert f"note: masks of 10 images in {source} overlap, and stay as they are" in notes
-    for name, annotations in annotations_of(out / "annotations" / "instances_train.json").items():
-        found = [coco_mask.decode(annotation["segmentation"]).astype(bool) for annotation in annotations]
+    for name, listed in annotations_of(out / "annotations" / "instances_train.json").items():
+        found = [coco_mask.decode(annotation["segmentation"]).astype(bool) for annotation in listed]
         assert np.array_equal(found, [masks[Path(name).stem][0]] * 2)
 
 
@@ -268,9 +275,9 @@ def test_bccd(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ("Platelets", [40.5, 5, 3.5, 4], 14),
     ]
     for split in ("val", "test"):
-        for annotations in annotations_of(out / "annotations" / f"instances_{split}.json").values():
-            assert [each["name"] for each in annotations] == list(downloads.CELLS)
-            assert [each["bbox"] for each in annotations] == [[4 + 18 * number, 6, 16, 24] for number in range(3)]
+        for listed in annotations_of(out / "annotations" / f"instances_{split}.json").values():
+            assert [each["name"] for each in listed] == list(downloads.CELLS)
+            assert [each["bbox"] for each in listed] == [[4 + 18 * number, 6, 16, 24] for number in range(3)]
     assert (out / "images").resolve() == base / "JPEGImages"
     packed = tmp_path / "BCCD_Dataset-master.zip"
     downloads.pack(tmp_path / "BCCD_Dataset", packed, "BCCD_Dataset-master")
