@@ -1,4 +1,4 @@
-"""Upsamplers that are guided by the encoder's map of the size to reach, written from their papers.
+"""Upsamplers that are guided by the encoder's map of the size to reach, in our reading of their papers.
 
 All reassemble by :func:`carafe_plugin.ops.carafe`, with kernels that they predict at the encoder's resolution. The
 encoder's map need not be exactly sigma times as large: a pyramid's levels are rounded, up or down.

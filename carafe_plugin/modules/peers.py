@@ -301,7 +301,8 @@ class GUMUpsample(KeepsItsStart, Upsampler):
 @as_one_node
 def _sample_moved(features: Tensor, offsets: Tensor, scale_factor: int) -> Tensor:
     """Interpolate features (N, C, H, W) where offsets (N, 2, H', W') move the centres of the output's pixels to."""
-    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # half precision is too coarse to aim
+    # Half precision is too coarse to aim; and at no number PyTorch's backward pass reads beyond the map.
+    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32)).nan_to_num()
     height, width = features.shape[2:]
     x = _centres(width, scale_factor, offsets) + offsets[:, 0]
     y = _centres(height, scale_factor, offsets)[:, None] + offsets[:, 1]

@@ -1,4 +1,4 @@
-"""Upsamplers that came after CARAFE++, as plain ``torch.nn`` modules, written from their papers.
+"""Upsamplers that came after CARAFE++, as plain ``torch.nn`` modules, in our reading of their papers.
 
 They stand where :mod:`carafe_plugin.modules.peers` does and read the map to be upsampled alone; those that are also
 told the encoder's map are in :mod:`carafe_plugin.modules.guided`.
@@ -93,8 +93,7 @@ def sample_groups(features: Tensor, offsets: Tensor, scale_factor: int) -> Tenso
     An offset that is not a number, as in a training that has diverged, moves nothing.
     """
     groups = offsets.shape[1] // 2
-    # With such a position PyTorch's backward pass writes outside its memory on CPUs, and ends the process.
-    offsets = offsets.nan_to_num().unflatten(1, (2, groups)).transpose(1, 2).flatten(0, 1)
+    offsets = offsets.unflatten(1, (2, groups)).transpose(1, 2).flatten(0, 1)
     grouped = features.unflatten(1, (groups, features.shape[1] // groups)).flatten(0, 1)
     return _sample_moved(grouped, offsets, scale_factor).reshape(*features.shape[:2], *offsets.shape[2:])
 

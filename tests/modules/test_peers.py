@@ -279,3 +279,14 @@ def test_bad_arguments(kind):
 def test_bad_bottleneck():
     with pytest.raises(ValueError, match="bottleneck must be a positive int, got 0"):
         peers.LIPDownsample(4, bottleneck=0)
+
+
+def test_an_offset_that_is_no_number_moves_nothing():
+    """As in a training that has diverged; PyTorch's own sampling would read beyond the map in the backward pass."""
+    module = peers.GUMUpsample(8).double()
+    features = torch.randn(1, 8, 5, 6, dtype=torch.float64, requires_grad=True)
+    still = module(features)
+    nn.init.constant_(module.guidance.weight, torch.nan)
+    moved = module(features)
+    torch.testing.assert_close(moved, still)
+    moved.sum().backward()
