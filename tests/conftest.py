@@ -41,7 +41,7 @@ LONGEST = (
         "annotations_fuzz",
         "zoo",
         "kills",
-        "libraries",
+        "libraries", "real_data",
         "memory",
         "ablation",
     ),

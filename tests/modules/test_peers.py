@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from toolkit import skip_without_half_on_cpu
+from torch import nn
 
 from carafe_plugin.modules import peers
 
