@@ -118,9 +118,12 @@ def no_old_objects_to_look_through():
 
 @pytest.fixture(scope="module", autouse=True)
 def no_default_scope():
-    """A file begins without MMEngine's default scope, as in a new process: runs in files before leave theirs behind."""
-    if "mmengine.registry" in sys.modules:
-        sys.modules["mmengine.registry"].DefaultScope._instance_dict.clear()
+    """A file begins without MMEngine's default scope and logger, as in a new process: files before leave theirs behind,
+    and a logger writes to what was the output when it was made.
+    """
+    for module, name in (("mmengine.registry", "DefaultScope"), ("mmengine.logging", "MMLogger")):
+        if module in sys.modules:
+            getattr(sys.modules[module], name)._instance_dict.clear()
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -154,12 +156,24 @@ def test_openvino(model, tmp_path):
 
 
 def test_package_compiled_ahead_of_time(model, tmp_path):
+    """In a process of its own, as packages are run: what it loads stays loaded."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("ahead-of-time compilation needs a C++ compiler, and g++ is not on the PATH")
-    path = export.to_aoti(model.up, (torch.randn(*FIXED),), tmp_path / "model.pt2", standalone=True)
-    package = torch._inductor.aoti_load_package(str(path))
     features = torch.randn(*FIXED)
-    torch.testing.assert_close(package(features), model.up(features), rtol=2e-5, atol=2e-5)  # its own exponential
+    torch.save((model.up, features), tmp_path / "given.pt")
+    code = (
+        "import sys, torch; from carafe_plugin import export\n"
+        "folder = sys.argv[1]\n"
+        "module, features = torch.load(folder + '/given.pt', weights_only=False)\n"
+        "path = export.to_aoti(module, (torch.randn_like(features),), folder + '/model.pt2', standalone=True)\n"
+        "torch.save(torch._inductor.aoti_load_package(str(path))(features), folder + '/found.pt')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found, model.up(features).detach(), rtol=2e-5, atol=2e-5)  # its own exponential
 
 
 def test_what_cannot_be_exported_is_said(model, tmp_path):
