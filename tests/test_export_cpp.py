@@ -1,11 +1,13 @@
 """docs/run_package.cpp, built as it says, runs packages in a process without Python: against the model."""
 
 import importlib
+import multiprocessing
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +73,9 @@ def package(model, tmp_path_factory, program):  # the program first: it skips wh
     def compiled(standalone):
         if standalone not in done:
             path = folder / f"standalone_{standalone}.pt2"
-            done[standalone] = export.to_aoti(model, (torch.randn(*SIZE),), path, standalone=standalone)
+            arguments = (model, (torch.randn(*SIZE),), path)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # a compiler has threads
+                done[standalone] = process.submit(export.to_aoti, *arguments, standalone=standalone).result()
         return done[standalone]
 
     return compiled
